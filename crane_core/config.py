@@ -1,0 +1,290 @@
+"""One frozen configuration for a run: what to compute, and apart from it, where.
+
+`RunConfig` without `runtime` decides the result and enters the fingerprints. `runtime` says where the work
+runs and never changes a result.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from crane_core.errors import ConfigError
+
+Phi = Literal["softmax", "tanh", "linear"]
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: frozen, and a misspelt field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Window(Section):
+    start: datetime
+    """First instant whose data is new to this run, UTC."""
+    end: datetime
+    """First instant this run must not see, UTC. No row at or after it is read."""
+
+    @field_validator("start", "end", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        elif isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime(value.year, value.month, value.day)
+        if isinstance(value, datetime):
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Window:
+        if self.start >= self.end:
+            raise ValueError(f"window.start {self.start} must lie before window.end {self.end}")
+        return self
+
+
+class Etl(Section):
+    split: Literal["temporal", "leave_last", "label"] = "temporal"
+    """`temporal`: by global time. `leave_last`: each user's last two items. `label`: the column `label`."""
+    validation_days: int = Field(7, ge=1)
+    """Length of the validation period of a temporal split; it ends where the test period starts."""
+    test_days: int = Field(7, ge=1)
+    """Length of the test period of a temporal split; it ends at `window.end`."""
+    history_days: int | None = Field(None, ge=1)
+    """Days before `window.end` that are read; all when absent."""
+    lookback_days: int = Field(3, ge=0)
+    """An event may arrive in a daily partition up to this many days after it happened."""
+    min_weight: float = 0.0
+    """Events with a smaller weight are set aside (quarantine reason `below_min_weight`)."""
+    k_core: int = Field(1, ge=1)
+    """Users and items with fewer training interactions are set aside, repeatedly until none is left."""
+    max_quarantine_share: float = Field(0.5, gt=0, le=1)
+    """The run stops when a larger share of the rows read is malformed."""
+
+    def cutoffs(self, window: Window) -> tuple[datetime, datetime]:
+        """First instants of the validation and of the test period of a temporal split."""
+        test_start = window.end - timedelta(days=self.test_days)
+        return test_start - timedelta(days=self.validation_days), test_start
+
+
+class Features(Section):
+    modalities: tuple[str, ...] = ()
+    """Modalities to use, by folder name; all that are found when empty."""
+    standardise: Literal["zscore", "l2", "none"] = "l2"
+    """`zscore` per column, fitted on items with training interactions; `l2` per row; or as they are."""
+    max_quarantine_share: float = Field(0.5, gt=0, le=1)
+    """The run stops when a larger share of a modality's rows is malformed."""
+
+
+class Profiles(Section):
+    aggregate: Literal["sum", "mean"] = "sum"
+    """How the feature rows of a user's training items become the user's profile."""
+
+
+class Refine(Section):
+    embedding_dim: int = Field(64, ge=1)
+    """Width d of the refined rows."""
+    phi: Phi = "linear"
+    """Correlation function of RCA; all three are computed exactly, in chunks."""
+    num_recursions: int = Field(3, ge=0)
+    """R, the number of RCA passes; 0 is a plain projection."""
+    num_steps: int = Field(300, ge=0)
+    """Mini-batches the RCA weights are fitted on."""
+    batch_size: int = Field(512, ge=2)
+    """Users per mini-batch."""
+    num_landmarks: int = Field(2048, ge=1)
+    """Items that serve as keys and as ranking candidates while fitting."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam's step size."""
+    temperature: float = Field(0.2, gt=0)
+    """Temperature of the ranking softmax and of the agreement loss."""
+    agreement_weight: float = Field(0.1, ge=0)
+    """Weight of the InfoNCE loss between the modalities of one item."""
+    chunk_size: int = Field(4096, ge=1)
+    """Rows and keys per block; memory grows with its square, the result does not depend on it."""
+    seed: int = 0
+    """Seed of the weights and of the mini-batches."""
+
+
+class Knn(Section):
+    k: int = Field(10, ge=1)
+    """Neighbours per item, the item itself excluded."""
+    num_shards: int = Field(2, ge=1)
+    """Query shards, each a task of its own."""
+    key_block: int = Field(65536, ge=1)
+    """Keys searched at a time; bounds the memory of the search."""
+    certificate_sample: int = Field(1000, ge=1)
+    """Items whose neighbours are checked against brute force."""
+    min_recall: float = Field(0.95, ge=0, le=1)
+    """The run stops when the certified recall is below."""
+
+
+class Train(Section):
+    embedding_dim: int = Field(64, ge=1)
+    """Width of the ID embeddings."""
+    num_layers: int = Field(2, ge=0)
+    """Propagation steps on the user-item graph (L_UI)."""
+    num_item_layers: int = Field(1, ge=0)
+    """Propagation steps on the item-item graph (L_II)."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam's step size."""
+    batch_size: int = Field(2048, ge=1)
+    """Training interactions per step, over all ranks."""
+    num_epochs: int = Field(200, ge=1)
+    """Upper bound of the epochs."""
+    patience: int = Field(15, ge=1)
+    """Epochs without a better validation recall before training stops."""
+    regularisation: float = Field(1e-3, ge=0)
+    """lambda, weight of the squared norm of the batch's ID embeddings."""
+    contrast_weight: float = Field(0.01, ge=0)
+    """beta, weight of the InfoNCE between the behavioural and the semantic view."""
+    temperature: float = Field(0.2, gt=0)
+    """tau, temperature of that InfoNCE."""
+    edge_dropout: float = Field(0.1, ge=0, lt=1)
+    """Mean share of user-item edges dropped in a training step; popular ends lose more."""
+    checkpoint_steps: int = Field(200, ge=1)
+    """Steps between two checkpoints."""
+    seed: int = 0
+    """Seed of the weights, the order of the interactions and the negatives."""
+
+
+class Evaluate(Section):
+    ks: tuple[int, ...] = (5, 10, 20, 50)
+    """Cut-offs of recall and NDCG; 20 must be one of them."""
+    num_bootstrap: int = Field(2000, ge=100)
+    """Bootstrap resamples behind every interval."""
+    user_block: int = Field(1024, ge=1)
+    """Users ranked at a time; bounds the memory of the ranking."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    @field_validator("ks")
+    @classmethod
+    def _has_20(cls, ks: tuple[int, ...]) -> tuple[int, ...]:
+        if 20 not in ks or min(ks) < 1:
+            raise ValueError("evaluate.ks must hold positive numbers, 20 among them")
+        return tuple(sorted(set(ks)))
+
+
+class Promote(Section):
+    margin: float = Field(0.005, ge=0)
+    """Largest loss of NDCG@20 and Recall@20 the interval against the champion may still admit."""
+    min_users: int = Field(50, ge=1)
+    """Fewer evaluated users than this decide nothing: the challenger is refused."""
+    min_coverage_ratio: float = Field(0.5, ge=0)
+    """The challenger's catalog coverage must be at least this share of the champion's."""
+    max_popularity_ratio: float = Field(1.5, gt=0)
+    """The challenger's popularity bias may be at most this multiple of the champion's."""
+    max_cold_recall_loss: float = Field(0.02, ge=0)
+    """Largest loss of the recall of cold items."""
+    beats: tuple[Literal["lightgcn", "popularity"], ...] = ("lightgcn", "popularity")
+    """Baselines a first champion must reach or exceed in Recall@20."""
+
+
+class Export(Section):
+    k: int = Field(50, ge=1)
+    """Recommendations per user."""
+    num_similar: int = Field(20, ge=1)
+    """Similar items per item."""
+
+
+class Runtime(Section):
+    raw: str | None = None
+    """URI of the raw data; `{store}/raw` when absent."""
+    registry: str | None = None
+    """MLflow tracking and registry URI; a SQLite file in the store when absent."""
+    model_name: str = "crane"
+    """Name of the registered model."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    world_size: int = Field(1, ge=1)
+    """Training processes on this machine."""
+    num_threads: int | None = Field(None, ge=1)
+    """Threads per process for torch and faiss; the library's choice when absent."""
+    spark_master: str = "local[*]"
+    """Spark master or `sc://` Connect URL."""
+    spark_memory: str = "1g"
+    """Memory of the Spark driver."""
+    backfill: bool = False
+    """A backfill registers its model but moves no alias."""
+
+
+class RunConfig(Section):
+    """Everything that defines one run."""
+
+    window: Window
+    etl: Etl = Etl()
+    features: Features = Features()
+    profiles: Profiles = Profiles()
+    refine: Refine = Refine()
+    knn: Knn = Knn()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    promote: Promote = Promote()
+    export: Export = Export()
+    runtime: Runtime = Runtime()
+
+    def identity(self) -> dict[str, Any]:
+        """The configuration without `runtime`, as JSON values: what two runs must share to be the same."""
+        return self.model_dump(mode="json", exclude={"runtime"})
+
+
+def load_config(source: str | None, overrides: list[str] | None = None) -> RunConfig:
+    """Read a preset or a YAML file, apply `section.field=value` overrides and validate.
+
+    Args:
+        source: path of a YAML file, or the name of a shipped preset; defaults only when None.
+        overrides: values are parsed as YAML, the last one wins.
+
+    Raises:
+        ConfigError: unreadable file, unknown field or value out of range.
+    """
+    tree = _read(source) if source else {}
+    for override in overrides or []:
+        path, sign, value = override.partition("=")
+        section, dot, field = path.partition(".")
+        if not (sign and dot and section and field):
+            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", "Correct the flag.")
+        part = tree.setdefault(section, {})
+        if not isinstance(part, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is not a section.", "Correct the flag.")
+        part[field] = yaml.safe_load(value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}, found {item['input']!r}" for item in error.errors()
+        )
+        raise ConfigError(f"Configuration {source or ''}: {problems}.", "Correct these fields.") from error
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    folder = importlib.resources.files("crane_core") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source in preset_names():
+        text = (importlib.resources.files("crane_core") / "presets" / f"{source}.yaml").read_text()
+    else:
+        try:
+            text = Path(source).read_text()
+        except OSError as error:
+            raise ConfigError(
+                f"Configuration {source!r} cannot be read ({error}).",
+                f"Give a YAML file or one of the presets {', '.join(preset_names())}.",
+            ) from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Configuration {source!r} is not YAML ({error}).", "Correct the file.") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"Configuration {source!r} is not a mapping.", "Write sections and fields.")
+    return tree

@@ -1,0 +1,56 @@
+"""The stages of the pipeline: what each one reads, which configuration it obeys, and its version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from crane_core.config import RunConfig
+
+
+def _whole(config: RunConfig) -> list[str]:
+    return [""]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        name: `<group>.<stage>`; the module `jobs.<name>` runs it.
+        version: raised when the meaning of its output changes.
+        inputs: stages whose artifacts it reads.
+        sections: parts of `RunConfig` that decide its output.
+        parts: names of the independent parts the stage is mapped over; `[""]` for a stage in one piece.
+    """
+
+    name: str
+    version: int
+    inputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    parts: Callable[[RunConfig], list[str]] = _whole
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("etl.interactions", 1, (), ("window", "etl")),
+        Stage("etl.features", 1, ("etl.interactions",), ("features",)),
+        Stage("etl.profiles", 1, ("etl.interactions", "etl.features"), ("profiles",)),
+        Stage("ml.refine", 1, ("etl.interactions", "etl.features", "etl.profiles"), ("refine",)),
+        Stage(
+            "ml.knn", 1, ("ml.refine",), ("knn",), parts=lambda config: [str(i) for i in range(config.knn.num_shards)]
+        ),
+        Stage("ml.graph", 1, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
+        Stage(
+            "ml.train",
+            1,
+            ("etl.interactions", "etl.features", "ml.refine", "ml.graph"),
+            ("train",),
+            parts=lambda config: ["crane", "lightgcn"],
+        ),
+        Stage("ml.evaluate", 1, ("etl.interactions", "ml.train"), ("evaluate",)),
+        Stage("ml.register", 1, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
+        Stage("ml.export", 1, ("etl.interactions", "ml.train"), ("export",)),
+    )
+}

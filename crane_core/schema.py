@@ -1,0 +1,44 @@
+"""Column names and Arrow schemas: the one contract between raw data, Spark and torch.
+
+Raw data, below `{raw}`:
+
+    interactions/dt=YYYY-MM-DD/*.parquet    INTERACTIONS; `dt` is the day of arrival
+    items/*.parquet                         ITEMS, the catalog; optional
+    features/{modality}/*.parquet           FEATURES, one folder per modality; optional
+
+Indices are row numbers: users and items count from 0, each apart.
+"""
+
+import pyarrow as pa
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+EVENT_TIME = "event_time"
+WEIGHT = "weight"
+LABEL = "label"
+TITLE = "title"
+VECTOR = "vector"
+REASON = "reason"
+USER_IDX = "user_idx"
+ITEM_IDX = "item_idx"
+SPLIT = "split"
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+
+INTERACTIONS = pa.schema(
+    [
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field(EVENT_TIME, pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field(WEIGHT, pa.float32()),
+        pa.field(LABEL, pa.int8()),
+    ]
+)
+"""`weight` (default 1) and `label` (needed by `etl.split=label`: 0 train, 1 validation, 2 test) are optional."""
+
+ITEMS = pa.schema([pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(TITLE, pa.string())])
+
+FEATURES = pa.schema(
+    [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]
+)
+"""`vector` may be a list of float16, float32 or float64 of one length per modality."""

@@ -1,0 +1,80 @@
+"""A directory as storage."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+
+class LocalStorage:
+    """Atomic writes by rename within one file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.uri = str(self.root)
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            return (self.root / key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, data: bytes) -> None:
+        self._spool(key, data).replace(self.root / key)
+
+    def create(self, key: str, data: bytes) -> bool:
+        spooled = self._spool(key, data)
+        try:
+            os.link(spooled, self.root / key)
+        except FileExistsError:
+            return False
+        finally:
+            spooled.unlink()
+        return True
+
+    def names(self, prefix: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in (self.root / prefix).iterdir() if not entry.name.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def publish(self, folder: Path, key: str) -> bool:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        # A rename across file systems is not atomic: bring the folder over under a hidden name first.
+        hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+        shutil.move(folder, hidden)
+        try:
+            hidden.rename(target)
+        except OSError as error:
+            shutil.rmtree(hidden)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        _sync(target.parent)
+        return True
+
+    def fetch(self, key: str, cache: Path) -> Path:
+        return self.root / key
+
+    def _spool(self, key: str, data: bytes) -> Path:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        spooled = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+        spooled.write_bytes(data)
+        _sync(spooled)
+        return spooled
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,103 @@
+"""An S3 bucket as storage. The only module that imports boto3."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+MANIFEST = "manifest.json"
+_RETRIES = Config(retries={"max_attempts": 8, "mode": "standard"})
+
+
+class S3Storage:
+    """Conditional puts (`If-None-Match`) make creation atomic.
+
+    A folder is published as objects under `{key}/.data/{attempt}/`, then its manifest, whose creation is the
+    moment it exists; the object's metadata names the attempt that won.
+    """
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._client = boto3.client("s3", config=_RETRIES)
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            return self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
+        except ClientError as error:
+            if _code(error) in ("NoSuchKey", "404"):
+                return None
+            raise
+
+    def write(self, key: str, data: bytes) -> None:
+        self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._create(key, data, {})
+
+    def names(self, prefix: str) -> list[str]:
+        folder = f"{self.prefix}{prefix.strip('/')}/"
+        found = set()
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder, Delimiter="/")
+        for page in pages:
+            found |= {item["Prefix"][len(folder) : -1] for item in page.get("CommonPrefixes", [])}
+            found |= {item["Key"][len(folder) :] for item in page.get("Contents", [])}
+        return sorted(name for name in found if name and not name.startswith("."))
+
+    def publish(self, folder: Path, key: str) -> bool:
+        attempt = uuid.uuid4().hex
+        data = f"{self.prefix}{key}/.data/{attempt}/"
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self._client.upload_file(str(path), self.bucket, data + path.relative_to(folder).as_posix())
+        manifest = (folder / MANIFEST).read_bytes()
+        won = self._create(f"{key}/{MANIFEST}", manifest, {"attempt": attempt})
+        if not won:
+            for item in self._objects(data):
+                self._client.delete_object(Bucket=self.bucket, Key=item)
+        shutil.rmtree(folder)
+        return won
+
+    def fetch(self, key: str, cache: Path) -> Path:
+        target = cache / key
+        if (target / MANIFEST).exists():
+            return target
+        head = self._client.head_object(Bucket=self.bucket, Key=f"{self.prefix}{key}/{MANIFEST}")
+        data = f"{self.prefix}{key}/.data/{head['Metadata']['attempt']}/"
+        hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+        for item in self._objects(data):
+            path = hidden / item[len(data) :]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._client.download_file(self.bucket, item, str(path))
+        try:
+            hidden.rename(target)
+        except OSError:
+            if not (target / MANIFEST).exists():
+                raise
+            shutil.rmtree(hidden)
+        return target
+
+    def _create(self, key: str, data: bytes, metadata: dict[str, str]) -> bool:
+        try:
+            self._client.put_object(
+                Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*", Metadata=metadata
+            )
+        except ClientError as error:
+            if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                return False
+            raise
+        return True
+
+    def _objects(self, prefix: str) -> list[str]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+
+def _code(error: ClientError) -> str:
+    return error.response["Error"]["Code"]

@@ -1,0 +1,233 @@
+"""The artifact store: one directory per stage and fingerprint, complete or absent.
+
+{store}/{stage}/{fingerprint}/...          what a stage leaves behind, `manifest.json` last
+{store}/runs/{run_id}/run.json             the run: its configuration
+{store}/runs/{run_id}/{stage}.json         which artifact the stage made or found for this run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crane_core.config import RunConfig
+from crane_core.errors import ArtifactError, ConfigError
+from crane_core.pipeline import Stage
+from crane_core.storage import Storage
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published directory.
+
+    Attributes:
+        path: local folder that holds it.
+        manifest: its parsed manifest.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Counts, shapes and figures the stage recorded."""
+        return self.manifest["facts"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    def file(self, name: str) -> Path:
+        """Path of a file or folder inside.
+
+        Raises:
+            ArtifactError: the manifest does not list it.
+        """
+        files = self.manifest["files"]
+        if name not in files and not any(entry.startswith(f"{name}/") for entry in files):
+            raise ArtifactError(f"{self.path} has no {name!r}.", "Run its stage again with a newer version.")
+        return self.path / name
+
+    def verify(self) -> None:
+        """Compare every byte with the checksums of the manifest.
+
+        Raises:
+            ArtifactError: a file differs.
+        """
+        for name, expected in self.manifest["files"].items():
+            if sha256_file(self.path / name) != expected["sha256"]:
+                raise _damaged(self.path / name, f"the sha256 {expected['sha256']}", "other content")
+
+
+class ArtifactStore:
+    """Finds, publishes and reads artifacts and run records.
+
+    Args:
+        storage: where they live.
+        cache: local folder for copies of remote artifacts.
+    """
+
+    def __init__(self, storage: Storage, cache: Path) -> None:
+        self.storage = storage
+        self.cache = cache
+
+    def find(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The published artifact, None when there is none.
+
+        Raises:
+            ArtifactError: it is there but damaged: a file of the manifest is missing or has another size.
+        """
+        key = f"{stage}/{fingerprint}"
+        text = self.storage.read(f"{key}/{MANIFEST}")
+        if text is None:
+            return None
+        manifest = json.loads(text)
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{self.storage.uri}/{key} has manifest version {manifest.get('schema_version')!r}, "
+                f"expected {SCHEMA_VERSION}.",
+                "Remove the directory and run its stage again.",
+            )
+        path = self.storage.fetch(key, self.cache)
+        for name, expected in manifest["files"].items():
+            file = path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != expected["bytes"]:
+                raise _damaged(file, f"{expected['bytes']} bytes", f"{size} bytes" if size is not None else "no file")
+        return Artifact(path, manifest)
+
+    def publish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
+        """Write the manifest into `folder`, the last file, and make the whole appear at once."""
+        files = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
+        manifest["content"] = content_checksum(files, manifest.pop("tables", {}))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        self.storage.publish(folder, f"{manifest['stage']}/{manifest['fingerprint']}")
+        published = self.find(manifest["stage"], manifest["fingerprint"])
+        assert published is not None
+        return published
+
+    def start_run(self, run_id: str, config: RunConfig) -> None:
+        """Record the run, or check that it is the one already recorded under this id.
+
+        Raises:
+            ConfigError: the id belongs to a run with another configuration.
+        """
+        identity = config.identity()
+        if self.storage.create(f"runs/{run_id}/run.json", _encode({"run": run_id, "config": identity})):
+            return
+        recorded = self.run(run_id)["config"]
+        if recorded != identity:
+            changes = "; ".join(_differences(recorded, identity))
+            raise ConfigError(
+                f"Run {run_id!r} was started with another configuration: {changes}.",
+                "Use another run id, or the recorded configuration.",
+            )
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """The record `run.json` of a run.
+
+        Raises:
+            ArtifactError: there is no such run.
+        """
+        text = self.storage.read(f"runs/{run_id}/run.json")
+        if text is None:
+            known = ", ".join(self.storage.names("runs")[-5:]) or "none"
+            raise ArtifactError(f"There is no run {run_id!r} in {self.storage.uri}.", f"Known runs: {known}.")
+        return json.loads(text)
+
+    def run_ids(self) -> list[str]:
+        return self.storage.names("runs")
+
+    def record(self, run_id: str, stage: str, part: str, entry: Mapping[str, Any]) -> None:
+        """Note what a stage did for a run."""
+        self.storage.write(f"runs/{run_id}/{_entry_name(stage, part)}", _encode(entry))
+
+    def entry(self, run_id: str, stage: str, part: str = "") -> dict[str, Any] | None:
+        """What a stage did for a run, None when it has not finished."""
+        text = self.storage.read(f"runs/{run_id}/{_entry_name(stage, part)}")
+        return None if text is None else json.loads(text)
+
+    def artifact(self, run_id: str, stage: str, part: str = "") -> Artifact:
+        """The artifact a stage left for a run.
+
+        Raises:
+            ArtifactError: the stage has not finished for this run, or its artifact is gone.
+        """
+        entry = self.entry(run_id, stage, part)
+        found = self.find(stage, entry["fingerprint"]) if entry else None
+        if found is None:
+            raise ArtifactError(
+                f"Run {run_id!r} has no artifact of {stage}{f' part {part}' if part else ''}.",
+                f"Run python -m jobs.{stage} --store {self.storage.uri} --run {run_id} first.",
+            )
+        return found
+
+
+def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[str, str], source: Any) -> str:
+    """Identity of a stage's work: equal fingerprints mean equal content.
+
+    Args:
+        stage: its name and version enter.
+        part: the part of a mapped stage.
+        config: the stage's sections enter.
+        inputs: input name to content checksum.
+        source: identity of raw data the stage reads, JSON values.
+    """
+    sections = config.model_dump(mode="json", include=set(stage.sections))
+    payload = [stage.name, stage.version, part, sections, dict(inputs), source]
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def content_checksum(files: Mapping[str, Mapping[str, Any]], tables: Mapping[str, str]) -> str:
+    """One checksum of an artifact's content.
+
+    Args:
+        files: name to size and sha256.
+        tables: folder to a checksum of its rows, for tables whose file names and row order are free.
+    """
+    parts = dict(tables)
+    for name, entry in files.items():
+        if name.split("/")[0] not in tables:
+            parts[name] = entry["sha256"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _entry_name(stage: str, part: str) -> str:
+    return f"{stage}.{part}.json" if part else f"{stage}.json"
+
+
+def _encode(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _damaged(path: Path, expected: str, found: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is damaged: expected {expected}, found {found}.",
+        f"Remove {path.parent} and run its stage again.",
+    )
+
+
+def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{section}.{field} was {old!r}, now {given[section].get(field)!r}"
+        for section, fields in recorded.items()
+        for field, old in fields.items()
+        if given[section].get(field) != old
+    ]

@@ -1,0 +1,238 @@
+"""What all jobs share: flags, logging, the run record, fingerprints, skipping, publishing and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from crane_core.config import RunConfig, load_config
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
+from crane_core.pipeline import STAGES, Stage
+from crane_core.storage import open_storage
+from crane_core.store import Artifact, ArtifactStore, fingerprint_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """What a stage reports about its output.
+
+    Attributes:
+        facts: counts, shapes and figures for the manifest.
+        tables: folder to a checksum of its rows, for tables whose file names and row order are free.
+    """
+
+    facts: dict[str, Any]
+    tables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage at work for one run.
+
+    Attributes:
+        stage: which stage.
+        part: which part of a mapped stage, "" when it is whole.
+        config: the run's configuration.
+        run_id: the run.
+        store: the artifact store.
+        out: empty local folder that becomes the artifact.
+        work: local folder that survives a kill and is removed once the artifact is published.
+    """
+
+    stage: Stage
+    part: str
+    config: RunConfig
+    run_id: str
+    store: ArtifactStore
+    out: Path
+    work: Path
+
+    def input(self, stage: str, part: str = "") -> Artifact:
+        """The artifact an earlier stage left for this run."""
+        return self.store.artifact(self.run_id, stage, part)
+
+    def input_parts(self, stage: str) -> dict[str, Artifact]:
+        """Every part of a mapped stage, in order."""
+        return {part: self.input(stage, part) for part in STAGES[stage].parts(self.config)}
+
+
+def run_stage(
+    name: str,
+    run: Callable[[Job], Result],
+    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Entry point of a job that leaves an artifact: skip when it is there, else run and publish.
+
+    Args:
+        name: the stage.
+        run: does the work in `job.out`.
+        source: identity of the raw data the stage reads.
+        argv: flags, the process's own when None.
+
+    Returns:
+        The exit code.
+    """
+
+    def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+        return _produce(STAGES[name], arguments, config, store, run, source)
+
+    return run_job(name, work, argv)
+
+
+def run_job(
+    name: str,
+    work: Callable[[argparse.Namespace, RunConfig, ArtifactStore], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Entry point of every job: parse, log, record what `work` returns, turn errors into exit codes."""
+    start_logging()
+    try:
+        arguments = _parser(name).parse_args(argv)
+        config = load_config(arguments.config, arguments.set)
+        store = open_store(arguments.store)
+        store.start_run(arguments.run, config)
+        entry = work(arguments, config, store)
+        store.record(arguments.run, name, arguments.part, entry)
+        print(json.dumps({"stage": name, "part": arguments.part, "run": arguments.run, **entry}))
+        return EXIT_OK
+    except CraneError as error:
+        logger.error("failed stage=%s error=%s message=%s", name, type(error).__name__, error)
+        return error.exit_code
+    except Exception:
+        logger.exception("failed stage=%s", name)
+        return EXIT_UNEXPECTED
+
+
+def open_store(uri: str) -> ArtifactStore:
+    """The store at a URI, with its local scratch folder."""
+    storage = open_storage(uri)
+    return ArtifactStore(storage, scratch(storage.uri) / "cache")
+
+
+def scratch(store_uri: str) -> Path:
+    """Local folder for work in progress: inside a local store, in the temporary folder for a remote one."""
+    if "://" not in store_uri:
+        return Path(store_uri) / ".scratch"
+    return Path(tempfile.gettempdir()) / "crane" / store_uri.replace("://", "-").replace("/", "-")
+
+
+def start_logging() -> None:
+    """Log lines to stderr; stdout belongs to results."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
+    )
+    for noisy in ("py4j", "matplotlib", "botocore", "alembic", "faiss", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}")
+    parser.add_argument("--store", required=True, help="artifact store, a path or s3://bucket/prefix")
+    parser.add_argument("--run", required=True, help="run id: one window and one configuration")
+    parser.add_argument("--config", help="YAML file or the name of a preset")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    parser.add_argument("--part", default="", help="which part of a mapped stage")
+    return parser
+
+
+def _produce(
+    stage: Stage,
+    arguments: argparse.Namespace,
+    config: RunConfig,
+    store: ArtifactStore,
+    run: Callable[[Job], Result],
+    source: Callable[[RunConfig, ArtifactStore], Any] | None,
+) -> dict[str, Any]:
+    parts = stage.parts(config)
+    if arguments.part not in parts:
+        raise ConfigError(
+            f"Stage {stage.name} has no part {arguments.part!r}.", f"Give --part one of {', '.join(parts)}."
+        )
+    inputs = {
+        f"{name}.{part}" if part else name: store.artifact(arguments.run, name, part)
+        for name in stage.inputs
+        for part in STAGES[name].parts(config)
+    }
+    contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
+    fingerprint = fingerprint_of(stage, arguments.part, config, contents, source(config, store) if source else None)
+    base = scratch(store.storage.uri) / stage.name
+    with _alone(base / f"{fingerprint}.lock"):
+        found = store.find(stage.name, fingerprint)
+        status = "found" if found else "done"
+        started = time.monotonic()
+        if found is None:
+            logger.info("start stage=%s part=%s fingerprint=%s", stage.name, arguments.part, fingerprint)
+            out, work = base / f"{fingerprint}.out", base / f"{fingerprint}.work"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            work.mkdir(exist_ok=True)
+            job = Job(stage, arguments.part, config, arguments.run, store, out, work)
+            result = run(job)
+            found = store.publish(
+                out,
+                {
+                    "stage": stage.name,
+                    "part": arguments.part,
+                    "stage_version": stage.version,
+                    "fingerprint": fingerprint,
+                    "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
+                    "config": config.model_dump(mode="json", include=set(stage.sections)),
+                    "facts": result.facts,
+                    "tables": result.tables,
+                    "seconds": round(time.monotonic() - started, 3),
+                    "peak_bytes": peak_bytes(),
+                    "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": {"python": platform.python_version(), "crane": version("crane-pipeline")},
+                },
+            )
+            shutil.rmtree(work)
+        seconds = round(time.monotonic() - started, 3)
+    logger.info("%s stage=%s part=%s seconds=%.1f path=%s", status, stage.name, arguments.part, seconds, found.path)
+    return {
+        "status": status,
+        "fingerprint": fingerprint,
+        "content": found.manifest["content"],
+        "seconds": seconds,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold a lock that the system drops when the process dies: the second runner waits, then finds the result."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process and of its live and ended children (the Spark JVM, training ranks)."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    live = 0
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{child}/status").read_text()
+                live += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return 1024 * (kilobytes + max(ended, live))
