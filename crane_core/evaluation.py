@@ -1,0 +1,156 @@
+"""Full-catalog ranking, ranking metrics per user, and bootstrap intervals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane_core.dataset import ItemLists
+from crane_core.progress import track
+
+logger = logging.getLogger(__name__)
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over users and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def rank_blocks(
+    user_embeddings: Tensor, item_embeddings: Tensor, seen: ItemLists, users: np.ndarray, k: int, block: int
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Rank the whole catalog for some users, a block of users at a time.
+
+    Args:
+        user_embeddings: float32 [num_users, d].
+        item_embeddings: float32 [num_items, d]; the score is the dot product.
+        seen: items a user must not be recommended.
+        users: int [n], whom to rank for.
+        k: list length; the catalog's size where that is smaller.
+        block: users at a time; `block * num_items` scores are in memory at once.
+
+    Yields:
+        int [b] users; float32 [b, k] scores, -inf where fewer than k items are left; int64 [b, k] items.
+    """
+    k = min(k, len(item_embeddings))
+    blocks = [users[start : start + block] for start in range(0, len(users), block)]
+    for chunk in track(blocks, len(blocks), "rank", logger):
+        scores = user_embeddings[torch.from_numpy(chunk.astype(np.int64))] @ item_embeddings.T
+        rows, items = seen.rows(chunk)
+        scores[torch.from_numpy(rows), torch.from_numpy(items.astype(np.int64))] = -torch.inf
+        values, indices = scores.topk(k, dim=1)
+        yield chunk, values, indices
+
+
+def rank_users(
+    user_embeddings: Tensor, item_embeddings: Tensor, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024
+) -> np.ndarray:
+    """The top k items of some users, int32 [n, k]; -1 where fewer than k items are left. See `rank_blocks`."""
+    ranked = np.full((len(users), k), -1, dtype=np.int32)
+    start = 0
+    for chunk, values, indices in rank_blocks(user_embeddings, item_embeddings, seen, users, k, block):
+        indices = torch.where(values > -torch.inf, indices, -1)
+        ranked[start : start + len(chunk), : indices.shape[1]] = indices.numpy()
+        start += len(chunk)
+    return ranked
+
+
+def user_metrics(
+    ranked: np.ndarray, relevant: ItemLists, users: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Recall and NDCG of each user.
+
+    `recall@k` is the share of the user's held-out items in the top k; `ndcg@k` has gain 1, discount
+    `1 / log2(rank + 1)` and the best possible list of `min(k, held-out items)` as its unit.
+
+    Args:
+        ranked: int32 [n, >= max(ks)] items by falling score, -1 for no item.
+        relevant: held-out items; every user of `users` has at least one.
+        users: int [n].
+        ks: cut-offs.
+
+    Returns:
+        `recall@k` and `ndcg@k`, each float64 [n].
+    """
+    rows, items = relevant.rows(users)
+    stride = int(max(ranked.max(initial=0), items.max(initial=0))) + 2
+    hits = np.isin(np.arange(len(users))[:, None] * stride + ranked, rows * stride + items) & (ranked >= 0)
+    counts = np.bincount(rows, minlength=len(users))
+    discounts = 1.0 / np.log2(np.arange(2, ranked.shape[1] + 2))
+    ideal = np.concatenate([[0.0], np.cumsum(discounts)])
+    metrics = {}
+    for k in ks:
+        metrics[f"recall@{k}"] = hits[:, :k].sum(1) / counts
+        metrics[f"ndcg@{k}"] = (hits[:, :k] * discounts[:k]).sum(1) / ideal[np.minimum(counts, min(k, len(discounts)))]
+    return metrics
+
+
+def bootstrap(values: Mapping[str, np.ndarray], num_resamples: int, seed: int) -> dict[str, Interval]:
+    """Percentile bootstrap intervals of means over users; all columns share the resamples, so they are paired.
+
+    Args:
+        values: name to float [n]; n may be 0, which gives NaN.
+        num_resamples: bootstrap resamples.
+        seed: of the resampling.
+    """
+    table = np.stack([np.asarray(column, dtype=np.float64) for column in values.values()], axis=1)
+    num_users = len(table)
+    if num_users == 0:
+        return {name: Interval(np.nan, np.nan, np.nan) for name in values}
+    generator = np.random.default_rng(seed)
+    means = np.empty((num_resamples, table.shape[1]))
+    step = max(1, 4_000_000 // num_users)
+    for start in range(0, num_resamples, step):
+        size = min(step, num_resamples - start)
+        picks = generator.integers(num_users, size=(size, num_users))
+        offsets = np.arange(size)[:, None] * num_users
+        weights = np.bincount((picks + offsets).ravel(), minlength=size * num_users).reshape(size, num_users)
+        means[start : start + size] = weights @ table / num_users
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    center = table.mean(axis=0)
+    return {name: Interval(float(center[i]), float(low[i]), float(high[i])) for i, name in enumerate(values)}
+
+
+def paired_bootstrap(
+    challenger: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], num_resamples: int, seed: int
+) -> dict[str, Interval]:
+    """Intervals of the mean difference challenger - reference over the same users, for every shared metric."""
+    differences = {name: challenger[name] - reference[name] for name in challenger if name in reference}
+    return bootstrap(differences, num_resamples, seed)
+
+
+def coverage(ranked: np.ndarray, num_items: int, k: int = 20) -> float:
+    """Share of the catalog that appears in at least one top-k list."""
+    top = ranked[:, :k]
+    return len(np.unique(top[top >= 0])) / num_items
+
+
+def popularity_bias(ranked: np.ndarray, users: np.ndarray, train: ItemLists, num_items: int, k: int = 20) -> float:
+    """How much more popular the recommended items are than what their users chose themselves.
+
+    Ratio of two means over users: training interactions of the items in the top k, and of the items in the
+    user's own training list. Above 1 the model leans towards the head.
+    """
+    counts = np.bincount(train.items, minlength=num_items)
+    rows, items = train.rows(users)
+    lengths = np.bincount(rows, minlength=len(users))
+    known = lengths > 0
+    own = np.bincount(rows, weights=counts[items], minlength=len(users))[known] / lengths[known]
+    top = ranked[:, :k]
+    recommended = np.where(top >= 0, counts[top], 0).sum(1) / np.maximum((top >= 0).sum(1), 1)
+    return float(recommended.mean() / own.mean()) if known.any() and own.mean() > 0 else float("nan")
