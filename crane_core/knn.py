@@ -64,13 +64,18 @@ def search(unit: np.ndarray, start: int, stop: int, k: int, key_block: int = 655
         doubtful.append(rows + np.flatnonzero(values[:, -1] <= floor[part] + _ROUNDING))
     # Where the k-th neighbour is not clearly better than the last candidate, the candidates may be incomplete.
     for row in np.concatenate(doubtful):
-        similarity = _similarities(unit, queries[row], None)
-        similarity[queries[row]] = -np.inf
-        best = np.argpartition(-similarity, k - 1)[:k]
-        tied = np.flatnonzero(similarity >= similarity[best].min())
-        order = tied[np.lexsort((tied, -similarity[tied]))][:k]
-        neighbours[row], similarities[row] = order, similarity[order]
+        neighbours[row], similarities[row] = _scan(unit, queries[row], k)
     return neighbours, similarities
+
+
+def brute_force(unit: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """The neighbours of some rows by comparing each with every row in float64: int32 [len(queries), k or n - 1]."""
+    k = min(k, len(unit) - 1)
+    found = np.empty((len(queries), k), dtype=np.int32)
+    for position, query in enumerate(track(queries, len(queries), "brute_force", logger)):
+        if k:
+            found[position] = _scan(unit, query, k)[0]
+    return found
 
 
 def write_index(path: Path, vectors: np.ndarray) -> None:
@@ -113,7 +118,16 @@ def _nearest(unit: np.ndarray, queries: np.ndarray, candidates: np.ndarray, k: i
     return np.take_along_axis(candidates, order, 1), np.take_along_axis(similarity, order, 1)
 
 
-def _similarities(unit: np.ndarray, queries: np.ndarray, candidates: np.ndarray | None) -> np.ndarray:
+def _scan(unit: np.ndarray, query: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    similarity = _similarities(unit, query, None)
+    similarity[query] = -np.inf
+    best = np.argpartition(-similarity, k - 1)[:k]
+    tied = np.flatnonzero(similarity >= similarity[best].min())
+    order = tied[np.lexsort((tied, -similarity[tied]))][:k]
+    return order, similarity[order]
+
+
+def _similarities(unit: np.ndarray, queries: np.ndarray | int, candidates: np.ndarray | None) -> np.ndarray:
     """Cosines in float64 rounded to float32: of queries [n] to candidates [n, c], or of one query to all rows."""
     left = unit[queries].astype(np.float64)
     if candidates is None:

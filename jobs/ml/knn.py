@@ -1,0 +1,33 @@
+"""Nearest neighbours of one shard of the items: `python -m jobs.ml.knn --store URI --run RUN_ID --part 0`.
+
+Leaves `neighbours.npy` int32 and `similarities.npy` float32, both [rows, k].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from crane_core.matrix import open_matrix
+
+from crane_core.knn import search, unit_rows
+from jobs.runner import Job, Result, run_stage
+
+
+def run(job: Job) -> Result:
+    config = job.config.knn
+    unit = unit_rows(open_matrix(job.input("ml.refine").file("fused_items.npy")))
+    num_items, shard = len(unit), int(job.part)
+    start, stop = (num_items * (shard + i) // config.num_shards for i in (0, 1))
+    neighbours, similarities = search(unit, start, stop, config.k, config.key_block)
+    np.save(job.out / "neighbours.npy", neighbours)
+    np.save(job.out / "similarities.npy", similarities)
+    return Result({"start": start, "stop": stop, "num_items": num_items, "k": neighbours.shape[1]})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage("ml.knn", run, argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
