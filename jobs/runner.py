@@ -93,7 +93,7 @@ def run_stage(
     """
 
     def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-        return _produce(STAGES[name], arguments, config, store, run, source)
+        return produce(STAGES[name], arguments.run, arguments.part, config, store, run, source)
 
     return run_job(name, work, argv)
 
@@ -102,11 +102,22 @@ def run_job(
     name: str,
     work: Callable[[argparse.Namespace, RunConfig, ArtifactStore], dict[str, Any]],
     argv: Sequence[str] | None = None,
+    flags: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
-    """Entry point of every job: parse, log, record what `work` returns, turn errors into exit codes."""
+    """Entry point of every job: parse, log, record what `work` returns, turn errors into exit codes.
+
+    Args:
+        name: the stage.
+        work: does it, and returns the entry of the run record.
+        argv: flags, the process's own when None.
+        flags: adds the job's own flags to the four of every job.
+    """
     start_logging()
     try:
-        arguments = _parser(name).parse_args(argv)
+        parser = _parser(name)
+        if flags:
+            flags(parser)
+        arguments = parser.parse_args(argv)
         config = load_config(arguments.config, arguments.set)
         store = open_store(arguments.store)
         store.start_run(arguments.run, config)
@@ -154,44 +165,52 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _produce(
+def produce(
     stage: Stage,
-    arguments: argparse.Namespace,
+    run_id: str,
+    part: str,
     config: RunConfig,
     store: ArtifactStore,
     run: Callable[[Job], Result],
-    source: Callable[[RunConfig, ArtifactStore], Any] | None,
+    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
 ) -> dict[str, Any]:
+    """Find or make the artifact of a stage for a run.
+
+    Returns:
+        The entry of the run record.
+
+    Raises:
+        ConfigError: the stage has no such part.
+        ArtifactError: an input is missing or damaged.
+    """
     parts = stage.parts(config)
-    if arguments.part not in parts:
-        raise ConfigError(
-            f"Stage {stage.name} has no part {arguments.part!r}.", f"Give --part one of {', '.join(parts)}."
-        )
+    if part not in parts:
+        raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
     inputs = {
-        f"{name}.{part}" if part else name: store.artifact(arguments.run, name, part)
+        f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
         for name in stage.inputs
-        for part in STAGES[name].parts(config)
+        for each in STAGES[name].parts(config)
     }
     contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
-    fingerprint = fingerprint_of(stage, arguments.part, config, contents, source(config, store) if source else None)
+    fingerprint = fingerprint_of(stage, part, config, contents, source(config, store) if source else None)
     base = scratch(store.storage.uri) / stage.name
     with _alone(base / f"{fingerprint}.lock"):
         found = store.find(stage.name, fingerprint)
         status = "found" if found else "done"
         started = time.monotonic()
         if found is None:
-            logger.info("start stage=%s part=%s fingerprint=%s", stage.name, arguments.part, fingerprint)
+            logger.info("start stage=%s part=%s fingerprint=%s", stage.name, part, fingerprint)
             out, work = base / f"{fingerprint}.out", base / f"{fingerprint}.work"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             work.mkdir(exist_ok=True)
-            job = Job(stage, arguments.part, config, arguments.run, store, out, work)
+            job = Job(stage, part, config, run_id, store, out, work)
             result = run(job)
             found = store.publish(
                 out,
                 {
                     "stage": stage.name,
-                    "part": arguments.part,
+                    "part": part,
                     "stage_version": stage.version,
                     "fingerprint": fingerprint,
                     "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
@@ -206,7 +225,7 @@ def _produce(
             )
             shutil.rmtree(work)
         seconds = round(time.monotonic() - started, 3)
-    logger.info("%s stage=%s part=%s seconds=%.1f path=%s", status, stage.name, arguments.part, seconds, found.path)
+    logger.info("%s stage=%s part=%s seconds=%.1f path=%s", status, stage.name, part, seconds, found.path)
     return {
         "status": status,
         "fingerprint": fingerprint,
