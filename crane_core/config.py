@@ -148,8 +148,10 @@ class Train(Section):
     """tau, temperature of that InfoNCE."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
     """Mean share of user-item edges dropped in a training step; popular ends lose more."""
+    validation_users: int = Field(20_000, ge=1)
+    """Users the validation recall is measured on; a fixed sample where there are more."""
     checkpoint_steps: int = Field(200, ge=1)
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; one is also written after every epoch."""
     seed: int = 0
     """Seed of the weights, the order of the interactions and the negatives."""
 

@@ -39,3 +39,7 @@ class ArtifactError(CraneError):
     """An artifact of an earlier stage is missing, damaged or not the one expected."""
 
     exit_code = EXIT_ARTIFACT
+
+
+class TrainingError(CraneError):
+    """Training cannot go on: the loss is not finite, or no negative item exists."""

@@ -1,0 +1,263 @@
+"""The training loop: deterministic, data-parallel, checkpointed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crane_core.config import Train
+from crane_core.dataset import Interactions, ItemLists
+from crane_core.errors import TrainingError
+from crane_core.evaluation import rank_users, user_metrics
+from crane_core.graph import user_item_graph
+from crane_core.model import Batch, LightGCN
+from crane_core.propagation import SymmetricGraph, drop_edges
+
+logger = logging.getLogger(__name__)
+
+STEERING_METRIC = "recall@20"
+
+
+@dataclass
+class Progress:
+    """Where training stands; with the tensors of the checkpoint it determines everything that follows."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = -1
+    best: dict[str, float] = field(default_factory=lambda: {STEERING_METRIC: -1.0})
+    curve: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class NegativeSampler:
+    """Uniform items a user has not met, by exact rejection.
+
+    Args:
+        train: training items per user.
+        num_items: catalog size.
+
+    Raises:
+        TrainingError: a user has met every item.
+    """
+
+    def __init__(self, train: ItemLists, num_items: int) -> None:
+        full = int((train.counts() >= num_items).sum())
+        if full:
+            raise TrainingError(
+                f"{full} of {train.num_users} users have met all {num_items} items, so no negative exists for them.",
+                "Add items to the catalog or set these users aside.",
+            )
+        self.num_items = num_items
+        self._met = train.users().astype(np.int64) * num_items + train.items
+
+    def sample(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """One item for each user: int [n] -> int64 [n]."""
+        items = generator.integers(self.num_items, size=len(users))
+        open_rows = np.arange(len(users))
+        while len(open_rows):
+            keys = users[open_rows].astype(np.int64) * self.num_items + items[open_rows]
+            found = np.searchsorted(self._met, keys)
+            open_rows = open_rows[self._met[np.minimum(found, len(self._met) - 1)] == keys]
+            items[open_rows] = generator.integers(self.num_items, size=len(open_rows))
+        return items
+
+
+class Trainer:
+    """Trains one model to its best validation recall and survives being killed.
+
+    Every random choice is drawn from a generator seeded by (seed, purpose, epoch, step), so a resumed training
+    repeats nothing and skips nothing: it ends with the same bits as an undisturbed one.
+
+    Args:
+        model: LightGCN or CRANE; on every rank the same.
+        interactions: training and validation interactions.
+        config: optimiser, batch, stopping and checkpoints.
+        work: folder of the checkpoints.
+        device: of the model.
+    """
+
+    def __init__(
+        self, model: LightGCN, interactions: Interactions, config: Train, work: Path, device: torch.device
+    ) -> None:
+        self.model = model.to(device)
+        self.interactions = interactions
+        self.config = config
+        self.work = work
+        self.device = device
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        self.users = interactions.train.users()
+        self.items = interactions.train.items
+        self.sampler = NegativeSampler(interactions.train, interactions.num_items)
+        self.graph = self._graph(np.arange(len(self.users)))
+        self.progress = Progress()
+        self._started = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Train until the validation recall has not risen for `patience` epochs.
+
+        Returns:
+            `best_epoch`, `num_epochs` and `validation` metrics. The best weights lie in `best_weights()`.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        torch.use_deterministic_algorithms(True)
+        self._resume()
+        progress = self.progress
+        while progress.epoch < self.config.num_epochs and (
+            progress.epoch - progress.best_epoch <= self.config.patience
+        ):
+            self._train_epoch()
+        return {
+            "best_epoch": progress.best_epoch,
+            "num_epochs": progress.epoch,
+            "validation": progress.best,
+            "seconds": round(progress.seconds, 1),
+        }
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the best epoch."""
+        return load_file(self.work / "best.safetensors")
+
+    @torch.no_grad()
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Final rows of users [num_users, d] and items [num_items, d] on the CPU, from the current weights."""
+        self.model.eval()
+        final = self.model(self.graph).final.cpu()
+        return final[: self.interactions.num_users], final[self.interactions.num_users :]
+
+    def _train_epoch(self) -> None:
+        config, progress = self.config, self.progress
+        self.model.train()
+        kept = drop_edges(self.users, self.items, config.edge_dropout, self._generator(1, progress.epoch))
+        graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
+        order = self._generator(2, progress.epoch).permutation(len(self.users))
+        num_steps = -(-len(order) // config.batch_size)
+        while progress.step < num_steps:
+            picked = order[progress.step * config.batch_size :][: config.batch_size]
+            negatives = self.sampler.sample(self.users[picked], self._generator(3, progress.epoch, progress.step))
+            self._step(graph, picked, negatives)
+            progress.step += 1
+            if progress.step % config.checkpoint_steps == 0 and progress.step < num_steps:
+                self._checkpoint()
+        metrics = self._validate()
+        losses = {name: value / num_steps for name, value in progress.sums.items()}
+        progress.curve.append(
+            {"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics, "seconds": self._elapsed()}
+        )
+        if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
+            progress.best, progress.best_epoch = metrics, progress.epoch
+            self._write("best.safetensors", self.model.state_dict(), {})
+        logger.info(
+            "epoch=%d loss=%.4f recall@20=%.4f best=%.4f best_epoch=%d seconds=%.1f",
+            progress.epoch,
+            sum(losses.values()),
+            metrics[STEERING_METRIC],
+            progress.best[STEERING_METRIC],
+            progress.best_epoch,
+            progress.curve[-1]["seconds"],
+        )
+        progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+        self._checkpoint()
+
+    def _step(self, graph: SymmetricGraph, picked: np.ndarray, negatives: np.ndarray) -> None:
+        users, positives, sampled = (
+            torch.from_numpy(column.astype(np.int64)).to(self.device)
+            for column in (self.users[picked], self.items[picked], negatives)
+        )
+        batch = Batch(users, positives, sampled, self.rank, self.world_size)
+        losses = self.model.losses(self.model(graph), batch)
+        total = torch.stack(list(losses.values())).sum()
+        self.optimiser.zero_grad()
+        total.backward()
+        values = torch.stack([value.detach() for value in losses.values()])
+        if self.world_size > 1:
+            for parameter in self.model.parameters():
+                dist.all_reduce(parameter.grad)
+            dist.all_reduce(values)
+        if not torch.isfinite(values).all():
+            terms = ", ".join(f"{name} {float(value):g}" for name, value in zip(losses, values, strict=True))
+            raise TrainingError(
+                f"The loss is not finite in epoch {self.progress.epoch}, step {self.progress.step}: {terms}.",
+                "Lower train.learning_rate, or look for extreme values in the features.",
+            )
+        self.optimiser.step()
+        for name, value in zip(losses, values.tolist(), strict=True):
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+
+    def _validate(self) -> dict[str, float]:
+        """Recall@20 and NDCG@20 over (a fixed sample of) the users with validation items; 0 when there are none."""
+        held_out = self.interactions.validation
+        users = np.flatnonzero(held_out.counts() > 0)
+        if len(users) > self.config.validation_users:
+            users = np.sort(self._generator(4).choice(users, self.config.validation_users, replace=False))
+        user_rows, item_rows = self.embeddings()
+        metrics = user_metrics(
+            rank_users(user_rows, item_rows, self.interactions.train, users, 20), held_out, users, (20,)
+        )
+        return {name: float(values.mean()) if len(users) else 0.0 for name, values in metrics.items()}
+
+    def _graph(self, kept: np.ndarray) -> SymmetricGraph:
+        interactions = self.interactions
+        matrix = user_item_graph(self.users[kept], self.items[kept], interactions.num_users, interactions.num_items)
+        return SymmetricGraph(matrix, self.device)
+
+    def _generator(self, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, *purpose])
+
+    def _elapsed(self) -> float:
+        now = time.monotonic()
+        self.progress.seconds += now - self._started
+        self._started = now
+        return round(self.progress.seconds, 2)
+
+    def _checkpoint(self) -> None:
+        self._elapsed()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        self._write("checkpoint.safetensors", tensors, {"progress": json.dumps(vars(self.progress))})
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        if self.rank != 0:
+            return
+        spooled = self.work / f".{name}"
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, spooled, metadata)
+        with spooled.open("rb") as handle:
+            os.fsync(handle.fileno())
+        spooled.replace(self.work / name)
+
+    def _resume(self) -> None:
+        path = self.work / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        tensors = load_file(path)
+        with safe_open(path, "pt") as handle:
+            self.progress = Progress(**json.loads(handle.metadata()["progress"]))
+        self.model.load_state_dict(
+            {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        logger.info(
+            "resume epoch=%d step=%d best_epoch=%d", self.progress.epoch, self.progress.step, self.progress.best_epoch
+        )
