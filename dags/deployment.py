@@ -1,0 +1,106 @@
+"""Where each job runs: job -> engine -> pool, limits and operator of the deployment profile.
+
+The profile is named by the environment variable `CRANE_PROFILE` (default `local`). A new profile is one function
+that turns a job into an operator class and its arguments, and one line in `PROFILES`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import BaseOperator, XComArg
+from airflow.sdk.definitions.mappedoperator import MappedOperator
+from local_job import LocalJobOperator
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job needs.
+
+    Attributes:
+        engine: `cpu`, `spark`, `gpu` (one device) or `torchrun` (every device of the training job).
+        pool: Airflow pool that bounds how many such jobs run at once; infra/local/pools.json makes them.
+        hours: execution timeout.
+    """
+
+    engine: str
+    pool: str
+    hours: float
+
+
+JOBS = {
+    "plan": Job("cpu", "crane_compute", 0.25),
+    "etl.interactions": Job("spark", "crane_compute", 4),
+    "etl.features": Job("spark", "crane_compute", 4),
+    "etl.profiles": Job("spark", "crane_compute", 2),
+    "ml.refine": Job("gpu", "crane_gpu", 6),
+    "ml.knn": Job("gpu", "crane_gpu", 6),
+    "ml.graph": Job("cpu", "crane_compute", 2),
+    "ml.train": Job("torchrun", "crane_gpu", 24),
+    "ml.evaluate": Job("gpu", "crane_gpu", 4),
+    "ml.register": Job("cpu", "crane_compute", 1),
+    "ml.promote": Job("cpu", "crane_promotion", 1),
+    "ml.export": Job("gpu", "crane_gpu", 6),
+    "ml.report": Job("cpu", "crane_compute", 1),
+}
+
+DEFAULT_ARGS: dict[str, Any] = {
+    "owner": "crane",
+    "retries": 2,
+    "retry_delay": timedelta(seconds=30),
+    "retry_exponential_backoff": 2.0,
+    "max_retry_delay": timedelta(minutes=15),
+    "execution_timeout": timedelta(minutes=5),
+    "pool": "crane_compute",
+}
+"""Of every task; a job's own entry in `JOBS` sets its pool and timeout."""
+
+
+def _local(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
+    """Every engine is a child process on this machine."""
+    return LocalJobOperator, {"job": name}
+
+
+PROFILES: dict[str, Callable[[str, str], tuple[type[BaseOperator], dict[str, Any]]]] = {"local": _local}
+PROFILE = os.environ.get("CRANE_PROFILE", "local")
+
+
+def job(name: str, **options: Any) -> BaseOperator:
+    """The task that runs `jobs.<name>`, its `task_id` the last word of the name.
+
+    Args:
+        name: key of `JOBS`.
+        options: arguments of the operator, among them `flags`.
+    """
+    operator, arguments = _resolve(name)
+    return operator(**arguments, **options)
+
+
+def mapped_job(name: str, parts: list[str] | XComArg, **options: Any) -> MappedOperator:
+    """The tasks that run the parts of a mapped job, one each.
+
+    Args:
+        name: key of `JOBS`.
+        parts: names of the parts, known now or returned by an earlier task.
+        options: arguments of the operator, among them `flags`.
+    """
+    operator, arguments = _resolve(name)
+    return operator.partial(**arguments, map_index_template="{{ task.part }}", **options).expand(part=parts)
+
+
+def _resolve(name: str) -> tuple[type[BaseOperator], dict[str, Any]]:
+    if PROFILE not in PROFILES:
+        raise ValueError(f"CRANE_PROFILE={PROFILE!r} is unknown: set it to one of {', '.join(PROFILES)}.")
+    spec = JOBS[name]
+    operator, arguments = PROFILES[PROFILE](name, spec.engine)
+    shared = {
+        "task_id": name.rpartition(".")[2],
+        "pool": spec.pool,
+        "execution_timeout": timedelta(hours=spec.hours),
+        "doc_md": f"`python -m jobs.{name}` on the engine `{spec.engine}`",
+    }
+    return operator, shared | arguments

@@ -1,0 +1,133 @@
+"""The operator of the `local` profile: a job as a child process in the jobs environment, without a shell."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseOperator, Context, Variable
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+PROJECT = Path(__file__).resolve().parent.parent
+FINAL_EXIT_CODES = {2: "configuration", 3: "data", 4: "artifact"}
+TERMINATION_SECONDS = 15.0
+
+
+def setting(name: str, default: str) -> str:
+    """An Airflow Variable `crane_<name>` (also the environment's `AIRFLOW_VAR_CRANE_<NAME>`), read at run time."""
+    return Variable.get(f"crane_{name}", default=None) or default
+
+
+def jobs_python(project: Path) -> Path:
+    """The interpreter of the jobs environment that `make setup` makes."""
+    return project / ".venv" / "bin" / "python"
+
+
+class LocalJobOperator(BaseOperator):
+    """Run `python -m jobs.<job> <flags>` and return the JSON object on the last line of its stdout.
+
+    The interpreter is the Variable `crane_jobs_python`, the working directory `crane_project`; by default those of
+    the checkout that holds this file. The job does not inherit Airflow's own settings and secrets.
+
+    Args:
+        job: `<group>.<stage>`.
+        flags: JSON list of the flags, a template.
+        part: which part of a mapped stage, "" for a whole stage.
+        returns: return only this key of the job's JSON object.
+
+    Raises:
+        AirflowFailException: exit code 2, 3 or 4: trying again cannot help.
+        AirflowException: any other exit code, or a signal.
+    """
+
+    template_fields = ("flags", "part")
+    ui_color = "#e8f1fa"
+
+    def __init__(self, *, job: str, flags: str, part: str = "", returns: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.job = job
+        self.flags = flags
+        self.part = part
+        self.returns = returns
+        self.process: subprocess.Popen[str] | None = None
+
+    def execute(self, context: Context) -> Any:
+        project = Path(setting("project", str(PROJECT)))
+        python = setting("jobs_python", str(jobs_python(project)))
+        argv = [python, "-m", f"jobs.{self.job}", *json.loads(self.flags)]
+        if self.part:
+            argv += ["--part", self.part]
+        self.log.info("run argv=%s", json.dumps(argv))
+        with tempfile.TemporaryFile("w+") as output:
+            code, last_error = self._stream(argv, project, output)
+            output.seek(0)
+            lines = output.read().splitlines()
+        if code in FINAL_EXIT_CODES:
+            raise AirflowFailException(f"jobs.{self.job} ended with a {FINAL_EXIT_CODES[code]} error: {last_error}")
+        if code != 0:
+            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise AirflowException(f"jobs.{self.job} {ended}: {last_error}")
+        if not lines:
+            raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")
+        result = json.loads(lines[-1])
+        return result[self.returns] if self.returns else result
+
+    def on_kill(self) -> None:
+        """End the whole process group of the job: SIGTERM, then SIGKILL for whatever is left."""
+        process = self.process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            deadline = time.monotonic() + TERMINATION_SECONDS
+            while time.monotonic() < deadline:
+                # A reaped leader leaves the group alive as long as it has members.
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TERMINATION_SECONDS)
+
+    def _stream(self, argv: list[str], project: Path, output: Any) -> tuple[int, str]:
+        """Run the command, log its stderr line by line; its exit code and its last error line (or last line)."""
+        last_line = last_error = ""
+        self.process = subprocess.Popen(
+            argv,
+            cwd=project,
+            env=job_environment(Path(argv[0]).parent),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+            start_new_session=True,
+        )
+        try:
+            assert self.process.stderr is not None
+            for line in self.process.stderr:
+                last_line = line.rstrip() or last_line
+                if " ERROR " in line and "failed stage=" in line:
+                    last_error = line.rstrip()
+                self.log.info("%s", line.rstrip())
+            return self.process.wait(), last_error or last_line
+        except BaseException:
+            self.on_kill()
+            raise
+
+
+def job_environment(bin_folder: Path) -> dict[str, str]:
+    """This process's environment without Airflow's settings and secrets, the jobs' own programs first in PATH."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AIRFLOW_", "_AIRFLOW_")) and name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
+    return environment | {"PATH": os.pathsep.join((str(bin_folder), environment.get("PATH", os.defpath)))}

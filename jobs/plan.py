@@ -1,0 +1,28 @@
+"""Check the configuration of a run and tell which parts its mapped stages have.
+
+The JSON on stdout maps every mapped stage to the names of its parts, for a scheduler to spread out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from crane_core.config import RunConfig
+from crane_core.pipeline import STAGES
+from crane_core.store import ArtifactStore
+from jobs.runner import run_job
+
+
+def plan(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    """Mapped stage to the names of its parts."""
+    return {name: parts for name, stage in STAGES.items() if (parts := stage.parts(config)) != [""]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job("plan", plan, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
