@@ -6,6 +6,7 @@ runs and never changes a result.
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -237,17 +238,20 @@ class RunConfig(Section):
         return self.model_dump(mode="json", exclude={"runtime"})
 
 
-def load_config(source: str | None, overrides: list[str] | None = None) -> RunConfig:
+def load_config(
+    source: str | None, overrides: list[str] | None = None, recorded: dict[str, Any] | None = None
+) -> RunConfig:
     """Read a preset or a YAML file, apply `section.field=value` overrides and validate.
 
     Args:
-        source: path of a YAML file, or the name of a shipped preset; defaults only when None.
+        source: path of a YAML file, or the name of a shipped preset.
         overrides: values are parsed as YAML, the last one wins.
+        recorded: the configuration to start from when there is no `source`; defaults only when None.
 
     Raises:
         ConfigError: unreadable file, unknown field or value out of range.
     """
-    tree = _read(source) if source else {}
+    tree = _read(source) if source else copy.deepcopy(recorded or {})
     for override in overrides or []:
         path, sign, value = override.partition("=")
         section, dot, field = path.partition(".")

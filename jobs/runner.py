@@ -118,8 +118,10 @@ def run_job(
         if flags:
             flags(parser)
         arguments = parser.parse_args(argv)
-        config = load_config(arguments.config, arguments.set)
         store = open_store(arguments.store)
+        known = arguments.run in store.run_ids()
+        recorded = store.run(arguments.run)["config"] if known else None
+        config = load_config(arguments.config, arguments.set, recorded)
         store.start_run(arguments.run, config)
         entry = work(arguments, config, store)
         store.record(arguments.run, name, arguments.part, entry)
@@ -159,7 +161,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}")
     parser.add_argument("--store", required=True, help="artifact store, a path or s3://bucket/prefix")
     parser.add_argument("--run", required=True, help="run id: one window and one configuration")
-    parser.add_argument("--config", help="YAML file or the name of a preset")
+    parser.add_argument("--config", help="YAML file or name of a preset; for a known run, what it was started with")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--part", default="", help="which part of a mapped stage")
     return parser
