@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crane_core.dataset import ItemLists
+from crane_core.dataset import Interactions, ItemLists
 from crane_core.progress import track
 
 logger = logging.getLogger(__name__)
@@ -154,3 +154,27 @@ def popularity_bias(ranked: np.ndarray, users: np.ndarray, train: ItemLists, num
     top = ranked[:, :k]
     recommended = np.where(top >= 0, counts[top], 0).sum(1) / np.maximum((top >= 0).sum(1), 1)
     return float(recommended.mean() / own.mean()) if known.any() and own.mean() > 0 else float("nan")
+
+
+def slices(interactions: Interactions) -> dict[str, ItemLists]:
+    """Parts of the test split that are worth a look of their own.
+
+    By item: `cold_items` (no training interaction), `head_items` (the most popular fifth of the warm catalog),
+    `tail_items` (the rest of it). By user: `cold_users` (no training interaction), `active_users` (the most active
+    quarter of the others) and `quiet_users` (the least active quarter).
+    """
+    test, users = interactions.test, interactions.test.users()
+    counts = interactions.item_counts()
+    warm = np.sort(counts[counts > 0])[::-1]
+    head = warm[max(0, -(-len(warm) // 5) - 1)] if len(warm) else 0
+    item_counts, activity = counts[test.items], interactions.train.counts()
+    known = activity[(activity > 0) & (test.counts() > 0)]
+    low, high = np.quantile(known, [0.25, 0.75]) if len(known) else (0, 0)
+    return {
+        "cold_items": test.where(item_counts == 0),
+        "head_items": test.where((item_counts >= head) & (item_counts > 0)),
+        "tail_items": test.where((item_counts < head) & (item_counts > 0)),
+        "cold_users": test.where(activity[users] == 0),
+        "active_users": test.where(activity[users] >= max(high, 1)),
+        "quiet_users": test.where((activity[users] <= low) & (activity[users] > 0)),
+    }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crane_core.config import Train
+from crane_core.content import Content
 from crane_core.propagation import SymmetricGraph, propagate
 
 
@@ -111,3 +112,42 @@ def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, tempe
     left = F.normalize(anchors[distinct[own]], dim=1)
     right = F.normalize(others[distinct], dim=1)
     return F.cross_entropy(left @ right.T / temperature, own, reduction="sum") / len(distinct)
+
+
+class Crane(LightGCN):
+    """LightGCN's behavioural view `e` plus a semantic view `h` from refined content (arXiv 2601.11151).
+
+    Args:
+        num_users, num_items: sizes of the id maps.
+        content: frozen refined rows and the item graph.
+        config: sizes and loss weights.
+    """
+
+    def __init__(self, num_users: int, num_items: int, content: Content, config: Train) -> None:
+        super().__init__(num_users, num_items, config)
+        self.content = content
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        width = content.items.shape[1] * content.items.shape[2]
+        bound = (6 / (width + config.embedding_dim)) ** 0.5
+        self.fusion = nn.Parameter((torch.rand(width, config.embedding_dim, generator=generator) * 2 - 1) * bound)
+        self.gate_bias = nn.Parameter(torch.zeros(config.embedding_dim))
+        self.trust = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, graph: SymmetricGraph) -> Views:
+        """Rows of all nodes from the user-item graph, the item graph and the content."""
+        behaviour = propagate(graph, self.ids, self.config.num_layers)
+        gates = torch.sigmoid(self.content.items.flatten(1) @ self.fusion + self.gate_bias)
+        items = self.ids[self.num_users :] * gates
+        for _ in range(self.config.num_item_layers):
+            items = self.content.graph @ items
+        spread = graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items])
+        semantic = self.trust * torch.cat([spread[: self.num_users], items])
+        return Views(behaviour + semantic, behaviour, semantic)
+
+    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+        """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items."""
+        assert views.semantic is not None
+        users, items = batch.users, batch.positives + self.num_users
+        contrast = info_nce(views.behaviour, views.semantic, users, batch, self.config.temperature)
+        contrast = contrast + info_nce(views.behaviour, views.semantic, items, batch, self.config.temperature)
+        return super().losses(views, batch) | {"contrast": self.config.contrast_weight * contrast}

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-from crane_core.matrix import open_matrix
 
 from crane_core.dataset import load_interactions
 from crane_core.errors import ArtifactError
 from crane_core.graph import build_graph, certify, co_interaction_lift, merge_shards, stratified_sample
 from crane_core.knn import brute_force, unit_rows
+from crane_core.matrix import open_matrix
 from jobs.runner import Job, Result, run_stage
 
 logger = logging.getLogger(__name__)

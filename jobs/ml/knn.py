@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from crane_core.matrix import open_matrix
 
 from crane_core.knn import search, unit_rows
+from crane_core.matrix import open_matrix
 from jobs.runner import Job, Result, run_stage
 
 

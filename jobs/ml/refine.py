@@ -11,11 +11,11 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-from crane_core.matrix import open_matrix
 from safetensors.torch import save_file
 
 from crane_core.dataset import load_interactions
 from crane_core.errors import DataError
+from crane_core.matrix import open_matrix
 from crane_core.refine import Modality, fit, refine_catalog
 from jobs.runner import Job, Result, run_stage
 

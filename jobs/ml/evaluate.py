@@ -1,0 +1,144 @@
+"""Read the test split, once: `python -m jobs.ml.evaluate --store URI --run RUN_ID`.
+
+Leaves `metrics.json` (every model with intervals, paired differences to the baselines, slices, cold users and items)
+and `per_user.parquet`, the metrics of each user, for later paired tests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
+from crane_core.errors import DataError
+from crane_core.evaluation import (
+    bootstrap,
+    coverage,
+    paired_bootstrap,
+    popularity_bias,
+    rank_users,
+    slices,
+    user_metrics,
+)
+from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
+from jobs.runner import Job, Result, run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def run(job: Job) -> Result:
+    config = job.config.evaluate
+    source = job.input("etl.interactions")
+    interactions = load_interactions(source)
+    users = np.flatnonzero(interactions.test.counts() > 0)
+    if len(users) == 0:
+        raise DataError(
+            f"None of the {interactions.num_users} known users has an item in the test period.",
+            "Lengthen etl.test_days or choose another etl.split.",
+        )
+    models = {
+        part: _embeddings(artifact.file("embeddings.safetensors"))
+        for part, artifact in job.input_parts("ml.train").items()
+    }
+    models["popularity"] = _popularity(interactions)
+    ranked = {
+        name: rank_users(*rows, interactions.train, users, max(config.ks), config.user_block)
+        for name, rows in models.items()
+    }
+    per_user = {name: user_metrics(lists, interactions.test, users, config.ks) for name, lists in ranked.items()}
+    report: dict[str, Any] = {"users": len(users), "models": {}, "differences": {}, "slices": {}}
+    for name, metrics in per_user.items():
+        intervals = bootstrap(metrics, config.num_bootstrap, config.seed)
+        report["models"][name] = {metric: interval.as_dict() for metric, interval in intervals.items()} | {
+            "coverage@20": coverage(ranked[name], interactions.num_items),
+            "popularity_bias@20": popularity_bias(ranked[name], users, interactions.train, interactions.num_items),
+        }
+        if name != "crane":
+            differences = paired_bootstrap(per_user["crane"], metrics, config.num_bootstrap, config.seed)
+            report["differences"][name] = {metric: interval.as_dict() for metric, interval in differences.items()}
+        logger.info(
+            "model=%s recall@20=%.4f ndcg@20=%.4f", name, *(metrics[m].mean() for m in ("recall@20", "ndcg@20"))
+        )
+    for label, lists in slices(interactions).items():
+        members = np.flatnonzero(np.isin(users, np.flatnonzero(lists.counts() > 0)))
+        report["slices"][label] = {"users": len(members)} | {
+            name: {
+                metric: float(values.mean()) if len(members) else None
+                for metric, values in user_metrics(ranked[name][members], lists, users[members], (20,)).items()
+            }
+            for name in models
+        }
+    report["cold"] = _cold(source.file("cold"), interactions, config.user_block)
+    (job.out / "metrics.json").write_text(json.dumps(report))
+    _write_per_user(job.out / "per_user.parquet", users, load_ids(source, "users", USER_ID), interactions, per_user)
+    return Result({name: report[name] for name in ("users", "models", "differences")})
+
+
+def _embeddings(path: Path) -> tuple[Tensor, Tensor]:
+    rows = load_file(path)
+    return rows["user_embeddings"], rows["item_embeddings"]
+
+
+def _popularity(interactions: Interactions) -> tuple[Tensor, Tensor]:
+    """One-dimensional embeddings whose dot product is the item's number of training interactions."""
+    counts = torch.from_numpy(interactions.item_counts()).float()[:, None]
+    return torch.ones(interactions.num_users, 1), counts
+
+
+def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, object]:
+    """Held-out rows outside the id maps, by reason; unknown users are shown what is popular."""
+    rows = pq.read_table(path, columns=[USER_ID, ITEM_IDX, SPLIT, REASON])
+    test = rows.filter(pc.equal(rows.column(SPLIT), TEST))
+    counts = {entry["values"]: entry["counts"] for entry in test.column(REASON).value_counts().to_pylist()}
+    known = test.filter(pc.and_(pc.equal(test[REASON], "unknown_user"), test[ITEM_IDX].is_valid()))
+    ids = known.column(USER_ID).combine_chunks().dictionary_encode()
+    num_users = len(ids.dictionary)
+    popular: dict[str, float] = {}
+    if num_users:
+        users = ids.indices.to_numpy().astype(np.int32)
+        relevant = ItemLists.from_pairs(users, known.column(ITEM_IDX).to_numpy().astype(np.int32), num_users)
+        nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
+        everyone = np.arange(num_users)
+        _, items = _popularity(interactions)
+        lists = rank_users(torch.ones(num_users, 1), items, nothing, everyone, 20, block)
+        popular = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
+    return {"rows": counts, "unknown_users": num_users, "popularity": popular}
+
+
+def _write_per_user(
+    path: Path,
+    users: np.ndarray,
+    user_ids: pa.ChunkedArray,
+    interactions: Interactions,
+    per_user: Mapping[str, Mapping[str, np.ndarray]],
+) -> None:
+    columns = {
+        USER_IDX: pa.array(users, pa.int32()),
+        USER_ID: user_ids.take(pa.array(users)),
+        "num_relevant": pa.array(interactions.test.counts()[users], pa.int32()),
+    }
+    columns |= {
+        f"{name}.{metric}": pa.array(values, pa.float32())
+        for name, metrics in per_user.items()
+        for metric, values in metrics.items()
+    }
+    pq.write_table(pa.table(columns), path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage("ml.evaluate", run, argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
