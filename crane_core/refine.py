@@ -141,7 +141,7 @@ def fit(modalities: list[Modality], train: ItemLists, aggregate: str, config: Re
         loss.backward()
         optimiser.step()
         if step % 10 == 0 or step == config.num_steps - 1:
-            curve.append({"step": step, "ranking": float(ranking), "agreement": float(agreement)})
+            curve.append({"step": step, "ranking": ranking.item(), "agreement": float(agreement.detach())})
     return refiner.eval(), {"curve": curve}
 
 

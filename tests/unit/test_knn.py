@@ -1,5 +1,7 @@
 """kNN: equal to brute force for every sharding, ties and degenerate rows included."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -35,7 +37,7 @@ def test_any_sharding_equals_brute_force(kind: str) -> None:
     unit = unit_rows(rows)
     for num_shards, key_block in ((1, 1000), (2, 64), (7, 13), (150, 150)):
         cuts = [len(rows) * i // num_shards for i in range(num_shards + 1)]
-        shards = [search(unit, start, stop, 10, key_block) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        shards = [search(unit, start, stop, 10, key_block) for start, stop in itertools.pairwise(cuts)]
         np.testing.assert_array_equal(np.concatenate([s[0] for s in shards]), expected)
         np.testing.assert_array_equal(np.concatenate([s[1] for s in shards]), expected_similarity)
     np.testing.assert_array_equal(brute_force(unit, np.arange(len(rows)), 10), expected)
