@@ -1,0 +1,39 @@
+# What a person would type. DATA=<folder in MMRec layout> makes the demo use that data.
+.PHONY: help setup demo test lint format dags doctor clean
+
+JOBS := .venv/bin/python -m
+AIRFLOW := .venv-airflow/bin/python -m
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+
+setup: ## make both environments, see to Java
+	@infra/local/setup.sh
+
+demo: setup ## build, judge, serve a recommender through Airflow: MovieLens 100K, or DATA=folder
+	@.venv/bin/crane demo $(if $(DATA),--data "$(DATA)")
+
+test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow
+	$(JOBS) pytest --ignore=tests/dags
+	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
+
+lint: setup ## ruff, mypy, import contracts, shellcheck
+	$(JOBS) ruff check .
+	$(JOBS) ruff format --check .
+	$(JOBS) mypy
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/shellcheck infra/local/setup.sh .ci/run
+
+format: setup ## let ruff rewrite the code
+	$(JOBS) ruff format .
+	$(JOBS) ruff check --fix .
+
+dags: setup ## the tests of the DAGs alone
+	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
+
+doctor: setup ## what works on this machine and how to mend the rest
+	@.venv/bin/crane doctor
+
+clean: ## remove what runs left behind; the environments and downloads stay
+	rm -rf .crane/airflow .crane/logs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build
+	find .crane -mindepth 1 -maxdepth 1 -type d ! -name downloads -exec rm -rf {} + 2>/dev/null || true
