@@ -1,0 +1,314 @@
+"""The raw data of a run: which files it reads, their identity, and whether their footers can be trusted.
+
+Footers are read with pyarrow before an engine starts, so that a wrong file costs seconds and names itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as pt
+
+from crane_core.config import RunConfig, Window
+from crane_core.errors import ConfigError, DataError
+from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, TITLE, USER_ID, VECTOR, WEIGHT
+
+INTERACTIONS_FOLDER = "interactions"
+ITEMS_FOLDER = "items"
+FEATURES_FOLDER = "features"
+DAY_PREFIX = "dt="
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A file of raw data.
+
+    Attributes:
+        path: where it is.
+        name: path relative to the raw root, POSIX.
+        size: bytes.
+        mtime_ns: time of its last change.
+        day: arrival day, None outside `interactions`.
+    """
+
+    path: Path
+    name: str
+    size: int
+    mtime_ns: int
+    day: date | None = None
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What a fingerprint needs to notice that the file was replaced."""
+        return [self.name, self.size, self.mtime_ns]
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a Parquet file says about itself.
+
+    Attributes:
+        file: the file.
+        num_rows: its rows.
+        num_row_groups: its row groups.
+        types: column name to Arrow type; columns of type null are left out, they hold nothing.
+    """
+
+    file: RawFile
+    num_rows: int
+    num_row_groups: int
+    types: dict[str, pa.DataType]
+
+
+def raw_root(config: RunConfig, store_uri: str) -> Path:
+    """Local folder of the raw data.
+
+    Raises:
+        ConfigError: it is not a local path.
+        DataError: there is no such folder.
+    """
+    uri = config.runtime.raw or f"{store_uri}/raw"
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        raise ConfigError(
+            f"Raw data at {uri!r}: only local paths can be read, found the scheme {parts.scheme!r}.",
+            "Mount or copy the raw data to a path that all Spark workers see, and set runtime.raw to it.",
+        )
+    root = Path(parts.path if parts.scheme else uri).absolute()
+    if not root.is_dir():
+        raise DataError(f"There is no raw data at {root}, 0 rows.", "Import a dataset, or set runtime.raw.")
+    return root
+
+
+def list_interactions(root: Path, window: Window, history_days: int | None) -> list[RawFile]:
+    """Files of the daily partitions a run reads: arrival day in `[end - history_days, end)`.
+
+    Raises:
+        DataError: a folder that is no daily partition, or no partition within the days read.
+    """
+    folder = root / INTERACTIONS_FOLDER
+    first = window.end - timedelta(days=history_days) if history_days is not None else None
+    files: list[RawFile] = []
+    days = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if _hidden(entry):
+            continue
+        day = _day(entry)
+        days.append(day)
+        midnight = datetime.combine(day, time(), UTC)
+        if midnight < window.end and (first is None or midnight >= first):
+            files += _files(root, entry, day)
+    if not files:
+        found = f"{len(days)} daily partitions, {min(days)} to {max(days)}" if days else "no daily partition"
+        raise DataError(
+            f"{folder} has nothing to read before {window.end:%Y-%m-%d %H:%M} UTC (0 rows): it holds {found}"
+            + (f" and etl.history_days is {history_days}." if history_days is not None else "."),
+            "Move the window to days that have data, or deliver the missing partitions dt=YYYY-MM-DD.",
+        )
+    return files
+
+
+def list_items(root: Path) -> list[RawFile]:
+    """Files of the catalog; empty when there is none."""
+    return _files(root, root / ITEMS_FOLDER)
+
+
+def list_features(root: Path, modalities: Sequence[str]) -> dict[str, list[RawFile]]:
+    """Files of each modality, by name.
+
+    Args:
+        root: raw root.
+        modalities: the ones to use; all that are found when empty.
+
+    Raises:
+        ConfigError: a modality is asked for that is not there.
+        DataError: there is no modality at all, or one without a file.
+    """
+    folder = root / FEATURES_FOLDER
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = {entry.name: entry for entry in entries if entry.is_dir() and not _hidden(entry)}
+    if not found:
+        raise DataError(
+            f"{folder} holds no modality, 0 rows of item features.",
+            "Deliver features/{modality}/*.parquet with the columns item_id and vector: CRANE needs one at least.",
+        )
+    unknown = sorted(set(modalities) - set(found))
+    if unknown:
+        raise ConfigError(
+            f"features.modalities asks for {', '.join(unknown)}; {folder} holds {', '.join(found)}.",
+            "Correct features.modalities, or leave it empty to use all.",
+        )
+    listed = {name: _files(root, found[name]) for name in sorted(modalities or found)}
+    for name, files in listed.items():
+        if not files:
+            raise DataError(
+                f"{folder / name} holds no file, 0 rows.", "Deliver its Parquet files or remove the folder."
+            )
+    return listed
+
+
+def check_interactions(files: Sequence[RawFile], window: Window, needs_label: bool) -> list[Footer]:
+    """Read and check the footers of interaction files.
+
+    Args:
+        files: from `list_interactions`.
+        window: some partition that arrived within it must hold rows.
+        needs_label: whether the column `label` is required.
+
+    Raises:
+        DataError: a file is no Parquet, lacks a column or has one of a wrong type; or the window is empty.
+    """
+    footers = _footers(files)
+    for footer in footers:
+        _expect(footer, USER_ID, _is_text, "string", "Cast the ids to string when writing the file.")
+        _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
+        _expect(
+            footer,
+            EVENT_TIME,
+            _is_instant,
+            "timestamp with time zone",
+            "Write the instants as timestamp[us, tz=UTC].",
+        )
+        _expect(footer, WEIGHT, _is_number, "float32", "Write the weights as float32.", required=False)
+        _expect(footer, LABEL, pt.is_integer, "int8", "Write the labels as int8: 0, 1 or 2.", required=needs_label)
+    rows = sum(footer.num_rows for footer in footers if arrives_within(footer.file, window))
+    if rows == 0:
+        days = [footer.file.day for footer in footers if footer.file.day]
+        raise DataError(
+            f"The window [{window.start:%Y-%m-%d %H:%M}, {window.end:%Y-%m-%d %H:%M}) is empty: 0 rows arrived in it; "
+            f"{files[0].path.parents[1]} holds data of {min(days)} to {max(days)}.",
+            "Move the window to days that have data, or deliver the missing partitions dt=YYYY-MM-DD.",
+        )
+    return footers
+
+
+def check_items(files: Sequence[RawFile]) -> list[Footer]:
+    """Read and check the footers of catalog files.
+
+    Raises:
+        DataError: a file is no Parquet, lacks `item_id` or has a column of a wrong type.
+    """
+    footers = _footers(files)
+    for footer in footers:
+        _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
+        _expect(footer, TITLE, _is_text, "string", "Write the titles as strings.", required=False)
+    return footers
+
+
+def check_features(files: Sequence[RawFile]) -> list[Footer]:
+    """Read and check the footers of the files of one modality.
+
+    Raises:
+        DataError: a file is no Parquet, lacks a column or has one of a wrong type; or there is no row.
+    """
+    footers = _footers(files)
+    for footer in footers:
+        _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
+        _expect(footer, VECTOR, _is_vector, "list of float32", "Write each item's vector as a list of float32.")
+    if not any(footer.num_rows for footer in footers):
+        raise DataError(
+            f"{files[0].path.parent} has 0 rows in {len(files)} files.", "Deliver the features or remove the folder."
+        )
+    return footers
+
+
+def arrives_within(file: RawFile, window: Window) -> bool:
+    """Whether the arrival day of the file overlaps the window."""
+    assert file.day is not None
+    midnight = datetime.combine(file.day, time(), UTC)
+    return midnight < window.end and midnight + timedelta(days=1) > window.start
+
+
+def _files(root: Path, folder: Path, day: date | None = None) -> list[RawFile]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(_hidden(part) for part in (path, *path.relative_to(folder).parents)):
+            stat = path.stat()
+            found.append(RawFile(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, day))
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith((".", "_"))
+
+
+def _day(entry: Path) -> date:
+    try:
+        if not entry.is_dir() or not entry.name.startswith(DAY_PREFIX):
+            raise ValueError(entry.name)
+        return date.fromisoformat(entry.name.removeprefix(DAY_PREFIX))
+    except ValueError as error:
+        size = f"{entry.stat().st_size} bytes" if entry.is_file() else "a folder"
+        raise DataError(
+            f"{entry} ({size}, row count unknown) is no daily partition.",
+            "Move it into a folder dt=YYYY-MM-DD, the day it arrived.",
+        ) from error
+
+
+def _footers(files: Sequence[RawFile]) -> list[Footer]:
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(_footer, files))
+
+
+def _footer(file: RawFile) -> Footer:
+    try:
+        with pq.ParquetFile(file.path) as parquet:
+            schema = parquet.schema_arrow
+            return Footer(
+                file,
+                parquet.metadata.num_rows,
+                parquet.metadata.num_row_groups,
+                {field.name: field.type for field in schema if not pt.is_null(field.type)},
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file.path} ({file.size} bytes, row count unknown) is no complete Parquet file: {error}.",
+            "It is truncated or of another format: deliver it again, or remove it.",
+        ) from error
+
+
+def _expect(
+    footer: Footer,
+    column: str,
+    accepts: Callable[[pa.DataType], bool],
+    expected: str,
+    remedy: str,
+    required: bool = True,
+) -> None:
+    found = footer.types.get(column)
+    if found is None and required:
+        raise DataError(
+            f"{footer.file.path} ({footer.num_rows} rows) has no column {column!r}, expected {expected}; "
+            f"it has {', '.join(footer.types) or 'none'}.",
+            f"Deliver the file again with the column. {remedy}",
+        )
+    if found is not None and not accepts(found):
+        raise DataError(
+            f"{footer.file.path} ({footer.num_rows} rows): column {column!r} is {found}, expected {expected}.", remedy
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        kind = kind.value_type
+    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+
+
+def _is_instant(kind: pa.DataType) -> bool:
+    return pt.is_timestamp(kind) and kind.tz is not None
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pt.is_float32(kind) or pt.is_float64(kind) or pt.is_signed_integer(kind)
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    listed = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+    return listed and pt.is_floating(kind.value_type)

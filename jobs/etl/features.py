@@ -1,0 +1,285 @@
+"""Align the feature vectors of every modality with the item numbers: one matrix and one mask each.
+
+Vectors travel as Arrow batches from Parquet through Spark, sorted by item, into `.npy` files; no stage holds a
+whole matrix in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from crane_core.config import Features, RunConfig
+from crane_core.errors import DataError
+from crane_core.matrix import RowWriter, blocks, open_matrix
+from crane_core.raw import FEATURES_FOLDER, Footer, check_features, list_features, raw_root
+from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, VECTOR
+from crane_core.store import ArtifactStore
+from jobs.etl.session import open_session
+from jobs.etl.tables import checksum, write_table
+from jobs.runner import Job, Result, run_stage, scratch
+
+logger = logging.getLogger(__name__)
+
+MODALITY = "modality"
+DIM = "dim"
+IS_FINITE = "is_finite"
+SCANNED = f"{MODALITY} string, {ITEM_ID} string, {VECTOR} array<float>, {DIM} int, {IS_FINITE} boolean"
+BATCH_ROWS = 4096
+MALFORMED = ("null_id", "empty_id", "null_vector", "non_finite", "wrong_length")
+"""Reasons that speak of broken data and count towards `features.max_quarantine_share`."""
+
+
+def source(config: RunConfig, store: ArtifactStore) -> dict[str, list[list[str | int]]]:
+    """Identity of the raw files the run reads."""
+    listed = list_features(raw_root(config, store.storage.uri), config.features.modalities)
+    return {name: [file.identity for file in files] for name, files in listed.items()}
+
+
+def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]]) -> DataFrame:
+    """All vectors of all modalities as float32, with their length and whether they are finite.
+
+    The workers read the row groups with pyarrow, so that half-precision and fixed-size lists are understood.
+    """
+    pieces = [
+        (name, str(footer.file.path), group)
+        for name, files in sorted(footers.items())
+        for footer in files
+        for group in range(footer.num_row_groups)
+    ]
+    tasks = spark.createDataFrame(pieces, f"{MODALITY} string, path string, row_group int")
+    return tasks.repartition(min(len(pieces), 1024)).mapInArrow(_scan_row_groups, SCANNED)
+
+
+def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> DataFrame:
+    """Add `item_idx` and `reason`: why a vector cannot be used, null when it can.
+
+    Of several usable vectors of one item the smallest is kept, the others are `duplicate_item`.
+
+    Args:
+        rows: columns of `SCANNED`.
+        items: item_id, item_idx.
+        dims: modality to the length its vectors must have.
+    """
+    expected = F.create_map(*(F.lit(part) for pair in dims.items() for part in pair))
+    reason = (
+        F.when(F.col(ITEM_ID).isNull(), "null_id")
+        .when(F.trim(ITEM_ID) == "", "empty_id")
+        .when(F.col(VECTOR).isNull(), "null_vector")
+        .when(F.col(DIM) != expected[F.col(MODALITY)], "wrong_length")
+        .when(~F.col(IS_FINITE), "non_finite")
+        .when(F.col(ITEM_IDX).isNull(), "unknown_item")
+    )
+    marked = rows.join(items, ITEM_ID, "left").withColumn(REASON, reason)
+    place = F.row_number().over(Window.partitionBy(MODALITY, ITEM_ID, REASON).orderBy(VECTOR))
+    again = F.col(REASON).isNull() & (place > 1)
+    return marked.withColumn(REASON, F.when(again, "duplicate_item").otherwise(F.col(REASON)))
+
+
+def choose_dims(rows: DataFrame, folder: Path) -> dict[str, int]:
+    """The length that most vectors of each modality have.
+
+    Raises:
+        DataError: no length is that of more than half of them.
+    """
+    lengths: dict[str, list[tuple[int, int]]] = {}
+    for row in rows.where(F.col(DIM) > 0).groupBy(MODALITY, DIM).count().collect():
+        lengths.setdefault(row[MODALITY], []).append((row["count"], row[DIM]))
+    dims = {}
+    for (name,) in rows.select(MODALITY).distinct().orderBy(MODALITY).collect():
+        found = sorted(lengths.get(name, []), reverse=True)
+        total = sum(count for count, _ in found)
+        if not found or 2 * found[0][0] <= total:
+            seen = ", ".join(f"{count} rows of length {dim}" for count, dim in found[:5]) or "no vector"
+            raise DataError(
+                f"{folder / name} ({total} rows): no vector length has a majority, found {seen}.",
+                "Deliver vectors of one length per modality.",
+            )
+        dims[name] = found[0][1]
+    return dims
+
+
+def standardise(
+    raw: NDArray[np.float32], mask: NDArray[np.bool_], num_train_items: int, kind: str, path: Path
+) -> dict[str, NDArray]:
+    """Write the standardised matrix, block by block; rows without the modality stay zero.
+
+    Args:
+        raw: float32 [num_items, dim], zero where `mask` is False.
+        mask: bool [num_items].
+        num_train_items: items with training rows; they are the first, and the only ones `zscore` is fitted on.
+        kind: `features.standardise`.
+        path: the `.npy` file to write.
+
+    Returns:
+        What was fitted: for `zscore` float64 [dim] arrays `mean` and `scale` (1 for constant columns).
+    """
+    num_items, dim = raw.shape
+    fitted = {}
+    if kind == "zscore":
+        mean, scale = _moments(raw, mask, num_train_items)
+        fitted = {"mean": mean, "scale": scale}
+    with RowWriter(path, num_items, dim) as writer:
+        for block in blocks(num_items, dim * 8):
+            rows = raw[block].astype(np.float64)
+            if kind == "zscore":
+                rows = (rows - mean) / scale
+            elif kind == "l2":
+                norms = np.sqrt((rows**2).sum(axis=1, keepdims=True))
+                rows = rows / np.where(norms > 0, norms, 1)
+            rows[~mask[block]] = 0
+            writer.write(np.arange(block.start, block.stop), rows)
+    return fitted
+
+
+def run(job: Job) -> Result:
+    """Run the stage; see the module docstring."""
+    config = job.config
+    root = raw_root(config, job.store.storage.uri)
+    listed = list_features(root, config.features.modalities)
+    footers = {name: check_features(files) for name, files in listed.items()}
+    read = {name: sum(footer.num_rows for footer in files) for name, files in footers.items()}
+    interactions = job.input("etl.interactions")
+    num_items, num_train_items = (interactions.facts[name] for name in ("num_items", "num_train_items"))
+    logger.info("read %s", " ".join(f"{name}={rows}" for name, rows in read.items()))
+    spark = open_session(config.runtime, scratch(job.store.storage.uri))
+
+    rows = scan(spark, footers).localCheckpoint(eager=True)
+    dims = choose_dims(rows, root / FEATURES_FOLDER)
+    items = spark.read.parquet(str(interactions.file("items"))).select(ITEM_ID, ITEM_IDX)
+    marked = mark_bad(rows, items, dims).localCheckpoint(eager=True)
+    counts = _count_reasons(marked, read)
+    _stop_if_unusable(counts, config.features, root / FEATURES_FOLDER)
+    placed = marked.where(F.col(REASON).isNull()).select(MODALITY, ITEM_IDX, VECTOR)
+    write_table(placed, job.work / "placed", sum(read.values()), (MODALITY, ITEM_IDX))
+    bad = marked.where(F.col(REASON).isNotNull()).select(MODALITY, ITEM_ID, VECTOR, REASON)
+    write_table(bad, job.out / "quarantine", sum(read.values()))
+    _, quarantine_sum = checksum(spark.read.parquet(str(job.out / "quarantine")))
+
+    masks = _write_raw_matrices(job.work, dims, num_items)
+    facts: dict[str, Any] = {}
+    for name, dim in dims.items():
+        folder = job.out / name
+        folder.mkdir()
+        raw = open_matrix(job.work / f"{name}.npy")
+        fitted = standardise(raw, masks[name], num_train_items, config.features.standardise, folder / "matrix.npy")
+        np.save(folder / "mask.npy", masks[name])
+        fitted["kind"] = np.array(config.features.standardise)
+        np.savez(folder / "standardisation.npz", allow_pickle=False, **fitted)
+        present = int(masks[name].sum())
+        facts[name] = {"dim": dim, "present": present, "missing": num_items - present, "num_rows_read": read[name]}
+        logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)
+    quarantine = {name: {reason: n for reason, n in found.items() if reason} for name, found in counts.items()}
+    return Result({"modalities": facts, "quarantine": quarantine}, {"quarantine": quarantine_sum})
+
+
+def _scan_row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        for piece in batch.to_pylist():
+            with pq.ParquetFile(piece["path"]) as parquet:
+                groups = parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR])
+                for rows in groups:
+                    yield _describe(piece[MODALITY], rows)
+
+
+def _describe(modality: str, rows: pa.RecordBatch) -> pa.RecordBatch:
+    vectors = rows.column(VECTOR)
+    if pa.types.is_fixed_size_list(vectors.type):
+        vectors = vectors.cast(pa.list_(vectors.type.value_type))
+    lengths = pc.fill_null(pc.list_value_length(vectors), 0).cast(pa.int32())
+    values = pc.fill_null(pc.list_flatten(vectors).cast(pa.float32()), float("nan"))
+    ends = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)])
+    wrong = np.concatenate([[0], np.cumsum(~np.isfinite(values.to_numpy()), dtype=np.int64)])
+    narrow = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values, mask=pc.is_null(vectors))
+    return pa.record_batch(
+        {
+            MODALITY: pa.repeat(modality, rows.num_rows),
+            ITEM_ID: rows.column(ITEM_ID).cast(pa.string()),
+            VECTOR: narrow,
+            DIM: lengths,
+            IS_FINITE: pa.array(wrong[ends[1:]] == wrong[ends[:-1]]),
+        }
+    )
+
+
+def _count_reasons(marked: DataFrame, read: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {name: {} for name in read}
+    for row in marked.groupBy(MODALITY, REASON).count().orderBy(MODALITY, REASON).collect():
+        counts[row[MODALITY]][row[REASON] or ""] = row["count"]
+    for name, found in counts.items():
+        assert sum(found.values()) == read[name], f"{name}: {read[name]} rows read, {found} accounted for"
+    return counts
+
+
+def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Features, folder: Path) -> None:
+    for name, found in counts.items():
+        total = sum(found.values())
+        malformed = {reason: found[reason] for reason in MALFORMED if reason in found}
+        if sum(malformed.values()) > features.max_quarantine_share * total:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in malformed.items())
+            raise DataError(
+                f"{folder / name}: {sum(malformed.values())} of {total} rows are malformed ({reasons}); "
+                f"features.max_quarantine_share is {features.max_quarantine_share}.",
+                "Correct the vectors and deliver them again, or raise features.max_quarantine_share.",
+            )
+        if not found.get(""):
+            raise DataError(
+                f"{folder / name}: none of its {total} rows belongs to an item of the log or the catalog "
+                f"({', '.join(f'{reason} {count}' for reason, count in found.items())}).",
+                "Use the item ids of the interactions in the features.",
+            )
+
+
+def _write_raw_matrices(work: Path, dims: Mapping[str, int], num_items: int) -> dict[str, NDArray[np.bool_]]:
+    masks = {name: np.zeros(num_items, dtype=bool) for name in dims}
+    with ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(RowWriter(work / f"{name}.npy", num_items, dim)) for name, dim in dims.items()
+        }
+        for path in sorted((work / "placed").glob("part-*.parquet")):
+            with pq.ParquetFile(path) as parquet:
+                for batch in parquet.iter_batches(BATCH_ROWS):
+                    for name in pc.unique(batch.column(MODALITY)).to_pylist():
+                        rows = batch.filter(pc.equal(batch.column(MODALITY), name))
+                        index = rows.column(ITEM_IDX).to_numpy()
+                        values = pc.list_flatten(rows.column(VECTOR)).to_numpy()
+                        writers[name].write(index, values.reshape(len(index), dims[name]))
+                        masks[name][index] = True
+    return masks
+
+
+def _moments(
+    raw: NDArray[np.float32], mask: NDArray[np.bool_], num_train_items: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and scale of the columns over training items, in two passes over blocks that never change."""
+    dim = raw.shape[1]
+    count = max(1, int(mask[:num_train_items].sum()))
+    cuts = list(blocks(num_train_items, dim * 8))
+    total = np.zeros(dim)
+    for block in cuts:
+        total += raw[block][mask[block]].astype(np.float64).sum(axis=0)
+    mean = total / count
+    squares = np.zeros(dim)
+    for block in cuts:
+        squares += ((raw[block][mask[block]] - mean) ** 2).sum(axis=0)
+    scale = np.sqrt(squares / count)
+    return mean, np.where(scale > 1e-12 * np.maximum(1, np.abs(mean)), scale, 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage("etl.features", run, source, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

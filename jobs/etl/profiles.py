@@ -1,0 +1,171 @@
+"""Sum the feature rows of every user's training items, per modality.
+
+Sums are taken in float64 over one user's items in the order of their numbers, whatever the partitions and batches
+they come in: two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from crane_core.matrix import RowWriter, open_matrix, rows_per_block
+from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX
+from jobs.etl.session import open_session
+from jobs.etl.tables import write_table
+from jobs.runner import Job, Result, run_stage, scratch
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_RANGE = 2_000_000
+BATCH_ROWS = 4096
+
+
+def sum_profiles(train: DataFrame, features: Sequence[tuple[str, str]], mean: bool, partitions: int) -> DataFrame:
+    """Profiles of the users that have training rows.
+
+    Args:
+        train: user_idx and item_idx, one row per user and item.
+        features: per modality the paths of its matrix and its mask; every worker maps them into memory.
+        mean: divide by the number of items that have the modality.
+        partitions: ranges of users to work on apart.
+
+    Returns:
+        user_idx int, and per modality m `sum_m` array<float> and `count_m` int: the items that have it.
+    """
+    columns = ", ".join(f"sum_{m} array<float>, count_{m} int" for m in range(len(features)))
+    ranged = train.select(USER_IDX, ITEM_IDX).repartitionByRange(partitions, USER_IDX)
+    ordered = ranged.sortWithinPartitions(USER_IDX, ITEM_IDX)
+    return ordered.mapInArrow(_summer(list(features), mean), f"{USER_IDX} int, {columns}")
+
+
+def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Regroup sorted rows so that no user straddles two groups.
+
+    Args:
+        batches: columns user_idx and item_idx, sorted by user across batches.
+
+    Yields:
+        user_idx and item_idx, int32 [n].
+    """
+    users = items = np.empty(0, dtype=np.int32)
+    for batch in batches:
+        users = np.concatenate([users, batch.column(USER_IDX).to_numpy()])
+        items = np.concatenate([items, batch.column(ITEM_IDX).to_numpy()])
+        if len(users) == 0:
+            continue
+        cut = int(np.searchsorted(users, users[-1]))
+        if cut:
+            yield users[:cut], items[:cut]
+            users, items = users[cut:], items[cut:]
+    if len(users):
+        yield users, items
+
+
+def segment_sums(rows: NDArray[np.float32], items: NDArray[np.int32], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sum `rows[items]` from each start to the next, in float64.
+
+    A segment is summed in blocks counted from its own start, so its sum depends on its items only.
+
+    Args:
+        rows: float32 [num_items, dim].
+        items: int32 [n].
+        starts: int64 [segments], strictly increasing, from 0.
+
+    Returns:
+        float64 [segments, dim].
+    """
+    dim = rows.shape[1]
+    limit = rows_per_block(dim * 8)
+    ends = np.append(starts[1:], len(items))
+    sums = np.empty((len(starts), dim))
+    first = 0
+    while first < len(starts):
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + limit, side="right")))
+        begin, end = starts[first], ends[last - 1]
+        if end - begin <= limit:
+            values = rows[items[begin:end]].astype(np.float64)
+            sums[first:last] = np.add.reduceat(values, starts[first:last] - begin, axis=0)
+        else:
+            sums[first] = 0
+            for block in range(begin, end, limit):
+                values = rows[items[block : min(block + limit, end)]].astype(np.float64)
+                sums[first] += np.add.reduce(values, axis=0)
+        first = last
+    return sums
+
+
+def run(job: Job) -> Result:
+    """Run the stage; see the module docstring."""
+    interactions, features = job.input("etl.interactions"), job.input("etl.features")
+    num_users, num_train = (interactions.facts[name] for name in ("num_users", "num_train"))
+    dims = {name: entry["dim"] for name, entry in sorted(features.facts["modalities"].items())}
+    paths = [(str(features.file(f"{name}/matrix.npy")), str(features.file(f"{name}/mask.npy"))) for name in dims]
+    spark = open_session(job.config.runtime, scratch(job.store.storage.uri))
+    train = spark.read.parquet(str(interactions.file("interactions"))).where(F.col(SPLIT) == TRAIN)
+    partitions = max(2, -(-num_train // ROWS_PER_RANGE))
+    profiles = sum_profiles(train, paths, job.config.profiles.aggregate == "mean", partitions)
+    write_table(profiles, job.work / "profiles", num_users, (USER_IDX,))
+    written = _write_matrices(job.work / "profiles", job.out, dims, num_users)
+    facts = {}
+    for name, dim in dims.items():
+        counts = written[name]
+        np.save(job.out / f"{name}.counts.npy", counts)
+        facts[name] = {"dim": dim, "num_users_without": int((counts == 0).sum()), "num_rows_summed": int(counts.sum())}
+        logger.info("profiles modality=%s users=%d without=%d", name, num_users, facts[name]["num_users_without"])
+    return Result({"num_users": num_users, "aggregate": job.config.profiles.aggregate, "modalities": facts})
+
+
+def _summer(
+    features: list[tuple[str, str]], mean: bool
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def work(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        matrices = [(open_matrix(Path(rows)), np.load(mask)) for rows, mask in features]
+        for users, items in whole_users(batches):
+            starts = np.flatnonzero(np.diff(users, prepend=-1))
+            columns: dict[str, pa.Array] = {USER_IDX: pa.array(users[starts], pa.int32())}
+            for m, (rows, mask) in enumerate(matrices):
+                sums = segment_sums(rows, items, starts)
+                counts = np.add.reduceat(mask[items].astype(np.int32), starts)
+                if mean:
+                    sums /= np.maximum(1, counts)[:, None]
+                offsets = np.arange(len(starts) + 1, dtype=np.int32) * rows.shape[1]
+                values = pa.array(sums.astype(np.float32).reshape(-1))
+                columns[f"sum_{m}"] = pa.ListArray.from_arrays(pa.array(offsets), values)
+                columns[f"count_{m}"] = pa.array(counts, pa.int32())
+            yield pa.record_batch(columns)
+
+    return work
+
+
+def _write_matrices(source: Path, out: Path, dims: dict[str, int], num_users: int) -> dict[str, NDArray[np.int32]]:
+    counts = {name: np.zeros(num_users, dtype=np.int32) for name in dims}
+    with ExitStack() as stack:
+        writers = [stack.enter_context(RowWriter(out / f"{name}.npy", num_users, dim)) for name, dim in dims.items()]
+        for path in sorted(source.glob("part-*.parquet")):
+            with pq.ParquetFile(path) as parquet:
+                for batch in parquet.iter_batches(BATCH_ROWS):
+                    index = batch.column(USER_IDX).to_numpy()
+                    for m, (name, dim) in enumerate(dims.items()):
+                        values = pc.list_flatten(batch.column(f"sum_{m}")).to_numpy()
+                        writers[m].write(index, values.reshape(len(index), dim))
+                        counts[name][index] = batch.column(f"count_{m}").to_numpy()
+    return counts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_stage("etl.profiles", run, argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

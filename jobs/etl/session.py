@@ -1,0 +1,116 @@
+"""One Spark session for the ETL jobs, local unless the configuration names a master or a Connect server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from crane_core.config import Runtime
+from crane_core.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+LOCAL_SHUFFLE_PARTITIONS = 4
+
+
+def open_session(runtime: Runtime, scratch: Path) -> SparkSession:
+    """The running session, or a new one.
+
+    Args:
+        runtime: master or `sc://` URL and driver memory.
+        scratch: local folder for spilled blocks and the warehouse; nothing is left in the working directory.
+    """
+    if runtime.spark_master.startswith("sc://"):
+        session = SparkSession.builder.remote(runtime.spark_master).getOrCreate()
+        for key, value in _SQL.items():
+            session.conf.set(key, value)
+        return session
+    builder = SparkSession.builder.master(runtime.spark_master).appName("crane")
+    settings = {
+        **_SQL,
+        "spark.driver.memory": runtime.spark_memory,
+        "spark.log.level": "WARN",
+        "spark.sql.warehouse.dir": str(scratch.absolute() / "warehouse"),
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+    }
+    if runtime.spark_master.startswith("local"):
+        # PySpark takes the interpreter of its workers from the environment only.
+        os.environ["PYSPARK_PYTHON"] = sys.executable
+        settings |= {
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.driver.host": "127.0.0.1",
+            "spark.local.dir": str(_local_dir(scratch.absolute() / "spark")),
+            "spark.sql.shuffle.partitions": str(LOCAL_SHUFFLE_PARTITIONS),
+        }
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    session = builder.getOrCreate()
+    logger.info("session master=%s spark=%s", runtime.spark_master, session.version)
+    return session
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn Spark's report of an unreadable file into a `DataError`.
+
+    Footers are checked before Spark starts; this is for files damaged further in, or removed meanwhile.
+
+    Args:
+        folder: the raw folder being read.
+    """
+    try:
+        yield
+    except PySparkException as error:
+        if "FAILED_READ_FILE" not in (error.getCondition() or "") and "FAILED_READ_FILE" not in str(error):
+            raise
+        found = re.search(r"Encountered error while reading file (\S+?)\.?\s", str(error))
+        path = Path(found.group(1).removeprefix("file:").replace("///", "/")) if found else folder
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "unknown size"
+        raise DataError(
+            f"{path} ({size}, row count unknown) has an intact footer but its pages cannot be read.",
+            "The file is damaged: deliver it again, or remove it.",
+        ) from error
+
+
+_SQL = {
+    "spark.sql.adaptive.enabled": "true",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
+    "spark.sql.files.openCostInBytes": "131072",
+    "spark.sql.legacy.parquet.nanosAsLong": "true",
+    "spark.sql.parquet.compression.codec": "zstd",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    "spark.sql.session.timeZone": "UTC",
+}
+
+
+def _local_dir(parent: Path) -> Path:
+    """A folder of this process; those of processes that were killed on this host are removed."""
+    host = socket.gethostname()
+    for entry in parent.glob(f"{host}-*"):
+        pid = entry.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(entry, ignore_errors=True)
+    folder = parent / f"{host}-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
