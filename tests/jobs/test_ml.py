@@ -1,0 +1,194 @@
+"""The torch jobs through their command lines, on a planted data set put into the store by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from crane_core.config import load_config
+from crane_core.dataset import ItemLists
+from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
+from crane_core.store import ArtifactStore
+from jobs.ml import evaluate, graph, knn, refine, train
+from jobs.runner import open_store
+from tests.unit.planted import checkerboard
+from tests.unit.test_refine import planted_modalities
+
+SETTINGS = [
+    "window.start=2026-01-01",
+    "window.end=2026-01-02",
+    "refine.embedding_dim=8",
+    "refine.num_steps=20",
+    "refine.batch_size=64",
+    "knn.k=5",
+    "train.embedding_dim=8",
+    "train.batch_size=64",
+    "train.num_epochs=8",
+    "train.learning_rate=0.02",
+    "evaluate.num_bootstrap=200",
+    "runtime.num_threads=1",
+]
+JOBS = [
+    (refine, ""),
+    (knn, "0"),
+    (knn, "1"),
+    (graph, ""),
+    (train, "lightgcn"),
+    (train, "crane"),
+    (evaluate, ""),
+]
+
+
+def flags(store: Path, run: str, part: str = "", extra: tuple[str, ...] = ()) -> list[str]:
+    settings = [flag for setting in (*SETTINGS, *extra) for flag in ("--set", setting)]
+    return ["--store", str(store), "--run", run, *settings, *(["--part", part] if part else [])]
+
+
+def publish(store: ArtifactStore, run: str, stage: str, folder: Path, facts: dict) -> None:
+    manifest = {"stage": stage, "part": "", "fingerprint": "planted", "facts": facts}
+    store.publish(folder, manifest)
+    store.record(run, stage, "", {"fingerprint": "planted"})
+
+
+def rows(lists: ItemLists, split: int) -> pa.Table:
+    size = len(lists.items)
+    return pa.table(
+        {
+            "user_idx": pa.array(lists.users(), pa.int32()),
+            "item_idx": pa.array(lists.items, pa.int32()),
+            "split": pa.array([split] * size, pa.int8()),
+        }
+    )
+
+
+def plant(path: Path, scratch: Path) -> None:
+    """The artifacts of the ETL for the checkerboard, recorded for the run `planted`."""
+    store, interactions = open_store(str(path)), checkerboard()
+    store.start_run("planted", load_config(None, SETTINGS))
+    folder = scratch / "interactions"
+    for table in ("interactions", "users", "items", "cold"):
+        (folder / table).mkdir(parents=True)
+    parts = [rows(lists, split) for split, lists in enumerate((interactions.train, interactions.validation))]
+    pq.write_table(pa.concat_tables([*parts, rows(interactions.test, 2)]), folder / "interactions" / "0.parquet")
+    for table, index, name, size in (("users", "user", "u", 40), ("items", "item", "i", 32)):
+        columns = {
+            f"{index}_idx": pa.array(range(size), pa.int32()),
+            f"{index}_id": [f"{name}{n}" for n in range(size)],
+        }
+        pq.write_table(pa.table(columns), folder / table / "0.parquet")
+    cold = {
+        "user_id": pa.array(["new", "new", "u1"]),
+        "user_idx": pa.array([None, None, 1], pa.int32()),
+        "item_idx": pa.array([0, None, None], pa.int32()),
+        "split": pa.array([2, 2, 2], pa.int8()),
+        "reason": pa.array(["unknown_user", "unknown_user", "unknown_item"]),
+    }
+    pq.write_table(pa.table(cold), folder / "cold" / "0.parquet")
+    publish(store, "planted", "etl.interactions", folder, {"num_users": 40, "num_items": 32})
+    features, profiles = scratch / "features", scratch / "profiles"
+    profiles.mkdir()
+    for modality in planted_modalities(noise=0.5):
+        (features / modality.name).mkdir(parents=True)
+        np.save(features / modality.name / "matrix.npy", modality.items)
+        np.save(features / modality.name / "mask.npy", modality.present)
+        np.save(profiles / f"{modality.name}.npy", modality.profiles)
+        np.save(profiles / f"{modality.name}.counts.npy", modality.counts)
+    publish(store, "planted", "etl.features", features, {"modalities": {"m0": {}, "m1": {}}})
+    publish(store, "planted", "etl.profiles", profiles, {})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which every torch job has run."""
+    folder = tmp_path_factory.mktemp("planted")
+    plant(folder / "store", folder / "scratch")
+    for job, part in JOBS:
+        assert job.main(flags(folder / "store", "planted", part)) == EXIT_OK, job.__name__
+    return folder / "store"
+
+
+def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
+    store = open_store(str(finished))
+    refined = store.artifact("planted", "ml.refine")
+    assert np.load(refined.file("items.npy")).shape == (32, 2, 8)
+    assert np.load(refined.file("fused_users.npy")).shape == (40, 8)
+    certificate = json.loads(store.artifact("planted", "ml.graph").file("certificate.json").read_text())
+    assert certificate["recall"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert certificate["co_interaction"]["lift"] > 1.5
+    for part in ("crane", "lightgcn"):
+        trained = store.artifact("planted", "ml.train", part)
+        trained.verify()
+        rows = load_file(trained.file("embeddings.safetensors"))
+        assert rows["user_embeddings"].shape[0] == 40
+        assert rows["item_embeddings"].shape[0] == 32
+    metrics = json.loads(store.artifact("planted", "ml.evaluate").file("metrics.json").read_text())
+    assert set(metrics["models"]) == {"crane", "lightgcn", "popularity"}
+    assert metrics["models"]["crane"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
+    assert set(metrics["differences"]) == {"lightgcn", "popularity"}
+    assert metrics["cold"]["rows"] == {"unknown_user": 2, "unknown_item": 1}
+    assert metrics["cold"]["unknown_users"] == 1
+    per_user = pq.read_table(store.artifact("planted", "ml.evaluate").file("per_user.parquet"))
+    assert per_user.num_rows == metrics["users"] == 40
+    assert per_user.column("user_id")[3].as_py() == "u3"
+
+
+def test_every_stage_is_found_the_second_time(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for job, part in JOBS:
+        assert job.main(flags(finished, "planted", part)) == EXIT_OK
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "found"
+
+
+def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
+    store = open_store(str(finished))
+    extra = ("knn.num_shards=5", "knn.key_block=7")
+    store.start_run("sharded", load_config(None, [*SETTINGS, *extra]))
+    for stage in ("etl.interactions", "etl.features", "etl.profiles"):
+        store.record("sharded", stage, "", {"fingerprint": "planted"})
+    for job, part in ((refine, ""), *((knn, str(n)) for n in (3, 0, 4, 2, 1)), (graph, "")):
+        assert job.main(flags(finished, "sharded", part, extra)) == EXIT_OK
+    first, second = (store.artifact(run, "ml.graph") for run in ("planted", "sharded"))
+    assert first.fingerprint != second.fingerprint
+    assert first.manifest["content"] == second.manifest["content"]
+
+
+def test_a_missing_input_and_an_unknown_part_are_typed_errors(finished: Path) -> None:
+    extra = ("train.seed=7",)
+    assert train.main(flags(finished, "empty", "crane", extra)) == EXIT_ARTIFACT
+    assert train.main(flags(finished, "planted", "bert")) == EXIT_CONFIG
+    assert knn.main(flags(finished, "planted", "2")) == EXIT_CONFIG
+
+
+@pytest.mark.slow
+def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path: Path) -> None:
+    embeddings = []
+    for name, kill in (("undisturbed", False), ("killed", True)):
+        plant(tmp_path / name / "store", tmp_path / name / "scratch")
+        store = open_store(str(tmp_path / name / "store"))
+        for job, part in JOBS[:4]:
+            assert job.main(flags(tmp_path / name / "store", "planted", part)) == EXIT_OK
+        command = [sys.executable, "-m", "jobs.ml.train", *flags(tmp_path / name / "store", "planted", "crane")]
+        if kill:
+            process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+            scratch = Path(store.storage.uri) / ".scratch" / "ml.train"
+            while not list(scratch.glob("*.work/checkpoint.safetensors")):
+                assert process.poll() is None, "the job ended before it was killed"
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert store.entry("planted", "ml.train", "crane") is None
+            assert store.storage.names("ml.train") == []
+        finished = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert ("resume epoch=" in finished.stderr) is kill
+        embeddings.append(store.artifact("planted", "ml.train", "crane").file("embeddings.safetensors").read_bytes())
+    assert embeddings[0] == embeddings[1]
