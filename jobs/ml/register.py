@@ -1,0 +1,174 @@
+"""Register the model of a run: `python -m jobs.ml.register --store URI --run RUN_ID`.
+
+Leaves a version in the model registry with its evidence and lineage, and the alias `candidate` unless the run is a
+backfill. The same model and evaluation are the same version, however often it is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from crane_core.config import RunConfig
+from crane_core.dataset import ItemLists, load_ids, load_interactions
+from crane_core.pipeline import STAGES
+from crane_core.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
+from crane_core.schema import ITEM_ID, TITLE, USER_ID
+from crane_core.serving import make_probe, write_model
+from crane_core.store import Artifact, ArtifactStore
+from jobs.runner import run_job, scratch
+
+logger = logging.getLogger(__name__)
+
+PROBED_USERS = 32
+
+
+def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    """Make or find the version of a run and give it the alias."""
+    started = time.monotonic()
+    inputs = _inputs(config, store, arguments.run)
+    contents = [inputs[name].manifest["content"] for name in ("ml.train.crane", "ml.evaluate")]
+    fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
+    registry = open_registry(config.runtime, store.storage.uri)
+    version, is_new = registry.find(fingerprint), False
+    if version is None:
+        for name in ("ml.train.crane", "ml.evaluate"):
+            inputs[name].verify()
+        base = scratch(store.storage.uri) / "ml.register"
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=base) as folder:
+            release = _release(Path(folder), fingerprint, arguments.run, config, store, inputs)
+            version, is_new = registry.register(release)
+    alias = None if config.runtime.backfill else _make_candidate(registry, version)
+    return {
+        "status": "done" if is_new else "found",
+        "version": version.number,
+        "alias": alias,
+        "model": registry.name,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _make_candidate(registry: Registry, version: Version) -> str | None:
+    """The alias, unless a newer version carries it: registering an old run again must not bring it back."""
+    holder = registry.holder(CANDIDATE)
+    if holder is not None and int(holder) > int(version.number):
+        return None
+    if holder != version.number:
+        registry.set_alias(CANDIDATE, version.number)
+    return CANDIDATE
+
+
+def _release(
+    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
+) -> Release:
+    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train.crane", "ml.evaluate"))
+    interactions = load_interactions(source)
+    user_ids, item_ids = load_ids(source, "users", USER_ID), load_ids(source, "items", ITEM_ID)
+    window = config.window.model_dump(mode="json")
+    model = folder / config.runtime.model_name
+    model.mkdir()
+    write_model(
+        model,
+        trained.file("embeddings.safetensors"),
+        trained.file("weights.safetensors"),
+        interactions.train,
+        user_ids,
+        item_ids,
+        load_ids(source, "items", TITLE),
+        {"run": run_id, "window": window},
+    )
+    probe = folder / "probe.json"
+    users = _probed(interactions.train)
+    rows = load_file(trained.file("embeddings.safetensors"))
+    answers = make_probe(
+        rows["user_embeddings"], rows["item_embeddings"], interactions.train, user_ids, item_ids, users
+    )
+    probe.write_text(json.dumps(answers))
+    metrics = json.loads(evaluated.file("metrics.json").read_text())
+    identity = config.identity()
+    git = _git_sha()
+    return Release(
+        fingerprint=fingerprint,
+        run_id=run_id,
+        folder=model,
+        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe],
+        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in answers["answers"][:2]]}),
+        params=_flat(identity),
+        metrics={
+            name: value
+            for name, value in _flat({key: metrics[key] for key in ("users", "models", "differences")}, "/").items()
+            if isinstance(value, int | float)
+        },
+        curve=json.loads(trained.file("curve.json").read_text()),
+        datasets=[
+            DatasetReference(
+                name,
+                artifact.fingerprint,
+                f"{store.storage.uri}/{artifact.manifest['stage']}/{artifact.fingerprint}",
+                "evaluation" if name == "ml.evaluate" else "training",
+            )
+            for name, artifact in inputs.items()
+        ],
+        tags={
+            "crane.window_start": window["start"],
+            "crane.window_end": window["end"],
+            "crane.config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            **{f"crane.artifact.{name}": artifact.fingerprint for name, artifact in inputs.items()},
+            **({"crane.git": git} if git else {}),
+        },
+    )
+
+
+def _inputs(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:
+    return {
+        f"{name}.{part}" if part else name: store.artifact(run_id, name, part)
+        for name in STAGES["ml.register"].inputs
+        for part in STAGES[name].parts(config)
+    }
+
+
+def _probed(train: ItemLists) -> np.ndarray:
+    """Users with training items, spread evenly over the index."""
+    known = np.flatnonzero(train.counts() > 0)
+    return known[np.linspace(0, len(known) - 1, min(PROBED_USERS, len(known))).astype(int)]
+
+
+def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _git_sha() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job("ml.register", register, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
