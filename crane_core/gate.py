@@ -226,7 +226,7 @@ def _why(failed: list[Check], champion: Standing | None, differences: Mapping[st
 
 
 def _difference(name: str, interval: Interval) -> str:
-    return f"{name} {interval.mean:+.4f}, 95% {interval.low:+.4f} to {interval.high:+.4f}"
+    return f"{name} {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
 def _guardrails(challenger: Standing, champion: Standing, rule: Promote) -> list[Check]:
