@@ -31,7 +31,7 @@ def jobs_python(project: Path) -> Path:
 
 
 class LocalJobOperator(BaseOperator):
-    """Run `python -m jobs.<job> <flags>` and return the JSON object on the last line of its stdout.
+    """Run `python -m jobs.<job> <flags>` and return the plain values of the JSON object on its last stdout line.
 
     The interpreter is the Variable `crane_jobs_python`, the working directory `crane_project`; by default those of
     the checkout that holds this file. The job does not inherit Airflow's own settings and secrets.
@@ -40,7 +40,7 @@ class LocalJobOperator(BaseOperator):
         job: `<group>.<stage>`.
         flags: JSON list of the flags, a template.
         part: which part of a mapped stage, "" for a whole stage.
-        returns: return only this key of the job's JSON object.
+        returns: return this one value of the job's JSON object instead, whatever it is.
 
     Raises:
         AirflowFailException: exit code 2, 3 or 4: trying again cannot help.
@@ -77,7 +77,10 @@ class LocalJobOperator(BaseOperator):
         if not lines:
             raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")
         result = json.loads(lines[-1])
-        return result[self.returns] if self.returns else result
+        if self.returns:
+            return result[self.returns]
+        # Tables of figures belong in the store, not in Airflow's database.
+        return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
 
     def on_kill(self) -> None:
         """End the whole process group of the job: SIGTERM, then SIGKILL for whatever is left."""

@@ -62,7 +62,13 @@ def crane_run_id(airflow_run_id: str) -> str:
 
 
 def retrain_flags(
-    *, store: str, run: str, window: tuple[datetime, datetime], config: str | None, overrides: Sequence[str], run_type: str
+    *,
+    store: str,
+    run: str,
+    window: tuple[datetime, datetime],
+    config: str | None,
+    overrides: Sequence[str],
+    run_type: str,
 ) -> list[str]:
     """The flags every job of a retraining run gets, the very same for all.
 

@@ -1,0 +1,248 @@
+"""`crane`, the console script: the pipeline for a person at a terminal.
+
+Results go to stdout (with `--json` as one JSON line), progress and errors to stderr. Exit codes as for the jobs:
+0 done, 2 configuration, 3 data, 4 artifact, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crane_core.config import Runtime, load_config
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, CraneError
+from jobs.commands import place
+
+STOPPED_BY_HAND = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = _parser().parse_args(argv)
+    # A terminated command unwinds as an interrupted one does, and takes its jobs along.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return arguments.command(arguments)
+    except CraneError as error:
+        if arguments.json:
+            problem = {"error": type(error).__name__, "message": error.found, "remedy": error.remedy}
+            print(json.dumps(problem))
+        print(f"crane: {error.found}\nRemedy: {error.remedy}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("crane: stopped. The same command goes on from the last finished stage.", file=sys.stderr)
+        return STOPPED_BY_HAND
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from jobs.commands.demo import demo, show
+
+    show(demo(arguments.data, arguments.config, arguments.set))
+    return EXIT_OK
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from jobs.commands.demo import run_id
+    from jobs.commands.local import PROMOTE, RETRAIN, run_stages
+    from jobs.commands.steps import Steps
+
+    overrides = [
+        *arguments.set,
+        *([f"runtime.raw={arguments.raw.absolute()}"] if arguments.raw else []),
+        *([f"window.start={arguments.start}"] if arguments.start else []),
+        *([f"window.end={arguments.end}"] if arguments.end else []),
+    ]
+    config = load_config(arguments.config, overrides)
+    run = arguments.run or run_id("run", config)
+    flags = ["--store", arguments.store, "--run", run]
+    if arguments.config:
+        flags += ["--config", arguments.config]
+    for override in overrides:
+        flags += ["--set", override]
+    names = [*RETRAIN, *(PROMOTE if arguments.promote else ())]
+    if arguments.until:
+        names = names[: names.index(arguments.until) + 1]
+    steps = Steps()
+    log = place.HOME / "logs" / f"{run}.log"
+    results = run_stages(names, config, flags, log, steps)
+    states = {label: result["status"] for label, result in results.items()}
+    _result(
+        arguments,
+        {"run": run, "store": arguments.store, "stages": states, "seconds": round(steps.seconds, 1)},
+        [f"run  {run}", *(f"{label:<22} {state}" for label, state in states.items())],
+    )
+    return EXIT_OK
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from jobs.commands.query import runs
+
+    found = runs(_store(arguments), _runtime(arguments))
+    lines = [f"{'run':<40} {'window end':<11} {'stages':<7} {'version':<8} {'alias':<20} recall@20"]
+    for run in found:
+        recall = f"{run['recall@20']:.4f}" if run["recall@20"] is not None else "-"
+        stages = f"{len(run['stages'])}/{run['num_stages']}"
+        aliases = ",".join(run["aliases"]) or "-"
+        version = run["model_version"] or "-"
+        lines.append(f"{run['run']:<40} {run['end'][:10]:<11} {stages:<7} {version:<8} {aliases:<20} {recall}")
+    _result(arguments, {"runs": found}, lines)
+    return EXIT_OK
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    from jobs.commands.query import recommend, served
+
+    answer = recommend(served(_store(arguments), _runtime(arguments)), arguments.user, arguments.k)
+    _result(arguments, answer, _lines(answer["items"], "score"))
+    return EXIT_OK
+
+
+def _similar(arguments: argparse.Namespace) -> int:
+    from jobs.commands.query import served, similar
+
+    answer = similar(served(_store(arguments), _runtime(arguments)), arguments.item, arguments.k)
+    heading = f"like {answer['title'] or answer['item']}"
+    _result(arguments, answer, [heading, *_lines(answer["items"], "similarity")])
+    return EXIT_OK
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from jobs.commands.doctor import diagnose
+
+    store = arguments.store
+    if store is None and (place.HOME / "last.json").exists():
+        store = place.default_store()
+    checks = diagnose(store, _runtime(arguments), arguments.deep)
+    lines = []
+    for check in checks:
+        lines.append(f"{check['status']:<7} {check['name']:<9} {check['found']}")
+        if check["remedy"]:
+            lines.append(f"{'':17} Remedy: {check['remedy']}")
+    healthy = all(check["status"] != "broken" for check in checks)
+    _result(arguments, {"healthy": healthy, "checks": checks}, lines)
+    return EXIT_OK if healthy else EXIT_UNEXPECTED
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from crane_core.importers import import_mmrec, import_movielens
+
+    importer = {"mmrec": import_mmrec, "movielens": import_movielens}[arguments.format]
+    imported = importer(arguments.source, arguments.raw)
+    answer = {**vars(imported), "start": str(imported.start), "end": str(imported.end)}
+    _result(arguments, answer, [f"{key:<17} {value}" for key, value in answer.items()])
+    return EXIT_OK
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    return _judge(arguments, ("ml.promote", "ml.export", "ml.report"), [])
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from jobs.commands.query import served
+
+    if arguments.run is None:
+        arguments.run = served(_store(arguments), _runtime(arguments)).run_id
+    return _judge(arguments, ("ml.rollback",), ["--to", arguments.to])
+
+
+def _judge(arguments: argparse.Namespace, names: Sequence[str], extra: list[str]) -> int:
+    from jobs.commands.local import run_stages
+    from jobs.commands.steps import Steps
+
+    store = _store(arguments)
+    config = load_config(None, [], store.run(arguments.run)["config"])
+    flags = ["--store", store.storage.uri, "--run", arguments.run, *extra]
+    if arguments.registry:
+        flags += ["--set", f"runtime.registry={arguments.registry}"]
+    log = place.HOME / "logs" / f"{arguments.run}.log"
+    results = run_stages(names, config, flags, log, Steps())
+    answer = {key: value for key, value in results[names[0]].items() if key != "numbers"}
+    _result(arguments, answer, [f"{key:<9} {value}" for key, value in answer.items()])
+    return EXIT_OK
+
+
+def _store(arguments: argparse.Namespace) -> Any:
+    from jobs.runner import open_store
+
+    return open_store(arguments.store or place.default_store())
+
+
+def _runtime(arguments: argparse.Namespace) -> Runtime:
+    return Runtime(registry=arguments.registry)
+
+
+def _lines(items: list[dict[str, Any]], figure: str) -> list[str]:
+    return [
+        f"{item['rank']:3d}  {item[figure]:8.4f}  {item['item_id']:<12} {item['title'] or ''}".rstrip()
+        for item in items
+    ]
+
+
+def _result(arguments: argparse.Namespace, answer: dict[str, Any], lines: Sequence[str]) -> None:
+    print(json.dumps(answer) if arguments.json else "\n".join(lines), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="crane", description="A daily pipeline to a promoted recommender.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="the result as one JSON line")
+    stored = argparse.ArgumentParser(add_help=False)
+    stored.add_argument("--store", help="artifact store; that of the last demo when absent")
+    stored.add_argument("--registry", help="MLflow URI; the file in the store when absent")
+
+    def command(name: str, work: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[shared, *parents])
+        added.set_defaults(command=work)
+        return added
+
+    demo = command("demo", _demo, "Build, judge and serve a recommender through Airflow.")
+    demo.add_argument("--data", type=Path, help="folder in MMRec layout; MovieLens 100K when absent")
+    demo.add_argument("--config", help="preset or YAML file; the preset that fits the data when absent")
+    demo.add_argument("--set", action="append", default=[], metavar="section.field=value")
+
+    run = command("run", _run, "Run the stages of a run here, one after the other, without Airflow.")
+    run.add_argument("--store", required=True, help="artifact store")
+    run.add_argument("--run", help="run id; made of window and configuration when absent")
+    run.add_argument("--raw", type=Path, help="raw data; {store}/raw when absent")
+    run.add_argument("--config", help="preset or YAML file")
+    run.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    run.add_argument("--start", help="first instant of the window, ISO 8601")
+    run.add_argument("--end", help="first instant after the window, ISO 8601")
+    run.add_argument("--promote", action="store_true", help="also judge, export and report")
+    run.add_argument("--until", help="last stage to run, for example etl.features", metavar="STAGE")
+
+    command("runs", _runs, "List the runs of a store.", stored)
+
+    recommend = command("recommend", _recommend, "What the champion recommends to a user.", stored)
+    recommend.add_argument("--user", required=True, metavar="ID")
+    recommend.add_argument("-k", type=int, default=10, help="how many items")
+
+    similar = command("similar", _similar, "Which items are like an item.", stored)
+    similar.add_argument("--item", required=True, metavar="ID")
+    similar.add_argument("-k", type=int, default=10, help="how many items")
+
+    promote = command("promote", _promote, "Judge a run; if it passes, make it champion and export it.", stored)
+    promote.add_argument("--run", required=True)
+
+    rollback = command("rollback", _rollback, "Make an earlier version champion again.", stored)
+    rollback.add_argument("--run", help="run that is named in the ledger; the champion's when absent")
+    rollback.add_argument("--to", default="previous", metavar="VERSION|previous")
+
+    doctor = command("doctor", _doctor, "What works on this machine, and how to mend the rest.", stored)
+    doctor.add_argument("--deep", action="store_true", help="also start Spark")
+
+    importing = command("import", _import, "Bring a dataset into the raw layout.")
+    importing.add_argument("format", choices=("mmrec", "movielens"))
+    importing.add_argument("source", type=Path, help="folder, or the wheel that carries MovieLens")
+    importing.add_argument("raw", type=Path, help="folder to make")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

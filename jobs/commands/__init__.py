@@ -1,0 +1,1 @@
+"""What the console script `crane` does, one module per group of commands."""

@@ -1,0 +1,92 @@
+"""Run the stages of a run one after the other, as child processes, without Airflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crane_core.config import RunConfig
+from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
+from crane_core.pipeline import STAGES
+from jobs.commands.steps import Steps, split_failure
+
+RETRAIN = tuple(name for name in STAGES if name != "ml.export")
+PROMOTE = ("ml.promote", "ml.export", "ml.report")
+ERRORS: dict[int, type[CraneError]] = {EXIT_CONFIG: ConfigError, EXIT_DATA: DataError, EXIT_ARTIFACT: ArtifactError}
+
+
+def run_stages(
+    names: Sequence[str], config: RunConfig, flags: Sequence[str], log: Path, steps: Steps
+) -> dict[str, dict[str, Any]]:
+    """Run stages in order, every part of a mapped stage.
+
+    Args:
+        names: stages, `<group>.<stage>`.
+        config: tells the parts of mapped stages.
+        flags: the four flags of every job.
+        log: file that gets everything the jobs say.
+        steps: where progress is shown.
+
+    Returns:
+        Stage, or `stage.part`, to what the job printed.
+
+    Raises:
+        CraneError: a job failed; of the type its exit code stands for.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name == "ml.export" and results.get("ml.promote", {}).get("decision", "promoted") != "promoted":
+            steps.show(name, "skipped: the gate refused")
+            continue
+        for part in STAGES[name].parts(config) if name in STAGES else [""]:
+            label = f"{name}.{part}" if part else name
+            results[label] = run_job(name, [*flags, *(["--part", part] if part else [])], log, steps, label)
+    return results
+
+
+def run_job(name: str, flags: Sequence[str], log: Path, steps: Steps, label: str = "") -> dict[str, Any]:
+    """Run one job and return the JSON object it prints.
+
+    Raises:
+        CraneError: it failed; of the type its exit code stands for.
+    """
+    label = label or name
+    since = steps.seconds
+    log.parent.mkdir(parents=True, exist_ok=True)
+    steps.failure = ""
+    steps.show(label, "start")
+    with tempfile.TemporaryFile("w+") as output, log.open("a") as everything:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"jobs.{name}", *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+            start_new_session=True,
+        )
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                everything.write(line)
+                steps.job_line(label, line.rstrip())
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+        output.seek(0)
+        lines = output.read().splitlines()
+    if code != 0:
+        found, remedy = split_failure(steps.failure or f"exit code {code}")
+        raise ERRORS.get(code, CraneError)(
+            f"jobs.{name} failed: {found}", remedy or f"Read the end of {log}; running again goes on from here."
+        )
+    steps.show(label, f"done seconds={steps.seconds - since:.1f}")
+    return json.loads(lines[-1])

@@ -1,0 +1,49 @@
+"""Where a person's commands find things: the checkout, its `.crane` folder and the store of the last demo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from crane_core.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parents[2]
+HOME = PROJECT / ".crane"
+JOBS_ENVIRONMENT = PROJECT / ".venv"
+AIRFLOW_ENVIRONMENT = PROJECT / ".venv-airflow"
+DAGS = PROJECT / "dags"
+POOLS = PROJECT / "infra" / "local" / "pools.json"
+
+
+@dataclass(frozen=True)
+class Last:
+    """What the last demo worked on.
+
+    Attributes:
+        store: artifact store.
+        run: run id.
+    """
+
+    store: str
+    run: str
+
+
+def remember(last: Last) -> None:
+    """Note what later commands work on when they are given no store."""
+    HOME.mkdir(exist_ok=True)
+    (HOME / "last.json").write_text(json.dumps(asdict(last)))
+
+
+def default_store() -> str:
+    """The store of the last demo.
+
+    Raises:
+        ConfigError: there was none.
+    """
+    try:
+        return Last(**json.loads((HOME / "last.json").read_text())).store
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"No store was given and {HOME} remembers none.", "Give --store URI, or run make demo first."
+        ) from error

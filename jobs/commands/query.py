@@ -1,0 +1,178 @@
+"""Questions about what was built: recommendations of the champion, similar items, runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from crane_core.config import RunConfig, Runtime
+from crane_core.errors import ArtifactError, ConfigError, DataError
+from crane_core.pipeline import STAGES
+from crane_core.schema import ITEM_ID, TITLE, USER_ID
+from crane_core.store import Artifact, ArtifactStore
+
+CHAMPION = "champion"
+NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Served:
+    """What people get now.
+
+    Attributes:
+        version: champion's number in the registry.
+        run_id: run that made it.
+        export: its recommendations and similar items.
+    """
+
+    version: str
+    run_id: str
+    export: Artifact
+
+    def titles(self) -> dict[str, str]:
+        """Item id to title, for the items that have one."""
+        table = pq.read_table(self.export.file("items.parquet"), columns=[ITEM_ID, TITLE])
+        pairs = zip(table[ITEM_ID].to_pylist(), table[TITLE].to_pylist(), strict=True)
+        return {item: title for item, title in pairs if title}
+
+
+def served(store: ArtifactStore, runtime: Runtime) -> Served:
+    """Resolve the alias once and find what was exported for it.
+
+    Raises:
+        ArtifactError: there is no champion, or its export is missing.
+    """
+    # Importing the registry costs seconds: only the questions that need it pay.
+    from crane_core.registry import open_registry
+
+    registry = open_registry(runtime, store.storage.uri)
+    number = registry.holder(CHAMPION)
+    if number is None:
+        raise ArtifactError(
+            f"Model {registry.name!r} in {registry.uri} has no champion.",
+            "Promote a run: crane promote --run RUN (crane runs lists them).",
+        )
+    version = registry.version(number)
+    return Served(number, version.run_id, store.artifact(version.run_id, "ml.export"))
+
+
+def recommend(served: Served, user: str, k: int) -> dict[str, Any]:
+    """The best k items of a user, at most as many as were exported.
+
+    Raises:
+        ConfigError: k is below 1.
+        DataError: the user is unknown.
+    """
+    rows = _rows(served, "recommendations", USER_ID, user, ("rank", ITEM_ID, "score"), k)
+    if not rows:
+        raise DataError(
+            f"User {user!r} has no recommendations in version {served.version} (run {served.run_id}).",
+            f"Give an id of the data's {USER_ID} that has training interactions, for example "
+            f"{', '.join(example_users(served))}.",
+        )
+    titles = served.titles()
+    items = [{**row, "title": titles.get(row[ITEM_ID])} for row in rows]
+    return {"user": user, "model_version": served.version, "run": served.run_id, "items": items}
+
+
+def similar(served: Served, item: str, k: int) -> dict[str, Any]:
+    """The k items most like an item, at most as many as were exported.
+
+    Raises:
+        ConfigError: k is below 1.
+        DataError: the item is unknown.
+    """
+    rows = _rows(served, "similar", ITEM_ID, item, ("rank", "similar_item_id", "similarity"), k)
+    titles = served.titles()
+    if not rows:
+        known = pq.read_table(served.export.file("items.parquet"), columns=[ITEM_ID])[ITEM_ID].to_pylist()
+        raise DataError(
+            f"Item {item!r} has no similar items in version {served.version} (run {served.run_id}).",
+            f"Give an id of the catalog, for example {', '.join(known[:NUM_EXAMPLES])}.",
+        )
+    items = [
+        {
+            "rank": row["rank"],
+            ITEM_ID: row["similar_item_id"],
+            "similarity": row["similarity"],
+            "title": titles.get(row["similar_item_id"]),
+        }
+        for row in rows
+    ]
+    return {
+        "item": item,
+        "title": titles.get(item),
+        "model_version": served.version,
+        "run": served.run_id,
+        "items": items,
+    }
+
+
+def example_users(served: Served) -> list[str]:
+    """Three users who have recommendations: of the first, the middle and the last rows."""
+    table = ds.dataset(served.export.file("recommendations")).to_table(columns=[USER_ID], filter=ds.field("rank") == 1)
+    users = sorted(table[USER_ID].to_pylist())
+    return [users[i] for i in sorted({0, len(users) // 2, len(users) - 1})] if users else []
+
+
+def runs(store: ArtifactStore, runtime: Runtime) -> list[dict[str, Any]]:
+    """Every run of the store, by the end of its window."""
+    aliases = _aliases(store, runtime)
+    return sorted(
+        (_run(store, run_id, aliases) for run_id in store.run_ids()), key=lambda run: (run["end"], run["run"])
+    )
+
+
+def figures(store: ArtifactStore, run_id: str) -> dict[str, Any]:
+    """`metrics.json` of a run's evaluation, empty before it.
+
+    Raises:
+        ArtifactError: the artifact is damaged.
+    """
+    if store.entry(run_id, "ml.evaluate") is None:
+        return {}
+    return json.loads(store.artifact(run_id, "ml.evaluate").file("metrics.json").read_text())
+
+
+def _run(store: ArtifactStore, run_id: str, aliases: dict[str, list[str]]) -> dict[str, Any]:
+    window = store.run(run_id)["config"]["window"]
+    config = RunConfig.model_validate(store.run(run_id)["config"])
+    done = [
+        name
+        for name, stage in STAGES.items()
+        if all(store.entry(run_id, name, part) is not None for part in stage.parts(config))
+    ]
+    registered = store.entry(run_id, "ml.register") or {}
+    version = registered.get("version")
+    metrics = figures(store, run_id)
+    return {
+        "run": run_id,
+        "start": window["start"],
+        "end": window["end"],
+        "stages": done,
+        "num_stages": len(STAGES),
+        "model_version": version,
+        "aliases": aliases.get(version, []) if version else [],
+        "recall@20": metrics["models"]["crane"]["recall@20"]["mean"] if metrics else None,
+    }
+
+
+def _aliases(store: ArtifactStore, runtime: Runtime) -> dict[str, list[str]]:
+    if not any(store.entry(run_id, "ml.register") for run_id in store.run_ids()):
+        return {}
+    from crane_core.registry import open_registry
+
+    registry = open_registry(runtime, store.storage.uri)
+    return {version.number: sorted(version.aliases) for version in registry.versions()}
+
+
+def _rows(served: Served, table: str, key: str, value: str, columns: tuple[str, ...], k: int) -> list[dict[str, Any]]:
+    if k < 1:
+        raise ConfigError(f"-k is {k}.", "Ask for at least one item.")
+    wanted = (ds.field(key) == value) & (ds.field("rank") <= k)
+    rows = ds.dataset(served.export.file(table)).to_table(columns=list(columns), filter=wanted)
+    return rows.sort_by("rank").to_pylist()
