@@ -241,9 +241,10 @@ def _hidden(path: Path) -> bool:
 
 def _day(entry: Path) -> date:
     try:
-        if not entry.is_dir() or not entry.name.startswith(DAY_PREFIX):
+        day = date.fromisoformat(entry.name.removeprefix(DAY_PREFIX))
+        if not entry.is_dir() or entry.name != f"{DAY_PREFIX}{day.isoformat()}":
             raise ValueError(entry.name)
-        return date.fromisoformat(entry.name.removeprefix(DAY_PREFIX))
+        return day
     except ValueError as error:
         size = f"{entry.stat().st_size} bytes" if entry.is_file() else "a folder"
         raise DataError(

@@ -18,8 +18,9 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from crane_core.errors import DataError
-from crane_core.importers.target import Imported, digest, write_features, write_interactions, write_items, write_raw
+from crane_core.importers.target import Imported, write_features, write_interactions, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, USER_ID, WEIGHT
+from crane_core.store import sha256_file
 
 FORMAT = "mmrec-1"
 FEATURE_SUFFIX = "_feat.npy"
@@ -48,8 +49,8 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
     log = logs[0]
     catalogs = [path for path in (folder / "items.tsv", folder / "items.csv") if path.is_file()][:1]
     features = sorted(folder.glob(f"*{FEATURE_SUFFIX}"))
-    files = {path.name: path.read_bytes() for path in [log, *catalogs, *features]}
-    source = {"dataset": log.stem, "format": FORMAT, "files": digest(files)}
+    files = {path.name: sha256_file(path) for path in [log, *catalogs, *features]}
+    source = {"dataset": log.stem, "format": FORMAT, "files": files}
 
     def build(target: Path) -> Imported:
         table = _read_log(log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -13,13 +14,29 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from crane_core.errors import DataError
-from crane_core.importers.target import Imported, digest, write_features, write_interactions, write_items, write_raw
+from crane_core.importers.target import Imported, write_features, write_interactions, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT
 
 FORMAT = "movielens-1"
 DATASET = "ml-100k"
 WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
 FILES = ("ml-100k.inter", "ml-100k.item")
+LOG_COLUMNS = {
+    "user_id:token": pa.string(),
+    "item_id:token": pa.string(),
+    "rating:float": pa.float32(),
+    "timestamp:float": pa.float64(),
+}
+CATALOG_COLUMNS = {
+    "item_id:token": pa.string(),
+    "movie_title:token_seq": pa.string(),
+    "release_year:token": pa.string(),
+    "class:token_seq": pa.string(),
+}
+REMEDY = (
+    "Give the wheel recbole-1.2.1-py3-none-any.whl (pip download --no-deps recbole==1.2.1), "
+    "or a folder with ml-100k.inter and ml-100k.item."
+)
 TEXT_DIM = 64
 TEXT_SEED = 0
 
@@ -39,18 +56,17 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
     """
     source = Path(source)
     files = _read_files(source)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
     def build(target: Path) -> Imported:
-        log = _read(source, files, FILES[0], ("user_id:token", "item_id:token", "rating:float", "timestamp:float"))
-        catalog = _read(
-            source, files, FILES[1], ("item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq")
-        )
+        log = _read(source, FILES[0], files, LOG_COLUMNS)
+        catalog = _read(source, FILES[1], files, CATALOG_COLUMNS)
         events = pa.table(
             {
                 USER_ID: log["user_id:token"],
                 ITEM_ID: log["item_id:token"],
-                EVENT_TIME: log["timestamp:float"].cast(pa.float64()).cast(pa.int64()).cast(pa.timestamp("s", "UTC")),
-                WEIGHT: log["rating:float"].cast(pa.float32()),
+                EVENT_TIME: pc.cast(log["timestamp:float"], pa.int64(), safe=False).cast(pa.timestamp("s", "UTC")),
+                WEIGHT: log["rating:float"],
             }
         ).sort_by([(EVENT_TIME, "ascending"), (USER_ID, "ascending"), (ITEM_ID, "ascending")])
         days = events[EVENT_TIME].cast(pa.timestamp("s")).cast(pa.date32())
@@ -79,7 +95,7 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
             end=last + timedelta(days=1),
         )
 
-    return write_raw(Path(raw), {"dataset": DATASET, "format": FORMAT, "files": digest(files)}, build)
+    return write_raw(Path(raw), {"dataset": DATASET, "format": FORMAT, "files": digests}, build)
 
 
 def text_vectors(texts: list[str]) -> NDArray[np.float32]:
@@ -126,28 +142,32 @@ def _read_files(source: Path) -> dict[str, bytes]:
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{source} (row count unknown) does not hold {' and '.join(FILES)}: {error}.",
-            "Give the wheel recbole-1.2.1-py3-none-any.whl (pip download --no-deps recbole==1.2.1), or a folder "
-            "with the two files.",
+            REMEDY,
         ) from error
 
 
-def _read(source: Path, files: dict[str, bytes], name: str, columns: tuple[str, ...]) -> pa.Table:
+def _read(source: Path, name: str, files: dict[str, bytes], columns: dict[str, pa.DataType]) -> pa.Table:
+    rows = max(0, files[name].count(b"\n") - 1)
     try:
         table = pa.csv.read_csv(
             pa.BufferReader(files[name]),
             parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False),
-            convert_options=pa.csv.ConvertOptions(
-                column_types={column: pa.string() for column in columns}, strings_can_be_null=True, null_values=[""]
-            ),
+            convert_options=pa.csv.ConvertOptions(column_types=columns, strings_can_be_null=True, null_values=[""]),
         )
     except pa.ArrowInvalid as error:
-        rows = max(0, files[name].count(b"\n") - 1)
-        raise DataError(f"{source}: {name} ({rows} rows) cannot be read: {error}.", "Get the wheel again.") from error
+        raise DataError(f"{source}: {name} ({rows} rows) cannot be read: {error}.", REMEDY) from error
     missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise DataError(
-            f"{source}: {name} ({table.num_rows} rows) has no column {', '.join(missing)}; "
+            f"{source}: {name} ({rows} rows) has no column {', '.join(missing)}; "
             f"it has {', '.join(table.column_names)}.",
-            "Get the wheel recbole-1.2.1 again.",
+            REMEDY,
         )
+    needed = [column for column in columns if "_id:" in column or columns[column] != pa.string()]
+    for column in needed:
+        if table.num_rows == 0 or table[column].null_count:
+            raise DataError(
+                f"{source}: {name} ({table.num_rows} rows) has {table[column].null_count} rows without {column}.",
+                REMEDY,
+            )
     return table.select(list(columns))

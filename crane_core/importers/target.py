@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -111,11 +110,6 @@ def write_features(folder: Path, modality: str, ids: list[str], rows: NDArray) -
     offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * rows.shape[1])
     vectors = pa.ListArray.from_arrays(offsets, values)
     _write(folder / FEATURES_FOLDER / modality, pa.table([pa.array(ids), vectors], names=FEATURES.names), FEATURES)
-
-
-def digest(parts: Mapping[str, bytes]) -> dict[str, str]:
-    """File name to sha256 of its bytes."""
-    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(parts.items())}
 
 
 def _write(folder: Path, table: pa.Table, schema: pa.Schema) -> None:

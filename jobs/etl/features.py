@@ -26,8 +26,8 @@ from crane_core.matrix import RowWriter, blocks, open_matrix
 from crane_core.raw import FEATURES_FOLDER, Footer, check_features, list_features, raw_root
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, VECTOR
 from crane_core.store import ArtifactStore
-from jobs.etl.session import open_session
-from jobs.etl.tables import checksum, write_table
+from jobs.etl.session import open_session, readable, unreadable
+from jobs.etl.tables import tally, write_table
 from jobs.runner import Job, Result, run_stage, scratch
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,12 @@ def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> Data
         .when(F.col(ITEM_IDX).isNull(), "unknown_item")
     )
     marked = rows.join(items, ITEM_ID, "left").withColumn(REASON, reason)
-    place = F.row_number().over(Window.partitionBy(MODALITY, ITEM_ID, REASON).orderBy(VECTOR))
+    # Bad rows need no comparison: spread them, so that a million null ids do not end in one task.
+    spread = F.when(F.col(REASON).isNotNull(), F.monotonically_increasing_id())
+    place = F.row_number().over(Window.partitionBy(MODALITY, ITEM_ID, "_spread").orderBy(VECTOR))
     again = F.col(REASON).isNull() & (place > 1)
-    return marked.withColumn(REASON, F.when(again, "duplicate_item").otherwise(F.col(REASON)))
+    repeated = F.when(again, "duplicate_item").otherwise(F.col(REASON))
+    return marked.withColumn("_spread", spread).withColumn(REASON, repeated).drop("_spread")
 
 
 def choose_dims(rows: DataFrame, folder: Path) -> dict[str, int]:
@@ -153,19 +156,21 @@ def run(job: Job) -> Result:
     interactions = job.input("etl.interactions")
     num_items, num_train_items = (interactions.facts[name] for name in ("num_items", "num_train_items"))
     logger.info("read %s", " ".join(f"{name}={rows}" for name, rows in read.items()))
-    spark = open_session(config.runtime, scratch(job.store.storage.uri))
+    spark = open_session(config.runtime, scratch(job.store.storage.uri), sum(read.values()))
 
-    rows = scan(spark, footers).localCheckpoint(eager=True)
+    with readable(root / FEATURES_FOLDER):
+        rows = scan(spark, footers).localCheckpoint(eager=True)
     dims = choose_dims(rows, root / FEATURES_FOLDER)
     items = spark.read.parquet(str(interactions.file("items"))).select(ITEM_ID, ITEM_IDX)
     marked = mark_bad(rows, items, dims).localCheckpoint(eager=True)
     counts = _count_reasons(marked, read)
     _stop_if_unusable(counts, config.features, root / FEATURES_FOLDER)
     placed = marked.where(F.col(REASON).isNull()).select(MODALITY, ITEM_IDX, VECTOR)
-    write_table(placed, job.work / "placed", sum(read.values()), (MODALITY, ITEM_IDX))
+    row_bytes = 4 * max(dims.values())
+    write_table(placed, job.work / "placed", sum(read.values()), (MODALITY, ITEM_IDX), row_bytes)
     bad = marked.where(F.col(REASON).isNotNull()).select(MODALITY, ITEM_ID, VECTOR, REASON)
-    write_table(bad, job.out / "quarantine", sum(read.values()))
-    _, quarantine_sum = checksum(spark.read.parquet(str(job.out / "quarantine")))
+    write_table(bad, job.out / "quarantine", bad.count(), row_bytes=row_bytes)
+    quarantine_sum = tally(spark.read.parquet(str(job.out / "quarantine"))).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
     facts: dict[str, Any] = {}
@@ -187,10 +192,12 @@ def run(job: Job) -> Result:
 def _scan_row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         for piece in batch.to_pylist():
-            with pq.ParquetFile(piece["path"]) as parquet:
-                groups = parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR])
-                for rows in groups:
-                    yield _describe(piece[MODALITY], rows)
+            try:
+                with pq.ParquetFile(piece["path"]) as parquet:
+                    for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
+                        yield _describe(piece[MODALITY], rows)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(piece["path"]) from error
 
 
 def _describe(modality: str, rows: pa.RecordBatch) -> pa.RecordBatch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -47,8 +48,8 @@ from crane_core.schema import (
     WEIGHT,
 )
 from crane_core.store import ArtifactStore
-from jobs.etl.session import open_session, readable
-from jobs.etl.tables import checksum, number_rows, write_table
+from jobs.etl.session import glob_escaped, open_session, readable
+from jobs.etl.tables import number_rows, tally, write_table
 from jobs.runner import Job, Result, run_stage, scratch
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,6 @@ MALFORMED = (
 """Reasons that speak of broken data and count towards `etl.max_quarantine_share`."""
 WHOLE_NUMBER = "^(0|[1-9][0-9]{0,17})$"
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-ROWS_PER_RANGE = 2_000_000
 
 
 def source(config: RunConfig, store: ArtifactStore) -> list[list[str | int]]:
@@ -86,7 +86,7 @@ def read_interactions(spark: SparkSession, root: str, footers: Sequence[Footer])
     groups: dict[tuple[str, str, str], list[str]] = {}
     for footer in footers:
         event_time, weight, label = (_stored(footer.types.get(name)) for name in (EVENT_TIME, WEIGHT, LABEL))
-        groups.setdefault((event_time, weight, label), []).append(str(footer.file.path))
+        groups.setdefault((event_time, weight, label), []).append(glob_escaped(footer.file.path))
     tables = []
     for (event_time, weight, label), paths in sorted(groups.items()):
         schema = f"{USER_ID} string, {ITEM_ID} string, {EVENT_TIME} {event_time}, {DAY} date"
@@ -240,7 +240,7 @@ def run(job: Job) -> Result:
     catalog_footers = check_items(list_items(root))
     num_read = sum(footer.num_rows for footer in footers)
     logger.info("read files=%d rows=%d catalog_files=%d", len(footers), num_read, len(catalog_footers))
-    spark = open_session(config.runtime, scratch(job.store.storage.uri))
+    spark = open_session(config.runtime, scratch(job.store.storage.uri), num_read)
 
     with readable(root / INTERACTIONS_FOLDER):
         rows = mark_bad(read_interactions(spark, str(root), footers), config.window, config.etl)
@@ -296,40 +296,43 @@ def run(job: Job) -> Result:
 def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> Result:
     """Read back what was written, check that every row read is somewhere, and describe it in `quality.json`."""
     tables = {path.name: spark.read.parquet(str(path)) for path in sorted(job.out.iterdir())}
-    counts, sums = {}, {}
-    for name, table in tables.items():
-        counts[name], sums[name] = checksum(table)
-    splits = _counts(tables["interactions"], SPLIT)
-    quarantine = _counts(tables["quarantine"], REASON)
-    cold = _counts(tables["cold"], REASON)
-    cold_splits = _counts(tables["cold"], SPLIT)
-    accounted = sum(splits.values()) + sum(cold.values()) + sum(quarantine.values())
+    split, day, reason = F.col(SPLIT), F.to_date(EVENT_TIME), F.col(REASON)
+    groups = {
+        "interactions": {"split": split, "day": day},
+        "cold": {"split": split, "day": day, "reason": reason},
+        "quarantine": {"reason": reason},
+        "quarantine_items": {"reason": reason},
+    }
+    found = {name: tally(table, **groups.get(name, {})) for name, table in tables.items()}
+    splits, quarantine = found["interactions"].by(0), found["quarantine"].by(0)
+    cold_splits, cold = found["cold"].by(0), found["cold"].by(2)
+    accounted = sum(found[name].total for name in ("interactions", "cold", "quarantine"))
     assert accounted == num_read, f"{num_read} rows read, {accounted} accounted for"
     assert str(TRAIN) not in cold_splits, f"training rows without an index: {cold_splits}"
-    assert counts["items"] + counts["quarantine_items"] >= num_catalog
 
-    train = tables["interactions"].where(F.col(SPLIT) == TRAIN)
+    train = tables["interactions"].where(split == TRAIN)
     per_user, per_item = (_distribution(train, column) for column in (USER_IDX, ITEM_IDX))
     num_train = splits.get(str(TRAIN), 0)
+    days = Counter(found["interactions"].by(1))
+    days.update(found["cold"].by(1))
     facts: dict[str, Any] = {
-        "num_users": counts["users"],
-        "num_items": counts["items"],
+        "num_users": found["users"].total,
+        "num_items": found["items"].total,
         "num_train_users": per_user["count"],
         "num_train_items": per_item["count"],
         "num_rows_read": num_read,
         "num_train": num_train,
         "num_validation": splits.get(str(VALIDATION), 0),
         "num_test": splits.get(str(TEST), 0),
-        "num_cold_rows": counts["cold"],
+        "num_cold_rows": found["cold"].total,
         "cold": cold,
         "quarantine": quarantine,
-        "catalog": {"num_rows_read": num_catalog, "quarantine": _counts(tables["quarantine_items"], REASON)},
+        "catalog": {"num_rows_read": num_catalog, "quarantine": found["quarantine_items"].by(0)},
         "cutoffs": _cutoffs(job.config),
     }
-    every = tables["interactions"].select(EVENT_TIME).union(tables["cold"].select(EVENT_TIME))
     quality = {
         **facts,
-        "events_per_day": dict(sorted(_counts(every.select(F.to_date(EVENT_TIME).alias(DAY)), DAY).items())),
+        "events_per_day": dict(sorted(days.items())),
         "interactions_per_user": per_user,
         "interactions_per_item": per_item,
         "density": num_train / max(1, per_user["count"] * per_item["count"]),
@@ -339,11 +342,11 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> R
     logger.info(
         "split train=%d validation=%d test=%d cold=%d quarantined=%d users=%d items=%d",
         *(facts[name] for name in ("num_train", "num_validation", "num_test", "num_cold_rows")),
-        counts["quarantine"],
-        counts["users"],
-        counts["items"],
+        found["quarantine"].total,
+        facts["num_users"],
+        facts["num_items"],
     )
-    return Result(facts, sums)
+    return Result(facts, {name: entry.checksum for name, entry in found.items()})
 
 
 def _read_catalog(spark: SparkSession, root: Path, footers: Sequence[Footer]) -> tuple[DataFrame, DataFrame]:
@@ -351,7 +354,7 @@ def _read_catalog(spark: SparkSession, root: Path, footers: Sequence[Footer]) ->
     if not footers:
         return clean_catalog(spark.createDataFrame([], schema))
     with readable(root / ITEMS_FOLDER):
-        rows = spark.read.schema(schema).parquet(*(str(footer.file.path) for footer in footers))
+        rows = spark.read.schema(schema).parquet(*(glob_escaped(footer.file.path) for footer in footers))
         return clean_catalog(rows.localCheckpoint(eager=True))
 
 

@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 from crane_core.matrix import RowWriter, open_matrix, rows_per_block
 from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX
 from jobs.etl.session import open_session
-from jobs.etl.tables import write_table
+from jobs.etl.tables import write_parts
 from jobs.runner import Job, Result, run_stage, scratch
 
 logger = logging.getLogger(__name__)
@@ -111,11 +111,12 @@ def run(job: Job) -> Result:
     num_users, num_train = (interactions.facts[name] for name in ("num_users", "num_train"))
     dims = {name: entry["dim"] for name, entry in sorted(features.facts["modalities"].items())}
     paths = [(str(features.file(f"{name}/matrix.npy")), str(features.file(f"{name}/mask.npy"))) for name in dims]
-    spark = open_session(job.config.runtime, scratch(job.store.storage.uri))
+    spark = open_session(job.config.runtime, scratch(job.store.storage.uri), num_train)
     train = spark.read.parquet(str(interactions.file("interactions"))).where(F.col(SPLIT) == TRAIN)
     partitions = max(2, -(-num_train // ROWS_PER_RANGE))
     profiles = sum_profiles(train, paths, job.config.profiles.aggregate == "mean", partitions)
-    write_table(profiles, job.work / "profiles", num_users, (USER_IDX,))
+    # The ranges are in the order of the users and so are the rows within: the files need no further sort.
+    write_parts(profiles, job.work / "profiles")
     written = _write_matrices(job.work / "profiles", job.out, dims, num_users)
     facts = {}
     for name, dim in dims.items():

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_FILE = 4_000_000
+FILE_BYTES = 128 * 1024 * 1024
 _ROW_BITS = 33
+_SEEDS = ("first", "second")
 
 
 def number_rows(rows: DataFrame, order: Sequence[Column | str], name: str, partitions: int) -> DataFrame:
@@ -48,22 +52,26 @@ def number_rows(rows: DataFrame, order: Sequence[Column | str], name: str, parti
     return ranged.withColumn(name, (place + offset).cast("int")).drop("_place")
 
 
-def write_table(rows: DataFrame, folder: Path, num_rows: int, order: Sequence[str] = ()) -> None:
-    """Write Parquet files `part-00000.parquet`, ... of about four million rows.
+def write_table(rows: DataFrame, folder: Path, num_rows: int, order: Sequence[str] = (), row_bytes: int = 32) -> None:
+    """Write Parquet files of about 128 MiB.
 
     Args:
-        rows: the table.
+        rows: the table, cheap to evaluate twice.
         folder: where to.
-        num_rows: an upper bound of the rows, decides the number of files.
+        num_rows: an upper bound of the rows.
         order: sort key within and across files; free when empty.
+        row_bytes: about the size of a row; with `num_rows` it decides the number of files.
     """
-    files = max(1, -(-num_rows // ROWS_PER_FILE))
-    if not order:
-        rows = rows.coalesce(files) if files == 1 else rows.repartition(files)
-    elif files == 1:
-        rows = rows.coalesce(1).sortWithinPartitions(*order)
+    files = max(1, -(-num_rows * row_bytes // FILE_BYTES))
+    if files == 1:
+        rows = rows.coalesce(1)
     else:
-        rows = rows.repartitionByRange(files, *order).sortWithinPartitions(*order)
+        rows = rows.repartitionByRange(files, *order) if order else rows.repartition(files)
+    write_parts(rows.sortWithinPartitions(*order) if order else rows, folder)
+
+
+def write_parts(rows: DataFrame, folder: Path) -> None:
+    """Write one Parquet file per partition, `part-00000.parquet` and so on, in the order of the partitions."""
     started = time.monotonic()
     rows.write.mode("overwrite").parquet(str(folder))
     written = sorted(folder.glob("part-*.parquet"))
@@ -74,18 +82,44 @@ def write_table(rows: DataFrame, folder: Path, num_rows: int, order: Sequence[st
     logger.info("write table=%s files=%d seconds=%.1f", folder.name, len(written), time.monotonic() - started)
 
 
-def checksum(rows: DataFrame) -> tuple[int, str]:
-    """Count and checksum of a table, independent of the order of its rows and of its files.
+@dataclass(frozen=True)
+class Tally:
+    """Counts and checksum of a table.
 
-    Two 64-bit hashes of every row are summed exactly. Nulls are hashed apart from values, and a row that is
-    there twice counts twice.
+    Attributes:
+        groups: rows per group, keyed by the values grouped by.
+        checksum: of all rows, independent of their order and of the files they lie in.
+    """
 
-    Returns:
-        The number of rows, and the checksum.
+    groups: dict[tuple[Any, ...], int]
+    checksum: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.groups.values())
+
+    def by(self, position: int) -> dict[str, int]:
+        """Rows per value of one of the grouping columns, in order of the values."""
+        counts: Counter[Any] = Counter()
+        for key, count in self.groups.items():
+            counts[key[position]] += count
+        return {str(value): counts[value] for value in sorted(counts)}
+
+
+def tally(rows: DataFrame, **by: Column) -> Tally:
+    """Count and checksum a table in one pass.
+
+    Two 64-bit hashes of every row are summed exactly. Nulls are hashed apart from values, and a row that is there
+    twice counts twice.
+
+    Args:
+        rows: the table.
+        by: named expressions of few distinct values to count by.
     """
     cells = [part for name in rows.columns for part in (F.col(name).isNull(), F.col(name))]
-    first = F.xxhash64(*cells).cast("decimal(20,0)")
-    second = F.xxhash64(F.lit("second"), *cells).cast("decimal(20,0)")
-    row = rows.agg(F.count(F.lit(1)).alias("n"), F.sum(first).alias("first"), F.sum(second).alias("second")).first()
-    assert row is not None
-    return row["n"], f"rows={row['n']} sums={row['first'] or 0},{row['second'] or 0} columns={','.join(rows.columns)}"
+    sums = [F.sum(F.xxhash64(F.lit(seed), *cells).cast("decimal(20,0)")).alias(seed) for seed in _SEEDS]
+    grouped = rows.groupBy(*(column.alias(f"_{name}") for name, column in by.items()))
+    found = grouped.agg(F.count(F.lit(1)).alias("_rows"), *sums).collect()
+    groups = {tuple(row[f"_{name}"] for name in by): row["_rows"] for row in found if row["_rows"]}
+    totals = [int(sum(row[seed] or 0 for row in found)) for seed in _SEEDS]
+    return Tally(groups, f"{','.join(rows.columns)} rows={sum(groups.values())} sums={totals[0]},{totals[1]}")
