@@ -27,7 +27,7 @@ from crane_core.registry import Registry, Version, open_registry
 from crane_core.schema import ITEM_ID, USER_ID, USER_IDX
 from crane_core.serving import load_model, smoke_test
 from crane_core.store import ArtifactStore
-from jobs.runner import run_job
+from jobs.runner import peak_bytes, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
         "previous": entry.champion_before,
         "ledger": entry.seq,
         "seconds": round(time.monotonic() - started, 3),
+        "peak_bytes": peak_bytes(),
     }
 
 

@@ -28,7 +28,7 @@ from crane_core.registry import CANDIDATE, DatasetReference, Registry, Release, 
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.serving import make_probe, write_model
 from crane_core.store import Artifact, ArtifactStore
-from jobs.runner import run_job, scratch
+from jobs.runner import peak_bytes, run_job, scratch
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         "alias": alias,
         "model": registry.name,
         "seconds": round(time.monotonic() - started, 3),
+        "peak_bytes": peak_bytes(),
     }
 
 

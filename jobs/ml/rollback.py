@@ -18,7 +18,7 @@ from crane_core.ledger import SMOKE_TAG, Entry, Ledger, hand_over, settle
 from crane_core.registry import Registry, open_registry
 from crane_core.store import ArtifactStore
 from jobs.ml.promote import smoke_through_alias
-from jobs.runner import run_job
+from jobs.runner import peak_bytes, run_job
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def rollback(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         "reason": entry.reason,
         "ledger": entry.seq,
         "seconds": round(time.monotonic() - started, 3),
+        "peak_bytes": peak_bytes(),
     }
 
 

@@ -1,0 +1,46 @@
+"""Write the page about a run: `python -m jobs.ml.report --store URI --run RUN_ID`.
+
+Leaves `{store}/reports/{run_id}.html`, self-contained. Stages that have not run are named on the page, not an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from crane_core.config import RunConfig
+from crane_core.ledger import Ledger
+from crane_core.report import render
+from crane_core.store import ArtifactStore
+from jobs.runner import peak_bytes, run_job
+
+logger = logging.getLogger(__name__)
+
+
+def report(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    """Render the page and replace the one that may be there, at once."""
+    started = time.monotonic()
+    entries = Ledger(store.storage, config.runtime.model_name).history()
+    page = render(store, arguments.run, config, entries).encode()
+    key = f"reports/{arguments.run}.html"
+    store.storage.write(key, page)
+    uri = f"{store.storage.uri}/{key}"
+    logger.info("report bytes=%d uri=%s", len(page), uri)
+    return {
+        "status": "done",
+        "report": uri,
+        "bytes": len(page),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job("ml.report", report, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
