@@ -258,9 +258,14 @@ def _interval(axis: Axes, position: float, value: Mapping[str, float], colour: s
     axis.plot([low, high], [position, position], color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.45)
     axis.plot([mean], [position], "o", color=colour, markersize=6)
     axis.annotate(
-        form.format(mean).replace("-", "−"), (mean, position), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8.5,
+        form.format(mean).replace("-", "−"),
+        (mean, position),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8.5,
         path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
-    )  # fmt: skip
+    )
 
 
 def _slices(run: _Run, section: Section) -> None:

@@ -1,0 +1,167 @@
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+
+from crane_core.config import Runtime
+from crane_core.errors import ArtifactError, ConfigError
+from crane_core.registry import DatasetReference, Registry, Release, open_registry
+from tests.unit.served import write
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory) -> Path:
+    """MLflow's tables, made once: that takes seconds."""
+    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
+    Registry(f"sqlite:///{path}", None, "template")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path, empty_database) -> Path:
+    root = tmp_path / "store"
+    root.mkdir()
+    shutil.copyfile(empty_database, root / "mlflow.db")
+    return root
+
+
+@pytest.fixture
+def registry(store) -> Registry:
+    return open_registry(Runtime(), str(store))
+
+
+@pytest.fixture
+def release(tmp_path) -> Release:
+    evidence = tmp_path / "metrics.json"
+    evidence.write_text(json.dumps({"recall@20": 0.25}))
+    return Release(
+        fingerprint="f1",
+        run_id="run-1",
+        folder=write(tmp_path / "crane"),
+        evidence=[evidence],
+        input_example=pd.DataFrame({"user_id": ["ann", "bob"]}),
+        params={"train.learning_rate": 0.001, "knn.k": 10},
+        metrics={"models/crane/recall@20/mean": 0.25},
+        curve=[{"epoch": 0, "loss": 0.7, "recall@20": 0.1}, {"epoch": 1, "loss": 0.5, "recall@20": 0.2}],
+        datasets=[DatasetReference("etl.interactions", "abc", "/store/etl.interactions/abc", "training")],
+        tags={"crane.window_end": "2026-03-01T00:00:00Z"},
+    )
+
+
+def files(store: Path) -> list[Path]:
+    return [path for path in (store / "mlartifacts").rglob("*") if path.is_file()]
+
+
+def test_what_is_registered(registry, release):
+    version, is_new = registry.register(release)
+    assert is_new and version.number == "1" and version.run_id == "run-1" and version.aliases == ()
+    assert version.tags["crane.window_end"] == "2026-03-01T00:00:00Z"
+    run = mlflow.get_run(version.mlflow_run)
+    assert run.data.params == {"train.learning_rate": "0.001", "knn.k": "10"}
+    assert run.data.metrics["models/crane/recall_at_20/mean"] == 0.25
+    history = mlflow.MlflowClient().get_metric_history(version.mlflow_run, "epoch/recall_at_20")
+    assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 0.2)]
+    assert [(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs] == [
+        ("etl.interactions", "abc")
+    ]
+    info = mlflow.models.get_model_info("models:/crane/1")
+    assert info.signature.inputs.input_names() == ["user_id"]
+    assert info.signature.outputs.input_names() == ["user_id", "item_ids", "scores", "fallback"]
+    assert info.saved_input_example_info is not None
+
+
+def test_the_same_fingerprint_is_the_same_version(registry, release):
+    first, _ = registry.register(release)
+    again, is_new = registry.register(replace(release, run_id="run-2"))
+    assert not is_new and again == first
+    other, is_new = registry.register(replace(release, fingerprint="f2"))
+    assert is_new and other.number == "2"
+    assert [version.number for version in registry.versions()] == ["1", "2"]
+
+
+def test_nothing_in_the_model_can_execute(registry, release, store):
+    registry.register(release)
+    names = {path.name for path in files(store)}
+    assert {"embeddings.safetensors", "users.parquet", "checksums.json", "MLmodel"} <= names
+    assert {path.suffix for path in files(store)} <= {".safetensors", ".json", ".parquet", ".yaml", ".txt", ""}
+    for path in files(store):
+        data = path.read_bytes()
+        assert not data.startswith(b"\x80") and b"cloudpickle" not in data, path
+
+
+def test_loads_by_alias_and_answers(registry, release):
+    version, _ = registry.register(release)
+    registry.set_alias("champion", version.number)
+    assert registry.holder("champion") == "1"
+    assert registry.version("1").aliases == ("champion",)
+    table = registry.load("@champion").predict(pd.DataFrame({"user_id": ["ann", "stranger"]}), params={"k": 2})
+    assert table["item_ids"].tolist() == [["b", "d"], ["b", "a"]]
+    assert table["fallback"].tolist() == [False, True]
+    registry.set_alias("champion", None)
+    assert registry.holder("champion") is None
+    with pytest.raises(ArtifactError, match="models:/crane@champion cannot be loaded"):
+        registry.load("@champion")
+
+
+def test_a_tampered_model_is_refused(registry, release, store):
+    version, _ = registry.register(release)
+    path = next(path for path in files(store) if path.name == "embeddings.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"embeddings\.safetensors does not match its sha256"):
+        registry.load(f"/{version.number}")
+
+
+def test_forged_checksums_are_refused(registry, release, store):
+    version, _ = registry.register(release)
+    assert registry.model_folder(version).name == "crane"
+    path = next(path for path in files(store) if path.name == "checksums.json")
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ArtifactError, match="checksums are not those that were registered"):
+        registry.model_folder(version)
+
+
+def test_evidence_is_what_was_registered(registry, release, store):
+    version, _ = registry.register(release)
+    assert json.loads(registry.evidence(version, "metrics.json").read_text()) == {"recall@20": 0.25}
+    with pytest.raises(ArtifactError, match=r"evidence probe\.json cannot be read"):
+        registry.evidence(version, "probe.json")
+    path = next(path for path in files(store) if path.name == "metrics.json")
+    path.write_text(json.dumps({"recall@20": 0.99}))
+    with pytest.raises(ArtifactError, match=r"evidence metrics\.json is not what was registered"):
+        registry.evidence(version, "metrics.json")
+
+
+def test_ledger_anchors_are_read_back(registry, release):
+    version, _ = registry.register(release)
+    registry.tag(version.number, {"crane.ledger.3": "abc", "crane.decision": "promoted"})
+    assert registry.ledger_anchors() == {3: "abc"}
+
+
+def test_unknown_version(registry):
+    with pytest.raises(ArtifactError, match="has no version '7'"):
+        registry.version("7")
+
+
+def test_a_remote_store_needs_a_configured_registry():
+    with pytest.raises(ConfigError, match="no model registry is configured"):
+        open_registry(Runtime(), "s3://bucket/store")
+
+
+def test_a_registry_that_is_none_is_a_configuration_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="does not answer"):
+        Registry(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}", None, "crane")
+
+
+def test_importing_the_registry_turns_telemetry_off():
+    program = "import os, crane_core.registry; print(os.environ['MLFLOW_DISABLE_TELEMETRY'])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "true"
