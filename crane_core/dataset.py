@@ -83,6 +83,13 @@ class Interactions:
         """int64 [num_items], training interactions of each item."""
         return np.bincount(self.train.items, minlength=self.num_items)
 
+    def validation_users(self, most: int, seed: int) -> np.ndarray:
+        """Users with validation items, ascending; a fixed sample where there are more than `most`."""
+        users = np.flatnonzero(self.validation.counts() > 0)
+        if len(users) > most:
+            users = np.sort(np.random.default_rng(seed).choice(users, most, replace=False))
+        return users
+
 
 def load_interactions(artifact: Artifact) -> Interactions:
     """Read the output of `etl.interactions`.

@@ -42,14 +42,9 @@ STAGES: dict[str, Stage] = {
             "ml.knn", 1, ("ml.refine",), ("knn",), parts=lambda config: [str(i) for i in range(config.knn.num_shards)]
         ),
         Stage("ml.graph", 1, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
-        Stage(
-            "ml.train",
-            1,
-            ("etl.interactions", "etl.features", "ml.refine", "ml.graph"),
-            ("train",),
-            parts=lambda config: ["crane", "lightgcn"],
-        ),
-        Stage("ml.evaluate", 1, ("etl.interactions", "ml.train"), ("evaluate",)),
+        Stage("ml.behaviour", 1, ("etl.interactions",), ("train",)),
+        Stage("ml.train", 1, ("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"), ("train",)),
+        Stage("ml.evaluate", 1, ("etl.interactions", "ml.behaviour", "ml.train"), ("evaluate",)),
         Stage("ml.register", 1, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
         Stage("ml.export", 1, ("etl.interactions", "ml.train"), ("export",)),
     )

@@ -306,8 +306,8 @@ def _plot_slices(slices: Mapping[str, Any], models: Sequence[str]) -> Figure:
 
 def _training(run: _Run, section: Section) -> None:
     curves, parts = {}, {}
-    for part in STAGES["ml.train"].parts(run.config):
-        artifact = run.artifact("ml.train", part)
+    for part, stage in (("crane", "ml.train"), ("lightgcn", "ml.behaviour")):
+        artifact = run.artifact(stage)
         curves[part] = json.loads(artifact.file("curve.json").read_text())
         parts[part] = artifact.facts | {"seconds": artifact.manifest["seconds"]}
     section.data = {"parts": parts}

@@ -203,9 +203,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Recall@20 and NDCG@20 over (a fixed sample of) the users with validation items; 0 when there are none."""
         held_out = self.interactions.validation
-        users = np.flatnonzero(held_out.counts() > 0)
-        if len(users) > self.config.validation_users:
-            users = np.sort(self._generator(4).choice(users, self.config.validation_users, replace=False))
+        users = self.interactions.validation_users(self.config.validation_users, self.config.seed)
         user_rows, item_rows = self.embeddings()
         metrics = user_metrics(
             rank_users(user_rows, item_rows, self.interactions.train, users, 20), held_out, users, (20,)

@@ -3,7 +3,7 @@
 Daily at midnight UTC, over the day that ended (`[start, end)`), one run at a time.
 
 **What it does.** `resolve` fixes the window, the run id and the flags; `plan` checks the configuration and tells
-how many shards there are; then the stages in order, `knn` and `train` mapped over their parts. Each stage leaves an
+how many shards there are; then the stages in order, `knn` mapped over its shards and `behaviour` beside the content stages. Each stage leaves an
 artifact in the store or finds it there, so clearing a task, or the whole run, repeats only what is missing.
 `register` leaves a model version with the alias `candidate` and announces it with the asset `crane/candidate`, which
 starts `crane_promote`.
@@ -31,6 +31,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from deployment import DEFAULT_ARGS, job, mapped_job
 from local_job import PROJECT, setting
 from windows import (
+    INSTANT_PATTERN,
     OVERRIDE_PATTERN,
     RUN_ID_PATTERN,
     crane_run_id,
@@ -42,6 +43,7 @@ from windows import (
 CANDIDATE = Asset("crane/candidate")
 # An alias as outlet: the asset gets an event only when `announce` adds one.
 ANNOUNCEMENT = AssetAlias("crane/announcement")
+INSTANT: dict[str, Any] = {"type": ["null", "string"], "format": "date-time", "pattern": INSTANT_PATTERN}
 FLAGS = "{{ ti.xcom_pull(task_ids='resolve')['flags'] | tojson }}"
 
 
@@ -68,8 +70,8 @@ with DAG(
         "store": Param(None, type=["null", "string"], minLength=1, maxLength=1024, description="Artifact store URI"),
         "config": Param(None, type=["null", "string"], minLength=1, maxLength=1024, description="Preset or YAML file"),
         "run": Param(None, type=["null", "string"], pattern=RUN_ID_PATTERN, description="Run id"),
-        "window_start": Param(None, type=["null", "string"], format="date-time", description="First instant, UTC"),
-        "window_end": Param(None, type=["null", "string"], format="date-time", description="First instant after, UTC"),
+        "window_start": Param(None, description="First instant, UTC", **INSTANT),
+        "window_end": Param(None, description="First instant after the window, UTC", **INSTANT),
         "overrides": Param(
             [],
             type="array",
@@ -113,13 +115,15 @@ with DAG(
     chain(
         resolve(),
         plan,
-        job("etl.interactions", flags=FLAGS),
+        interactions := job("etl.interactions", flags=FLAGS),
         job("etl.features", flags=FLAGS),
         job("etl.profiles", flags=FLAGS),
         job("ml.refine", flags=FLAGS),
         mapped_job("ml.knn", plan.output, flags=FLAGS),
         job("ml.graph", flags=FLAGS),
-        mapped_job("ml.train", ["crane", "lightgcn"], flags=FLAGS),
+        train := job("ml.train", flags=FLAGS),
         job("ml.evaluate", flags=FLAGS),
         job("ml.register", flags=FLAGS, outlets=[ANNOUNCEMENT], post_execute=announce),
     )
+    # The behavioural view needs no content: it trains beside the stages that prepare it.
+    chain(interactions, job("ml.behaviour", flags=FLAGS), train)

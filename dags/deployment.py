@@ -40,6 +40,7 @@ JOBS = {
     "ml.refine": Job("gpu", "crane_gpu", 6),
     "ml.knn": Job("gpu", "crane_gpu", 6),
     "ml.graph": Job("cpu", "crane_compute", 2),
+    "ml.behaviour": Job("torchrun", "crane_gpu", 24),
     "ml.train": Job("torchrun", "crane_gpu", 24),
     "ml.evaluate": Job("gpu", "crane_gpu", 4),
     "ml.register": Job("cpu", "crane_compute", 1),

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
@@ -32,6 +31,7 @@ from crane_core.evaluation import (
     user_metrics,
 )
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
+from jobs.ml.launch import load_embeddings
 from jobs.runner import Job, Result, run_stage
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,10 @@ def run(job: Job) -> Result:
             "Lengthen etl.test_days or choose another etl.split.",
         )
     models = {
-        part: _embeddings(artifact.file("embeddings.safetensors"))
-        for part, artifact in job.input_parts("ml.train").items()
+        "crane": load_embeddings(job.input("ml.train")),
+        "lightgcn": load_embeddings(job.input("ml.behaviour")),
+        "popularity": _popularity(interactions),
     }
-    models["popularity"] = _popularity(interactions)
     ranked = {
         name: rank_users(*rows, interactions.train, users, max(config.ks), config.user_block)
         for name, rows in models.items()
@@ -83,11 +83,6 @@ def run(job: Job) -> Result:
     (job.out / "metrics.json").write_text(json.dumps(report))
     _write_per_user(job.out / "per_user.parquet", users, load_ids(source, "users", USER_ID), interactions, per_user)
     return Result({name: report[name] for name in ("users", "models", "differences")})
-
-
-def _embeddings(path: Path) -> tuple[Tensor, Tensor]:
-    rows = load_file(path)
-    return rows["user_embeddings"], rows["item_embeddings"]
 
 
 def _popularity(interactions: Interactions) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def run(job: Job) -> Result:
     config, runtime = job.config.export, job.config.runtime
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
-    source, trained = job.input("etl.interactions"), job.input("ml.train", "crane")
+    source, trained = job.input("etl.interactions"), job.input("ml.train")
     trained.verify()
     train = load_interactions(source).train
     user_ids = load_ids(source, "users", USER_ID).to_numpy()

@@ -39,12 +39,12 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
     """Make or find the version of a run and give it the alias."""
     started = time.monotonic()
     inputs = _inputs(config, store, arguments.run)
-    contents = [inputs[name].manifest["content"] for name in ("ml.train.crane", "ml.evaluate")]
+    contents = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
     fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
     if version is None:
-        for name in ("ml.train.crane", "ml.evaluate"):
+        for name in ("ml.train", "ml.evaluate"):
             inputs[name].verify()
         base = scratch(store.storage.uri) / "ml.register"
         base.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
 def _release(
     folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
 ) -> Release:
-    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train.crane", "ml.evaluate"))
+    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train", "ml.evaluate"))
     interactions = load_interactions(source)
     user_ids, item_ids = load_ids(source, "users", USER_ID), load_ids(source, "items", ITEM_ID)
     window = config.window.model_dump(mode="json")

@@ -20,7 +20,7 @@ from crane_core.config import load_config
 from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
 from crane_core.store import ArtifactStore
-from jobs.ml import evaluate, graph, knn, refine, train
+from jobs.ml import behaviour, evaluate, graph, knn, refine, train
 from jobs.runner import open_store
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
@@ -44,8 +44,8 @@ JOBS = [
     (knn, "0"),
     (knn, "1"),
     (graph, ""),
-    (train, "lightgcn"),
-    (train, "crane"),
+    (behaviour, ""),
+    (train, ""),
     (evaluate, ""),
 ]
 
@@ -126,8 +126,8 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
     certificate = json.loads(store.artifact("planted", "ml.graph").file("certificate.json").read_text())
     assert certificate["recall"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert certificate["co_interaction"]["lift"] > 1.5
-    for part in ("crane", "lightgcn"):
-        trained = store.artifact("planted", "ml.train", part)
+    for stage in ("ml.behaviour", "ml.train"):
+        trained = store.artifact("planted", stage)
         trained.verify()
         rows = load_file(trained.file("embeddings.safetensors"))
         assert rows["user_embeddings"].shape[0] == 40
@@ -164,8 +164,8 @@ def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
 
 def test_a_missing_input_and_an_unknown_part_are_typed_errors(finished: Path) -> None:
     extra = ("train.seed=7",)
-    assert train.main(flags(finished, "empty", "crane", extra)) == EXIT_ARTIFACT
-    assert train.main(flags(finished, "planted", "bert")) == EXIT_CONFIG
+    assert train.main(flags(finished, "empty", "", extra)) == EXIT_ARTIFACT
+    assert train.main(flags(finished, "planted", "0")) == EXIT_CONFIG
     assert knn.main(flags(finished, "planted", "2")) == EXIT_CONFIG
 
 
@@ -175,9 +175,9 @@ def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path:
     for name, kill in (("undisturbed", False), ("killed", True)):
         plant(tmp_path / name / "store", tmp_path / name / "scratch")
         store = open_store(str(tmp_path / name / "store"))
-        for job, part in JOBS[:4]:
+        for job, part in JOBS[:5]:
             assert job.main(flags(tmp_path / name / "store", "planted", part)) == EXIT_OK
-        command = [sys.executable, "-m", "jobs.ml.train", *flags(tmp_path / name / "store", "planted", "crane")]
+        command = [sys.executable, "-m", "jobs.ml.train", *flags(tmp_path / name / "store", "planted")]
         if kill:
             process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
             scratch = Path(store.storage.uri) / ".scratch" / "ml.train"
@@ -186,9 +186,9 @@ def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path:
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
-            assert store.entry("planted", "ml.train", "crane") is None
+            assert store.entry("planted", "ml.train") is None
             assert store.storage.names("ml.train") == []
         finished = subprocess.run(command, check=True, capture_output=True, text=True)
         assert ("resume epoch=" in finished.stderr) is kill
-        embeddings.append(store.artifact("planted", "ml.train", "crane").file("embeddings.safetensors").read_bytes())
+        embeddings.append(store.artifact("planted", "ml.train").file("embeddings.safetensors").read_bytes())
     assert embeddings[0] == embeddings[1]
