@@ -3,10 +3,10 @@
 Daily at midnight UTC, over the day that ended (`[start, end)`), one run at a time.
 
 **What it does.** `resolve` fixes the window, the run id and the flags; `plan` checks the configuration and tells
-how many shards there are; then the stages in order, `knn` mapped over its shards and `behaviour` beside the content stages. Each stage leaves an
-artifact in the store or finds it there, so clearing a task, or the whole run, repeats only what is missing.
-`register` leaves a model version with the alias `candidate` and announces it with the asset `crane/candidate`, which
-starts `crane_promote`.
+how many shards there are; then the stages in order, `knn` mapped over its shards and `behaviour` beside the stages
+that prepare the content. Each stage leaves an artifact in the store or finds it there, so clearing a task, or the
+whole run, repeats only what is missing. `register` leaves a model version with the alias `candidate` and announces it
+with the asset `crane/candidate`, which starts `crane_promote`.
 
 **By hand.** Trigger with `window_end` (and `window_start`, else one day) to rebuild another window, `run` to name the
 run, `config` for a preset or file, `overrides` for single fields (`train.num_epochs=20`).

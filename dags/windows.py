@@ -9,8 +9,10 @@ from typing import Any
 
 BACKFILL = "backfill"
 DAY = timedelta(days=1)
-RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
-OVERRIDE_PATTERN = r"^[a-z_]+\.[a-z_]+=[^\x00-\x1f]*$"
+# Python's `$` also matches before a last line feed, which the lookahead refuses.
+RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$(?!\n)"
+OVERRIDE_PATTERN = r"^[a-z_]+\.[a-z_]+=[^\x00-\x1f]*$(?!\n)"
+INSTANT_PATTERN = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?)?$(?!\n)"
 
 
 def resolve_window(

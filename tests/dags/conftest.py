@@ -1,0 +1,112 @@
+"""Airflow for tests: a home of its own, no database needed to parse, settings from the environment."""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+DAGS = PROJECT / "dags"
+HOME = Path(tempfile.mkdtemp(prefix="crane-airflow-"))
+
+# Airflow reads its settings when it is first imported.
+os.environ.update(
+    AIRFLOW_HOME=str(HOME),
+    AIRFLOW__CORE__DAGS_FOLDER=str(DAGS),
+    AIRFLOW__CORE__LOAD_EXAMPLES="False",
+    AIRFLOW__DATABASE__SQL_ALCHEMY_CONN=f"sqlite:///{HOME / 'airflow.db'}",
+    AIRFLOW__USAGE_DATA_COLLECTION__ENABLED="False",
+)
+sys.path.insert(0, str(DAGS))
+
+import pytest  # noqa: E402
+
+ALL_JOBS = (
+    "plan",
+    *(f"etl.{stage}" for stage in ("interactions", "features", "profiles")),
+    *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "register")),
+    *(f"ml.{stage}" for stage in ("promote", "export", "report")),
+)
+
+PLAY_JOB = '''
+"""A job that notes how it was called and answers as the real one would."""
+import json, os, pathlib, subprocess, sys, time
+
+name = "{name}"
+here = pathlib.Path.cwd()
+print("2026-01-01 00:00:00,000 INFO play start stage=" + name, file=sys.stderr)
+called = {{"job": name, "argv": sys.argv[1:], "environment": sorted(os.environ)}}
+with (here / "called.jsonl").open("a") as handle:
+    handle.write(json.dumps(called) + "\\n")
+act = json.loads((here / "act.json").read_text()).get(name, {{}})
+if "child" in act:
+    child = subprocess.Popen([sys.executable, "-c", act["child"]])
+    (here / "pids").write_text(f"{{os.getpid()}} {{child.pid}}")
+    child.wait()
+if "signal" in act:
+    os.kill(os.getpid(), act["signal"])
+if "code" in act:
+    print(f"2026-01-01 00:00:00,000 ERROR play failed stage={{name}} error=DataError message=bad row", file=sys.stderr)
+    print("shutting down", file=sys.stderr)
+    sys.exit(act["code"])
+for line in act.get("lines", []):
+    print(line)
+print(json.dumps({{"stage": name, **act.get("answer", {{}})}}))
+'''
+
+ANSWERS = {
+    "plan": {"ml.knn": ["0", "1", "2"]},
+    "ml.register": {"alias": "candidate", "version": "7"},
+    "ml.promote": {"decision": "refused", "numbers": {"a": 1}},
+}
+
+
+class Play:
+    """A project folder whose jobs only note how they were called.
+
+    Args:
+        folder: where to make it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ALL_JOBS:
+            path = folder / "jobs" / f"{name.replace('.', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / "__init__.py").touch()
+            path.write_text(PLAY_JOB.format(name=name))
+        (folder / "jobs" / "__init__.py").touch()
+        self.act({})
+
+    def act(self, acts: dict) -> None:
+        """Let jobs end with a `code`, a `signal`, an `answer`, further `lines`, or wait for a `child`."""
+        answers = {name: {"answer": answer} for name, answer in ANSWERS.items()}
+        (self.folder / "act.json").write_text(json.dumps(answers | acts))
+
+    def calls(self) -> list[dict]:
+        """Every call so far."""
+        path = self.folder / "called.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def environment(self) -> dict[str, str]:
+        """The settings that make the operator use it."""
+        return {"AIRFLOW_VAR_CRANE_PROJECT": str(self.folder), "AIRFLOW_VAR_CRANE_JOBS_PYTHON": sys.executable}
+
+
+@pytest.fixture
+def play(tmp_path, monkeypatch):
+    made = Play(tmp_path / "play")
+    for name, value in made.environment().items():
+        monkeypatch.setenv(name, value)
+    return made
+
+
+@pytest.fixture(scope="session")
+def dags():
+    """Every DAG of the project by id; none fails to import."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(dag_folder=str(DAGS))
+    assert bag.import_errors == {}
+    return bag.dags

@@ -1,0 +1,130 @@
+"""Both DAGs through Airflow itself, with jobs that only note how they were called."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import DAGS, HOME, Play
+
+PROGRAM = """
+import json, sys
+from datetime import datetime, timezone
+from airflow.dag_processing.dagbag import DagBag
+from airflow.models.asset import AssetEvent
+from airflow.utils.session import create_session
+
+sys.path.insert(0, sys.argv[1])
+bag = DagBag(dag_folder=sys.argv[1])
+answer = {}
+for dag_id, date, conf in json.loads(sys.argv[2]):
+    run = bag.dags[dag_id].test(logical_date=datetime.fromisoformat(date), run_conf=conf)
+    states = {}
+    for ti in run.get_task_instances():
+        states.setdefault(ti.task_id, []).append(str(ti.state))
+    answer[date] = {"state": str(run.state), "tasks": states}
+with create_session() as session:
+    answer["events"] = [
+        {"asset": event.asset.name, "extra": event.extra} for event in session.query(AssetEvent).all()
+    ]
+print("ANSWER" + json.dumps(answer))
+"""
+
+RETRAIN = {
+    "store": "/data/a store",
+    "run": "r1",
+    "config": "demo",
+    "overrides": ["train.seed=1", "runtime.device=cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def airflow_database():
+    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True, timeout=180)
+    return HOME
+
+
+def run(play, *runs):
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(DAGS), json.dumps(runs)],
+        env=os.environ | play.environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("ANSWER")]
+    assert lines, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("ANSWER"))
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
+    play = Play(tmp_path)
+    window = ["window.start=1998-04-22T00:00:00+00:00", "window.end=1998-04-23T00:00:00+00:00"]
+    retrain, promote = "1998-04-23T00:00:00+00:00", "1998-04-24T00:00:00+00:00"
+    answer = run(
+        play,
+        ["crane_retrain", retrain, RETRAIN],
+        ["crane_promote", promote, {"store": "/data/a store", "run": "r1", "overrides": ["runtime.device=cpu"]}],
+    )
+
+    assert answer[retrain]["state"] == "success"
+    assert answer[retrain]["tasks"]["knn"] == ["success"] * 3
+    assert answer[retrain]["tasks"]["train"] == ["success"] * 2
+    assert answer["events"] == [
+        {
+            "asset": "crane/candidate",
+            "extra": {
+                "store": "/data/a store",
+                "run": "r1",
+                "run_type": "manual",
+                "overrides": ["runtime.device=cpu"],
+                "version": "7",
+            },
+        }
+    ]
+    assert answer[promote] == {
+        "state": "success",
+        "tasks": {"resolve": ["success"], "promote": ["success"], "export": ["skipped"], "report": ["success"]},
+    }
+
+    calls = play.calls()
+    identity = ["--store", "/data/a store", "--run", "r1"]
+    settings = [word for setting in ["train.seed=1", "runtime.device=cpu", *window] for word in ("--set", setting)]
+    expected = [*identity, "--config", "demo", *settings]
+    judged = [*identity, "--set", "runtime.device=cpu"]
+    order = [call["job"] for call in calls]
+    assert order.index("etl.interactions") < order.index("ml.behaviour") < order.index("ml.train")
+    order.remove("ml.behaviour")
+    assert order == [
+        *("plan", "etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn"),
+        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "ml.promote", "ml.report"),
+    ]
+    for call in calls:
+        argv = call["argv"]
+        if call["job"] == "ml.knn":
+            argv = argv[:-2]
+        assert argv == (judged if call["job"] in ("ml.promote", "ml.report") else expected), call["job"]
+    parts = [call["argv"][-2:] for call in calls if call["job"] == "ml.knn"]
+    assert sorted(parts) == [["--part", part] for part in ("0", "1", "2")]
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database, tmp_path):
+    play = Play(tmp_path)
+    play.act({"etl.features": {"code": 3}})
+    failed, silent = "1998-05-01T00:00:00+00:00", "1998-05-02T00:00:00+00:00"
+    before = len(run(play)["events"])
+    answer = run(play, ["crane_retrain", failed, RETRAIN])
+    assert answer[failed]["state"] == "failed"
+    assert answer[failed]["tasks"]["features"] == ["failed"]
+    assert answer[failed]["tasks"]["profiles"] == ["upstream_failed"]
+    assert [call["job"] for call in play.calls()].count("etl.features") == 1
+
+    play.act({"ml.register": {"answer": {"alias": None, "version": "8"}}})
+    answer = run(play, ["crane_retrain", silent, RETRAIN])
+    assert answer[silent]["state"] == "success"
+    assert len(answer["events"]) == before
