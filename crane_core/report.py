@@ -305,31 +305,43 @@ def _plot_slices(slices: Mapping[str, Any], models: Sequence[str]) -> Figure:
 
 
 def _training(run: _Run, section: Section) -> None:
-    curves, parts = {}, {}
-    for part, stage in (("crane", "ml.train"), ("lightgcn", "ml.behaviour")):
+    curves, models = {}, {}
+    for name, stage in (("crane", "ml.train"), ("lightgcn", "ml.behaviour")):
         artifact = run.artifact(stage)
-        curves[part] = json.loads(artifact.file("curve.json").read_text())
-        parts[part] = artifact.facts | {"seconds": artifact.manifest["seconds"]}
-    section.data = {"parts": parts}
-    section.plots["curves"] = _svg(_plot_curves(curves, parts))
+        curves[name] = json.loads(artifact.file("curve.json").read_text())
+        models[name] = artifact.facts | {"seconds": artifact.manifest["seconds"]}
+    trust = run.json("ml.train", "trust.json")
+    section.data = {"models": models, "trust": trust}
+    section.plots["curves"] = _svg(_plot_curves(curves, models, trust))
 
 
-def _plot_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], parts: Mapping[str, Any]) -> Figure:
-    figure, (quality, loss) = plt.subplots(1, 2, figsize=(9.2, 2.9))
+def _plot_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], models: Mapping[str, Any], trust: Mapping[str, Any]
+) -> Figure:
+    figure, (quality, loss, weight) = plt.subplots(1, 3, figsize=(9.2, 2.7))
     for name, curve in curves.items():
         epochs = [point["epoch"] for point in curve]
-        colour, label = COLOURS.get(name, _INK), LABELS.get(name, name)
+        colour = COLOURS.get(name, _INK)
         values = [point["recall@20"] for point in curve]
-        quality.plot(epochs, values, color=colour, linewidth=1.8, label=label)
-        best = parts[name]["best_epoch"]
+        quality.plot(epochs, values, color=colour, linewidth=1.8, label=_label(name))
+        best = models[name]["best_epoch"]
         if best in epochs:
             quality.plot([best], [values[epochs.index(best)]], "o", color=colour, markersize=6)
-        loss.plot(epochs, [point["loss"] for point in curve], color=colour, linewidth=1.8, label=label)
-    for axis, title in ((quality, "Validation Recall@20 (dot: kept epoch)"), (loss, "Training loss")):
-        axis.set_title(title)
+        loss.plot(epochs, [point["loss"] for point in curve], color=colour, linewidth=1.8)
+    weights, recalls = zip(*trust["curve"], strict=True)
+    weight.plot(weights, recalls, color=COLOURS["crane"], linewidth=1.8)
+    if trust["weight"] in weights:
+        chosen = recalls[weights.index(trust["weight"])]
+        weight.plot([trust["weight"]], [chosen], "o", color=COLOURS["crane"], markersize=6)
+    quality.set_title("Validation Recall@20")
+    loss.set_title("Training loss")
+    weight.set_title("Validation Recall@20 by trust")
+    weight.set_xlabel("weight of CRANE's rows")
+    for axis in (quality, loss):
         axis.set_xlabel("epoch")
-        axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (quality, loss, weight):
+        axis.set_ylim(bottom=0)
         _clean(axis, "y")
     quality.legend(loc="lower right", fontsize=8.5)
     return figure

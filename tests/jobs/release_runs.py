@@ -38,7 +38,7 @@ def make_run(
     cold_noise: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Publish `etl.interactions`, both parts of `ml.train` and `ml.evaluate` of a run.
+    """Publish `etl.interactions`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
 
     Args:
         noise: standard deviation added to the true embeddings by the model of the run; 0 is the best there can be.
@@ -56,13 +56,13 @@ def make_run(
     world = np.random.default_rng(7)
     users, items = world.normal(size=(NUM_USERS, DIM)), world.normal(size=(NUM_ITEMS, DIM))
     _interactions(store, run_id, config, users, items)
-    for part, scale in (("crane", noise), ("lightgcn", lightgcn_noise)):
+    for stage, scale in (("ml.train", noise), ("ml.behaviour", lightgcn_noise)):
         generator = np.random.default_rng(seed + 100)
         rows = {
             "user_embeddings": users + scale * generator.normal(size=users.shape),
             "item_embeddings": items + scale * generator.normal(size=items.shape),
         }
-        if cold_noise is not None and part == "crane":
+        if cold_noise is not None and stage == "ml.train":
             rows["item_embeddings"][-NUM_COLD:] = cold_noise * generator.normal(size=(NUM_COLD, DIM)) - 5
         folder = _folder(store)
         save_file({name: value.astype(np.float32) for name, value in rows.items()}, folder / "embeddings.safetensors")
@@ -74,7 +74,12 @@ def make_run(
         ]  # fmt: skip
         (folder / "curve.json").write_text(json.dumps(curve))
         facts = {"best_epoch": 11, "num_epochs": 12, "validation": {"recall@20": 0.28, "ndcg@20": 0.19}}
-        _publish(store, run_id, "ml.train", part, folder, facts)
+        if stage == "ml.train":
+            (folder / "trust.json").write_text(
+                json.dumps({"weight": 0.5, "curve": [[0.0, 0.2], [0.5, 0.3], [1.0, 0.25]]})
+            )
+            facts |= {"trust": 0.5}
+        _publish(store, run_id, stage, folder, facts)
     assert evaluate.main(argv) == 0
     return argv
 
@@ -139,7 +144,7 @@ def _interactions(store: Path, run_id: str, config: RunConfig, users: np.ndarray
         "quarantine": {"null_user_id": 2, "duplicate_event": 1},
     }
     (folder / "quality.json").write_text(json.dumps({**quality, "events_per_day": {"2026-02-27": 300}}))
-    _publish(store, run_id, "etl.interactions", "", folder, quality)
+    _publish(store, run_id, "etl.interactions", folder, quality)
 
 
 def user_ids() -> list[str]:
@@ -156,14 +161,13 @@ def _folder(store: Path) -> Path:
     return folder
 
 
-def _publish(store: Path, run_id: str, stage: str, part: str, folder: Path, facts: dict) -> Artifact:
+def _publish(store: Path, run_id: str, stage: str, folder: Path, facts: dict) -> Artifact:
     artifacts = open_store(str(store))
-    fingerprint = f"{run_id}-{part}" if part else run_id
     manifest = {
         "stage": stage,
-        "part": part,
+        "part": "",
         "stage_version": 1,
-        "fingerprint": fingerprint,
+        "fingerprint": run_id,
         "inputs": {},
         "config": {},
         "facts": facts,
@@ -172,6 +176,6 @@ def _publish(store: Path, run_id: str, stage: str, part: str, folder: Path, fact
     }
     artifact = artifacts.publish(folder, manifest)
     artifacts.record(
-        run_id, stage, part, {"status": "done", "fingerprint": fingerprint, "content": artifact.manifest["content"]}
+        run_id, stage, "", {"status": "done", "fingerprint": run_id, "content": artifact.manifest["content"]}
     )
     return artifact

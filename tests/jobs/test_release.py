@@ -1,0 +1,342 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from crane_core.config import Runtime
+from crane_core.errors import ArtifactError
+from crane_core.ledger import Ledger
+from crane_core.registry import Registry, open_registry
+from crane_core.store import ArtifactStore
+from jobs.ml import export, promote, register, report, rollback
+from jobs.runner import open_store
+from tests.jobs.release_runs import NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
+from tests.mlflow_tables import copy_tables
+
+
+class Place:
+    """A store of its own, and its jobs."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self._capsys = capsys
+
+    def job(self, module, argv: list[str], code: int = 0) -> dict:
+        """Run a job in this process and return its last line."""
+        self._capsys.readouterr()
+        assert module.main(argv) == code
+        lines = self._capsys.readouterr().out.splitlines()
+        return json.loads(lines[-1]) if lines else {}
+
+    def run(self, run_id: str, **settings) -> list[str]:
+        """A finished and registered run."""
+        argv = make_run(self.root, run_id, **settings)
+        assert register.main(argv) == 0
+        return argv
+
+    @property
+    def store(self) -> ArtifactStore:
+        return open_store(str(self.root))
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.store.storage, "crane")
+
+    @property
+    def registry(self) -> Registry:
+        return open_registry(Runtime(), str(self.root))
+
+    def model_file(self, version: str, name: str) -> Path:
+        return self.registry.model_folder(self.registry.version(version)) / name
+
+
+@pytest.fixture
+def place(tmp_path, capsys) -> Place:
+    copy_tables(tmp_path / "store")
+    return Place(tmp_path / "store", capsys)
+
+
+def test_registering_twice_gives_one_version(place):
+    argv = make_run(place.root, "run-1")
+    first = place.job(register, argv)
+    assert (first["status"], first["version"], first["alias"]) == ("done", "1", "candidate")
+    again = place.job(register, argv)
+    assert (again["status"], again["version"], again["alias"]) == ("found", "1", "candidate")
+    version = place.registry.version("1")
+    assert version.aliases == ("candidate",)
+    assert version.tags["crane.window_end"] == "2026-03-01T00:00:00Z"
+    assert version.tags["crane.artifact.ml.train"] == "run-1"
+    assert {"crane.config_hash", "crane.artifact.ml.evaluate", "crane.fingerprint"} <= set(version.tags)
+
+
+def test_a_crash_before_the_alias_is_made_good(place):
+    argv = place.run("run-1")
+    place.registry.set_alias("candidate", None)
+    assert place.job(register, argv)["alias"] == "candidate"
+    assert place.registry.holder("candidate") == "1"
+
+
+def test_registering_an_old_run_again_does_not_bring_its_alias_back(place):
+    old = place.run("run-1")
+    place.run("run-2", noise=0.4)
+    assert place.job(register, old)["alias"] is None
+    assert place.registry.holder("candidate") == "2"
+
+
+def test_a_backfill_registers_and_moves_nothing(place):
+    argv = [*make_run(place.root, "run-1"), "--set", "runtime.backfill=true"]
+    assert place.job(register, argv)["alias"] is None
+    assert place.registry.holder("candidate") is None
+    assert place.job(promote, argv, code=2) == {}
+    assert place.ledger.size() == 0
+
+
+def test_a_damaged_artifact_is_not_registered(place):
+    argv = make_run(place.root, "run-1")
+    damage(place.root / "ml.train" / "run-1" / "embeddings.safetensors")
+    place.job(register, argv, code=4)
+    assert place.registry.versions() == []
+
+
+def test_promotion_from_the_first_champion_to_a_better_one(place):
+    first = place.run("run-1", noise=1.0)
+    done = place.job(promote, first)
+    assert (done["status"], done["decision"], done["champion"], done["previous"]) == ("done", "promoted", "1", None)
+    found = place.job(promote, first)
+    assert found["status"] == "found"
+    assert {key: found[key] for key in ("decision", "reason", "champion", "ledger")} == {
+        key: done[key] for key in ("decision", "reason", "champion", "ledger")
+    }
+    better = place.run("run-2", noise=0.1, window_end="2026-03-02")
+    done = place.job(promote, better)
+    assert (done["decision"], done["champion"], done["previous"]) == ("promoted", "2", "1")
+    assert place.ledger.size() == 2
+    assert place.registry.holder("champion") == "2"
+    version = place.registry.version("2")
+    assert version.tags["crane.decision"] == "promoted" and version.tags["crane.smoke"] == "2"
+    numbers = place.ledger.history()[-1].numbers
+    assert numbers["differences"]["recall@20"]["low"] > 0.2
+    assert numbers["standings"]["champion"]["version"] == "1"
+    table = place.registry.load("@champion").predict(pd.DataFrame({"user_id": ["user-37", "nobody"]}))
+    assert table["fallback"].tolist() == [False, True]
+
+
+def test_the_champion_is_measured_as_it_was_evaluated(place):
+    """Both runs see the same data, so the champion's numbers must be those of its own evaluation."""
+    place.job(promote, place.run("run-1", noise=0.8))
+    place.job(promote, place.run("run-2", noise=0.3))
+    measured = place.ledger.history()[-1].numbers["standings"]["champion"]
+    evaluated = json.loads(place.store.artifact("run-1", "ml.evaluate").file("metrics.json").read_text())
+    crane = evaluated["models"]["crane"]
+    assert measured["recall@20"] == pytest.approx(crane["recall@20"]["mean"], abs=1e-6)
+    assert measured["ndcg@20"] == pytest.approx(crane["ndcg@20"]["mean"], abs=1e-6)
+    assert measured["coverage@20"] == pytest.approx(crane["coverage@20"])
+    assert measured["cold_recall@20"] == pytest.approx(evaluated["slices"]["cold_items"]["crane"]["recall@20"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"noise": 1.5}, "not better than champion 1"),
+        ({"noise": 0.05, "cold_noise": 0.1}, "recall@20 of cold items"),
+        ({"noise": 0.05, "window_end": "2026-02-28"}, "before that of champion 1"),
+    ],
+)
+def test_a_challenger_that_does_not_deserve_it_is_refused(place, settings, reason):
+    place.job(promote, place.run("run-1", noise=0.6))
+    argv = place.run("run-2", **settings)
+    done = place.job(promote, argv)
+    assert (done["decision"], done["champion"]) == ("refused", "1")
+    assert reason in done["reason"]
+    assert place.registry.holder("champion") == "1"
+    assert place.registry.version("2").tags["crane.decision"] == "refused"
+    again = place.job(promote, argv)
+    assert (again["status"], again["reason"], place.ledger.size()) == ("found", done["reason"], 2)
+
+
+def test_a_first_champion_below_lightgcn_is_refused_and_nothing_is_exported(place):
+    argv = place.run("run-1", noise=2.0, lightgcn_noise=0.3)
+    done = place.job(promote, argv)
+    assert (done["decision"], done["champion"]) == ("refused", None)
+    assert "recall@20 against lightgcn" in done["reason"]
+    assert place.registry.holder("champion") is None
+    assert place.job(export, argv)["status"] == "skipped"
+    assert "There is no champion" in Path(place.job(report, argv)["report"]).read_text()
+
+
+def test_a_tampered_model_is_not_promoted(place):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+    damage(place.model_file("2", "embeddings.safetensors"))
+    place.job(promote, argv, code=4)
+    assert place.ledger.size() == 1
+    assert place.registry.holder("champion") == "1"
+
+
+def test_evidence_that_does_not_fit_the_model_is_refused(place, monkeypatch):
+    """Another model's embeddings under one run's evaluation: both whole, and not of one another."""
+    argv = make_run(place.root, "run-1", noise=0.3)
+    trained = place.store.artifact("run-1", "ml.train")
+    path = trained.path / "embeddings.safetensors"
+    rows = load_file(path)
+    save_file({name: np.ascontiguousarray(values[::-1]) for name, values in rows.items()}, path)
+    monkeypatch.setattr("crane_core.store.Artifact.verify", lambda artifact: None)
+    place.job(register, argv)
+    place.job(promote, argv, code=4)
+    assert place.ledger.size() == 0
+
+
+def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(promote, "hand_over", crash)
+    with pytest.raises(KeyboardInterrupt):
+        promote.main(argv)
+    monkeypatch.undo()
+    assert place.ledger.champion() == "2" and place.registry.holder("champion") == "1"
+    done = place.job(promote, argv)
+    assert (done["status"], done["decision"], done["champion"]) == ("found", "promoted", "2")
+    assert place.registry.holder("champion") == "2"
+    assert place.registry.version("2").tags["crane.smoke"] == "2"
+    assert place.ledger.size() == 2
+
+
+def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+
+    def fail(*arguments):
+        raise ArtifactError("The served model recommends something else.", "Look.")
+
+    monkeypatch.setattr(promote, "smoke_test", fail)
+    place.job(promote, argv, code=4)
+    assert place.registry.holder("champion") == "1"
+    assert [entry.action for entry in place.ledger.history()] == ["promote", "promote", "restore"]
+    monkeypatch.undo()
+    assert place.job(promote, argv)["champion"] == "2"
+
+
+def test_a_model_damaged_after_promotion_cannot_be_rolled_back_to(place):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+    place.job(promote, argv)
+    damage(place.model_file("1", "items.parquet"))
+    place.job(rollback, [*argv, "--to", "1"], code=4)
+    assert place.registry.holder("champion") == "2"
+    assert [entry.action for entry in place.ledger.history()] == ["promote", "promote", "rollback", "restore"]
+
+
+def test_rollback_to_the_previous_and_to_a_version(place):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+    place.job(promote, argv)
+    done = place.job(rollback, [*argv, "--to", "previous"])
+    assert (done["status"], done["champion"], done["previous"]) == ("done", "1", "2")
+    assert place.registry.holder("champion") == "1"
+    place.job(rollback, argv, code=4)
+    assert place.job(rollback, [*argv, "--to", "1"])["status"] == "found"
+    place.job(rollback, [*argv, "--to", "99"], code=4)
+    assert place.ledger.size() == 3
+    assert place.job(rollback, [*argv, "--to", "2"])["champion"] == "2"
+
+
+def test_a_rollback_that_died_is_finished_and_not_repeated(place, monkeypatch):
+    for number, noise in enumerate((1.5, 0.8, 0.1), start=1):
+        argv = place.run(f"run-{number}", noise=noise)
+        assert place.job(promote, argv)["champion"] == str(number)
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rollback, "hand_over", crash)
+    with pytest.raises(KeyboardInterrupt):
+        rollback.main(argv)
+    monkeypatch.undo()
+    assert place.job(rollback, argv)["champion"] == "2"
+    assert place.registry.holder("champion") == "2"
+    assert place.ledger.size() == 4
+
+
+def test_a_cut_ledger_stops_promotions(place):
+    argv = place.run("run-1")
+    place.job(promote, argv)
+    (place.root / "ledger" / "00000001.json").unlink()
+    place.job(promote, argv, code=4)
+
+
+@pytest.mark.slow
+def test_concurrent_promotions_end_in_one_order(place):
+    runs = [place.run(f"run-{number}", noise=noise) for number, noise in enumerate((1.2, 0.6, 0.1), start=1)]
+    # Processes of their own that share one import of mlflow and torch.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jobs.ml.promote"])
+    racers = [context.Process(target=promote.main, args=(argv,)) for argv in runs]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(120)
+    assert [racer.exitcode for racer in racers] == [0, 0, 0]
+    history = place.ledger.history()
+    assert sorted(entry.version for entry in history) == ["1", "2", "3"]
+    champion = None
+    for entry in history:
+        assert entry.champion_before == champion
+        assert entry.numbers["champion"] == champion
+        champion = entry.champion
+    # Each run is better than those before it, so whatever the order, the best one ends as champion.
+    assert champion == place.registry.holder("champion") == "3"
+    assert place.ledger.verify(place.registry.ledger_anchors()) == 3
+
+
+def test_export_of_the_champion_by_external_ids(place):
+    first = place.run("run-1", noise=0.3)
+    place.job(promote, first)
+    second = place.run("run-2", noise=1.5)
+    assert place.job(promote, second)["decision"] == "refused"
+    done = place.job(export, second)
+    assert (done["status"], done["version"], done["champion_run"]) == ("done", "1", "run-1")
+    assert place.job(export, first)["status"] == "found"
+    artifact = place.store.artifact("run-1", "ml.export")
+    assert artifact.fingerprint == place.store.artifact("run-2", "ml.export").fingerprint
+    table = pq.read_table(artifact.file("recommendations")).to_pylist()
+    assert len(table) == NUM_USERS * 10
+    rows = load_file(place.store.artifact("run-1", "ml.train").file("embeddings.safetensors"))
+    served = place.registry.load("@champion").predict(pd.DataFrame({"user_id": ["user-37"]}), params={"k": 10})
+    mine = [row["item_id"] for row in table if row["user_id"] == "user-37"]
+    assert mine == served["item_ids"][0]
+    index = faiss.read_index(str(artifact.file("ann.faiss")))
+    user = user_ids().index("user-37")
+    _, found = index.search(rows["user_embeddings"][user : user + 1], NUM_ITEMS)
+    order = np.argsort(-(rows["item_embeddings"] @ rows["user_embeddings"][user]))
+    assert found[0].tolist() == order.tolist()
+    assert pq.read_table(artifact.file("items.parquet")).column("item_id").to_pylist() == item_ids()
+    assert len(pq.read_table(artifact.file("similar"))) == NUM_ITEMS * 5
+
+
+def test_the_report_tells_the_whole_story(place):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+    place.job(promote, argv)
+    place.job(export, argv)
+    done = place.job(report, argv)
+    path = place.root / "reports" / "run-2.html"
+    assert done["report"] == str(path)
+    page = path.read_text()
+    assert "Promoted · model version 2" in page
+    assert page.count("<svg") == 4
+    assert "Better than champion 1" in page
+    for part in ("ml.behaviour", "Quarantine: null user id", "Title 1", "Lower bound of Recall@20"):
+        assert part in page, part
+    assert "has no artifact of ml.graph" in page
+    for outside in ("<script", "<link", "src=", "@import", "url(http"):
+        assert outside not in page, outside
