@@ -158,7 +158,7 @@ def run(job: Job) -> Result:
     logger.info("read %s", " ".join(f"{name}={rows}" for name, rows in read.items()))
     spark = open_session(config.runtime, scratch(job.store.storage.uri), sum(read.values()))
 
-    with readable(root / FEATURES_FOLDER):
+    with readable():
         rows = scan(spark, footers).localCheckpoint(eager=True)
     dims = choose_dims(rows, root / FEATURES_FOLDER)
     items = spark.read.parquet(str(interactions.file("items"))).select(ITEM_ID, ITEM_IDX)

@@ -24,7 +24,6 @@ from crane_core.config import Window as RunWindow
 from crane_core.errors import DataError
 from crane_core.raw import (
     INTERACTIONS_FOLDER,
-    ITEMS_FOLDER,
     Footer,
     check_interactions,
     check_items,
@@ -242,7 +241,7 @@ def run(job: Job) -> Result:
     logger.info("read files=%d rows=%d catalog_files=%d", len(footers), num_read, len(catalog_footers))
     spark = open_session(config.runtime, scratch(job.store.storage.uri), num_read)
 
-    with readable(root / INTERACTIONS_FOLDER):
+    with readable():
         rows = mark_bad(read_interactions(spark, str(root), footers), config.window, config.etl)
         rows = rows.localCheckpoint(eager=True)
     valid, bad = rows.where(F.col(REASON).isNull()), rows.where(F.col(REASON).isNotNull())
@@ -353,7 +352,7 @@ def _read_catalog(spark: SparkSession, root: Path, footers: Sequence[Footer]) ->
     schema = f"{ITEM_ID} string, {TITLE} string"
     if not footers:
         return clean_catalog(spark.createDataFrame([], schema))
-    with readable(root / ITEMS_FOLDER):
+    with readable():
         rows = spark.read.schema(schema).parquet(*(glob_escaped(footer.file.path) for footer in footers))
         return clean_catalog(rows.localCheckpoint(eager=True))
 

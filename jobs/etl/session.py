@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
@@ -40,6 +41,9 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
         for key, value in _SQL.items():
             session.conf.set(key, value)
         return session
+    running = SparkSession.getActiveSession()
+    if running is not None:
+        return running
     builder = SparkSession.builder.master(runtime.spark_master).appName("crane")
     settings = {
         **_SQL,
@@ -68,22 +72,18 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
 
 
 @contextlib.contextmanager
-def readable(folder: Path) -> Iterator[None]:
+def readable() -> Iterator[None]:
     """Turn Spark's report of an unreadable file into a `DataError`.
 
     Footers are checked before Spark starts; this is for files damaged further in, or removed meanwhile.
-
-    Args:
-        folder: the raw folder being read, named when the report names no file.
     """
     try:
         yield
-    except PySparkException as error:
+    except (PySparkException, Py4JJavaError) as error:
         found = _UNREADABLE.search(str(error))
-        if found is None and "FAILED_READ_FILE" not in (error.getCondition() or ""):
+        if found is None:
             raise
-        name = unquote(found.group(1)) if found else str(folder)
-        path = Path("/" + name.removeprefix("file:").lstrip("/"))
+        path = Path("/" + unquote(found.group(1)).removeprefix("file:").lstrip("/"))
         size = f"{path.stat().st_size} bytes" if path.is_file() else "no longer there"
         raise DataError(
             f"{path} ({size}, row count unknown) has an intact footer but its pages cannot be read.",

@@ -1,0 +1,300 @@
+"""The transforms of the interaction job: literal rows in, exact rows out."""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from crane_core.config import RunConfig
+from crane_core.raw import check_interactions, list_interactions
+from jobs.etl.interactions import (
+    assign_split,
+    clean_catalog,
+    find_core,
+    mark_bad,
+    mark_repeats,
+    number_ids,
+    read_interactions,
+)
+from jobs.etl.tables import number_rows, tally, write_table
+from tests.raw_data import at, write_day
+
+pytestmark = pytest.mark.spark
+
+EVENTS = "user_id string, item_id string, event_time timestamp, weight float, label bigint, dt date"
+
+
+def configure(start: str = "2026-01-20", end: str = "2026-01-21", **etl: Any) -> RunConfig:
+    return RunConfig.model_validate({"window": {"start": start, "end": end}, "etl": etl})
+
+
+def events(spark: SparkSession, rows: list[tuple[Any, ...]]) -> DataFrame:
+    """Rows of (user, item, time[, weight[, label[, dt]]]); `dt` is the day of the event unless given."""
+    full = []
+    for user, item, time, *rest in rows:
+        weight, label, day = (*rest, *(None,) * (3 - len(rest)))
+        instant = at(time) if time else None
+        full.append((user, item, instant, weight, label, date.fromisoformat(day or time[:10])))
+    return spark.createDataFrame(full, EVENTS)
+
+
+def test_bad_rows_are_marked_with_the_first_reason_that_applies(spark: SparkSession) -> None:
+    rows = [
+        ("a", "good", "2026-01-10 12:00", 1.0, 0),
+        (None, "null user", "2026-01-10", 1.0, 0),
+        ("a", None, "2026-01-10", 1.0, 0),
+        (" ", "blank user", "2026-01-10", 1.0, 0),
+        ("a", "no time", None, 1.0, 0, "2026-01-10"),
+        ("a", "nan", "2026-01-10", math.nan, 0),
+        ("a", "inf", "2026-01-10", math.inf, 0),
+        ("a", "negative", "2026-01-10", -1.0, 0),
+        ("a", "label 3", "2026-01-10", 1.0, 3),
+        ("a", "label null", "2026-01-10", 1.0, None),
+        ("a", "at the end", "2026-01-21 00:00", 1.0, 0, "2026-01-20"),
+        ("a", "just before", "2026-01-20 23:59", 1.0, 0, "2026-01-20"),
+        ("a", "after arrival", "2026-01-11 00:00", 1.0, 0, "2026-01-10"),
+        ("a", "three days late", "2026-01-07 00:00", 1.0, 0, "2026-01-10"),
+        ("a", "later still", "2026-01-06 23:59", 1.0, 0, "2026-01-10"),
+        ("a", "light", "2026-01-10", 0.4, 0),
+        ("a", "no weight", "2026-01-10", None, 0),
+        (None, "first reason", None, math.nan, 9, "2026-01-10"),
+    ]
+    config = configure(split="label", min_weight=0.5, lookback_days=3)
+    marked = mark_bad(events(spark, rows), config.window, config.etl).collect()
+    assert [row["reason"] for row in marked] == [
+        None,
+        "null_id",
+        "null_id",
+        "empty_id",
+        "null_event_time",
+        "non_finite_weight",
+        "non_finite_weight",
+        "negative_weight",
+        "bad_label",
+        "bad_label",
+        "after_cutoff",
+        None,
+        "after_arrival",
+        None,
+        "too_late",
+        "below_min_weight",
+        None,
+        "null_id",
+    ]
+
+
+def test_labels_are_only_checked_when_the_split_uses_them(spark: SparkSession) -> None:
+    config = configure()
+    rows = events(spark, [("a", "x", "2026-01-10", 1.0, 9)])
+    assert mark_bad(rows, config.window, config.etl).first()["reason"] is None
+
+
+def test_the_first_event_of_a_pair_is_kept(spark: SparkSession) -> None:
+    rows = events(
+        spark,
+        [
+            ("a", "x", "2026-01-10 12:00", 2.0, 0, "2026-01-12"),
+            ("a", "x", "2026-01-10 12:00", 9.0, 0, "2026-01-11"),
+            ("a", "x", "2026-01-10 12:00", 3.0, 0, "2026-01-11"),
+            ("a", "x", "2026-01-11 12:00", 5.0, 0, "2026-01-11"),
+            ("a", "y", "2026-01-10 12:00", 1.0, 0, "2026-01-11"),
+            ("b", "x", "2026-01-12 12:00", 1.0, 0, "2026-01-12"),
+        ],
+    )
+    found = {(row["user_id"], row["item_id"], row["weight"]): row["reason"] for row in mark_repeats(rows).collect()}
+    assert found == {
+        ("a", "x", 9.0): None,
+        ("a", "x", 3.0): "duplicate",
+        ("a", "x", 2.0): "duplicate",
+        ("a", "x", 5.0): "repeat",
+        ("a", "y", 1.0): None,
+        ("b", "x", 1.0): None,
+    }
+
+
+def splits(rows: DataFrame, config: RunConfig) -> dict[tuple[str, str], int]:
+    return {(row["user_id"], row["item_id"]): row["split"] for row in assign_split(rows, config).collect()}
+
+
+def test_temporal_split_cuts_at_two_instants_for_everybody(spark: SparkSession) -> None:
+    rows = events(
+        spark,
+        [
+            ("a", "train", "2026-01-13 23:59"),
+            ("a", "validation", "2026-01-14 00:00"),
+            ("a", "still validation", "2026-01-18 23:59"),
+            ("b", "test", "2026-01-19 00:00"),
+        ],
+    )
+    assert splits(rows, configure(validation_days=5, test_days=2)) == {
+        ("a", "train"): 0,
+        ("a", "validation"): 1,
+        ("a", "still validation"): 1,
+        ("b", "test"): 2,
+    }
+
+
+def test_leave_last_tests_on_the_last_item_and_breaks_ties_by_item(spark: SparkSession) -> None:
+    rows = events(
+        spark,
+        [
+            ("a", "1", "2026-01-10"),
+            ("a", "3", "2026-01-11"),
+            ("a", "2", "2026-01-11"),
+            ("b", "1", "2026-01-10"),
+            ("b", "2", "2026-01-11"),
+        ],
+    )
+    assert splits(rows, configure(split="leave_last")) == {
+        ("a", "1"): 0,
+        ("a", "2"): 1,
+        ("a", "3"): 2,
+        ("b", "1"): 0,
+        ("b", "2"): 0,
+    }
+
+
+def test_label_split_is_the_label(spark: SparkSession) -> None:
+    rows = events(spark, [("a", str(label), "2026-01-10", 1.0, label) for label in (0, 1, 2)])
+    assert splits(rows, configure(split="label")) == {("a", "0"): 0, ("a", "1"): 1, ("a", "2"): 2}
+
+
+def test_core_is_the_largest_set_in_which_everybody_has_k_rows(spark: SparkSession) -> None:
+    """c falls first, which pulls z below 2, which pulls d: three rounds."""
+    square = [(user, item, "2026-01-10") for user in "ab" for item in "xy"]
+    chain = [("c", "z", "2026-01-10"), ("d", "z", "2026-01-10"), ("d", "x", "2026-01-10")]
+    core = find_core(events(spark, square + chain), 2).collect()
+    assert {(row["user_id"], row["item_id"]) for row in core} == {(user, item) for user in "ab" for item in "xy"}
+    assert find_core(events(spark, chain), 3).isEmpty()
+
+
+def numbers(spark: SparkSession, rows: list[tuple[Any, ...]], column: str, config: RunConfig, catalog: Any = None):
+    valid = mark_bad(events(spark, rows), config.window, config.etl).where("reason is null").drop("reason")
+    kept = mark_repeats(valid).where("reason is null").drop("reason")
+    core = assign_split(kept, config).where("split = 0")
+    table = spark.createDataFrame(catalog, "item_id string, title string") if catalog else None
+    found = number_ids(valid, core, column, "idx", config, table).orderBy("idx").collect()
+    assert [row["idx"] for row in found] == list(range(len(found)))
+    return [row[column] for row in found]
+
+
+def test_numbers_are_appended_as_days_move_on(spark: SparkSession) -> None:
+    """Late arrivals, repeats and equal days included: what a run numbers, every later run numbers the same."""
+    log = [
+        ("zoe", "x", "2026-01-10 08:00", 1.0, None, "2026-01-12"),
+        ("bob", "x", "2026-01-11 09:00", 1.0, None, "2026-01-11"),
+        ("ann", "y", "2026-01-11 10:00", 1.0, None, "2026-01-13"),
+        ("bob", "x", "2026-01-10 09:00", 1.0, None, "2026-01-13"),
+        ("abe", "x", "2026-01-12 10:00", 1.0, None, "2026-01-12"),
+        ("aaa", "w", "2026-01-13 10:00", 1.0, None, "2026-01-16"),
+        ("aab", "w", "2026-01-14 10:00", 1.0, None, "2026-01-14"),
+        ("now", "q", "2026-01-15 10:00", 1.0, None, "2026-01-15"),
+    ]
+    expected = {
+        12: ["zoe"],
+        13: ["zoe", "ann", "bob"],
+        14: ["zoe", "ann", "bob", "abe"],
+        16: ["zoe", "ann", "bob", "abe", "aaa", "aab"],
+        17: ["zoe", "ann", "bob", "abe", "aaa", "aab", "now"],
+    }
+    for day, names in expected.items():
+        config = configure(f"2026-01-{day}", f"2026-01-{day + 1}", validation_days=1, test_days=1)
+        arrived = [row for row in log if row[5] <= f"2026-01-{day}"]
+        assert numbers(spark, arrived, "user_id", config) == names
+
+
+def test_cold_catalog_items_come_last_by_id(spark: SparkSession) -> None:
+    rows = [("a", "9", "2026-01-02"), ("a", "8", "2026-01-01"), ("a", "5", "2026-01-20")]
+    catalog = [("9", "nine"), ("7", "seven"), ("10", None), ("5", "five")]
+    config = configure(validation_days=3, test_days=3)
+    assert numbers(spark, rows, "item_id", config, catalog) == ["8", "9", "10", "5", "7"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"), [(["10", "9", "2"], ["2", "9", "10"]), (["10", "9", "x"], ["10", "9", "x"])]
+)
+def test_label_split_numbers_whole_number_ids_by_value(
+    spark: SparkSession, ids: list[str], expected: list[str]
+) -> None:
+    rows = [(name, "i", "2026-01-10", 1.0, 0) for name in ids] + [("1", "i", "2026-01-10", 1.0, 2)]
+    assert numbers(spark, rows, "user_id", configure(split="label")) == [*expected, "1"]
+
+
+def test_catalog_keeps_one_row_per_item(spark: SparkSession) -> None:
+    rows = [("a", "B"), ("a", "A"), ("a", None), (None, "x"), ("", "y"), ("b", None)]
+    good, bad = clean_catalog(spark.createDataFrame(rows, "item_id string, title string"))
+    assert sorted((row["item_id"], row["title"]) for row in good.collect()) == [("a", "A"), ("b", None)]
+    assert sorted(row["reason"] for row in bad.collect()) == ["duplicate_item", "duplicate_item", "empty_id", "null_id"]
+
+
+def test_files_of_different_types_are_read_into_one_table(spark: SparkSession, tmp_path: Path) -> None:
+    raw = tmp_path / "raw {a,b} [1]"
+    instant = at("2026-01-20 10:00")
+
+    def schema(unit: str, weight: pa.DataType | None, label: pa.DataType | None) -> pa.Schema:
+        fields = [("user_id", pa.string()), ("item_id", pa.large_string()), ("event_time", pa.timestamp(unit, "UTC"))]
+        fields += [("weight", weight)] if weight else []
+        return pa.schema(fields + ([("label", label)] if label else []))
+
+    write_day(raw, "2026-01-20", [("a", "1", instant, 2.0, 1)], schema("us", pa.float32(), pa.int8()), "a.parquet")
+    write_day(raw, "2026-01-20", [("a", "2", instant, 2.5, 2)], schema("ms", pa.float64(), pa.int64()), "b.parquet")
+    write_day(raw, "2026-01-20", [("a", "3", instant, 3, 0)], schema("ns", pa.int32(), pa.uint8()), "c.parquet")
+    write_day(raw, "2026-01-20", [("a", "4", instant)], schema("ns", None, None), "d.parquet")
+    write_day(raw, "2026-01-20", [("a", "5", instant, None)], schema("us", pa.null(), None), "e.parquet")
+    config = configure()
+    footers = check_interactions(list_interactions(raw, config.window, None), config.window, needs_label=False)
+    rows = read_interactions(spark, raw, footers).orderBy("item_id").collect()
+    assert [(row["item_id"], row["weight"], row["label"]) for row in rows] == [
+        ("1", 2.0, 1),
+        ("2", 2.5, 2),
+        ("3", 3.0, 0),
+        ("4", None, None),
+        ("5", None, None),
+    ]
+    assert {row["event_time"].timestamp() for row in rows} == {instant.timestamp()}
+    assert {row["dt"] for row in rows} == {date(2026, 1, 20)}
+
+
+def test_row_numbers_follow_the_order_over_partitions(spark: SparkSession) -> None:
+    rows = spark.range(1000).select((F.col("id") * 7919 % 1000).alias("key")).repartition(5)
+    numbered = number_rows(rows, ["key"], "idx", partitions=4)
+    assert numbered.rdd.getNumPartitions() == 4
+    assert numbered.where("idx != key").isEmpty()
+    assert numbered.schema["idx"].dataType.simpleString() == "int"
+
+
+def test_tally_ignores_order_and_sees_every_change(spark: SparkSession) -> None:
+    schema = "a string, b string"
+    rows = [("x", None), ("x", "y"), (None, "x")]
+
+    def checksum(rows: list[tuple[Any, Any]]) -> str:
+        return tally(spark.createDataFrame(rows, schema)).checksum
+
+    reference = checksum(rows)
+    assert checksum(rows[::-1]) == reference
+    changed = [
+        [*rows, rows[0]],
+        rows[:2],
+        [("x", None), ("x", "y"), ("x", None)],
+        [(None, "x"), ("x", "y"), (None, "x")],
+    ]
+    assert len({reference, *map(checksum, changed)}) == 5
+    groups = tally(spark.createDataFrame(rows, schema), a=F.col("a"))
+    assert (groups.total, groups.checksum) == (3, reference)
+    assert groups.groups == {("x",): 2, (None,): 1}
+
+
+def test_tables_are_sorted_across_files(spark: SparkSession, tmp_path: Path) -> None:
+    rows = spark.range(1000).select((F.col("id") * 7919 % 1000).cast("int").alias("key"))
+    write_table(rows, tmp_path / "table", num_rows=1000, order=("key",), row_bytes=400_000)
+    files = sorted(path.name for path in (tmp_path / "table").iterdir())
+    assert files == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    read = [value for name in files for value in pa.parquet.read_table(tmp_path / "table" / name)["key"].to_pylist()]
+    assert read == list(range(1000))
