@@ -88,7 +88,13 @@ class ArtifactStore:
         text = self.storage.read(f"{key}/{MANIFEST}")
         if text is None:
             return None
-        manifest = json.loads(text)
+        try:
+            manifest = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.storage.uri}/{key}/{MANIFEST} is damaged: {len(text)} bytes that are no JSON ({error}).",
+                "Remove the directory and run its stage again.",
+            ) from error
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{self.storage.uri}/{key} has manifest version {manifest.get('schema_version')!r}, "

@@ -25,8 +25,8 @@ def write_day(
     width = len(schema)
     padded = [tuple(row[:width]) + (None,) * (width - len(row)) for row in rows]
     loose = pa.schema([pa.field(field.name, field.type) for field in schema])
-    columns = [pa.array(column, field.type) for column, field in zip(zip(*padded, strict=True), loose, strict=True)]
-    table = pa.Table.from_arrays(columns, schema=loose) if columns else loose.empty_table()
+    columns = [pa.array([row[index] for row in padded], field.type) for index, field in enumerate(loose)]
+    table = pa.Table.from_arrays(columns, schema=loose)
     path = raw / "interactions" / f"dt={day}" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)

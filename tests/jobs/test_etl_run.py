@@ -171,7 +171,7 @@ def test_finished_stages_are_found_again(reference: Path, given: Path, capsys: p
 
 
 @pytest.mark.spark
-def test_a_planted_future_row_changes_nothing_before_the_cutoff(spark: SparkSession, raw: Path, tmp_path: Path) -> None:
+def test_a_planted_future_row_changes_nothing_before_the_cutoff(reference: Path, raw: Path, tmp_path: Path) -> None:
     write_log(raw, [("eve", "i1", "2026-01-21 00:00"), ("ann", "i4", "2026-01-22 00:00")])
     write_day(
         raw,

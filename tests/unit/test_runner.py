@@ -1,0 +1,253 @@
+"""The frame around every job: skipping, racing, failing, dying."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crane_core.errors import (
+    EXIT_ARTIFACT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_OK,
+    EXIT_UNEXPECTED,
+    ArtifactError,
+    ConfigError,
+    DataError,
+)
+from jobs.runner import Job, Result, open_store, peak_bytes, run_job, run_stage, scratch
+
+WINDOW = ["--set", "window.start=2026-01-05", "--set", "window.end=2026-01-06"]
+
+
+def flags(store: Path | str, *more: str, run: str = "r") -> list[str]:
+    return ["--store", str(store), "--run", run, *WINDOW, *more]
+
+
+def write_rows(job: Job) -> Result:
+    (job.out / "rows.txt").write_text("rows")
+    return Result({"n": 1})
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_second_run_finds_what_the_first_made(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / "store") if where == "local" else request.getfixturevalue("s3_uri")
+    assert run_stage("etl.interactions", write_rows, argv=flags(store)) == EXIT_OK
+    made = last_line(capsys)
+    assert (made["status"], made["stage"], made["run"]) == ("done", "etl.interactions", "r")
+
+    def fail(job: Job) -> Result:
+        raise AssertionError("worked twice")
+
+    assert run_stage("etl.interactions", fail, argv=flags(store, run="r2")) == EXIT_OK
+    found = last_line(capsys)
+    assert (found["status"], found["content"]) == ("found", made["content"])
+    artifact = open_store(store).artifact("r2", "etl.interactions")
+    assert artifact.file("rows.txt").read_text() == "rows"
+    assert artifact.manifest["peak_bytes"] > 0 and artifact.manifest["config"]["etl"]["split"] == "temporal"
+
+
+def test_changed_input_or_source_is_never_served_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(job: Job) -> Result:
+        (job.out / "rows.txt").write_text(version)
+        return Result({"given": job.input("etl.interactions").facts if job.stage.inputs else {}})
+
+    seen = []
+    for version in ("one", "one", "two"):
+        assert run_stage("etl.interactions", work, lambda *_, v=version: v, flags(tmp_path)) == EXIT_OK
+        upstream = last_line(capsys)["status"]
+        assert run_stage("etl.features", work, argv=flags(tmp_path)) == EXIT_OK
+        seen.append((upstream, last_line(capsys)["status"]))
+    assert seen == [("done", "done"), ("found", "found"), ("done", "done")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a", "b"), EXIT_CONFIG),
+        (DataError("a", "b"), EXIT_DATA),
+        (ArtifactError("a", "b"), EXIT_ARTIFACT),
+        (ZeroDivisionError(), EXIT_UNEXPECTED),
+    ],
+)
+def test_errors_become_exit_codes_and_leave_no_trace(
+    tmp_path: Path, error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(job: Job) -> Result:
+        (job.out / "rows.txt").write_text("half")
+        raise error
+
+    assert run_stage("etl.interactions", fail, argv=flags(tmp_path)) == code
+    output = capsys.readouterr()
+    assert (output.out == "" and f"error={type(error).__name__}" in output.err) or "ZeroDivisionError" in output.err
+    assert not list(tmp_path.glob("etl.interactions/*"))
+    assert open_store(str(tmp_path)).entry("r", "etl.interactions") is None
+    assert run_stage("etl.interactions", write_rows, argv=flags(tmp_path)) == EXIT_OK
+    assert open_store(str(tmp_path)).artifact("r", "etl.interactions").file("rows.txt").read_text() == "rows"
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "expected"),
+    [
+        (["--set", "etl.k_core=0"], EXIT_CONFIG, "etl.k_core"),
+        (["--part", "7"], EXIT_CONFIG, "Stage etl.interactions has no part '7'"),
+        (["--config", "absent.yaml"], EXIT_CONFIG, "cannot be read"),
+        (["--set", "knn.k=3"], EXIT_CONFIG, "was started with another configuration: knn.k was 10, now 3"),
+    ],
+)
+def test_wrong_flags_exit_with_2(
+    tmp_path: Path, more: list[str], code: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stage("etl.interactions", write_rows, argv=flags(tmp_path))
+    assert run_stage("etl.interactions", write_rows, argv=flags(tmp_path, *more)) == code
+    assert expected in capsys.readouterr().err
+
+
+def test_missing_flags_exit_with_2() -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_stage("etl.interactions", write_rows, argv=[])
+    assert caught.value.code == EXIT_CONFIG
+
+
+def test_missing_and_damaged_inputs_exit_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("etl.features", write_rows, argv=flags(tmp_path)) == EXIT_ARTIFACT
+    assert "has no artifact of etl.interactions" in capsys.readouterr().err
+    run_stage("etl.interactions", write_rows, argv=flags(tmp_path))
+    open_store(str(tmp_path)).artifact("r", "etl.interactions").file("rows.txt").write_text("x")
+    assert run_stage("etl.features", write_rows, argv=flags(tmp_path)) == EXIT_ARTIFACT
+    assert "rows.txt is damaged: expected 4 bytes, found 1 bytes" in capsys.readouterr().err
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from jobs.runner import Result, run_stage
+def work(job):
+    with open(sys.argv[1], "a") as log:
+        log.write("worked\\n")
+    (job.work / "mark").write_text("kept")
+    for n in range(50):
+        (job.out / f"{n}.txt").write_text(str(n))
+        time.sleep(float(sys.argv[2]))
+    return Result({"n": 50})
+raise SystemExit(run_stage("etl.interactions", work, argv=sys.argv[3:]))
+"""
+
+
+def racer(log: Path, pause: float, arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RACER, str(log), str(pause), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_racing_runners_work_once_and_agree(tmp_path: Path) -> None:
+    racers = [racer(tmp_path / "log", 0.01, flags(tmp_path / "store", run=f"r{n}")) for n in range(3)]
+    results = [json.loads(process.communicate(timeout=120)[0]) for process in racers]
+    assert [process.returncode for process in racers] == [EXIT_OK] * 3
+    assert sorted(result["status"] for result in results) == ["done", "found", "found"]
+    assert len({result["content"] for result in results}) == 1
+    assert (tmp_path / "log").read_text() == "worked\n"
+    store = open_store(str(tmp_path / "store"))
+    for n in range(3):
+        store.artifact(f"r{n}", "etl.interactions").verify()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_runner_frees_its_lock_and_leaves_nothing_visible(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    victim = racer(tmp_path / "log", 60, flags(store))
+    wait_for(lambda: list(store.glob(".scratch/etl.interactions/*.out/*.txt")))
+    waiting = racer(tmp_path / "log", 0, flags(store, run="r2"))
+    time.sleep(0.5)
+    assert waiting.poll() is None
+    victim.kill()
+    victim.communicate()
+    assert open_store(str(store)).entry("r", "etl.interactions") is None
+    result = json.loads(waiting.communicate(timeout=120)[0])
+    assert result["status"] == "done"
+    found = open_store(str(store)).artifact("r2", "etl.interactions")
+    assert sorted(found.manifest["files"]) == sorted(f"{n}.txt" for n in range(50))
+    assert not list(store.glob(".scratch/etl.interactions/*.work"))
+
+
+def test_work_folder_survives_a_failure(tmp_path: Path) -> None:
+    def work(job: Job) -> Result:
+        checkpoint = job.work / "checkpoint"
+        if not checkpoint.exists():
+            checkpoint.write_text("half")
+            raise RuntimeError("first attempt")
+        assert not list(job.out.iterdir())
+        return Result({"from": checkpoint.read_text()})
+
+    assert run_stage("etl.interactions", work, argv=flags(tmp_path)) == EXIT_UNEXPECTED
+    assert run_stage("etl.interactions", work, argv=flags(tmp_path)) == EXIT_OK
+    assert open_store(str(tmp_path)).artifact("r", "etl.interactions").facts == {"from": "half"}
+
+
+def test_jobs_without_artifact_record_what_they_return(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(arguments, config, store):
+        return {"status": "done", "forced": arguments.force, "k": config.knn.k}
+
+    argv = flags(tmp_path, "--force", "--set", "knn.k=3")
+    assert run_job("ml.register", work, argv, lambda parser: parser.add_argument("--force", action="store_true")) == 0
+    assert last_line(capsys) == {
+        "stage": "ml.register",
+        "part": "",
+        "run": "r",
+        "status": "done",
+        "forced": True,
+        "k": 3,
+    }
+    assert open_store(str(tmp_path)).entry("r", "ml.register") == {"status": "done", "forced": True, "k": 3}
+    again = ["--store", str(tmp_path), "--run", "r", "--force"]
+    assert run_job("ml.register", work, again, lambda parser: parser.add_argument("--force", action="store_true")) == 0
+    assert last_line(capsys)["k"] == 3
+
+
+def test_scratch_is_local_and_apart_for_every_store(tmp_path: Path) -> None:
+    assert scratch(str(tmp_path)) == tmp_path / ".scratch"
+    remote = scratch("s3://bucket/a"), scratch("s3://bucket/b")
+    assert remote[0] != remote[1] and all(path.is_absolute() and ".." not in path.parts for path in remote)
+
+
+def test_results_go_to_stdout_and_logs_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(job: Job) -> Result:
+        logging.getLogger("jobs.test").info("step rows=%d", 3)
+        return write_rows(job)
+
+    run_stage("etl.interactions", work, argv=flags(tmp_path))
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 1 and json.loads(output.out)
+    assert "INFO jobs.test step rows=3" in output.err
+
+
+def test_peak_memory_counts_live_children() -> None:
+    before = peak_bytes()
+    hog = subprocess.Popen(
+        [sys.executable, "-c", "x = bytearray(300 << 20); print(1, flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert hog.stdout is not None and hog.stdout.readline()
+    during = peak_bytes()
+    hog.communicate(b"\n")
+    assert during > (300 << 20) and during >= before and os.getpid() > 0
