@@ -5,8 +5,8 @@ inside the one-slot pool `crane_promotion`.
 
 **What it does.** `promote` re-reads the evidence from the registry, applies the gate (paired bootstrap against the
 champion, baselines when there is none, guardrails) and moves the alias `champion`, with one line in the ledger.
-`export` writes top-K recommendations, similar items and the ANN index of a promoted run and is skipped for a refused
-one. `report` writes the HTML page in either case.
+`export` writes top-K recommendations, similar items and the ANN index of whoever is champion then, and finds them
+there when nobody new is. `report` writes the HTML page of the run, promoted or refused.
 
 **When it refuses.** The run is green: a refusal is a result. The reason is in the report, the ledger and the tags of
 the version. Asset events of backfill runs are ignored.
@@ -21,7 +21,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from airflow.sdk import DAG, Asset, Context, Param, chain, task
+from airflow.sdk import DAG, Asset, Param, chain, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 from deployment import DEFAULT_ARGS, job
 from local_job import PROJECT, setting
@@ -29,13 +29,6 @@ from windows import OVERRIDE_PATTERN, RUN_ID_PATTERN, newest_candidate, promote_
 
 CANDIDATE = Asset("crane/candidate")
 FLAGS = "{{ ti.xcom_pull(task_ids='resolve')['flags'] | tojson }}"
-
-
-def require_promotion(context: Context) -> None:
-    """Skip the task unless the gate let the run pass."""
-    decision = context["ti"].xcom_pull(task_ids="promote")["decision"]
-    if decision != "promoted":
-        raise AirflowSkipException(f"The gate's decision is {decision!r}: nothing new to serve.")
 
 
 with DAG(
@@ -79,6 +72,6 @@ with DAG(
     chain(
         resolve(),
         job("ml.promote", flags=FLAGS),
-        job("ml.export", flags=FLAGS, pre_execute=require_promotion),
-        job("ml.report", flags=FLAGS, trigger_rule="none_failed"),
+        job("ml.export", flags=FLAGS),
+        job("ml.report", flags=FLAGS),
     )

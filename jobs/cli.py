@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from jobs.commands.demo import demo, show
 
-    show(demo(arguments.data, arguments.config, arguments.set))
+    show(demo(arguments.data, arguments.config, arguments.set, arguments.home))
     return EXIT_OK
 
 
@@ -205,6 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", type=Path, help="folder in MMRec layout; MovieLens 100K when absent")
     demo.add_argument("--config", help="preset or YAML file; the preset that fits the data when absent")
     demo.add_argument("--set", action="append", default=[], metavar="section.field=value")
+
+    demo.add_argument("--home", type=Path, default=place.HOME, help="folder for everything (default: %(default)s)")
 
     run = command("run", _run, "Run the stages of a run here, one after the other, without Airflow.")
     run.add_argument("--store", required=True, help="artifact store")

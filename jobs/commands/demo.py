@@ -20,7 +20,7 @@ from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import ConfigError, CraneError
 from crane_core.importers import Imported, import_mmrec, import_movielens
 from jobs.commands.airflow import LocalAirflow
-from jobs.commands.place import HOME, Last, remember
+from jobs.commands.place import Last, remember
 from jobs.commands.query import example_users, figures, recommend, served
 from jobs.commands.steps import Steps
 from jobs.runner import open_store
@@ -44,7 +44,7 @@ class Outcome:
     users: list[dict[str, Any]]
 
 
-def demo(data: Path | None, config: str | None, overrides: list[str], home: Path = HOME) -> Outcome:
+def demo(data: Path | None, config: str | None, overrides: list[str], home: Path) -> Outcome:
     """Build, judge and serve a recommender.
 
     Args:
@@ -57,6 +57,7 @@ def demo(data: Path | None, config: str | None, overrides: list[str], home: Path
         CraneError: the data cannot be had or used, or a task failed.
     """
     steps = Steps()
+    home = home.absolute()
     home.mkdir(parents=True, exist_ok=True)
     (home / "logs").mkdir(exist_ok=True)
     imported = _import(data, home, steps)
@@ -74,7 +75,7 @@ def demo(data: Path | None, config: str | None, overrides: list[str], home: Path
     store = str(Path(imported.raw).parent / "store")
     log = home / "logs" / f"{run}.log"
     steps.show("demo", f"run={run} store={store} log={log}")
-    remember(Last(store, run))
+    remember(Last(store, run), home)
 
     airflow = LocalAirflow(home / "airflow", log, steps)
     airflow.prepare()

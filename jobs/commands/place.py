@@ -29,10 +29,9 @@ class Last:
     run: str
 
 
-def remember(last: Last) -> None:
-    """Note what later commands work on when they are given no store."""
-    HOME.mkdir(exist_ok=True)
-    (HOME / "last.json").write_text(json.dumps(asdict(last)))
+def remember(last: Last, home: Path) -> None:
+    """Note in `home` what later commands work on when they are given no store."""
+    (home / "last.json").write_text(json.dumps(asdict(last)))
 
 
 def default_store() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from datetime import timedelta
 
 import pytest
@@ -82,6 +83,23 @@ def test_scarce_things_have_one_slot(dags):
 def test_edges(dags):
     assert edges(dags["crane_retrain"]) == RETRAIN_EDGES
     assert edges(dags["crane_promote"]) == PROMOTE_EDGES
+
+
+def test_every_stage_runs_after_the_stages_it_reads(dags):
+    """The order here and the table of the jobs' environment say the same."""
+    program = (
+        "import json; from crane_core.pipeline import STAGES; "
+        "print(json.dumps({name: stage.inputs for name, stage in STAGES.items()}))"
+    )
+    python = PROJECT / ".venv" / "bin" / "python"
+    inputs = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+    dag = dags["crane_retrain"]
+    for stage, reads in inputs.items():
+        if stage == "ml.export":
+            continue
+        upstream = {task.task_id for task in dag.get_task(stage.partition(".")[2]).get_flat_relatives(upstream=True)}
+        assert {name.partition(".")[2] for name in reads} <= upstream, stage
+    assert set(inputs) <= set(JOBS)
 
 
 def test_schedules(dags):

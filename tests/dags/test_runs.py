@@ -72,7 +72,7 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
 
     assert answer[retrain]["state"] == "success"
     assert answer[retrain]["tasks"]["knn"] == ["success"] * 3
-    assert answer[retrain]["tasks"]["train"] == ["success"] * 2
+    assert answer[retrain]["tasks"]["train"] == ["success"]
     assert answer["events"] == [
         {
             "asset": "crane/candidate",
@@ -87,7 +87,7 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
     ]
     assert answer[promote] == {
         "state": "success",
-        "tasks": {"resolve": ["success"], "promote": ["success"], "export": ["skipped"], "report": ["success"]},
+        "tasks": {"resolve": ["success"], "promote": ["success"], "export": ["success"], "report": ["success"]},
     }
 
     calls = play.calls()
@@ -100,13 +100,13 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
     order.remove("ml.behaviour")
     assert order == [
         *("plan", "etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn"),
-        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "ml.promote", "ml.report"),
+        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "ml.promote", "ml.export", "ml.report"),
     ]
     for call in calls:
         argv = call["argv"]
         if call["job"] == "ml.knn":
             argv = argv[:-2]
-        assert argv == (judged if call["job"] in ("ml.promote", "ml.report") else expected), call["job"]
+        assert argv == (judged if call["job"] in ("ml.promote", "ml.export", "ml.report") else expected), call["job"]
     parts = [call["argv"][-2:] for call in calls if call["job"] == "ml.knn"]
     assert sorted(parts) == [["--part", part] for part in ("0", "1", "2")]
 
