@@ -152,9 +152,9 @@ def decide(
         gains = ", ".join(_difference(name, differences[name]) for name in PRIMARY)
         reason = f"Promoted: better than champion {champion.version} on {num_users} users ({gains}); guardrails hold."
     else:
-        best = ", ".join(f"{name} {baselines[name]:.4f}" for name in rule.beats)
+        best = ", ".join(f"{name} {baselines[name]:.4f}" for name in rule.beats) or "none is asked for"
         reason = (
-            f"Promoted: first champion, recall@20 {recall:.4f} on {num_users} users reaches every baseline ({best})."
+            f"Promoted: first champion, recall@20 {recall:.4f} on {num_users} users reaches its baselines ({best})."
         )
     return _decision(not failed, reason, challenger, champion, num_users, differences, checks, rule)
 

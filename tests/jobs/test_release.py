@@ -305,6 +305,7 @@ def test_export_of_the_champion_by_external_ids(place):
     assert place.job(promote, second)["decision"] == "refused"
     done = place.job(export, second)
     assert (done["status"], done["version"], done["champion_run"]) == ("done", "1", "run-1")
+    assert place.store.entry("run-1", "ml.export") == place.store.entry("run-2", "ml.export")
     assert place.job(export, first)["status"] == "found"
     artifact = place.store.artifact("run-1", "ml.export")
     assert artifact.fingerprint == place.store.artifact("run-2", "ml.export").fingerprint
