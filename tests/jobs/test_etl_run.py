@@ -463,8 +463,10 @@ def test_a_killed_job_leaves_nothing_visible_and_can_be_run_again(reference: Pat
     settings = {**SETTINGS, "runtime.raw": str(given), "runtime.spark_master": "local[2]"}
     command = [sys.executable, "-m", "jobs.etl.interactions", "--store", str(store), "--run", "r"]
     command += [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")]
+    folder = tmp_path / "folder"
+    folder.mkdir()
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
         try:
             deadline = time.monotonic() + 120
             while not any(store.glob(".scratch/etl.interactions/*.out/*")):
@@ -475,6 +477,7 @@ def test_a_killed_job_leaves_nothing_visible_and_can_be_run_again(reference: Pat
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert list(store.glob("etl.interactions/*")) == []
+    assert list(folder.iterdir()) == [], "Spark littered the working directory"
     assert open_store(str(store)).entry("r", "etl.interactions") is None
     assert etl(store, given, ("interactions",)) == EXIT_OK
     found, undisturbed = artifact(store, "interactions"), artifact(reference, "interactions")
@@ -508,3 +511,25 @@ def test_lfm2k_keeps_its_split_and_its_order(spark: SparkSession, tmp_path: Path
     np.testing.assert_allclose(
         np.load(artifact(tmp_path / "store", "profiles").file("text.npy")), sums, rtol=1e-6, atol=1e-7
     )
+
+
+def test_replaced_files_change_the_identity_of_the_source(raw: Path, tmp_path: Path) -> None:
+    """Only of the stage that reads them, and only of a run that does."""
+    store = open_store(str(tmp_path / "store"))
+
+    def sources(end: str = "2026-01-21") -> tuple[str, str]:
+        settings = {**SETTINGS, "window.end": end, "window.start": "2026-01-18", "runtime.raw": str(raw)}
+        config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
+        return json.dumps(interactions.source(config, store)), json.dumps(features.source(config, store))
+
+    first, earlier = sources(), sources("2026-01-20")
+    write_log(raw, [("eve", "i1", "2026-01-20 01:00")])
+    second = sources()
+    assert (second[0] != first[0], second[1] == first[1]) == (True, True)
+    assert sources("2026-01-20") == earlier
+    write_items(raw, [("i1", "Another title")])
+    third = sources()
+    assert (third[0] != second[0], third[1] == second[1]) == (True, True)
+    write_vectors(raw, "image", [("i1", [8.0])])
+    fourth = sources()
+    assert (fourth[0] == third[0], fourth[1] != third[1]) == (True, True)
