@@ -133,13 +133,13 @@ class Train(Section):
     """Propagation steps on the user-item graph (L_UI)."""
     num_item_layers: int = Field(1, ge=0)
     """Propagation steps on the item-item graph (L_II)."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     """Adam's step size."""
     batch_size: int = Field(2048, ge=1)
     """Training interactions per step, over all ranks."""
     num_epochs: int = Field(200, ge=1)
     """Upper bound of the epochs."""
-    patience: int = Field(15, ge=1)
+    patience: int = Field(20, ge=1)
     """Epochs without a better validation recall before training stops."""
     regularisation: float = Field(1e-3, ge=0)
     """lambda, weight of the squared norm of the batch's ID embeddings."""
