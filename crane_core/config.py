@@ -142,13 +142,13 @@ class Train(Section):
     patience: int = Field(20, ge=1)
     """Epochs without a better validation recall before training stops."""
     regularisation: float = Field(1e-3, ge=0)
-    """lambda, weight of the squared norm of the batch's ID embeddings."""
-    contrast_weight: float = Field(0.01, ge=0)
+    """lambda, weight of the squared norm of the batch's embeddings."""
+    contrast_weight: float = Field(1e-3, ge=0)
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
     temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
-    """Mean share of user-item edges dropped in a training step; popular ends lose more."""
+    """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
     validation_users: int = Field(20_000, ge=1)
     """Users the validation recall is measured on; a fixed sample where there are more."""
     checkpoint_steps: int = Field(200, ge=1)

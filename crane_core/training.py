@@ -144,7 +144,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
         self.model.train()
-        kept = drop_edges(self.users, self.items, config.edge_dropout, self._generator(1, progress.epoch))
+        kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, progress.epoch))
         graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
         order = self._generator(2, progress.epoch).permutation(len(self.users))
         num_steps = -(-len(order) // config.batch_size)

@@ -32,8 +32,7 @@ def trainer(work: Path, interactions: Interactions | None = None, config: Train 
 
 
 def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
-    interactions = checkerboard()
-    config = SMALL.model_copy(update={"edge_dropout": 0.0})
+    interactions, config = checkerboard(), SMALL
     ours = trainer(tmp_path, interactions, config)
     before = ours.model.ids.detach().clone()
     picked, negatives = np.array([0, 5, 9]), np.array([31, 20, 11])
