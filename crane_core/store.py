@@ -153,6 +153,11 @@ class ArtifactStore:
             raise ArtifactError(f"There is no run {run_id!r} in {self.storage.uri}.", f"Known runs: {known}.")
         return json.loads(text)
 
+    def recorded_config(self, run_id: str) -> dict[str, Any] | None:
+        """The configuration of a run, None when there is no such run yet."""
+        text = self.storage.read(f"runs/{run_id}/run.json")
+        return None if text is None else json.loads(text)["config"]
+
     def run_ids(self) -> list[str]:
         return self.storage.names("runs")
 

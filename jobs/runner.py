@@ -119,9 +119,7 @@ def run_job(
             flags(parser)
         arguments = parser.parse_args(argv)
         store = open_store(arguments.store)
-        known = arguments.run in store.run_ids()
-        recorded = store.run(arguments.run)["config"] if known else None
-        config = load_config(arguments.config, arguments.set, recorded)
+        config = load_config(arguments.config, arguments.set, store.recorded_config(arguments.run))
         store.start_run(arguments.run, config)
         entry = work(arguments, config, store)
         store.record(arguments.run, name, arguments.part, entry)

@@ -65,6 +65,8 @@ def demo(data: Path | None, config: str | None, overrides: list[str], home: Path
     overrides = [
         f"runtime.raw={imported.raw}",
         "runtime.spark_master=local[2]",
+        # Small matrices: a second thread waits more than it works, and much more on a busy machine.
+        "runtime.num_threads=1",
         f"etl.split={imported.split}",
         *overrides,
     ]

@@ -62,7 +62,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, expected: st
 
 
 def test_absent_file_lists_the_presets() -> None:
-    with pytest.raises(ConfigError, match=r"'no\.yaml' cannot be read.*presets .*demo"):
+    with pytest.raises(ConfigError, match=r"'no\.yaml' cannot be read.*presets .*mmrec, movielens"):
         load_config("no.yaml", WINDOW)
 
 
