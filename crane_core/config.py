@@ -205,7 +205,7 @@ class Runtime(Section):
     model_name: str = "crane"
     """Name of the registered model."""
     device: str = "cpu"
-    """`cpu` or `cuda`."""
+    """Where training runs: `cpu` or `cuda`. Refining, kNN and ranking run on the CPU so far."""
     world_size: int = Field(1, ge=1)
     """Training processes on this machine."""
     num_threads: int | None = Field(None, ge=1)

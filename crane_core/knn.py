@@ -34,6 +34,12 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return (rows64 / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
+def use_threads(num_threads: int | None) -> None:
+    """Bound faiss's threads; None leaves its own choice."""
+    if num_threads is not None:
+        faiss.omp_set_num_threads(num_threads)
+
+
 def search(unit: np.ndarray, start: int, stop: int, k: int, key_block: int = 65536) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar other rows of some rows.
 

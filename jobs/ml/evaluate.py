@@ -31,6 +31,7 @@ from crane_core.evaluation import (
     user_metrics,
 )
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
+from jobs.ml.device import use_device
 from jobs.ml.launch import load_embeddings
 from jobs.runner import Job, Result, run_stage
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job) -> Result:
+    use_device(job.config.runtime)
     config = job.config.evaluate
     source = job.input("etl.interactions")
     interactions = load_interactions(source)

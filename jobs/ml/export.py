@@ -26,6 +26,7 @@ from crane_core.pipeline import STAGES
 from crane_core.registry import open_registry
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import ArtifactStore
+from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
 def run(job: Job) -> Result:
     """Write the artifact of `job.run_id`, the champion's run."""
     config, runtime = job.config.export, job.config.runtime
+    use_device(runtime)
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     source, trained = job.input("etl.interactions"), job.input("ml.train")

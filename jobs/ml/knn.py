@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crane_core.knn import search, unit_rows
+from crane_core.knn import search, unit_rows, use_threads
 from crane_core.matrix import open_matrix
 from jobs.runner import Job, Result, run_stage
 
 
 def run(job: Job) -> Result:
+    use_threads(job.config.runtime.num_threads)
     config = job.config.knn
     unit = unit_rows(open_matrix(job.input("ml.refine").file("fused_items.npy")))
     num_items, shard = len(unit), int(job.part)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from crane_core.config import RunConfig, Runtime
+from crane_core.config import RunConfig
 from crane_core.dataset import Interactions, load_interactions
-from crane_core.errors import ConfigError
 from crane_core.model import LightGCN
 from crane_core.store import Artifact, ArtifactStore
 from crane_core.training import Trainer
+from jobs.ml.device import use_device
 from jobs.runner import Job, open_store, start_logging
 
 Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], LightGCN]
@@ -72,26 +72,6 @@ def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
     """Users [num_users, d] and items [num_items, d] of a trained model."""
     rows = load_file(trained.file("embeddings.safetensors"))
     return rows["user_embeddings"], rows["item_embeddings"]
-
-
-def use_device(runtime: Runtime) -> torch.device:
-    """Set the number of threads and return this rank's device.
-
-    Raises:
-        ConfigError: CUDA is asked for and absent.
-    """
-    if runtime.num_threads is not None:
-        torch.set_num_threads(runtime.num_threads)
-    if not runtime.device.startswith("cuda"):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"runtime.device is {runtime.device!r} but torch {torch.__version__} sees no CUDA device.",
-            "Set runtime.device=cpu, or install a CUDA build of torch on a machine with a GPU.",
-        )
-    local_rank = dist.get_node_local_rank(fallback_rank=0)
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:

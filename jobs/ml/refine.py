@@ -17,12 +17,14 @@ from crane_core.dataset import load_interactions
 from crane_core.errors import DataError
 from crane_core.matrix import open_matrix
 from crane_core.refine import Modality, fit, refine_catalog
+from jobs.ml.device import use_device
 from jobs.runner import Job, Result, run_stage
 
 logger = logging.getLogger(__name__)
 
 
 def run(job: Job) -> Result:
+    use_device(job.config.runtime)
     config = job.config.refine
     interactions = load_interactions(job.input("etl.interactions"))
     if len(interactions.train.items) == 0:

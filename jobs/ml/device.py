@@ -1,0 +1,29 @@
+"""Where torch and faiss compute, by `runtime`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from crane_core.config import Runtime
+from crane_core.errors import ConfigError
+
+
+def use_device(runtime: Runtime) -> torch.device:
+    """Set the number of torch threads and return this rank's device.
+
+    Raises:
+        ConfigError: CUDA is asked for and absent.
+    """
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    if not runtime.device.startswith("cuda"):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"runtime.device is {runtime.device!r} but torch {torch.__version__} sees no CUDA device.",
+            "Set runtime.device=cpu, or install a CUDA build of torch on a machine with a GPU.",
+        )
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
