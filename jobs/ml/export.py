@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.numpy import load_file
 
 from crane_core.config import RunConfig
@@ -52,8 +51,6 @@ def run(job: Job) -> Result:
     """Write the artifact of `job.run_id`, the champion's run."""
     config, runtime = job.config.export, job.config.runtime
     use_device(runtime)
-    if runtime.num_threads is not None:
-        torch.set_num_threads(runtime.num_threads)
     source, trained = job.input("etl.interactions"), job.input("ml.train")
     trained.verify()
     train = load_interactions(source).train
