@@ -260,7 +260,10 @@ def load_config(
         part = tree.setdefault(section, {})
         if not isinstance(part, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is not a section.", "Correct the flag.")
-        part[field] = yaml.safe_load(value)
+        try:
+            part[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML.", "Quote or correct it.") from error
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -20,7 +20,7 @@ from crane_core.evaluation import rank_users, user_metrics
 Rows = tuple[Tensor, Tensor]
 """Users float32 [num_users, d] and items float32 [num_items, d]."""
 
-WEIGHTS = (0.0, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0)
+WEIGHTS = (0.0, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
 
 
 @dataclass(frozen=True)

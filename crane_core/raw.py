@@ -120,6 +120,19 @@ def list_items(root: Path) -> list[RawFile]:
     return _files(root, root / ITEMS_FOLDER)
 
 
+def check_modality(name: str, path: Path) -> None:
+    """Refuse a name that other files of the pipeline need.
+
+    Raises:
+        DataError: the name is empty, `quarantine`, or ends in `.counts`.
+    """
+    if not name or name == "quarantine" or name.endswith(".counts"):
+        raise DataError(
+            f"{path}: {name!r} cannot name a modality, 0 rows read.",
+            "Rename it: any name but an empty one, 'quarantine' and names that end in '.counts'.",
+        )
+
+
 def list_features(root: Path, modalities: Sequence[str]) -> dict[str, list[RawFile]]:
     """Files of each modality, by name.
 
@@ -139,6 +152,8 @@ def list_features(root: Path, modalities: Sequence[str]) -> dict[str, list[RawFi
             f"{folder} holds no modality, 0 rows of item features.",
             "Deliver features/{modality}/*.parquet with the columns item_id and vector: CRANE needs one at least.",
         )
+    for name in found:
+        check_modality(name, folder / name)
     unknown = sorted(set(modalities) - set(found))
     if unknown:
         raise ConfigError(

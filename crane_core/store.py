@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from crane_core.storage import Storage
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Artifact:
         """
         for name, expected in self.manifest["files"].items():
             if sha256_file(self.path / name) != expected["sha256"]:
-                raise _damaged(self.path / name, f"the sha256 {expected['sha256']}", "other content")
+                raise _damaged(self.path, name, f"the sha256 {expected['sha256']}", "other content")
 
 
 class ArtifactStore:
@@ -106,7 +108,7 @@ class ArtifactStore:
             file = path / name
             size = file.stat().st_size if file.is_file() else None
             if size != expected["bytes"]:
-                raise _damaged(file, f"{expected['bytes']} bytes", f"{size} bytes" if size is not None else "no file")
+                raise _damaged(path, name, f"{expected['bytes']} bytes", "no file" if size is None else f"{size} bytes")
         return Artifact(path, manifest)
 
     def publish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
@@ -128,8 +130,9 @@ class ArtifactStore:
         """Record the run, or check that it is the one already recorded under this id.
 
         Raises:
-            ConfigError: the id belongs to a run with another configuration.
+            ConfigError: the id is no file name, or belongs to a run with another configuration.
         """
+        check_run_id(run_id)
         identity = config.identity()
         if self.storage.create(f"runs/{run_id}/run.json", _encode({"run": run_id, "config": identity})):
             return
@@ -186,6 +189,19 @@ class ArtifactStore:
         return found
 
 
+def check_run_id(run_id: str) -> None:
+    """Refuse an id that is not fit for a file name.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(
+            f"Run id {run_id!r} is not a file name.",
+            "Use up to 128 letters, digits, dots, dashes and underscores; begin with a letter or digit.",
+        )
+
+
 def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[str, str], source: Any) -> str:
     """Identity of a stage's work: equal fingerprints mean equal content.
 
@@ -228,10 +244,10 @@ def _encode(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
-def _damaged(path: Path, expected: str, found: str) -> ArtifactError:
+def _damaged(artifact: Path, name: str, expected: str, found: str) -> ArtifactError:
     return ArtifactError(
-        f"{path} is damaged: expected {expected}, found {found}.",
-        f"Remove {path.parent} and run its stage again.",
+        f"{artifact / name} is damaged: expected {expected}, found {found}.",
+        f"Remove {artifact} and run its stage again.",
     )
 
 

@@ -157,9 +157,7 @@ class Trainer:
                 self._checkpoint()
         metrics = self._validate()
         losses = {name: value / num_steps for name, value in progress.sums.items()}
-        progress.curve.append(
-            {"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics, "seconds": self._elapsed()}
-        )
+        progress.curve.append({"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics})
         if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
             progress.best, progress.best_epoch = metrics, progress.epoch
             self._write("best.safetensors", self.model.state_dict(), {})
@@ -170,7 +168,7 @@ class Trainer:
             metrics[STEERING_METRIC],
             progress.best[STEERING_METRIC],
             progress.best_epoch,
-            progress.curve[-1]["seconds"],
+            self._elapsed(),
         )
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self._checkpoint()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from crane_core.config import Runtime, load_config
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, CraneError
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
+from crane_core.store import check_run_id
 from jobs.commands import place
 
 STOPPED_BY_HAND = 130
@@ -59,12 +60,15 @@ def _run(arguments: argparse.Namespace) -> int:
     ]
     config = load_config(arguments.config, overrides)
     run = arguments.run or run_id("run", config)
+    check_run_id(run)
     flags = ["--store", arguments.store, "--run", run]
     if arguments.config:
         flags += ["--config", arguments.config]
     for override in overrides:
         flags += ["--set", override]
     names = [*RETRAIN, *(PROMOTE if arguments.promote else ())]
+    if arguments.until and arguments.until not in names:
+        raise ConfigError(f"--until {arguments.until!r} is no stage of this run.", f"Use one of {', '.join(names)}.")
     if arguments.until:
         names = names[: names.index(arguments.until) + 1]
     steps = Steps()

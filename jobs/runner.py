@@ -25,7 +25,7 @@ from crane_core.config import RunConfig, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.pipeline import STAGES, Stage
 from crane_core.storage import open_storage
-from crane_core.store import Artifact, ArtifactStore, fingerprint_of
+from crane_core.store import Artifact, ArtifactStore, check_run_id, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ def run_job(
             flags(parser)
         arguments = parser.parse_args(argv)
         store = open_store(arguments.store)
+        check_run_id(arguments.run)
         config = load_config(arguments.config, arguments.set, store.recorded_config(arguments.run))
         store.start_run(arguments.run, config)
         entry = work(arguments, config, store)
@@ -204,6 +205,8 @@ def produce(
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             work.mkdir(exist_ok=True)
+            for artifact in inputs.values():
+                artifact.verify()
             job = Job(stage, part, config, run_id, store, out, work)
             result = run(job)
             found = store.publish(

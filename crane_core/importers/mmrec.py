@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from crane_core.errors import DataError
 from crane_core.importers.target import Imported, write_features, write_interactions, write_items, write_raw
+from crane_core.raw import check_modality
 from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, USER_ID, WEIGHT
 from crane_core.store import sha256_file
 
@@ -26,6 +27,8 @@ FORMAT = "mmrec-1"
 FEATURE_SUFFIX = "_feat.npy"
 FIRST_DAY = date(2000, 1, 1)
 LABELS = (0, 1, 2)
+MOST_ITEMS_PER_ROW = 1000
+"""Without features to count them, more items than this for every row of the folder are taken for a wrong id."""
 TITLE_COLUMNS = ("title", "name")
 
 
@@ -48,7 +51,9 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
         )
     log = logs[0]
     catalogs = [path for path in (folder / "items.tsv", folder / "items.csv") if path.is_file()][:1]
-    features = sorted(folder.glob(f"*{FEATURE_SUFFIX}"))
+    features = sorted(path for path in folder.glob(f"*{FEATURE_SUFFIX}") if path.is_file())
+    for path in features:
+        check_modality(path.name.removesuffix(FEATURE_SUFFIX), path)
     files = {path.name: sha256_file(path) for path in [log, *catalogs, *features]}
     source = {"dataset": log.stem, "format": FORMAT, "files": files}
 
@@ -56,11 +61,15 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
         table = _read_log(log)
         titles = _read_titles(catalogs[0]) if catalogs else {}
         num_items = 1 + max(pc.max(table["itemID"]).as_py(), *titles, 0)
+        matrices = {path.name.removesuffix(FEATURE_SUFFIX): _read_matrix(path, num_items) for path in features}
+        if not matrices and num_items > MOST_ITEMS_PER_ROW * (table.num_rows + len(titles)):
+            raise DataError(
+                f"{log} ({table.num_rows} rows) has item ids up to {num_items - 1}.",
+                "Ids are row numbers from 0: correct the largest, or number the items anew.",
+            )
         ids = [str(item) for item in range(num_items)]
         modalities = {}
-        for path in features:
-            matrix = _read_matrix(path, num_items)
-            name = path.name.removesuffix(FEATURE_SUFFIX)
+        for name, matrix in matrices.items():
             write_features(target, name, ids, matrix)
             modalities[name] = matrix.shape[1]
         _write_log(target, table)
@@ -122,25 +131,36 @@ def _read_titles(path: Path) -> dict[int, str | None]:
             "Correct or remove the rows with missing or repeated ids.",
         )
     title = next((name for name in TITLE_COLUMNS if name in table.column_names), None)
-    titles = table[title].cast(pa.string()).to_pylist() if title else [None] * table.num_rows
+    try:
+        titles = table[title].cast(pa.string()).to_pylist() if title else [None] * table.num_rows
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path} ({table.num_rows} rows): the column {title!r} is not UTF-8 text.", "Save the file as UTF-8."
+        ) from error
     return dict(zip(ids.to_pylist(), [text or None for text in titles], strict=True))
 
 
 def _read_delimited(path: Path, types: dict[str, pa.DataType], delimiter: str) -> pa.Table:
     quote = '"' if delimiter == "," else False
     try:
-        return pa.csv.read_csv(
+        table = pa.csv.read_csv(
             path,
             parse_options=pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote),
             convert_options=pa.csv.ConvertOptions(column_types=types),
         )
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         with path.open("rb") as handle:
             rows = max(0, sum(1 for _ in handle) - 1)
         raise DataError(
             f"{path} ({rows} rows) cannot be read: {error}.",
             "Correct the lines named; ids and labels are whole numbers.",
         ) from error
+    if len(set(table.column_names)) != len(table.column_names):
+        raise DataError(
+            f"{path} ({table.num_rows} rows) names a column twice: {', '.join(table.column_names)}.",
+            "Give every column a name of its own.",
+        )
+    return table
 
 
 def _read_matrix(path: Path, num_items: int) -> NDArray:
@@ -151,6 +171,11 @@ def _read_matrix(path: Path, num_items: int) -> NDArray:
             f"{path} ({path.stat().st_size} bytes, row count unknown) is no complete .npy array: {error}.",
             "Save it again with numpy.save as a floating point matrix.",
         ) from error
+    if not isinstance(matrix, np.ndarray):
+        raise DataError(
+            f"{path} ({path.stat().st_size} bytes, row count unknown) is an archive of arrays, not one array.",
+            "Save one array with numpy.save.",
+        )
     if matrix.ndim != 2 or matrix.dtype.kind not in "fiu" or matrix.shape[1] == 0:
         raise DataError(
             f"{path} has shape {list(matrix.shape)} and type {matrix.dtype}, expected a numeric [items, dim] matrix.",

@@ -77,7 +77,6 @@ def demo(data: Path | None, config: str | None, overrides: list[str], home: Path
     store = str(Path(imported.raw).parent / "store")
     log = home / "logs" / f"{run}.log"
     steps.show("demo", f"run={run} store={store} log={log}")
-    remember(Last(store, run), home)
 
     airflow = LocalAirflow(home / "airflow", log, steps)
     airflow.prepare()
@@ -94,7 +93,9 @@ def demo(data: Path | None, config: str | None, overrides: list[str], home: Path
         logical_date=end,
     )
     airflow.run_dag("crane_promote", settings | {"overrides": [o for o in overrides if o.startswith("runtime.")]})
-    return _outcome(store, run, resolved, steps)
+    outcome = _outcome(store, run, resolved, steps)
+    remember(Last(store, run), home)
+    return outcome
 
 
 def run_id(dataset: str, config: RunConfig) -> str:

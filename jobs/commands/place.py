@@ -10,7 +10,6 @@ from crane_core.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[2]
 HOME = PROJECT / ".crane"
-JOBS_ENVIRONMENT = PROJECT / ".venv"
 AIRFLOW_ENVIRONMENT = PROJECT / ".venv-airflow"
 DAGS = PROJECT / "dags"
 POOLS = PROJECT / "infra" / "local" / "pools.json"

@@ -171,7 +171,7 @@ def test_a_missing_input_and_an_unknown_part_are_typed_errors(finished: Path) ->
 
 @pytest.mark.slow
 def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path: Path) -> None:
-    embeddings = []
+    contents = []
     for name, kill in (("undisturbed", False), ("killed", True)):
         plant(tmp_path / name / "store", tmp_path / name / "scratch")
         store = open_store(str(tmp_path / name / "store"))
@@ -190,5 +190,28 @@ def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path:
             assert store.storage.names("ml.train") == []
         finished = subprocess.run(command, check=True, capture_output=True, text=True)
         assert ("resume epoch=" in finished.stderr) is kill
-        embeddings.append(store.artifact("planted", "ml.train").file("embeddings.safetensors").read_bytes())
-    assert embeddings[0] == embeddings[1]
+        contents.append(store.artifact("planted", "ml.train").manifest["content"])
+    assert contents[0] == contents[1]
+
+
+def test_a_damaged_input_of_the_right_size_is_never_used(finished: Path) -> None:
+    store = open_store(str(finished))
+    extra = ("evaluate.seed=5",)
+    store.start_run("damaged", load_config(None, [*SETTINGS, *extra]))
+    for stage in ("etl.interactions", "ml.behaviour", "ml.train"):
+        store.record("damaged", stage, "", store.entry("planted", stage) or {})
+    trained = store.artifact("planted", "ml.train").file("embeddings.safetensors")
+    sound = trained.read_bytes()
+    trained.write_bytes(sound[:-8] + bytes(8))
+    try:
+        assert evaluate.main(flags(finished, "damaged", "", extra)) == EXIT_ARTIFACT
+        assert store.entry("damaged", "ml.evaluate") is None
+    finally:
+        trained.write_bytes(sound)
+    assert evaluate.main(flags(finished, "damaged", "", extra)) == EXIT_OK
+
+
+@pytest.mark.parametrize("run", ["../escape", "a/b", "", ".hidden", "x" * 129])
+def test_a_run_id_that_is_no_file_name_is_refused(tmp_path: Path, run: str) -> None:
+    assert refine.main(flags(tmp_path / "store", run)) == EXIT_CONFIG
+    assert not (tmp_path / "escape").exists()
