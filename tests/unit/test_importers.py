@@ -157,6 +157,22 @@ def save(name: str, rows: np.ndarray) -> Callable[[Path], None]:
             lambda folder: (folder / "text_feat.npy").write_bytes((folder / "text_feat.npy").read_bytes()[:-5]),
             "no complete",
         ),
+        (
+            lambda folder: (
+                np.savez(folder / "a.npz", np.zeros(3)),
+                (folder / "a.npz").rename(folder / "text_feat.npy"),
+            ),
+            r"text_feat\.npy .* is an archive of arrays",
+        ),
+        (save("quarantine_feat.npy", np.zeros((3, 2))), "'quarantine' cannot name a modality"),
+        (save("_feat.npy", np.zeros((3, 2))), "'' cannot name a modality"),
+        (save("a.counts_feat.npy", np.zeros((3, 2))), r"'a\.counts' cannot name a modality"),
+        (write("tiny.inter", LOG.replace("userID", "itemID", 1)), r"tiny\.inter \(\d rows\) names a column twice"),
+        (
+            lambda folder: (folder / "items.tsv").write_bytes(b"itemID\tname\n0\t\xff\xfe\n"),
+            r"items\.tsv \(1 rows\): the column 'name' is not UTF-8",
+        ),
+        (write("tiny.inter", LOG + "1\t99999999999\t0\n"), "has 3 rows, but the items count from 0 to 99999999999"),
     ],
 )
 def test_mmrec_errors_name_file_rows_and_remedy(
