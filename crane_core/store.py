@@ -87,16 +87,9 @@ class ArtifactStore:
             ArtifactError: it is there but damaged: a file of the manifest is missing or has another size.
         """
         key = f"{stage}/{fingerprint}"
-        text = self.storage.read(f"{key}/{MANIFEST}")
-        if text is None:
+        manifest = self._json(f"{key}/{MANIFEST}")
+        if manifest is None:
             return None
-        try:
-            manifest = json.loads(text)
-        except ValueError as error:
-            raise ArtifactError(
-                f"{self.storage.uri}/{key}/{MANIFEST} is damaged: {len(text)} bytes that are no JSON ({error}).",
-                "Remove the directory and run its stage again.",
-            ) from error
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{self.storage.uri}/{key} has manifest version {manifest.get('schema_version')!r}, "
@@ -150,16 +143,16 @@ class ArtifactStore:
         Raises:
             ArtifactError: there is no such run.
         """
-        text = self.storage.read(f"runs/{run_id}/run.json")
-        if text is None:
+        recorded = self._json(f"runs/{run_id}/run.json")
+        if recorded is None:
             known = ", ".join(self.storage.names("runs")[-5:]) or "none"
             raise ArtifactError(f"There is no run {run_id!r} in {self.storage.uri}.", f"Known runs: {known}.")
-        return json.loads(text)
+        return recorded
 
     def recorded_config(self, run_id: str) -> dict[str, Any] | None:
         """The configuration of a run, None when there is no such run yet."""
-        text = self.storage.read(f"runs/{run_id}/run.json")
-        return None if text is None else json.loads(text)["config"]
+        recorded = self._json(f"runs/{run_id}/run.json")
+        return recorded and recorded["config"]
 
     def run_ids(self) -> list[str]:
         return self.storage.names("runs")
@@ -170,8 +163,19 @@ class ArtifactStore:
 
     def entry(self, run_id: str, stage: str, part: str = "") -> dict[str, Any] | None:
         """What a stage did for a run, None when it has not finished."""
-        text = self.storage.read(f"runs/{run_id}/{_entry_name(stage, part)}")
-        return None if text is None else json.loads(text)
+        return self._json(f"runs/{run_id}/{_entry_name(stage, part)}")
+
+    def _json(self, key: str) -> dict[str, Any] | None:
+        text = self.storage.read(key)
+        if text is None:
+            return None
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{self.storage.uri}/{key} is damaged: {len(text)} bytes that are no JSON ({error}).",
+                f"Remove {self.storage.uri}/{key.rpartition('/')[0]} and run the stage or the run again.",
+            ) from error
 
     def artifact(self, run_id: str, stage: str, part: str = "") -> Artifact:
         """The artifact a stage left for a run.

@@ -173,7 +173,10 @@ def _judge(arguments: argparse.Namespace, names: Sequence[str], extra: list[str]
 def _store(arguments: argparse.Namespace) -> Any:
     from jobs.runner import open_store
 
-    return open_store(arguments.store or place.default_store())
+    store = open_store(arguments.store or place.default_store())
+    if not store.run_ids():
+        raise ConfigError(f"{store.storage.uri} is no store with a run.", "Correct --store, or make a run first.")
+    return store
 
 
 def _runtime(arguments: argparse.Namespace) -> Runtime:

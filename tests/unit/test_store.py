@@ -141,3 +141,19 @@ def test_manifest_is_json_with_size_and_checksum_of_every_file(store: ArtifactSt
     assert manifest["schema_version"] == 1 and "tables" not in manifest
     assert sorted(manifest["files"]) == ["facts.json", "table/part-0"]
     assert manifest["files"]["table/part-0"]["bytes"] == 4
+
+
+def test_a_damaged_run_record_names_itself(store: ArtifactStore) -> None:
+    store.start_run("r", configure())
+    store.storage.write("runs/r/ml.train.json", b'{"fingerprint": "f"')
+    with pytest.raises(ArtifactError, match=r"runs/r/ml\.train\.json is damaged: 19 bytes that are no JSON"):
+        store.entry("r", "ml.train")
+
+
+def test_the_remedy_for_a_damaged_table_is_to_remove_the_artifact(tmp_path: Path) -> None:
+    store = ArtifactStore(open_storage(str(tmp_path / "store")), tmp_path / "cache")
+    published = publish(store, tmp_path / "out")
+    (published.path / "table" / "part-0").unlink()
+    with pytest.raises(ArtifactError) as caught:
+        store.find("etl.features", "f")
+    assert caught.value.remedy == f"Remove {published.path} and run its stage again."
