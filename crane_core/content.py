@@ -21,23 +21,18 @@ class Content:
 
     Attributes:
         items: refined item rows, float32 [num_items, M, d], each of length 1.
-        users: refined user rows, float32 [num_users, M, d], each of length 1.
         graph: normalised item-item graph.
     """
 
     items: Tensor
-    users: Tensor
     graph: SymmetricGraph
 
 
 def load_content(refined: Artifact, graph: Artifact, device: torch.device) -> Content:
     """Read the artifacts of `ml.refine` and `ml.graph`."""
-    items, users = (
-        F.normalize(torch.from_numpy(np.array(open_matrix(refined.file(name)))), dim=2).to(device)
-        for name in ("items.npy", "users.npy")
-    )
+    items = F.normalize(torch.from_numpy(np.array(open_matrix(refined.file("items.npy")))), dim=2).to(device)
     values, indices, indptr = (
         np.array(open_matrix(graph.file(name))) for name in ("values.npy", "indices.npy", "indptr.npy")
     )
     matrix = sp.csr_array((values, indices, indptr), shape=(len(items), len(items)))
-    return Content(items, users, SymmetricGraph(matrix, device))
+    return Content(items, SymmetricGraph(matrix, device))

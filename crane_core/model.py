@@ -118,10 +118,11 @@ def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, tempe
 class Crane(LightGCN):
     """A semantic view `h` from refined content beside the behavioural view `e` (arXiv 2601.11151, section 3.4).
 
-    Departures from the paper, each because the plain form lost to LightGCN on real data: `h` spreads ID embeddings
+    Departures from the paper, chosen by validation recall: `h` spreads ID embeddings
     gated by content over the item graph instead of content itself (the gate of MGCN, arXiv 2308.03588), so both views
     live in one space; every dimension of `h` enters `z` as far as a gate driven by `e` trusts it; and the norm of the
-    final rows is regularised, not that of the ID embeddings alone.
+    final rows is regularised, not that of the ID embeddings alone. `h_u` sums the user's items; the refined user rows
+    serve the fit of RCA only.
 
     Args:
         num_users, num_items: sizes of the id maps.
