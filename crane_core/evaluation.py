@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,14 +30,26 @@ class Interval:
         return asdict(self)
 
 
+Scorer = Callable[[np.ndarray], Tensor]
+"""Users int [b] to their scores of the whole catalog, float32 [b, num_items]; the caller may overwrite them."""
+
+
+def dot_product(users: Tensor, items: Tensor) -> Scorer:
+    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d]."""
+
+    def score(picked: np.ndarray) -> Tensor:
+        return users[torch.from_numpy(picked.astype(np.int64))] @ items.T
+
+    return score
+
+
 def rank_blocks(
-    user_embeddings: Tensor, item_embeddings: Tensor, seen: ItemLists, users: np.ndarray, k: int, block: int
+    score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Rank the whole catalog for some users, a block of users at a time.
 
     Args:
-        user_embeddings: float32 [num_users, d].
-        item_embeddings: float32 [num_items, d]; the score is the dot product.
+        score: what to rank by.
         seen: items a user must not be recommended.
         users: int [n], whom to rank for.
         k: list length; the catalog's size where that is smaller.
@@ -46,23 +58,20 @@ def rank_blocks(
     Yields:
         int [b] users; float32 [b, k] scores, -inf where fewer than k items are left; int64 [b, k] items.
     """
-    k = min(k, len(item_embeddings))
     blocks = [users[start : start + block] for start in range(0, len(users), block)]
     for chunk in track(blocks, len(blocks), "rank", logger):
-        scores = user_embeddings[torch.from_numpy(chunk.astype(np.int64))] @ item_embeddings.T
+        scores = score(chunk)
         rows, items = seen.rows(chunk)
         scores[torch.from_numpy(rows), torch.from_numpy(items.astype(np.int64))] = -torch.inf
-        values, indices = scores.topk(k, dim=1)
+        values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
         yield chunk, values, indices
 
 
-def rank_users(
-    user_embeddings: Tensor, item_embeddings: Tensor, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024
-) -> np.ndarray:
+def rank_users(score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
     """The top k items of some users, int32 [n, k]; -1 where fewer than k items are left. See `rank_blocks`."""
     ranked = np.full((len(users), k), -1, dtype=np.int32)
     start = 0
-    for chunk, values, indices in rank_blocks(user_embeddings, item_embeddings, seen, users, k, block):
+    for chunk, values, indices in rank_blocks(score, seen, users, k, block):
         indices = torch.where(values > -torch.inf, indices, -1)
         ranked[start : start + len(chunk), : indices.shape[1]] = indices.numpy()
         start += len(chunk)

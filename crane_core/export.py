@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from crane_core.dataset import ItemLists
-from crane_core.evaluation import rank_blocks
+from crane_core.evaluation import dot_product, rank_blocks
 from crane_core.knn import search, unit_rows
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
@@ -68,7 +68,7 @@ def write_recommendations(
     num_rows = 0
     with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
         left, right = torch.from_numpy(user_embeddings), torch.from_numpy(item_embeddings)
-        for users, values, indices in rank_blocks(left, right, seen, order, k, block):
+        for users, values, indices in rank_blocks(dot_product(left, right), seen, order, k, block):
             scores, items = values.numpy(), indices.numpy()
             rerank = np.lexsort((items, -scores), axis=1)
             scores, items = np.take_along_axis(scores, rerank, 1), np.take_along_axis(items, rerank, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions
-from crane_core.evaluation import rank_users, user_metrics
+from crane_core.evaluation import dot_product, rank_users, user_metrics
 
 Rows = tuple[Tensor, Tensor]
 """Users float32 [num_users, d] and items float32 [num_items, d]."""
@@ -52,7 +52,7 @@ def choose_trust(behaviour: Rows, crane: Rows, interactions: Interactions, confi
         return Trust(0.0, 0.0, [(0.0, 0.0)])
     curve = []
     for weight in WEIGHTS:
-        ranked = rank_users(*fuse(behaviour, crane, weight), interactions.train, users, 20)
+        ranked = rank_users(dot_product(*fuse(behaviour, crane, weight)), interactions.train, users, 20)
         recalls = user_metrics(ranked, interactions.validation, users, (20,))["recall@20"]
         curve.append((weight, float(recalls.mean())))
     weight, recall = max(curve, key=lambda entry: (entry[1], -entry[0]))

@@ -16,6 +16,7 @@ from crane_core.dataset import Interactions
 from crane_core.evaluation import (
     Interval,
     coverage,
+    dot_product,
     paired_bootstrap,
     popularity_bias,
     rank_users,
@@ -198,9 +199,8 @@ def measure(
         (known < 0, one, popularity[:, None]),
     )
     for who, left, right in sides:
-        ranked[who] = rank_users(
-            torch.from_numpy(left), torch.from_numpy(right), interactions.train, users[who], _K, block
-        )
+        score = dot_product(torch.from_numpy(left), torch.from_numpy(right))
+        ranked[who] = rank_users(score, interactions.train, users[who], _K, block)
     cold = slices(interactions)["cold_items"]
     members = np.flatnonzero(cold.counts()[users] > 0)
     return Standing(

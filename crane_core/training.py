@@ -20,7 +20,7 @@ from torch import Tensor
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import TrainingError
-from crane_core.evaluation import rank_users, user_metrics
+from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
 from crane_core.model import Batch, LightGCN
 from crane_core.propagation import SymmetricGraph, drop_edges
@@ -204,7 +204,7 @@ class Trainer:
         users = self.interactions.validation_users(self.config.validation_users, self.config.seed)
         user_rows, item_rows = self.embeddings()
         metrics = user_metrics(
-            rank_users(user_rows, item_rows, self.interactions.train, users, 20), held_out, users, (20,)
+            rank_users(dot_product(user_rows, item_rows), self.interactions.train, users, 20), held_out, users, (20,)
         )
         return {name: float(values.mean()) if len(users) else 0.0 for name, values in metrics.items()}
 

@@ -8,6 +8,7 @@ nominal day, and the label is kept for `etl.split=label`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
@@ -42,34 +43,16 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
             that is no matrix of numbers or whose rows are not the items; `raw` holds another dataset.
     """
     folder = Path(folder)
-    logs = sorted(folder.glob("*.inter"))
-    if len(logs) != 1:
-        raise DataError(
-            f"{folder} holds {len(logs)} *.inter files ({', '.join(path.name for path in logs) or 'none'}, 0 rows "
-            "read), expected exactly one.",
-            "Point at a folder in MMRec layout: one *.inter file and {modality}_feat.npy files.",
-        )
-    log = logs[0]
-    catalogs = [path for path in (folder / "items.tsv", folder / "items.csv") if path.is_file()][:1]
-    features = sorted(path for path in folder.glob(f"*{FEATURE_SUFFIX}") if path.is_file())
-    for path in features:
-        check_modality(path.name.removesuffix(FEATURE_SUFFIX), path)
-    files = {path.name: sha256_file(path) for path in [log, *catalogs, *features]}
+    log, catalog, features = _files(folder)
+    files = {path.name: sha256_file(path) for path in [log, *([catalog] if catalog else []), *features]}
     source = {"dataset": log.stem, "format": FORMAT, "files": files}
 
     def build(target: Path) -> Imported:
-        table = _read_log(log)
-        titles = _read_titles(catalogs[0]) if catalogs else {}
-        num_items = 1 + max(pc.max(table["itemID"]).as_py(), *titles, 0)
-        matrices = {path.name.removesuffix(FEATURE_SUFFIX): _read_matrix(path, num_items) for path in features}
-        if not matrices and num_items > MOST_ITEMS_PER_ROW * (table.num_rows + len(titles)):
-            raise DataError(
-                f"{log} ({table.num_rows} rows) has item ids up to {num_items - 1}.",
-                "Ids are row numbers from 0: correct the largest, or number the items anew.",
-            )
+        found = read_mmrec(folder)
+        table, titles, num_items = found.log, found.titles, found.num_items
         ids = [str(item) for item in range(num_items)]
         modalities = {}
-        for name, matrix in matrices.items():
+        for name, matrix in found.matrices.items():
             write_features(target, name, ids, matrix)
             modalities[name] = matrix.shape[1]
         _write_log(target, table)
@@ -87,6 +70,58 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
         )
 
     return write_raw(Path(raw), source, build)
+
+
+@dataclass(frozen=True)
+class MmrecFolder:
+    """What a folder in MMRec layout holds.
+
+    Attributes:
+        log: the columns `userID`, `itemID`, `x_label` and, where delivered, `rating`.
+        num_items: size of the catalog; items count from 0.
+        titles: item to title, where there is a catalog file.
+        matrices: modality to its matrix of numbers [num_items, dim], memory-mapped.
+    """
+
+    log: pa.Table
+    num_items: int
+    titles: dict[int, str | None]
+    matrices: dict[str, NDArray]
+
+
+def read_mmrec(folder: Path) -> MmrecFolder:
+    """Read and check a folder.
+
+    Raises:
+        DataError: as for `import_mmrec`.
+    """
+    log, catalog, features = _files(folder)
+    table = _read_log(log)
+    titles = _read_titles(catalog) if catalog else {}
+    num_items = 1 + max(pc.max(table["itemID"]).as_py(), *titles, 0)
+    matrices = {path.name.removesuffix(FEATURE_SUFFIX): _read_matrix(path, num_items) for path in features}
+    if not matrices and num_items > MOST_ITEMS_PER_ROW * (table.num_rows + len(titles)):
+        raise DataError(
+            f"{log} ({table.num_rows} rows) has item ids up to {num_items - 1}.",
+            "Ids are row numbers from 0: correct the largest, or number the items anew.",
+        )
+    return MmrecFolder(table, num_items, titles, matrices)
+
+
+def _files(folder: Path) -> tuple[Path, Path | None, list[Path]]:
+    """The log, the catalog and the feature files of a folder."""
+    logs = sorted(folder.glob("*.inter"))
+    if len(logs) != 1:
+        raise DataError(
+            f"{folder} holds {len(logs)} *.inter files ({', '.join(path.name for path in logs) or 'none'}, 0 rows "
+            "read), expected exactly one.",
+            "Point at a folder in MMRec layout: one *.inter file and {modality}_feat.npy files.",
+        )
+    catalog = next((path for path in (folder / "items.tsv", folder / "items.csv") if path.is_file()), None)
+    features = sorted(path for path in folder.glob(f"*{FEATURE_SUFFIX}") if path.is_file())
+    for path in features:
+        check_modality(path.name.removesuffix(FEATURE_SUFFIX), path)
+    return logs[0], catalog, features
 
 
 def _read_log(path: Path) -> pa.Table:

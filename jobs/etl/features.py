@@ -22,9 +22,10 @@ from pyspark.sql import functions as F
 
 from crane_core.config import Features, RunConfig
 from crane_core.errors import DataError
-from crane_core.matrix import RowWriter, blocks, open_matrix
+from crane_core.matrix import RowWriter, open_matrix
 from crane_core.raw import FEATURES_FOLDER, Footer, check_features, list_features, raw_root
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, VECTOR
+from crane_core.standardisation import fit_standardisation, standardised
 from crane_core.store import ArtifactStore
 from jobs.etl.session import open_session, readable, unreadable
 from jobs.etl.tables import tally, write_table
@@ -113,39 +114,6 @@ def choose_dims(rows: DataFrame, folder: Path) -> dict[str, int]:
     return dims
 
 
-def standardise(
-    raw: NDArray[np.float32], mask: NDArray[np.bool_], num_train_items: int, kind: str, path: Path
-) -> dict[str, NDArray]:
-    """Write the standardised matrix, block by block; rows without the modality stay zero.
-
-    Args:
-        raw: float32 [num_items, dim], zero where `mask` is False.
-        mask: bool [num_items].
-        num_train_items: items with training rows; they are the first, and the only ones `zscore` is fitted on.
-        kind: `features.standardise`.
-        path: the `.npy` file to write.
-
-    Returns:
-        What was fitted: for `zscore` float64 [dim] arrays `mean` and `scale` (1 for constant columns).
-    """
-    num_items, dim = raw.shape
-    fitted = {}
-    if kind == "zscore":
-        mean, scale = _moments(raw, mask, num_train_items)
-        fitted = {"mean": mean, "scale": scale}
-    with RowWriter(path, num_items, dim) as writer:
-        for block in blocks(num_items, dim * 8):
-            rows = raw[block].astype(np.float64)
-            if kind == "zscore":
-                rows = (rows - mean) / scale
-            elif kind == "l2":
-                norms = np.sqrt((rows**2).sum(axis=1, keepdims=True))
-                rows = rows / np.where(norms > 0, norms, 1)
-            rows[~mask[block]] = 0
-            writer.write(np.arange(block.start, block.stop), rows)
-    return fitted
-
-
 def run(job: Job) -> Result:
     """Run the stage; see the module docstring."""
     config = job.config
@@ -173,15 +141,18 @@ def run(job: Job) -> Result:
     quarantine_sum = tally(spark.read.parquet(str(job.out / "quarantine"))).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
+    kind, is_train = config.features.standardise, np.arange(num_items) < num_train_items
     facts: dict[str, Any] = {}
     for name, dim in dims.items():
         folder = job.out / name
         folder.mkdir()
         raw = open_matrix(job.work / f"{name}.npy")
-        fitted = standardise(raw, masks[name], num_train_items, config.features.standardise, folder / "matrix.npy")
+        fitted = fit_standardisation(raw, masks[name], is_train, kind)
+        with RowWriter(folder / "matrix.npy", num_items, dim) as writer:
+            for block, values in standardised(raw, masks[name], kind, fitted):
+                writer.write(np.arange(block.start, block.stop), values)
         np.save(folder / "mask.npy", masks[name])
-        fitted["kind"] = np.array(config.features.standardise)
-        np.savez(folder / "standardisation.npz", allow_pickle=False, **fitted)
+        np.savez(folder / "standardisation.npz", allow_pickle=False, kind=np.array(kind), **fitted)
         present = int(masks[name].sum())
         facts[name] = {"dim": dim, "present": present, "missing": num_items - present, "num_rows_read": read[name]}
         logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)
@@ -264,24 +235,6 @@ def _write_raw_matrices(work: Path, dims: Mapping[str, int], num_items: int) -> 
                         writers[name].write(index, values.reshape(len(index), dims[name]))
                         masks[name][index] = True
     return masks
-
-
-def _moments(
-    raw: NDArray[np.float32], mask: NDArray[np.bool_], num_train_items: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and scale of the columns over training items, in two passes over blocks that never change."""
-    dim = raw.shape[1]
-    count = max(1, int(mask[:num_train_items].sum()))
-    cuts = list(blocks(num_train_items, dim * 8))
-    total = np.zeros(dim)
-    for block in cuts:
-        total += raw[block][mask[block]].astype(np.float64).sum(axis=0)
-    mean = total / count
-    squares = np.zeros(dim)
-    for block in cuts:
-        squares += ((raw[block][mask[block]] - mean) ** 2).sum(axis=0)
-    scale = np.sqrt(squares / count)
-    return mean, np.where(scale > 1e-12 * np.maximum(1, np.abs(mean)), scale, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

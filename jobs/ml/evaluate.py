@@ -24,6 +24,7 @@ from crane_core.errors import DataError
 from crane_core.evaluation import (
     bootstrap,
     coverage,
+    dot_product,
     paired_bootstrap,
     popularity_bias,
     rank_users,
@@ -55,7 +56,7 @@ def run(job: Job) -> Result:
         "popularity": _popularity(interactions),
     }
     ranked = {
-        name: rank_users(*rows, interactions.train, users, max(config.ks), config.user_block)
+        name: rank_users(dot_product(*rows), interactions.train, users, max(config.ks), config.user_block)
         for name, rows in models.items()
     }
     per_user = {name: user_metrics(lists, interactions.test, users, config.ks) for name, lists in ranked.items()}
@@ -108,7 +109,7 @@ def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, objec
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         everyone = np.arange(num_users)
         _, items = _popularity(interactions)
-        lists = rank_users(torch.ones(num_users, 1), items, nothing, everyone, 20, block)
+        lists = rank_users(dot_product(torch.ones(num_users, 1), items), nothing, everyone, 20, block)
         popular = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
     return {"rows": counts, "unknown_users": num_users, "popularity": popular}
 

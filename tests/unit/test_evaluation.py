@@ -10,6 +10,7 @@ from crane_core.dataset import Interactions, ItemLists
 from crane_core.evaluation import (
     bootstrap,
     coverage,
+    dot_product,
     paired_bootstrap,
     popularity_bias,
     rank_users,
@@ -37,7 +38,7 @@ def test_ranking_equals_a_plain_loop_and_never_shows_what_was_seen() -> None:
     users, items = torch.randn(9, 4, generator=generator), torch.randn(30, 4, generator=generator)
     seen = lists(*[[int(i) for i in np.random.default_rng(u).choice(30, u, replace=False)] for u in range(9)])
     asked = np.array([7, 2, 0, 8])
-    found = rank_users(users, items, seen, asked, k=5, block=3)
+    found = rank_users(dot_product(users, items), seen, asked, k=5, block=3)
     for row, user in enumerate(asked):
         scores = (items @ users[user]).tolist()
         own = set(seen.items[seen.indptr[user] : seen.indptr[user + 1]].tolist())
@@ -46,7 +47,7 @@ def test_ranking_equals_a_plain_loop_and_never_shows_what_was_seen() -> None:
 
 
 def test_a_user_who_saw_almost_everything_gets_a_short_list() -> None:
-    found = rank_users(torch.ones(1, 1), torch.ones(4, 1), lists([0, 1, 3]), np.array([0]), k=6)
+    found = rank_users(dot_product(torch.ones(1, 1), torch.ones(4, 1)), lists([0, 1, 3]), np.array([0]), k=6)
     assert found.tolist() == [[2, -1, -1, -1, -1, -1]]
     metrics = user_metrics(found, lists([2]), np.array([0]), (5,))
     assert metrics["recall@5"].tolist() == [1.0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import TrainingError
-from crane_core.evaluation import rank_users, user_metrics
+from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
 from crane_core.model import LightGCN
 from crane_core.propagation import drop_edges
@@ -65,7 +65,7 @@ def test_the_planted_answer_is_found(tmp_path: Path) -> None:
     ours = trainer(tmp_path, interactions, SMALL.model_copy(update={"num_epochs": 40, "patience": 40}))
     ours.run()
     users = np.arange(interactions.num_users)
-    ranked = rank_users(*ours.embeddings(), interactions.train, users, 2)
+    ranked = rank_users(dot_product(*ours.embeddings()), interactions.train, users, 2)
     assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
 
 

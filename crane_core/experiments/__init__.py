@@ -1,0 +1,1 @@
+"""Models side by side on one dataset in memory: the baselines, the published references, CRANE and its variants."""

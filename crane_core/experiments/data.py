@@ -1,0 +1,82 @@
+"""A dataset in memory, read from a folder in MMRec layout: what the experiments train and evaluate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from crane_core.config import Features
+from crane_core.dataset import Interactions, ItemLists
+from crane_core.importers.mmrec import LABELS, read_mmrec
+from crane_core.refine import Modality
+from crane_core.standardisation import fit_standardisation, standardised
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Interactions and item features of one dataset.
+
+    Attributes:
+        name: of the folder.
+        interactions: split as the folder labels it.
+        features: modality to float32 [num_items, dim], as delivered; a row that is not finite counts as missing.
+    """
+
+    name: str
+    interactions: Interactions
+    features: dict[str, NDArray[np.float32]]
+
+    def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
+        """Standardised features and profiles, as `etl.features` and `etl.profiles` make them."""
+        train = self.interactions.train
+        history = sp.csr_array(
+            (np.ones(len(train.items)), train.items, train.indptr), shape=(train.num_users, self.interactions.num_items)
+        )
+        is_train = self.interactions.item_counts() > 0
+        return [
+            _modality(name, self.features[name], history, is_train, features.standardise, aggregate)
+            for name in sorted(features.modalities or self.features)
+        ]
+
+
+def load_dataset(folder: str | Path) -> Dataset:
+    """Read a folder in MMRec layout.
+
+    Ids are kept: row numbers of users and items are those of the folder, users and items without a row included.
+
+    Raises:
+        DataError: see `crane_core.importers.mmrec`.
+    """
+    folder = Path(folder)
+    found = read_mmrec(folder)
+    users, items, labels = (found.log[name].to_numpy() for name in ("userID", "itemID", "x_label"))
+    num_users = int(users.max()) + 1
+    train, validation, test = (
+        ItemLists.from_pairs(users[labels == label], items[labels == label], num_users) for label in LABELS
+    )
+    interactions = Interactions(num_users, found.num_items, train, validation, test)
+    features = {name: np.ascontiguousarray(matrix, dtype=np.float32) for name, matrix in found.matrices.items()}
+    return Dataset(folder.resolve().name, interactions, features)
+
+
+def _modality(
+    name: str,
+    raw: NDArray[np.float32],
+    history: sp.csr_array,
+    is_train: NDArray[np.bool_],
+    kind: Literal["zscore", "l2", "none"],
+    aggregate: Literal["sum", "mean"],
+) -> Modality:
+    present = np.asarray(np.isfinite(raw).all(axis=1))
+    fitted = fit_standardisation(raw, present, is_train, kind)
+    items = np.concatenate([rows for _, rows in standardised(raw, present, kind, fitted)]).astype(np.float32)
+    profiles = (history @ items.astype(np.float64)).astype(np.float32)
+    counts = (history @ present.astype(np.float64)).astype(np.int32)
+    if aggregate == "mean":
+        profiles /= np.maximum(counts, 1)[:, None]
+    return Modality(name, items, present, profiles, counts)
