@@ -97,3 +97,31 @@ def _to_torch(matrix: sp.csr_array, device: torch.device) -> Tensor:
         matrix.shape,
         device=device,
     )
+
+
+class DirectedGraph:
+    """A sparse matrix that multiplies dense rows; the gradient is the product with its transpose.
+
+    Args:
+        matrix: float32 CSR [n, m].
+        device: where the rows will be.
+    """
+
+    def __init__(self, matrix: sp.csr_array, device: torch.device) -> None:
+        # Each direction is a product without a gradient, which needs no symmetry.
+        self.onward, self.back = (SymmetricGraph(part, device) for part in (matrix, matrix.T.tocsr()))
+
+    def __matmul__(self, rows: Tensor) -> Tensor:
+        """float32 [m, d] -> [n, d]."""
+        return _DirectedProduct.apply(rows, self)
+
+
+class _DirectedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, graph: DirectedGraph) -> Tensor:
+        ctx.graph = graph
+        return graph.onward.multiply(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.graph.back.multiply(gradients[0].contiguous()), None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from crane_core.config import Features
 from crane_core.dataset import Interactions, ItemLists
+from crane_core.errors import DataError
 from crane_core.importers.mmrec import LABELS, read_mmrec
 from crane_core.refine import Modality
 from crane_core.standardisation import fit_standardisation, standardised
@@ -32,7 +33,18 @@ class Dataset:
     features: dict[str, NDArray[np.float32]]
 
     def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
-        """Standardised features and profiles, as `etl.features` and `etl.profiles` make them."""
+        """Standardised features and profiles, as `etl.features` and `etl.profiles` make them.
+
+        Raises:
+            DataError: the dataset has no features, or not the modalities asked for.
+        """
+        missing = sorted(set(features.modalities) - set(self.features))
+        if missing or not self.features:
+            raise DataError(
+                f"Dataset {self.name} has the modalities {sorted(self.features) or 'none'}"
+                f"{f', not {missing}' if missing else ''}.",
+                "Name modalities it has, or choose models that need no features.",
+            )
         train = self.interactions.train
         history = sp.csr_array(
             (np.ones(len(train.items)), train.items, train.indptr), shape=(train.num_users, self.interactions.num_items)

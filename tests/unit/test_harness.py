@@ -1,0 +1,103 @@
+"""Every model by name on a planted dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crane_core.baselines import item_knn
+from crane_core.config import Features, Refine, Train
+from crane_core.dataset import Interactions
+from crane_core.errors import DataError
+from crane_core.evaluation import Scorer, rank_users, user_metrics
+from crane_core.experiments import harness
+from crane_core.experiments.data import Dataset
+from crane_core.experiments.harness import CONTENT_GRID, ITEM_KNN_GRID, MODELS, Recipe
+from crane_core.references import FreedomSettings, MgcnSettings
+from tests.unit.planted import checkerboard
+from tests.unit.test_refine import planted_modalities
+
+NEED_FEATURES = {"crane", "content", "freedom", "mgcn"}
+RECIPE = Recipe(
+    refine=Refine(embedding_dim=8, num_steps=10, batch_size=64),
+    train=Train(embedding_dim=8, batch_size=64, num_epochs=25, learning_rate=0.02),
+    freedom=FreedomSettings(k=4, learning_rate=0.02),
+    mgcn=MgcnSettings(k=4, learning_rate=0.02),
+)
+
+
+def planted() -> Dataset:
+    modalities = planted_modalities(noise=0.5)
+    features = {m.name: np.where(m.present[:, None], m.items, np.nan).astype(np.float32) for m in modalities}
+    return Dataset("planted", checkerboard(), features)
+
+
+def recall(dataset: Dataset, score: Scorer) -> float:
+    users = np.flatnonzero(dataset.interactions.test.counts() > 0)
+    ranked = rank_users(score, dataset.interactions.train, users, 3)
+    return float(user_metrics(ranked, dataset.interactions.test, users, (3,))["recall@3"].mean())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "popularity"])
+def test_every_model_beats_popularity_and_repeats_itself(name: str, tmp_path: Path) -> None:
+    dataset = planted()
+    first, second = (MODELS[name](dataset, RECIPE, tmp_path / attempt) for attempt in ("a", "b"))
+    users = np.arange(dataset.interactions.num_users)
+    assert first.score(users).shape == (dataset.interactions.num_users, dataset.interactions.num_items)
+    assert torch.equal(first.score(users), second.score(users))
+    assert first.validation == second.validation > 0 and first.seconds > 0
+    popularity = MODELS["popularity"](dataset, RECIPE, tmp_path / "popularity")
+    assert recall(dataset, first.score) > 2 * recall(dataset, popularity.score)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_dataset_without_features_is_refused_by_the_models_that_need_them(name: str, tmp_path: Path) -> None:
+    dataset = dataclasses.replace(planted(), features={})
+    if name in NEED_FEATURES:
+        with pytest.raises(DataError, match="planted has the modalities none"):
+            MODELS[name](dataset, RECIPE, tmp_path)
+    else:
+        MODELS[name](dataset, RECIPE, tmp_path)
+
+
+def test_an_unknown_modality_is_named() -> None:
+    with pytest.raises(DataError, match=r"\['m0', 'm1'\], not \['smell'\]"):
+        planted().modalities(Features(modalities=("m0", "smell")))
+
+
+def test_bpr_mf_does_not_propagate(tmp_path: Path) -> None:
+    dataset = planted()
+    trained = MODELS["bpr_mf"](dataset, RECIPE, tmp_path)
+    weights = harness.Trainer(
+        harness.LightGCN(40, 32, RECIPE.train), dataset.interactions, RECIPE.train, tmp_path, harness.CPU
+    ).best_weights()["ids"]
+    assert torch.equal(trained.score(np.array([3, 0])), weights[[3, 0]] @ weights[40:].T)
+
+
+def test_a_grid_is_searched_by_validation_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = planted()
+    held_out = dataset.interactions.validation
+    wanted = torch.zeros(40, 32)
+    wanted[held_out.users(), held_out.items] = 1
+
+    def fake(interactions: Interactions, num_neighbours: int, shrinkage: float) -> Scorer:
+        """Right when asked with the fourth entry of the grid or a later one, wrong before."""
+        sign = 1 if ITEM_KNN_GRID.index((num_neighbours, shrinkage)) >= 3 else -1
+        return lambda users: sign * wanted[users]
+
+    monkeypatch.setattr(harness, "item_knn", fake)
+    trained = MODELS["item_knn"](dataset, RECIPE, tmp_path)
+    assert trained.validation == 1.0
+    assert trained.facts == dict(zip(("num_neighbours", "shrinkage"), ITEM_KNN_GRID[3], strict=True))
+
+
+def test_the_chosen_item_knn_is_the_one_it_names(tmp_path: Path) -> None:
+    dataset = planted()
+    trained = MODELS["item_knn"](dataset, RECIPE, tmp_path)
+    users = np.arange(40)
+    assert torch.equal(trained.score(users), item_knn(dataset.interactions, **trained.facts)(users))
+    assert MODELS["content"](dataset, RECIPE, tmp_path).facts["standardise"] in CONTENT_GRID
