@@ -159,7 +159,9 @@ MODELS: dict[str, TrainModel] = {
     "freedom": train_freedom,
     "mgcn": train_mgcn,
 }
-"""Every model by name; those that read item features raise a `DataError` where there are none."""
+"""Every model by name."""
+NEED_FEATURES = frozenset({"crane", "content", "freedom", "mgcn"})
+"""Those that read item features, and raise a `DataError` where there are none."""
 
 
 def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Rows, dict[str, Any]]:
@@ -198,8 +200,9 @@ def _train_reference(
     raw = recipe.features.model_copy(update={"standardise": "none"})
     features = [modality.items for modality in dataset.modalities(raw)]
     model = build(interactions.num_users, interactions.num_items, features, config, settings)
+    prepared = time.monotonic() - started
     rows, summary = train_to_best(model, interactions, config, work)
-    return Trained(dot_product(*rows), summary["validation"]["recall@20"], time.monotonic() - started, summary)
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], prepared + summary["seconds"], summary)
 
 
 def _choose(candidates: Iterator[tuple[dict[str, Any], Scorer]], dataset: Dataset, recipe: Recipe) -> Trained:

@@ -16,12 +16,11 @@ from crane_core.errors import DataError
 from crane_core.evaluation import Scorer, rank_users, user_metrics
 from crane_core.experiments import harness
 from crane_core.experiments.data import Dataset
-from crane_core.experiments.harness import CONTENT_GRID, ITEM_KNN_GRID, MODELS, Recipe
+from crane_core.experiments.harness import CONTENT_GRID, ITEM_KNN_GRID, MODELS, NEED_FEATURES, Recipe
 from crane_core.references import FreedomSettings, MgcnSettings
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
 
-NEED_FEATURES = {"crane", "content", "freedom", "mgcn"}
 RECIPE = Recipe(
     refine=Refine(embedding_dim=8, num_steps=10, batch_size=64),
     train=Train(embedding_dim=8, batch_size=64, num_epochs=25, learning_rate=0.02),

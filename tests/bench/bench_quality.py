@@ -1,0 +1,358 @@
+"""CRANE beside the baselines and the published references on one folder: accuracy, intervals, seconds.
+
+    python -m tests.bench.bench_quality --data lfm2k --models crane lightgcn mgcn --seeds 0 1 2 --budget-minutes 60
+
+Every model is trained for every seed by the same loop and ranks the whole catalog for every user with a test item,
+training items masked. First the measure itself is checked against plain loops. A finished cell, one model and seed, is
+kept as JSON and found the next time; a training the budget cuts off goes on from its checkpoint. A seed counts when
+every model has finished it. The last line on stdout is one JSON object; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from pydantic import ValidationError
+
+from crane_core.baselines import popularity
+from crane_core.dataset import Interactions, ItemLists
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
+from crane_core.evaluation import bootstrap, paired_bootstrap, rank_users, slices, user_metrics
+from crane_core.experiments.data import Dataset, load_dataset
+from crane_core.experiments.harness import MODELS, NEED_FEATURES, Recipe, Trained
+from crane_core.knn import use_threads
+
+logger = logging.getLogger("bench_quality")
+
+CODE_VERSION = 1
+"""Raised whenever a model or the measure comes to mean something else: cells of another version are not found."""
+K = 20
+METRICS = (f"recall@{K}", f"ndcg@{K}")
+NUM_BOOTSTRAP = 2000
+PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu")
+
+Cell = dict[str, Any]
+"""`per_user` (metric to a value per test user), `cold` (recall of cold items per user that has some), `seconds`,
+`validation` and `facts`."""
+
+
+class BudgetSpent(BaseException):
+    """The time is over, wherever the training is; checkpoints make that safe at any moment."""
+
+
+def check_measure(interactions: Interactions) -> list[str]:
+    """What is wrong with the measure: a list worked by hand, and popularity against plain loops on this dataset."""
+    problems = []
+    relevant = ItemLists.from_pairs(np.zeros(3, int), np.array([1, 2, 9]), 1)
+    by_hand = user_metrics(np.array([[4, 1, 2]]), relevant, np.array([0]), (3,))
+    second, third = 1 / math.log2(3), 1 / math.log2(4)
+    expected = {"recall@3": 2 / 3, "ndcg@3": (second + third) / (1 + second + third)}
+    for name, value in expected.items():
+        if not math.isclose(by_hand[name][0], value):
+            problems.append(f"{name} of a list worked by hand is {by_hand[name][0]}, expected {value}")
+    users = np.flatnonzero(interactions.test.counts() > 0)
+    found = user_metrics(
+        rank_users(popularity(interactions), interactions.train, users, K), interactions.test, users, (K,)
+    )
+    plain = _plain_popularity(interactions, users)
+    for name, values in found.items():
+        gap = float(np.abs(values - plain[name]).max(initial=0))
+        if not gap < 1e-9:
+            problems.append(f"{name} of popularity differs from plain loops by up to {gap}")
+    return problems
+
+
+def _plain_popularity(interactions: Interactions, users: np.ndarray) -> dict[str, np.ndarray]:
+    counts = [0] * interactions.num_items
+    for item in interactions.train.items.tolist():
+        counts[item] += 1
+    order = sorted(range(interactions.num_items), key=lambda item: (-counts[item], item))
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
+    for user in users.tolist():
+        seen, wanted = (
+            set(lists.items[lists.indptr[user] : lists.indptr[user + 1]].tolist())
+            for lists in (interactions.train, interactions.test)
+        )
+        shown = [item for item in order[: K + len(seen)] if item not in seen][:K]
+        gains = [1 / math.log2(place + 2) for place, item in enumerate(shown) if item in wanted]
+        best = sum(1 / math.log2(place + 2) for place in range(min(K, len(wanted))))
+        values[METRICS[0]].append(len(gains) / len(wanted))
+        values[METRICS[1]].append(sum(gains) / best)
+    return {name: np.array(column) for name, column in values.items()}
+
+
+class Cells:
+    """Finished cells in a folder, one JSON file each.
+
+    Args:
+        folder: holds `{model}-{seed}-{key}.json` and, below `work`, the checkpoints of unfinished cells.
+        dataset: what is trained on.
+        recipe: how; its seed is replaced by the cell's.
+    """
+
+    def __init__(self, folder: Path, dataset: Dataset, recipe: Recipe) -> None:
+        self.folder = folder
+        self.dataset = dataset
+        self.recipe = recipe
+        self.data = data_hash(dataset)
+
+    def find(self, model: str, seed: int) -> Cell | None:
+        """The cell, if this code made it from this dataset and recipe."""
+        path = self._path(model, seed)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def make(self, model: str, seed: int) -> Cell:
+        """Train, measure and keep.
+
+        Raises:
+            CraneError: see `MODELS`.
+        """
+        path = self._path(model, seed)
+        work = self.folder / "work" / path.stem
+        trained = MODELS[model](self.dataset, self.recipe.with_seed(seed), work)
+        cell = measure(trained, self.dataset.interactions)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        spooled = path.with_suffix(".part")
+        spooled.write_text(json.dumps(cell))
+        spooled.replace(path)
+        shutil.rmtree(work, ignore_errors=True)
+        return cell
+
+    def _path(self, model: str, seed: int) -> Path:
+        recipe = self.recipe.with_seed(seed).model_dump(mode="json")
+        identity = json.dumps([CODE_VERSION, self.data, recipe, model, seed], sort_keys=True)
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return self.folder / f"{model}-{seed}-{key}.json"
+
+
+def data_hash(dataset: Dataset) -> str:
+    """sha256 over the interactions and the features, as they are in memory."""
+    digest = hashlib.sha256()
+    interactions = dataset.interactions
+    parts = [
+        array
+        for lists in (interactions.train, interactions.validation, interactions.test)
+        for array in (lists.indptr, lists.items)
+    ]
+    digest.update(json.dumps([interactions.num_users, interactions.num_items, sorted(dataset.features)]).encode())
+    for array in (*parts, *(dataset.features[name] for name in sorted(dataset.features))):
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def measure(trained: Trained, interactions: Interactions) -> Cell:
+    """Read the test split: metrics of every user with a test item, and of those with a cold one."""
+    users = np.flatnonzero(interactions.test.counts() > 0)
+    ranked = rank_users(trained.score, interactions.train, users, K)
+    metrics = user_metrics(ranked, interactions.test, users, (K,))
+    cold = slices(interactions)["cold_items"]
+    members = np.flatnonzero(cold.counts()[users] > 0)
+    cold_recall = user_metrics(ranked[members], cold, users[members], (K,))[METRICS[0]]
+    return {
+        "per_user": {name: metrics[name].tolist() for name in METRICS},
+        "cold": cold_recall.tolist(),
+        "seconds": trained.seconds,
+        "validation": trained.validation,
+        "facts": trained.facts,
+    }
+
+
+def summarise(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[str, Any]:
+    """Tables of the models.
+
+    Args:
+        cells: model to its cells, the same seeds for every model.
+        interactions: of the dataset.
+
+    Returns:
+        `models`, `differences` and `cold_items`, JSON values. Intervals are over users, whose metrics are first
+        averaged over the seeds.
+    """
+    per_user = {
+        model: {name: np.mean([cell["per_user"][name] for cell in made], axis=0) for name in METRICS}
+        for model, made in cells.items()
+    }
+    models, differences = {}, {}
+    for model, made in cells.items():
+        intervals = bootstrap(per_user[model], NUM_BOOTSTRAP, seed=0)
+        models[model] = {name: interval.as_dict() for name, interval in intervals.items()} | {
+            "seconds": float(np.mean([cell["seconds"] for cell in made])),
+            "validation": [cell["validation"] for cell in made],
+        }
+        if "crane" in per_user and model != "crane":
+            paired = paired_bootstrap(per_user["crane"], per_user[model], NUM_BOOTSTRAP, seed=0)
+            differences[model] = {name: interval.as_dict() for name, interval in paired.items()}
+    return {"models": models, "differences": differences, "cold_items": _cold(cells, interactions)}
+
+
+def _cold(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[str, Any] | None:
+    """Recall of test items without a training row beside that of a random list; None where there are none."""
+    lists = slices(interactions)["cold_items"]
+    users = np.flatnonzero(lists.counts() > 0)
+    if not len(users):
+        return None
+    unseen = interactions.num_items - interactions.train.counts()[users]
+    recalls = {model: np.mean([cell["cold"] for cell in made], axis=0) for model, made in cells.items()}
+    return {
+        "rows": len(lists.items),
+        "users": len(users),
+        "chance": float(np.minimum(K / unseen, 1).mean()),
+        "models": {name: interval.as_dict() for name, interval in bootstrap(recalls, NUM_BOOTSTRAP, seed=0).items()},
+    }
+
+
+def read_recipe(modalities: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """The default recipe with `section.field=value` changes, values as YAML.
+
+    Raises:
+        ConfigError: not of that form, an unknown field, or a value out of range.
+    """
+    tree: dict[str, dict[str, Any]] = {"features": {"modalities": list(modalities)}}
+    for override in overrides:
+        path, sign, value = override.partition("=")
+        section, dot, name = path.partition(".")
+        if not (sign and dot and section and name):
+            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", "Correct the flag.")
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"The recipe is not valid: {error}.", "Correct the flags --set.") from error
+
+
+@contextlib.contextmanager
+def budget(seconds: float) -> Iterator[None]:
+    """Raise `BudgetSpent` in the main thread after some seconds, > 0."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise BudgetSpent
+
+    former = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, former)
+
+
+def fill(cells: Cells, wanted: Sequence[tuple[str, int]], seconds: float) -> dict[tuple[str, int], Cell]:
+    """Find or make cells in order until the time is over.
+
+    Returns:
+        The finished cells; a cell that is there costs nothing and is never left out.
+    """
+    done = {name: cell for name in wanted if (cell := cells.find(*name)) is not None}
+    logger.info("cells found=%d of=%d budget=%.0fs", len(done), len(wanted), seconds)
+    started = time.monotonic()
+    with contextlib.suppress(BudgetSpent), budget(seconds):
+        for model, seed in wanted:
+            if (model, seed) in done:
+                continue
+            logger.info("cell model=%s seed=%d", model, seed)
+            cell = done[model, seed] = cells.make(model, seed)
+            logger.info(
+                "cell model=%s seed=%d done=%d of=%d recall@20=%.4f ndcg@20=%.4f spent=%.0fs",
+                model,
+                seed,
+                len(done),
+                len(wanted),
+                *(np.mean(cell["per_user"][name]) for name in METRICS),
+                time.monotonic() - started,
+            )
+    return done
+
+
+def run(arguments: argparse.Namespace, command: str) -> int:
+    recipe = read_recipe(arguments.modalities, arguments.set)
+    dataset = load_dataset(arguments.data)
+    if NEED_FEATURES & set(arguments.models):
+        dataset.modalities(recipe.features)
+    interactions = dataset.interactions
+    problems = check_measure(interactions)
+    if problems:
+        logger.error("the measure is wrong: %s", "; ".join(problems))
+        return EXIT_UNEXPECTED
+    cells = Cells(arguments.work / dataset.name, dataset, recipe)
+    wanted = [(model, seed) for seed in arguments.seeds for model in arguments.models]
+    done = fill(cells, wanted, 60 * arguments.budget_minutes)
+    missing = [f"{model} seed {seed}" for model, seed in wanted if (model, seed) not in done]
+    seeds = [seed for seed in arguments.seeds if all((model, seed) in done for model in arguments.models)]
+    if missing:
+        logger.warning("the budget ran out; missing: %s", ", ".join(missing))
+    if not seeds:
+        logger.error("no seed is complete for all of %s: raise --budget-minutes", ", ".join(arguments.models))
+        return EXIT_UNEXPECTED
+    result = {
+        "benchmark": "quality",
+        "command": command,
+        "device": f"cpu {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            "code": CODE_VERSION,
+        },
+        "data": {
+            "name": dataset.name,
+            "sha256": cells.data,
+            "users": interactions.num_users,
+            "items": interactions.num_items,
+            "train": len(interactions.train.items),
+            "validation": len(interactions.validation.items),
+            "test": len(interactions.test.items),
+            "modalities": sorted(recipe.features.modalities or dataset.features),
+        },
+        "recipe": recipe.model_dump(mode="json"),
+        "seeds": seeds,
+        "missing": missing,
+        **summarise({model: [done[model, seed] for seed in seeds] for model in arguments.models}, interactions),
+    }
+    print(json.dumps(result))
+    return EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder in MMRec layout")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget-minutes", type=float, default=60.0)
+    parser.add_argument("--modalities", nargs="+", default=[], help="all that are found when left out")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    parser.add_argument("--work", type=Path, default=Path(".crane/bench/quality"), help="where cells are kept")
+    parser.add_argument("--num-threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    torch.set_num_threads(arguments.num_threads)
+    use_threads(arguments.num_threads)
+    try:
+        return run(arguments, shlex.join(["python", "-m", "tests.bench.bench_quality", *argv]))
+    except CraneError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

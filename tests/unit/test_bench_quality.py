@@ -1,0 +1,165 @@
+"""The benchmark of quality: its checks can fail, its budget cuts, and no stale cell is served."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crane_core.baselines import item_knn, popularity
+from crane_core.dataset import Interactions
+from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED
+from crane_core.evaluation import rank_users, user_metrics
+from crane_core.experiments.data import Dataset
+from crane_core.experiments.harness import Recipe, Trained
+from tests.bench import bench_quality
+from tests.unit.planted import checkerboard
+from tests.unit.test_refine import planted_modalities
+
+
+def plant(folder: Path, with_features: bool = True) -> Path:
+    """The checkerboard as a folder; the training rows of item 0 are taken out, so that it is cold."""
+    folder.mkdir()
+    interactions = checkerboard()
+    lines = ["userID\titemID\tx_label"]
+    for label, lists in enumerate((interactions.train, interactions.validation, interactions.test)):
+        pairs = zip(lists.users().tolist(), lists.items.tolist(), strict=True)
+        lines += [f"{user}\t{item}\t{label}" for user, item in pairs if label or item]
+    (folder / "log.inter").write_text("\n".join(lines))
+    if with_features:
+        for modality in planted_modalities(noise=0.5):
+            np.save(folder / f"{modality.name}_feat.npy", modality.items)
+    return folder
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    words = ["--data", str(folder), "--work", str(folder.parent / "work"), "--seeds", "0", "1"]
+    return [*words, *more]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = plant(tmp_path / "board")
+    small = ("train.embedding_dim=8", "train.num_epochs=4", "train.batch_size=64", "refine.num_steps=5")
+    settings = [word for setting in (*small, "refine.embedding_dim=8") for word in ("--set", setting)]
+    models = ("crane", "popularity", "item_knn")
+    assert bench_quality.main(flags(folder, "--models", *models, *settings)) == EXIT_OK
+    found = last_line(capsys)
+    assert found["seeds"] == [0, 1] and found["missing"] == []
+    assert set(found["models"]) == set(models) and set(found["differences"]) == {"popularity", "item_knn"}
+    assert found["data"]["name"] == "board" and found["versions"]["code"] == bench_quality.CODE_VERSION
+    assert found["recipe"]["train"]["num_epochs"] == 4 and "--seeds 0 1" in found["command"]
+    # Popularity has no random choice: its mean is that of one ranking by hand.
+    log = bench_quality.load_dataset(folder).interactions
+    users = np.arange(40)
+    expected = user_metrics(rank_users(popularity(log), log.train, users, 20), log.test, users, (20,))
+    for name, values in expected.items():
+        interval = found["models"]["popularity"][name]
+        assert interval["mean"] == pytest.approx(values.mean())
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+        difference = found["differences"]["popularity"][name]["mean"]
+        assert difference == pytest.approx(found["models"]["crane"][name]["mean"] - values.mean())
+    cold_users = np.flatnonzero(np.bincount(log.test.users()[log.test.items == 0], minlength=40))
+    cold = found["cold_items"]
+    assert cold["rows"] == cold["users"] == len(cold_users) > 0
+    chance = np.mean([20 / (32 - length) for length in log.train.counts()[cold_users]])
+    assert cold["chance"] == pytest.approx(chance)
+    assert cold["models"]["item_knn"]["mean"] <= 1
+
+
+def test_a_finished_cell_is_found_and_a_stale_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = plant(tmp_path / "board"), []
+
+    def train(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+        made.append(recipe.train.seed)
+        return Trained(item_knn(dataset.interactions), 0.5, 1.5)
+
+    monkeypatch.setitem(bench_quality.MODELS, "item_knn", train)
+    again = flags(folder, "--models", "item_knn")
+    assert bench_quality.main(again) == EXIT_OK
+    first = last_line(capsys)
+    assert bench_quality.main(again) == EXIT_OK
+    assert last_line(capsys) == first and made == [0, 1]
+    assert first["models"]["item_knn"]["seconds"] == 1.5
+    bench_quality.main([*again, "--set", "knn.k=3"])
+    assert made == [0, 1] * 2
+    with (folder / "log.inter").open("a") as log:
+        log.write("\n0\t31\t0")
+    bench_quality.main(again)
+    assert made == [0, 1] * 3
+    monkeypatch.setattr(bench_quality, "CODE_VERSION", bench_quality.CODE_VERSION + 1)
+    bench_quality.main(again)
+    assert made == [0, 1] * 4
+
+
+def test_the_budget_cuts_and_the_next_run_goes_on(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = plant(tmp_path / "board")
+
+    def slow(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+        """Needs two attempts for seed 1, and finds what it left."""
+        work.mkdir(parents=True, exist_ok=True)
+        if recipe.train.seed == 1 and not (work / "checkpoint").exists():
+            (work / "checkpoint").touch()
+            time.sleep(60)
+        return Trained(popularity(dataset.interactions), 0.0, 1.0)
+
+    monkeypatch.setitem(bench_quality.MODELS, "lightgcn", slow)
+    command = flags(folder, "--models", "popularity", "lightgcn", "--budget-minutes", "0.02")
+    started = time.monotonic()
+    assert bench_quality.main(command) == EXIT_OK
+    assert time.monotonic() - started < 20
+    found = last_line(capsys)
+    assert found["seeds"] == [0] and found["missing"] == ["lightgcn seed 1"]
+    assert "missing: lightgcn seed 1" in caplog.text
+    assert bench_quality.main(command) == EXIT_OK
+    assert last_line(capsys)["seeds"] == [0, 1]
+
+
+def test_nothing_comparable_is_a_failure_without_a_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = plant(tmp_path / "board")
+    assert bench_quality.main(flags(folder, "--models", "lightgcn", "--budget-minutes", "1e-6")) == EXIT_UNEXPECTED
+    assert capsys.readouterr().out == ""
+    assert "no seed is complete for all of lightgcn" in caplog.text
+
+
+def test_features_are_asked_for_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = plant(tmp_path / "bare", with_features=False)
+    assert bench_quality.main(flags(folder, "--models", "popularity", "crane")) == EXIT_DATA
+    assert "DataError" in caplog.text and not (tmp_path / "work").exists()
+    assert bench_quality.main(flags(folder, "--models", "popularity", "item_knn")) == EXIT_OK
+    assert last_line(capsys)["differences"] == {}
+
+
+@pytest.mark.parametrize("setting", ["train", "train.colour=1", "train.num_epochs=0", "etl.k_core=2"])
+def test_a_wrong_setting_is_a_config_error(tmp_path: Path, setting: str) -> None:
+    assert bench_quality.main(flags(plant(tmp_path / "board"), "--set", setting)) == EXIT_CONFIG
+
+
+def test_a_wrong_measure_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_quality.check_measure(checkerboard()) == []
+
+    def shifted(interactions: Interactions) -> object:
+        score = popularity(interactions)
+        return lambda users: score(users).roll(1, dims=1)
+
+    monkeypatch.setattr(bench_quality, "popularity", shifted)
+    assert len(bench_quality.check_measure(checkerboard())) == 2
+    command = flags(plant(tmp_path / "board"), "--models", "popularity")
+    assert bench_quality.main(command) == EXIT_UNEXPECTED
