@@ -32,8 +32,20 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"crane": "#0f5c8c", "lightgcn": "#d9822b", "popularity": "#8a94a0", "champion": "#6b4fa0"}
-LABELS = {"crane": "CRANE", "lightgcn": "LightGCN", "popularity": "Popularity", "champion": "Champion"}
+COLOURS = {
+    "crane": "#0f5c8c",
+    "lightgcn": "#d9822b",
+    "item_knn": "#3f8f5f",
+    "popularity": "#8a94a0",
+    "champion": "#6b4fa0",
+}
+LABELS = {
+    "crane": "CRANE",
+    "lightgcn": "LightGCN",
+    "item_knn": "Item kNN",
+    "popularity": "Popularity",
+    "champion": "Champion",
+}
 _INK, _FAINT, _GRID = "#26323d", "#66727e", "#e4e8ec"
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
+from crane_core.baselines import item_knn, popularity
 from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
 from crane_core.errors import DataError
 from crane_core.evaluation import (
@@ -51,13 +50,14 @@ def run(job: Job) -> Result:
             "Lengthen etl.test_days or choose another etl.split.",
         )
     models = {
-        "crane": load_embeddings(job.input("ml.train")),
-        "lightgcn": load_embeddings(job.input("ml.behaviour")),
-        "popularity": _popularity(interactions),
+        "crane": dot_product(*load_embeddings(job.input("ml.train"))),
+        "lightgcn": dot_product(*load_embeddings(job.input("ml.behaviour"))),
+        "item_knn": item_knn(interactions),
+        "popularity": popularity(interactions),
     }
     ranked = {
-        name: rank_users(dot_product(*rows), interactions.train, users, max(config.ks), config.user_block)
-        for name, rows in models.items()
+        name: rank_users(score, interactions.train, users, max(config.ks), config.user_block)
+        for name, score in models.items()
     }
     per_user = {name: user_metrics(lists, interactions.test, users, config.ks) for name, lists in ranked.items()}
     report: dict[str, Any] = {"users": len(users), "models": {}, "differences": {}, "slices": {}}
@@ -88,12 +88,6 @@ def run(job: Job) -> Result:
     return Result({name: report[name] for name in ("users", "models", "differences")})
 
 
-def _popularity(interactions: Interactions) -> tuple[Tensor, Tensor]:
-    """One-dimensional embeddings whose dot product is the item's number of training interactions."""
-    counts = torch.from_numpy(interactions.item_counts()).float()[:, None]
-    return torch.ones(interactions.num_users, 1), counts
-
-
 def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, object]:
     """Held-out rows outside the id maps, by reason; unknown users are shown what is popular."""
     rows = pq.read_table(path, columns=[USER_ID, ITEM_IDX, SPLIT, REASON])
@@ -102,16 +96,15 @@ def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, objec
     known = test.filter(pc.and_(pc.equal(test[REASON], "unknown_user"), test[ITEM_IDX].is_valid()))
     ids = known.column(USER_ID).combine_chunks().dictionary_encode()
     num_users = len(ids.dictionary)
-    popular: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if num_users:
         users = ids.indices.to_numpy().astype(np.int32)
         relevant = ItemLists.from_pairs(users, known.column(ITEM_IDX).to_numpy().astype(np.int32), num_users)
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         everyone = np.arange(num_users)
-        _, items = _popularity(interactions)
-        lists = rank_users(dot_product(torch.ones(num_users, 1), items), nothing, everyone, 20, block)
-        popular = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
-    return {"rows": counts, "unknown_users": num_users, "popularity": popular}
+        lists = rank_users(popularity(interactions), nothing, everyone, 20, block)
+        metrics = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
+    return {"rows": counts, "unknown_users": num_users, "popularity": metrics}
 
 
 def _write_per_user(

@@ -133,9 +133,10 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
         assert rows["user_embeddings"].shape[0] == 40
         assert rows["item_embeddings"].shape[0] == 32
     metrics = json.loads(store.artifact("planted", "ml.evaluate").file("metrics.json").read_text())
-    assert set(metrics["models"]) == {"crane", "lightgcn", "popularity"}
+    assert set(metrics["models"]) == {"crane", "lightgcn", "item_knn", "popularity"}
     assert metrics["models"]["crane"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
-    assert set(metrics["differences"]) == {"lightgcn", "popularity"}
+    assert metrics["models"]["item_knn"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
+    assert set(metrics["differences"]) == {"lightgcn", "item_knn", "popularity"}
     assert metrics["cold"]["rows"] == {"unknown_user": 2, "unknown_item": 1}
     assert metrics["cold"]["unknown_users"] == 1
     per_user = pq.read_table(store.artifact("planted", "ml.evaluate").file("per_user.parquet"))
