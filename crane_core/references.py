@@ -160,8 +160,9 @@ class Mgcn(LightGCN):
 
         Purifier: `p_m = id * sigmoid(W_2 (W_1 x_m + b_1) + b_2)`; items spread `p_m` over the graph of their
         modality, users gather it from their items over the normalised user-item graph. Fuser: attention weights
-        `a_m = softmax_m(q tanh(W_3 e_m + b_3))` give the shared part `s = sum a_m e_m`, and behaviour-aware gates the
-        specific parts, `h = s + mean_m (e_m - s) * sigmoid(W_4m e + b_4m)`.
+        `a_m = softmax_m(q tanh(W_3 e_m + b_3))` give the shared part `s = sum a_m e_m`, behaviour-aware gates the
+        specific parts `(e_m - s) * sigmoid(W_4m e + b_4m)`, and `h` is the mean of all parts. With `s` added whole to
+        the mean of the specific parts validation recall stopped lower (Last.fm 2K, one seed).
         """
         behaviour = propagate(graph, self.ids, self.config.num_layers)
         views = self._spread(graph)
@@ -171,7 +172,7 @@ class Mgcn(LightGCN):
             (view - shared) * torch.sigmoid(preference(behaviour))
             for view, preference in zip(views, self.preferences, strict=True)
         ]
-        semantic = shared + torch.stack(specific).mean(0)
+        semantic = torch.stack([shared, *specific]).mean(0)
         return Views(behaviour + semantic, behaviour, semantic)
 
     def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:

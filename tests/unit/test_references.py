@@ -126,9 +126,9 @@ def plain_mgcn(model: Mgcn, interactions: Interactions) -> tuple[Tensor, dict[st
     ]
     total = sum(torch.exp(score) for score in scores)
     shared = sum((torch.exp(score) / total)[:, None] * view for score, view in zip(scores, views, strict=True))
-    h = shared.clone()
+    h = shared / 3
     for view, layer in zip(views, model.preferences, strict=True):
-        h = h + (view - shared) * torch.sigmoid(e @ layer.weight.T + layer.bias) / 2
+        h = h + (view - shared) * torch.sigmoid(e @ layer.weight.T + layer.bias) / 3
     final = e + h
     contrast = final.new_zeros(())
     for nodes in ({0, 7, 31}, {num_users + item for item in (2, 9, 10, 27)}):
