@@ -33,6 +33,10 @@ def test_popularity_counts_and_breaks_ties_by_row() -> None:
     log = interactions([2, 3], [2, 1], [2, 1, 3], num_items=5)
     nothing = ItemLists(np.zeros(4, dtype=np.int64), np.empty(0, dtype=np.int32))
     assert rank_users(popularity(log), nothing, np.array([2, 0]), 5).tolist() == [[2, 1, 3, 0, 4]] * 2
+    # Many ties: short lists are sorted stably by any algorithm.
+    many = popularity(interactions([70, 90], [90], num_items=100))(np.array([0]))[0]
+    rest = [item for item in range(100) if item not in (70, 90)]
+    assert many.argsort(descending=True).tolist() == [90, 70, *rest]
 
 
 def test_item_knn_by_hand() -> None:
