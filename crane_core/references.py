@@ -37,8 +37,8 @@ class FreedomSettings(Section):
     """Share of the user-item edges a training epoch goes without; popular ends lose more."""
     feature_weight: float = Field(1e-3, ge=0)
     """lambda, weight of the BPR terms on the projected features."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """Adam's step size."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Adam's step size; at the paper's 1e-3 validation recall still rises after 200 epochs on Last.fm 2K."""
 
     def applied(self, train: Train) -> Train:
         """The training configuration with FREEDOM's own optimiser settings; it regularises no embedding."""

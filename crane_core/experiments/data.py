@@ -40,9 +40,9 @@ class Dataset:
         """
         missing = sorted(set(features.modalities) - set(self.features))
         if missing or not self.features:
+            found = f"modalities {', '.join(sorted(self.features))}" if self.features else "no item features"
             raise DataError(
-                f"Dataset {self.name} has the modalities {sorted(self.features) or 'none'}"
-                f"{f', not {missing}' if missing else ''}.",
+                f"Dataset {self.name} has {found}{f', not {missing}' if missing else ''}.",
                 "Name modalities it has, or choose models that need no features.",
             )
         train = self.interactions.train

@@ -70,7 +70,7 @@ class Trained:
 TrainModel = Callable[[Dataset, Recipe, Path], Trained]
 
 ITEM_KNN_GRID = tuple((size, shrinkage) for size in (20, 100, 1000) for shrinkage in (0.0, 100.0, 1000.0))
-"""Neighbours and shrinkage; on three datasets validation recall had its best at neither end of the first."""
+"""Neighbours and shrinkage: the best were 100 and 0 on Last.fm 2K, 1000 and 100 on Baby, 100 and 1000 on TikTok."""
 CONTENT_GRID = ("l2", "zscore")
 
 
