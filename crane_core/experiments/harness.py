@@ -15,7 +15,7 @@ from crane_core.config import Features, Knn, Profiles, Refine, Section, Train
 from crane_core.content import Content
 from crane_core.dataset import Interactions
 from crane_core.evaluation import Scorer, dot_product
-from crane_core.experiments.data import Dataset
+from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.fusion import Rows, choose_trust, fuse
 from crane_core.graph import build_graph
 from crane_core.knn import search, unit_rows
@@ -25,6 +25,9 @@ from crane_core.refine import fit, refine_catalog
 from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
+
+VERSION = 1
+"""Raised when a training comes to mean something else: what was trained before is then not found."""
 
 
 class Recipe(Section):
@@ -64,32 +67,53 @@ class Trained:
 
 
 TrainModel = Callable[[Dataset, Recipe, Path], Trained]
+"""Dataset, recipe and a folder of its own for the checkpoints of this training, so that it goes on after a kill. What
+several trainings share lies beside that folder."""
 
 
 def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """LightGCN alone."""
-    started = time.monotonic()
     rows, summary = behaviour(dataset.interactions, recipe.train, work)
-    validation = summary["validation"]["recall@20"]
-    return Trained(dot_product(*rows), validation, time.monotonic() - started, summary)
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """CRANE, staged: LightGCN beside RCA, item graph and the CRANE network, trusted as validation says."""
-    started = time.monotonic()
+    """CRANE, staged: LightGCN beside RCA, item graph and the CRANE network, trusted as validation says.
+
+    The seconds are those of all parts, whether they were made now or found.
+    """
     interactions = dataset.interactions
-    view, _ = behaviour(interactions, recipe.train, work / "behaviour")
+    view, alone = behaviour(interactions, recipe.train, work)
+    started = time.monotonic()
     content = prepare_content(dataset, recipe)
+    prepared = time.monotonic() - started
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
+    started = time.monotonic()
     trust = choose_trust(view, rows, interactions, recipe.train)
-    facts = summary | {"trust": trust.weight, "curve": trust.curve}
-    return Trained(dot_product(*fuse(view, rows, trust.weight)), trust.recall, time.monotonic() - started, facts)
+    seconds = alone["seconds"] + prepared + summary["seconds"] + time.monotonic() - started
+    facts = summary | {"trust": trust.weight, "curve": trust.curve, "content_seconds": prepared}
+    return Trained(dot_product(*fuse(view, rows, trust.weight)), trust.recall, seconds, facts)
+
+
+_NOT_LIGHTGCN = {"num_item_layers", "contrast_weight", "temperature", "edge_dropout", "checkpoint_steps"}
 
 
 def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Rows, dict[str, Any]]:
-    """The behavioural view: LightGCN's best rows and the trainer's summary."""
-    return train_to_best(LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, work)
+    """The behavioural view: LightGCN's best rows and the trainer's summary.
+
+    It is trained once for the same training and validation interactions and the same settings, in a folder beside
+    `work`; a training that has ended there is read back.
+    """
+    train, validation = interactions.train, interactions.validation
+    settings = config.model_dump(mode="json", exclude=_NOT_LIGHTGCN)
+    key = fingerprint(
+        VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
+    )
+    shared = work.parent / f"lightgcn-{key}"
+    with held(shared):
+        model = LightGCN(interactions.num_users, interactions.num_items, config)
+        return train_to_best(model, interactions, config, shared)
 
 
 def prepare_content(dataset: Dataset, recipe: Recipe) -> Content:
@@ -113,3 +137,7 @@ def train_to_best(
     summary = trainer.run()
     model.load_state_dict(trainer.best_weights())
     return trainer.embeddings(), summary
+
+
+MODELS: dict[str, TrainModel] = {"crane": train_crane, "lightgcn": train_lightgcn}
+"""What an experiment can train, by name."""
