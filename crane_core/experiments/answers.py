@@ -64,6 +64,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "content_seconds": None,
         "peak_bytes": None,
         "trust": None,
+        "alone": None,
     }
     if not each.cells:
         return row
@@ -75,6 +76,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "peak_bytes": max(cell.peak_bytes for cell in cells),
         "content_seconds": _mean_fact(cells, "content_seconds"),
         "trust": _mean_fact(cells, "trust"),
+        "alone": _mean([cell.facts["validation"]["recall@20"] for cell in cells if "validation" in cell.facts]),
     }
     shared = sorted(set(each.cells) & set(default.cells)) if default else []
     if default and shared and not each.is_default:
@@ -116,7 +118,10 @@ def _metrics(table: PerUser) -> dict[str, np.ndarray]:
 
 
 def _mean_fact(cells: Sequence[Cell], name: str) -> float | None:
-    values = [cell.facts[name] for cell in cells if name in cell.facts]
+    return _mean([cell.facts[name] for cell in cells if name in cell.facts])
+
+
+def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
@@ -126,7 +131,7 @@ def answer(table: Sequence[Mapping[str, Any]]) -> str:
     default = next((row for row in known if row["default"]), None)
     if default is None or len(known) < 2:
         return f"No answer yet: {len(known)} of {len(table)} variants are measured."
-    chosen = max(known, key=lambda row: (row["validation"]["recall@20"]["mean"], row["default"]))
+    chosen = best_by_validation(known)
     if chosen is default:
         first = f"Validation prefers the default, {default['label']}."
     else:
@@ -150,6 +155,11 @@ def answer(table: Sequence[Mapping[str, Any]]) -> str:
         second = f"By more than chance in test Recall@20, {'; '.join(parts)}."
     unmeasured = len(table) - len(known)
     return f"{first} {second}" + (f" {unmeasured} of {len(table)} variants are not measured yet." if unmeasured else "")
+
+
+def best_by_validation(table: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of the highest validation Recall@20, the default where it ties."""
+    return max(table, key=lambda row: (row["validation"]["recall@20"]["mean"], row["default"]))
 
 
 def _written(values: Mapping[str, Mapping[str, float]]) -> str:

@@ -17,6 +17,7 @@ import math
 import resource
 import shutil
 import time
+import zipfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,7 +107,7 @@ class Cells:
                 known["peak_bytes"],
                 known["facts"],
             )
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ArtifactError(f"{folder} is damaged: {error}.", "Delete this folder; it is made again.") from error
 
     def cell(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell:

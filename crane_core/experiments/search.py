@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, get_args
 
+import numpy as np
 import optuna
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -31,7 +32,7 @@ SPACE: dict[str, BaseDistribution] = {
     "train.regularisation": FloatDistribution(1e-5, 1e-1, log=True),
     "train.contrast_weight": FloatDistribution(1e-5, 1e-1, log=True),
     "train.temperature": FloatDistribution(0.1, 1.0, log=True),
-    "train.edge_dropout": FloatDistribution(0.0, 0.5, step=0.05),
+    "train.edge_dropout": FloatDistribution(0.0, 0.5),
     "refine.num_recursions": IntDistribution(0, 5),
     "refine.phi": CategoricalDistribution(get_args(Phi)),
     "knn.k": IntDistribution(5, 20),
@@ -92,11 +93,10 @@ class Search:
             logger.info("trial number=%d value=%.5f parameters=%s", done, value, trial.params)
 
     def _try(self, done: int) -> tuple[float, optuna.Trial]:
-        self.study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=_STARTUP_TRIALS, seed=self.seed * 100_003 + done
-        )
-        if done == 0:
-            self.study.enqueue_trial(_inside(self.recipe), skip_if_exists=True)
+        seed = int(np.random.SeedSequence([self.seed, done]).generate_state(1)[0])
+        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=_STARTUP_TRIALS, seed=seed)
+        if done == 0 and not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            self.study.enqueue_trial(_inside(self.recipe))
         trial = self.study.ask(SPACE)
         try:
             cell = self.cells.cell(self.dataset, "crane", self.recipe_of(trial.params), self.seed)
@@ -139,4 +139,11 @@ def _inside(recipe: Recipe) -> dict[str, Any]:
     """The recipe's values of the searched fields, those outside the space left to the sampler."""
     tree = recipe.model_dump()
     values = {path: tree[path.partition(".")[0]][path.partition(".")[2]] for path in SPACE}
-    return {path: value for path, value in values.items() if SPACE[path]._contains(SPACE[path].to_internal_repr(value))}
+    return {path: value for path, value in values.items() if _admits(SPACE[path], value)}
+
+
+def _admits(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return distribution.low <= value <= distribution.high

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from crane_core.experiments.answers import best_by_validation
 from crane_core.experiments.cells import Cells
 from crane_core.experiments.data import load_dataset
 from crane_core.experiments.plans import SEARCH, load_recipe
@@ -91,7 +92,7 @@ def _headline(found: dict[str, Any]) -> dict[str, Any]:
     measured = [row for row in found["table"] if row["validation"] and row["test"]]
     headline: dict[str, Any] = {"answer": found["answer"]}
     if measured:
-        best = max(measured, key=lambda row: row["validation"]["recall@20"]["mean"])
+        best = best_by_validation(measured)
         headline |= {"best_by_validation": best["label"], "test": best["test"], "difference": best["difference"]}
     if "laws" in found:
         headline["exponents"] = {
