@@ -2,7 +2,7 @@
 
     {root}/cells/{key}/cell.json, users.npz     complete or absent
     {root}/work/{key}/                          checkpoints of a cell in the making
-    {root}/work/lightgcn-{key}/                 behavioural views, shared between cells
+    {root}/work/lightgcn-{key}, content-{key}/  behavioural views and refined content, shared between cells
 
 The key covers the content of the dataset, the model's name, the recipe, the seed and `harness.VERSION`.
 """

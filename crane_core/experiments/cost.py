@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -11,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crane_core.config import Phi
 from crane_core.experiments.cells import Cells, PeakMemory
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.harness import VERSION, Recipe
-from crane_core.rca import RecursiveCrossModalAttention
 from crane_core.refine import Modality, Refiner, fit, refine_catalog
 
 EXACT: tuple[Phi, ...] = ("softmax", "tanh", "linear")
@@ -101,8 +99,7 @@ class SameWeights:
         self.config = recipe.refine.model_copy(update=changes)
         self.modalities: list[Modality] = dataset.modalities(recipe.features, recipe.profiles.aggregate)
         self.refiner, _ = fit(self.modalities, dataset.interactions.train, recipe.profiles.aggregate, self.config)
-        flat = copy.deepcopy(self.refiner)
-        flat.rca.recursions = nn.ModuleList()
+        flat = self._refiner(num_recursions=0)
         self._start = refine_catalog(flat, self.modalities, self.config.chunk_size)[:2]
         users = len(self._start[1])
         self._users = np.sort(np.random.default_rng(0).choice(users, min(users, _USERS), replace=False))
@@ -110,13 +107,7 @@ class SameWeights:
 
     def measure(self, phi: Phi) -> dict[str, Any]:
         """Seconds and bytes of one pass of all rows, and the error of what the recursions add."""
-        refiner = Refiner(
-            [modality.items.shape[1] for modality in self.modalities],
-            self.refiner.get_buffer("profile_scales").tolist(),
-            self.config.model_copy(update={"phi": phi}),
-        )
-        refiner.load_state_dict(self.refiner.state_dict())
-        refiner.eval()
+        refiner = self._refiner(phi=phi)
         memory = PeakMemory()
         (items, users, _), seconds = _fastest(lambda: refine_catalog(refiner, self.modalities, self.config.chunk_size))
         peak = memory.peak()
@@ -137,11 +128,19 @@ class SameWeights:
     def _reference(self, phi: Phi) -> Tensor:
         """Refined rows in float64."""
         if phi not in self._references:
-            rca = copy.deepcopy(self.refiner.rca).double()
-            rca.phi = phi
+            rca = self._refiner(phi=phi).rca.double()
             items, users = self._start
             self._references[phi] = torch.cat(rca(items.double(), users[self._users].double(), 1024))
         return self._references[phi]
+
+    def _refiner(self, **changes: Any) -> Refiner:
+        """The fitted weights under another phi, or without their recursions."""
+        config = self.config.model_copy(update=changes)
+        widths = [modality.items.shape[1] for modality in self.modalities]
+        refiner = Refiner(widths, self.refiner.get_buffer("profile_scales").tolist(), config)
+        known = refiner.state_dict()
+        refiner.load_state_dict({name: value for name, value in self.refiner.state_dict().items() if name in known})
+        return refiner.eval()
 
     def _stack(self, items: Tensor, users: Tensor) -> Tensor:
         return torch.cat([items, users[self._users]])
@@ -158,9 +157,9 @@ def measure_growth(phi: Phi, num_items: int, num_modalities: int, recipe: Recipe
         recipe: width, recursions and chunk size.
     """
     config = recipe.refine
+    changes = {"phi": phi, "num_recursions": max(1, config.num_recursions)}
+    rca = Refiner([1] * num_modalities, [1.0] * num_modalities, config.model_copy(update=changes)).rca
     generator = torch.Generator().manual_seed(config.seed)
-    depth = max(1, config.num_recursions)
-    rca = RecursiveCrossModalAttention(num_modalities, config.embedding_dim, depth, phi, generator)
     rows = torch.randn(num_items, num_modalities, config.embedding_dim, generator=generator)
     rca(rows[:256], rows[:1], config.chunk_size)
     memory = PeakMemory()

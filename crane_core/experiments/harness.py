@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from crane_core.config import Features, Knn, Profiles, Refine, Section, Train
@@ -22,6 +24,7 @@ from crane_core.knn import search, unit_rows
 from crane_core.model import Crane, LightGCN
 from crane_core.propagation import SymmetricGraph
 from crane_core.refine import fit, refine_catalog
+from crane_core.storage.local import LocalStorage
 from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
@@ -84,9 +87,7 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """
     interactions = dataset.interactions
     view, alone = behaviour(interactions, recipe.train, work)
-    started = time.monotonic()
-    content = prepare_content(dataset, recipe)
-    prepared = time.monotonic() - started
+    content, prepared = shared_content(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
     started = time.monotonic()
@@ -114,6 +115,27 @@ def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Ro
     with held(shared):
         model = LightGCN(interactions.num_users, interactions.num_items, config)
         return train_to_best(model, interactions, config, shared)
+
+
+def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, float]:
+    """What `prepare_content` makes and the seconds it took, made once for the same data and sections of the recipe.
+
+    It lies beside `work`, as the behavioural view does.
+    """
+    sections = recipe.model_dump(mode="json", include={"features", "profiles", "refine", "knn"})
+    shared = work.parent / f"content-{fingerprint(VERSION, dataset.without_test().fingerprint, sections)}"
+    with held(shared):
+        if not (shared / "seconds.json").exists():
+            started = time.monotonic()
+            content = prepare_content(dataset, recipe)
+            seconds = time.monotonic() - started
+            np.save(shared / "items.npy", content.items.numpy())
+            sp.save_npz(shared / "graph.npz", content.graph.matrix)
+            # Last, and at once: without it the rest is made again.
+            LocalStorage(shared).write("seconds.json", json.dumps(seconds).encode())
+        items = torch.from_numpy(np.load(shared / "items.npy"))
+        graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
+        return Content(items, graph), json.loads((shared / "seconds.json").read_text())
 
 
 def prepare_content(dataset: Dataset, recipe: Recipe) -> Content:

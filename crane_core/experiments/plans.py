@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from crane_core.config import Phi, Train, load_config
+from crane_core.config import Phi, RunConfig, Train, load_config
 from crane_core.errors import ConfigError
 from crane_core.experiments.harness import Recipe
 
@@ -14,6 +14,9 @@ NAMES = ("rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities
 """The experiments of every run; `search` is run when it is asked for."""
 
 SEARCH = "search"
+
+SECTIONS = tuple(name for name in Recipe.model_fields if name in RunConfig.model_fields)
+"""The sections a recipe shares with the configuration of a run."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
     """
     for override in overrides:
         section = override.partition(".")[0]
-        if section not in Recipe.model_fields:
+        if section not in SECTIONS:
             raise ConfigError(
                 f"--set {override!r}: experiments read no section {section!r}.",
-                f"Use one of {', '.join(Recipe.model_fields)}.",
+                f"Use one of {', '.join(SECTIONS)}.",
             )
     config = load_config(source, [*overrides, "window.start=2000-01-01", "window.end=2000-01-02"])
-    return Recipe(**{name: getattr(config, name) for name in Recipe.model_fields})
+    return Recipe(**{name: getattr(config, name) for name in SECTIONS})
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

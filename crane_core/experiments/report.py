@@ -69,7 +69,7 @@ def _plot_variants(rows: Sequence[Mapping[str, Any]]) -> Figure:
         if row["difference"]:
             interval(differences, position, row["difference"]["recall@20"], colour, "{:+.4f}")
     values.set_title("Recall@20 on test (hollow: validation)")
-    differences.set_title("Difference to the default on the same users")
+    differences.set_title("Difference to the default, same users")
     differences.axvline(0, color=DEFAULT_COLOUR, linewidth=0.9, linestyle=(0, (3, 3)))
     values.set_yticks(range(len(rows)), [row["label"] for row in rows[::-1]])
     values.set_ylim(-0.6, len(rows) - 0.3)
@@ -104,17 +104,24 @@ def _plot_forms(forms: Sequence[Mapping[str, Any]]) -> Figure:
         ("Error of what RCA adds", [form["error"] for form in forms], "{:.1e}"),
     )
     for axis, (title, values, form) in zip(axes, columns, strict=True):
-        heights = [np.nan if value is None else value for value in values[::-1]]
-        axis.barh(range(len(names)), heights, color=COLOUR, height=0.55)
-        for position, value in enumerate(heights):
+        found = [np.nan if value is None else value for value in values[::-1]]
+        if form.endswith("e}"):
+            # From rounding to tens of percent: no bar has room for that.
+            axis.plot(found, range(len(names)), "o", color=COLOUR)
+            axis.set_xscale("log")
+            axis.margins(x=0.6)
+        else:
+            axis.barh(range(len(names)), found, color=COLOUR, height=0.55)
+            axis.margins(x=0.25)
+            axis.locator_params(axis="x", nbins=3)
+        for position, value in enumerate(found):
             if np.isfinite(value):
                 axis.annotate(
-                    form.format(value), (value, position), xytext=(3, 0), textcoords="offset points", va="center"
+                    form.format(value), (value, position), xytext=(6, 0), textcoords="offset points", va="center"
                 )
         axis.set_title(title)
         axis.set_yticks(range(len(names)), names)
-        axis.margins(x=0.25)
-        axis.locator_params(axis="x", nbins=3)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         clean(axis, "x")
     return figure
 

@@ -23,7 +23,7 @@ from crane_core.errors import TrainingError
 from crane_core.experiments.cells import Cells
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.harness import VERSION, Recipe
-from crane_core.experiments.plans import changed
+from crane_core.experiments.plans import SECTIONS, changed
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ class Search:
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """The recipe as a configuration file."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """The recipe as a configuration file of a run."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", include=set(SECTIONS)), sort_keys=False)
 
 
 def _inside(recipe: Recipe) -> dict[str, Any]:

@@ -176,21 +176,27 @@ class TestCells:
         with pytest.raises(ConfigError, match="crane, lightgcn"):
             Cells(tmp_path).cell(dataset, "oracle", RECIPE, 0)
 
-    def test_the_behavioural_view_is_trained_once(self, dataset: Dataset, tmp_path: Path, monkeypatch) -> None:
+    def test_view_and_content_are_made_once(self, dataset: Dataset, tmp_path: Path, monkeypatch) -> None:
         epochs: list[str] = []
         whole = harness.Trainer._train_epoch
         monkeypatch.setattr(
             harness.Trainer, "_train_epoch", lambda self: epochs.append(type(self.model).__name__) or whole(self)
         )
+        prepared: list[Recipe] = []
+        prepare = harness.prepare_content
+        monkeypatch.setattr(harness, "prepare_content", lambda d, recipe: prepared.append(recipe) or prepare(d, recipe))
         cells = Cells(tmp_path)
         first = cells.cell(dataset, "crane", RECIPE, 0)
-        cells.cell(dataset, "crane", changed(RECIPE, {"train.contrast_weight": 0.1, "knn.k": 3}), 0)
+        assert len(prepared) == 1
+        cells.cell(dataset, "crane", changed(RECIPE, {"train.contrast_weight": 0.1}), 0)
+        assert len(prepared) == 1, "the content does not depend on the training"
         cells.cell(dataset.without_test(), "lightgcn", RECIPE, 0)
         assert epochs == ["LightGCN"] * 2 + ["Crane"] * 4
-        cells.cell(dataset, "crane", changed(RECIPE, {"train.learning_rate": 0.1}), 0)
+        cells.cell(dataset, "crane", changed(RECIPE, {"train.learning_rate": 0.1, "knn.k": 3}), 0)
+        assert len(prepared) == 2
         assert epochs[6:] == ["LightGCN"] * 2 + ["Crane"] * 2
         alone = train_crane(dataset, RECIPE.with_seed(0), tmp_path / "elsewhere" / "work")
-        assert alone.validation == first.steering
+        assert alone.validation == first.steering, "found or made, they are the same bit for bit"
 
     def test_memory_is_that_of_the_work(self) -> None:
         before = PeakMemory()
