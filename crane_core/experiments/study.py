@@ -240,6 +240,7 @@ class Study:
         missing = [f"phi: pass with {phi}" for phi, form in found.items() if not form]
         return {
             "forms": forms,
+            "busy": _busy(forms),
             "answer": f"{result['answer']} {answers.forms_answer(forms)}".rstrip(),
             "missing": [*result["missing"], *missing],
         }
@@ -288,6 +289,7 @@ class Study:
         return {
             "points": points,
             "laws": laws,
+            "busy": _busy([point for found in points.values() for point in found]),
             "sizes": sizes,
             "most_seconds": MOST_SECONDS,
             "shape": {"modalities": self._num_modalities, "dim": self.recipe.refine.embedding_dim},
@@ -334,3 +336,11 @@ class Study:
             "best": as_yaml(best) if best else None,
             "changes": dict(variants[-1].changes),
         }
+
+
+def _busy(measurements: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The highest load and the cores, where others kept more cores busy than there are while something was measured."""
+    worst = max(measurements, key=lambda each: each["load"], default=None)
+    if worst is None or worst["load"] <= worst["cores"]:
+        return None
+    return {"load": worst["load"], "cores": worst["cores"]}

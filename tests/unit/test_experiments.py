@@ -311,6 +311,14 @@ class TestStudy:
         assert [recipe.train.seed for _, recipe in trainings] == [0] * 12 + [1] * 12
         assert trainings[0][1] == RECIPE.with_seed(0), "the default first"
 
+    def test_what_needs_no_training_is_measured_after_the_first_seed(
+        self, dataset, tmp_path, trainings, monkeypatch
+    ) -> None:
+        monkeypatch.setattr("crane_core.experiments.study.catalog_sizes", lambda _: [64])
+        said: list[str] = []
+        study(dataset, tmp_path, seeds=(0, 1), show=lambda what, _: said.append(what)).run(["profiles", "cost"], 0)
+        assert said == ["cells"] * 3 + ["cost"] * len(get_args(Phi)) + ["cells"] * 3
+
     def test_a_budget_that_ends_leaves_the_rest(self, dataset: Dataset, tmp_path: Path, trainings: list) -> None:
         class Two(Budget):
             def allows(self, seconds: float) -> bool:
@@ -333,6 +341,8 @@ class TestStudy:
     def test_forms_and_growth_are_measured_once(self, dataset: Dataset, tmp_path: Path, trainings, monkeypatch) -> None:
         sizes = [64, 128, 256]
         monkeypatch.setattr("crane_core.experiments.study.catalog_sizes", lambda _: sizes)
+        monkeypatch.setattr("crane_core.experiments.cost.os.getloadavg", lambda: (7.5, 1.0, 1.0))
+        monkeypatch.setattr("crane_core.experiments.cost.os.cpu_count", lambda: 2)
         first = study(dataset, tmp_path).run(["phi", "cost"], 0)
         again = study(dataset, tmp_path).run(["phi", "cost"], 0)
         assert first == again and first["missing"] == []
@@ -346,6 +356,7 @@ class TestStudy:
         assert [form["phi"] for form in forms] == list(get_args(Phi))
         page = render(first | {"seconds": 1.0})
         assert growth["answer"] in page and "Exponent of time" in page and "softmax in float64" in page
+        assert page.count("load 7.5 on 2 cores") == 2
 
 
 class TestCost:
@@ -504,7 +515,10 @@ class TestSearch:
             monkeypatch.setitem(cells_module.MODELS, "crane", killed)
             with pytest.raises(KeyboardInterrupt):
                 Search(dataset, RECIPE, 0, pieces).run(upto + 1, NO_BOUND.allows, lambda _: None)
-        assert Search(dataset, RECIPE, 0, pieces).record() == whole.record()
+        last = Search(dataset, RECIPE, 0, pieces)
+        assert last.record() == whole.record()
+        states = [trial.state.name for trial in last.study.get_trials(deepcopy=False)]
+        assert sorted(states) == ["COMPLETE"] * 6 + ["FAIL"] * 3, "no trial is left running"
 
     @pytest.mark.parametrize("test", ["absent", "garbage"])
     def test_it_never_sees_the_test_split(self, dataset, tmp_path, landscape, test: str) -> None:
