@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import io
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
 
-import jinja2
-import matplotlib
 import matplotlib.dates as mdates
 import numpy as np
 import pyarrow.parquet as pq
 from markupsafe import Markup
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from crane_core.config import RunConfig
 from crane_core.dataset import load_ids, load_interactions
 from crane_core.errors import ArtifactError
 from crane_core.ledger import Entry
+from crane_core.page import FAINT, GRID, INK, STYLE, clean, environment, interval, number, svg
 from crane_core.pipeline import STAGES
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import Artifact, ArtifactStore
-
-matplotlib.use("agg")
-from matplotlib import patheffects
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 COLOURS = {
     "crane": "#0f5c8c",
@@ -45,29 +37,6 @@ LABELS = {
     "item_knn": "Item kNN",
     "popularity": "Popularity",
     "champion": "Champion",
-}
-_INK, _FAINT, _GRID = "#26323d", "#66727e", "#e4e8ec"
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "axes.edgecolor": "#c5ccd3",
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": _INK,
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "grid.color": _GRID,
-    "legend.frameon": False,
-    "svg.hashsalt": "crane",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.wspace": 0.06,
 }
 _SLICES = {
     "head_items": "Popular items (top fifth)",
@@ -111,7 +80,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         HTML that loads nothing from anywhere.
     """
     run = _Run(store, run_id, config, ledger)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         sections = {
             name: _section(title, build, run)
             for name, title, build in (
@@ -126,22 +95,8 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
                 ("cost", "Time and memory", _cost),
             )
         }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "figure": _figure,
-        "signed": _signed,
-        "either": _either,
-        "metric": _metric,
-        "count": _count,
-        "seconds": _seconds,
-        "bytes": _bytes,
-        "share": _share,
-        "label": _label,
-    }
-    text = (importlib.resources.files("crane_core") / "templates" / "report.html").read_text()
-    return environment.from_string(text).render(
+    template = environment({"label": _label}).get_template("report.html")
+    return template.render(
         run_id=run_id,
         window=config.window,
         sections=sections,
@@ -232,8 +187,8 @@ def _quality(run: _Run, section: Section) -> None:
         "cold": metrics.get("cold", {}),
         "champion": (numbers.get("standings") or {}).get("champion"),
     }
-    section.plots["models"] = _svg(_plot_models(models))
-    section.plots["differences"] = _svg(_plot_differences(rows))
+    section.plots["models"] = svg(_plot_models(models))
+    section.plots["differences"] = svg(_plot_differences(rows))
 
 
 def _plot_models(models: Mapping[str, Any]) -> Figure:
@@ -241,43 +196,28 @@ def _plot_models(models: Mapping[str, Any]) -> Figure:
     names = list(models)[::-1]
     for axis, metric, title in zip(axes, ("recall@20", "ndcg@20"), ("Recall@20", "NDCG@20"), strict=True):
         for position, name in enumerate(names):
-            _interval(axis, position, models[name][metric], COLOURS.get(name, _INK), "{:.4f}")
+            interval(axis, position, models[name][metric], COLOURS.get(name, INK), "{:.4f}")
         axis.set_title(title)
         axis.set_yticks(range(len(names)), [_label(name) for name in names])
         axis.set_ylim(-0.6, len(names) - 0.35)
         axis.set_xlim(left=0)
         axis.margins(x=0.12)
-        _clean(axis, "x")
+        clean(axis, "x")
     return figure
 
 
 def _plot_differences(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.62 + 0.42 * len(rows)), sharey=True)
     for axis, metric, title in zip(axes, ("recall@20", "ndcg@20"), ("Recall@20", "NDCG@20"), strict=True):
-        axis.axvline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (3, 3)))
+        axis.axvline(0, color=FAINT, linewidth=0.9, linestyle=(0, (3, 3)))
         for position, (_, name, values) in enumerate(rows[::-1]):
-            _interval(axis, position, values[metric], COLOURS.get(name, _INK), "{:+.4f}")
+            interval(axis, position, values[metric], COLOURS.get(name, INK), "{:+.4f}")
         axis.set_title(title)
         axis.set_yticks(range(len(rows)), [label for label, _, _ in rows[::-1]])
         axis.set_ylim(-0.6, len(rows) - 0.35)
         axis.margins(x=0.15)
-        _clean(axis, "x")
+        clean(axis, "x")
     return figure
-
-
-def _interval(axis: Axes, position: float, value: Mapping[str, float], colour: str, form: str) -> None:
-    mean, low, high = (_number(value[name]) for name in ("mean", "low", "high"))
-    axis.plot([low, high], [position, position], color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.45)
-    axis.plot([mean], [position], "o", color=colour, markersize=6)
-    axis.annotate(
-        form.format(mean).replace("-", "−"),
-        (mean, position),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8.5,
-        path_effects=[patheffects.withStroke(linewidth=2.5, foreground="white")],
-    )
 
 
 def _slices(run: _Run, section: Section) -> None:
@@ -291,15 +231,15 @@ def _slices(run: _Run, section: Section) -> None:
     empty = [_SLICES.get(name, name) for name, values in metrics["slices"].items() if not values["users"]]
     section.data = {"models": models, "slices": slices, "empty": empty}
     if slices:
-        section.plots["slices"] = _svg(_plot_slices(slices, models))
+        section.plots["slices"] = svg(_plot_slices(slices, models))
 
 
 def _plot_slices(slices: Mapping[str, Any], models: Sequence[str]) -> Figure:
     figure, axis = plt.subplots(figsize=(9.2, 0.8 + 0.38 * len(slices)))
     names = list(slices)[::-1]
     for position, name in enumerate(names):
-        values = {model: _number(slices[name][model]["recall@20"]) for model in models}
-        axis.plot([min(values.values()), max(values.values())], [position] * 2, color=_GRID, linewidth=3, zorder=1)
+        values = {model: number(slices[name][model]["recall@20"]) for model in models}
+        axis.plot([min(values.values()), max(values.values())], [position] * 2, color=GRID, linewidth=3, zorder=1)
         for model, value in values.items():
             axis.plot([value], [position], "o", color=COLOURS[model], markersize=7, label=LABELS[model], zorder=2)
     handles, labels = axis.get_legend_handles_labels()
@@ -312,7 +252,7 @@ def _plot_slices(slices: Mapping[str, Any], models: Sequence[str]) -> Figure:
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel("Recall@20")
     axis.set_xlim(left=0)
-    _clean(axis, "x")
+    clean(axis, "x")
     return figure
 
 
@@ -324,7 +264,7 @@ def _training(run: _Run, section: Section) -> None:
         models[name] = artifact.facts | {"seconds": artifact.manifest["seconds"]}
     trust = run.json("ml.train", "trust.json")
     section.data = {"models": models, "trust": trust}
-    section.plots["curves"] = _svg(_plot_curves(curves, models, trust))
+    section.plots["curves"] = svg(_plot_curves(curves, models, trust))
 
 
 def _plot_curves(
@@ -333,7 +273,7 @@ def _plot_curves(
     figure, (quality, loss, weight) = plt.subplots(1, 3, figsize=(9.2, 2.7))
     for name, curve in curves.items():
         epochs = [point["epoch"] for point in curve]
-        colour = COLOURS.get(name, _INK)
+        colour = COLOURS.get(name, INK)
         values = [point["recall@20"] for point in curve]
         quality.plot(epochs, values, color=colour, linewidth=1.8, label=_label(name))
         best = models[name]["best_epoch"]
@@ -354,7 +294,7 @@ def _plot_curves(
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in (quality, loss, weight):
         axis.set_ylim(bottom=0)
-        _clean(axis, "y")
+        clean(axis, "y")
     quality.legend(loc="lower right", fontsize=8.5)
     return figure
 
@@ -367,7 +307,7 @@ def _data(run: _Run, section: Section) -> None:
         section.data |= {"modalities": facts.get("modalities", {})}
     days = quality.get("events_per_day", {})
     if len(days) > 1:
-        section.plots["days"] = _svg(_plot_days(days, quality.get("cutoffs")))
+        section.plots["days"] = svg(_plot_days(days, quality.get("cutoffs")))
 
 
 def _plot_days(days: Mapping[str, int], cutoffs: Any) -> Figure:
@@ -382,7 +322,7 @@ def _plot_days(days: Mapping[str, int], cutoffs: Any) -> Figure:
         )
     axis.xaxis.set_major_locator(mdates.AutoDateLocator(maxticks=8))
     axis.xaxis.set_major_formatter(mdates.DateFormatter("%d %b %Y"))
-    _clean(axis, "y")
+    clean(axis, "y")
     return figure
 
 
@@ -411,7 +351,7 @@ def _refine(run: _Run, section: Section) -> None:
         "first": fit["curve"][0] if fit["curve"] else None,
         "last": fit["curve"][-1] if fit["curve"] else None,
     }
-    section.plots["fit"] = _svg(_plot_fit(fit))
+    section.plots["fit"] = svg(_plot_fit(fit))
 
 
 def _plot_fit(fit: Mapping[str, Any]) -> Figure:
@@ -431,8 +371,8 @@ def _plot_fit(fit: Mapping[str, Any]) -> Figure:
     likeness.set_xlabel("recursion (0: before the first)")
     likeness.set_xticks(range(len(cosines)))
     likeness.set_ylim(min(0.0, *cosines, 0.0), 1.02)
-    _clean(loss, "y")
-    _clean(likeness, "y")
+    clean(loss, "y")
+    clean(likeness, "y")
     return figure
 
 
@@ -505,64 +445,5 @@ def _lineage(run: _Run) -> list[tuple[str, str]]:
     return found
 
 
-def _clean(axis: Axes, grid: str) -> None:
-    axis.grid(axis=grid, linewidth=0.8)  # type: ignore[arg-type]
-    axis.tick_params(length=0)
-    axis.spines["left" if grid == "x" else "bottom"].set_visible(True)
-    if grid == "y":
-        axis.spines["left"].set_visible(False)
-
-
-def _svg(figure: Figure) -> Markup:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :].replace("<svg", '<svg role="img"', 1))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _label(name: str) -> str:
     return LABELS.get(name, name)
-
-
-def _figure(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _either(value: float | None) -> str:
-    """A count without, any other number with decimals."""
-    if value is not None and abs(value) >= 2 and value == int(value):
-        return _count(int(value))
-    return _figure(value).replace("-", "−")
-
-
-def _metric(name: str) -> str:
-    return name.replace("recall", "Recall").replace("ndcg", "NDCG")
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:+.4f}".replace("-", "−")
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.1f} s" if value < 90 else f"{value / 60:.1f} min"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -142,6 +142,28 @@ def _import(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _experiments(arguments: argparse.Namespace) -> int:
+    from jobs.commands.experiments import experiments
+
+    answer = experiments(
+        arguments.data,
+        arguments.only,
+        arguments.seeds,
+        arguments.budget_minutes,
+        arguments.trials,
+        arguments.out,
+        arguments.config,
+        arguments.set,
+        arguments.threads,
+    )
+    if not arguments.json:
+        for name, found in answer["experiments"].items():
+            print(f"{name:<11} {found['answer']}")
+        print(f"report      {answer['report']}")
+    print(json.dumps(answer), flush=True)
+    return EXIT_OK
+
+
 def _promote(arguments: argparse.Namespace) -> int:
     return _judge(arguments, ("ml.promote", "ml.export", "ml.report"), [])
 
@@ -245,6 +267,19 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "What works on this machine, and how to mend the rest.", stored)
     doctor.add_argument("--deep", action="store_true", help="also start Spark")
+
+    study = command(
+        "experiments", _experiments, "Compare variants of the model on a dataset, or search for a better one."
+    )
+    study.add_argument("--data", type=Path, required=True, help="folder in MMRec layout with features")
+    study.add_argument("--only", nargs="+", metavar="NAME", help="some of the experiments, or search")
+    study.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each variant is trained with each")
+    study.add_argument("--budget-minutes", type=float, metavar="N", help="start no work that would end later")
+    study.add_argument("--trials", type=int, default=30, help="recipes a search tries in all (default: %(default)s)")
+    study.add_argument("--out", type=Path, help="folder for everything; one below .crane when absent")
+    study.add_argument("--config", help="preset or YAML file with the default recipe; the shipped one when absent")
+    study.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    study.add_argument("--threads", type=int, default=1, help="threads of torch and faiss (default: %(default)s)")
 
     importing = command("import", _import, "Bring a dataset into the raw layout.")
     importing.add_argument("format", choices=("mmrec", "movielens"))

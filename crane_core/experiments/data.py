@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -32,6 +38,23 @@ class Dataset:
     interactions: Interactions
     features: dict[str, NDArray[np.float32]]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content: interactions of every split, and features."""
+        interactions = self.interactions
+        splits = (interactions.train, interactions.validation, interactions.test)
+        return fingerprint(
+            interactions.num_items,
+            *(part for split in splits for part in (split.indptr, split.items)),
+            *(part for name in sorted(self.features) for part in (name, self.features[name])),
+        )
+
+    def without_test(self) -> Dataset:
+        """The same without a test split, for whoever must choose without having seen it."""
+        num_users = self.interactions.num_users
+        nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
+        return replace(self, interactions=replace(self.interactions, test=nothing))
+
     def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
         """Standardised features and profiles, as `etl.features` and `etl.profiles` make them.
 
@@ -54,6 +77,28 @@ class Dataset:
             _modality(name, self.features[name], history, is_train, features.standardise, aggregate)
             for name in sorted(features.modalities or self.features)
         ]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Identity of a content: 32 hex digits over arrays, byte for byte, and JSON values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Work in a folder, made where it is missing, alone: another process waits until this one is done or dead."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, not in it: whoever is done may remove the folder while others wait.
+    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def load_dataset(folder: str | Path) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from crane_core.baselines import content, item_knn, popularity
@@ -16,7 +18,7 @@ from crane_core.config import Features, Knn, Profiles, Refine, Section, Train
 from crane_core.content import Content
 from crane_core.dataset import Interactions
 from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
-from crane_core.experiments.data import Dataset
+from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.fusion import Rows, choose_trust, fuse
 from crane_core.graph import build_graph
 from crane_core.knn import search, unit_rows
@@ -24,9 +26,13 @@ from crane_core.model import Crane, LightGCN
 from crane_core.propagation import SymmetricGraph
 from crane_core.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
 from crane_core.refine import fit, refine_catalog
+from crane_core.storage.local import LocalStorage
 from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
+
+VERSION = 1
+"""Raised when a training comes to mean something else: what was trained before is then not found."""
 
 
 class Recipe(Section):
@@ -68,6 +74,8 @@ class Trained:
 
 
 TrainModel = Callable[[Dataset, Recipe, Path], Trained]
+"""Dataset, recipe and a folder of its own for the checkpoints of this training, so that it goes on after a kill. What
+several trainings share lies beside that folder."""
 
 ITEM_KNN_GRID = tuple((size, shrinkage) for size in (20, 100, 1000) for shrinkage in (0.0, 100.0, 1000.0))
 """Neighbours and shrinkage: the best were 100 and 0 on Last.fm 2K, 1000 and 100 on Baby, 100 and 1000 on TikTok."""
@@ -76,23 +84,28 @@ CONTENT_GRID = ("l2", "zscore")
 
 def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """LightGCN alone."""
-    started = time.monotonic()
     rows, summary = behaviour(dataset.interactions, recipe.train, work)
-    validation = summary["validation"]["recall@20"]
-    return Trained(dot_product(*rows), validation, time.monotonic() - started, summary)
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """CRANE, staged: LightGCN beside RCA, item graph and the CRANE network, trusted as validation says."""
-    started = time.monotonic()
+    """CRANE, staged: LightGCN beside RCA, item graph and the CRANE network, trusted as validation says.
+
+    The seconds are those of all parts, whether they were made now or found.
+    """
     interactions = dataset.interactions
-    view, _ = behaviour(interactions, recipe.train, work / "behaviour")
-    content = prepare_content(dataset, recipe)
+    view, alone = behaviour(interactions, recipe.train, work)
+    content, prepared = shared_content(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
+    started = time.monotonic()
     trust = choose_trust(view, rows, interactions, recipe.train)
-    facts = summary | {"trust": trust.weight, "curve": trust.curve}
-    return Trained(dot_product(*fuse(view, rows, trust.weight)), trust.recall, time.monotonic() - started, facts)
+    seconds = alone["seconds"] + prepared + summary["seconds"] + time.monotonic() - started
+    facts = summary | {"trust": trust.weight, "curve": trust.curve, "content_seconds": prepared}
+    return Trained(dot_product(*fuse(view, rows, trust.weight)), trust.recall, seconds, facts)
+
+
+_NOT_LIGHTGCN = {"num_item_layers", "contrast_weight", "temperature", "edge_dropout", "checkpoint_steps"}
 
 
 def train_bpr_mf(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -165,8 +178,41 @@ NEED_FEATURES = frozenset({"crane", "content", "freedom", "mgcn"})
 
 
 def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Rows, dict[str, Any]]:
-    """The behavioural view: LightGCN's best rows and the trainer's summary."""
-    return train_to_best(LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, work)
+    """The behavioural view: LightGCN's best rows and the trainer's summary.
+
+    It is trained once for the same training and validation interactions and the same settings, in a folder beside
+    `work`; a training that has ended there is read back.
+    """
+    train, validation = interactions.train, interactions.validation
+    settings = config.model_dump(mode="json", exclude=_NOT_LIGHTGCN)
+    key = fingerprint(
+        VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
+    )
+    shared = work.parent / f"lightgcn-{key}"
+    with held(shared):
+        model = LightGCN(interactions.num_users, interactions.num_items, config)
+        return train_to_best(model, interactions, config, shared)
+
+
+def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, float]:
+    """What `prepare_content` makes and the seconds it took, made once for the same data and sections of the recipe.
+
+    It lies beside `work`, as the behavioural view does.
+    """
+    sections = recipe.model_dump(mode="json", include={"features", "profiles", "refine", "knn"})
+    shared = work.parent / f"content-{fingerprint(VERSION, dataset.without_test().fingerprint, sections)}"
+    with held(shared):
+        if not (shared / "seconds.json").exists():
+            started = time.monotonic()
+            content = prepare_content(dataset, recipe)
+            seconds = time.monotonic() - started
+            np.save(shared / "items.npy", content.items.numpy())
+            sp.save_npz(shared / "graph.npz", content.graph.matrix)
+            # Last, and at once: without it the rest is made again.
+            LocalStorage(shared).write("seconds.json", json.dumps(seconds).encode())
+        items = torch.from_numpy(np.load(shared / "items.npy"))
+        graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
+        return Content(items, graph), json.loads((shared / "seconds.json").read_text())
 
 
 def prepare_content(dataset: Dataset, recipe: Recipe) -> Content:

@@ -1,0 +1,203 @@
+"""One training and its measure as a file: a cell is made once, found again, and never served for other data.
+
+    {root}/cells/{key}/cell.json, users.npz     complete or absent
+    {root}/work/{key}/                          checkpoints of a cell in the making
+    {root}/work/lightgcn-{key}, content-{key}/  behavioural views and refined content, shared between cells
+
+The key covers the content of the dataset, the model's name, the recipe, the seed and `harness.VERSION`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import math
+import resource
+import shutil
+import time
+import zipfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crane_core.dataset import ItemLists
+from crane_core.errors import ArtifactError, ConfigError
+from crane_core.evaluation import Scorer, rank_users, user_metrics
+from crane_core.experiments.data import Dataset, fingerprint, held
+from crane_core.experiments.harness import MODELS, VERSION, Recipe
+from crane_core.storage.local import LocalStorage
+
+logger = logging.getLogger(__name__)
+
+KS = (5, 10, 20, 50)
+SPLITS = ("validation", "test")
+
+PerUser = dict[str, np.ndarray]
+"""`users` int64 [n] and `recall@k`, `ndcg@k` float64 [n] each."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model trained on a dataset by a recipe and a seed, measured.
+
+    Attributes:
+        key: identity.
+        validation: metrics of the users with a validation item.
+        test: metrics of the users with a test item; empty arrays where there is no test split.
+        steering: validation Recall@20 that the training itself steered by.
+        seconds: of everything the model needed beyond the dataset.
+        peak_bytes: memory the training took beyond what the process held before.
+        facts: what the training reports about itself.
+    """
+
+    key: str
+    validation: PerUser
+    test: PerUser
+    steering: float
+    seconds: float
+    peak_bytes: int
+    facts: dict[str, Any]
+
+    def recall(self, split: str) -> float:
+        """Mean Recall@20 over the users of `validation` or `test`; NaN where there are none."""
+        values = getattr(self, split)["recall@20"]
+        return float(values.mean()) if len(values) else math.nan
+
+
+class Cells:
+    """Cells in a folder. Any number of processes may share it: the second one waits for the first one's cell."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.storage = LocalStorage(self.root)
+
+    def key(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> str:
+        """Identity of a cell."""
+        settings = recipe.with_seed(seed).model_dump(mode="json")
+        return fingerprint(VERSION, KS, dataset.fingerprint, model, settings, seed)
+
+    def find(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell | None:
+        """The cell, where it has been made.
+
+        Raises:
+            ArtifactError: its files are damaged.
+        """
+        key = self.key(dataset, model, recipe, seed)
+        folder = self.root / "cells" / key
+        if not folder.exists():
+            return None
+        try:
+            known = json.loads((folder / "cell.json").read_text())
+            with np.load(folder / "users.npz") as arrays:
+                columns = {name: arrays[name] for name in arrays.files}
+            validation, test = (
+                {name: columns[f"{split}/{name}"] for name in ("users", *_metric_names())} for split in SPLITS
+            )
+            return Cell(
+                key,
+                validation,
+                test,
+                known["steering"],
+                known["seconds"],
+                known["peak_bytes"],
+                known["facts"],
+            )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ArtifactError(f"{folder} is damaged: {error}.", "Delete this folder; it is made again.") from error
+
+    def cell(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell:
+        """Find the cell or make it: train, rank the whole catalog for every held-out user, write.
+
+        A killed training goes on from its checkpoint.
+
+        Raises:
+            ConfigError: there is no such model.
+            TrainingError: the loss is not finite.
+        """
+        if model not in MODELS:
+            raise ConfigError(f"There is no model {model!r}.", f"Use one of {', '.join(MODELS)}.")
+        key = self.key(dataset, model, recipe, seed)
+        work = self.root / "work" / key
+        with held(work):
+            if self.find(dataset, model, recipe, seed) is None:
+                self._make(dataset, model, recipe.with_seed(seed), seed, key, work)
+            shutil.rmtree(work)
+        made = self.find(dataset, model, recipe, seed)
+        assert made is not None
+        return made
+
+    def _make(self, dataset: Dataset, model: str, recipe: Recipe, seed: int, key: str, work: Path) -> None:
+        started = time.monotonic()
+        memory = PeakMemory()
+        trained = MODELS[model](dataset, recipe, work)
+        peak = memory.peak()
+        interactions = dataset.interactions
+        out = work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        columns: dict[str, Any] = {}
+        for split in SPLITS:
+            measured = measure(trained.score, interactions.train, getattr(interactions, split))
+            columns |= {f"{split}/{name}": values for name, values in measured.items()}
+        np.savez(out / "users.npz", **columns)
+        known = {
+            "dataset": dataset.name,
+            "dataset_fingerprint": dataset.fingerprint,
+            "model": model,
+            "seed": seed,
+            "recipe": recipe.model_dump(mode="json"),
+            "version": VERSION,
+            "steering": trained.validation,
+            "seconds": round(trained.seconds, 3),
+            "peak_bytes": peak,
+            "facts": trained.facts,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        (out / "cell.json").write_text(json.dumps(known, indent=1))
+        self.storage.publish(out, f"cells/{key}")
+        logger.info("cell key=%s model=%s seed=%d seconds=%.1f", key, model, seed, time.monotonic() - started)
+
+
+def measure(score: Scorer, seen: ItemLists, held_out: ItemLists) -> PerUser:
+    """Metrics of every user with a held-out item, the whole catalog ranked, training items masked."""
+    users = np.flatnonzero(held_out.counts() > 0)
+    if not len(users):
+        return {"users": users, **{name: np.empty(0) for name in _metric_names()}}
+    return {"users": users, **user_metrics(rank_users(score, seen, users, max(KS)), held_out, users, KS)}
+
+
+def _metric_names() -> list[str]:
+    return [f"{kind}@{k}" for k in KS for kind in ("recall", "ndcg")]
+
+
+class PeakMemory:
+    """The most memory this process has held since, beyond what it held at the start.
+
+    Linux forgets its high-water mark on request. Where it does not, the mark of the whole process is compared: then
+    a smaller piece of work after a larger one shows 0.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            # Freed memory that the allocator still keeps would hide what is needed next.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _high_water()
+
+    def peak(self) -> int:
+        """Bytes."""
+        return _high_water() - self._before
+
+
+def _high_water() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

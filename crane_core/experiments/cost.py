@@ -1,0 +1,179 @@
+"""What RCA costs: time, memory and error of each correlation function, and how they grow with the catalog."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane_core.config import Phi
+from crane_core.experiments.cells import Cells, PeakMemory
+from crane_core.experiments.data import Dataset, fingerprint
+from crane_core.experiments.harness import VERSION, Recipe
+from crane_core.refine import Modality, Refiner, fit, refine_catalog
+
+EXACT: tuple[Phi, ...] = ("softmax", "tanh", "linear")
+"""Forms that attend to every key; any other one approximates softmax."""
+
+MOST_SECONDS = 60.0
+"""A size that is expected to take longer is not measured."""
+
+_SMALLEST, _LARGEST_AT_LEAST = 1024, 16384
+_FIT_STEPS = 50
+_USERS = 1000
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`value = constant * size ** exponent`, least squares on logarithms.
+
+    Attributes:
+        exponent, constant: of the law.
+        r_squared: share of the variance of the logarithms it explains.
+    """
+
+    exponent: float
+    constant: float
+    r_squared: float
+
+
+def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw | None:
+    """The law through positive values; None where fewer than three are positive."""
+    kept = [(size, value) for size, value in zip(sizes, values, strict=True) if size > 0 and value > 0]
+    if len(kept) < 3:
+        return None
+    x, y = np.log(np.array(kept, dtype=np.float64)).T
+    exponent, offset = np.polyfit(x, y, 1)
+    spread = float(((y - y.mean()) ** 2).sum())
+    residual = float(((y - exponent * x - offset) ** 2).sum())
+    return PowerLaw(float(exponent), float(np.exp(offset)), 1 - residual / spread if spread > 0 else 1.0)
+
+
+def catalog_sizes(num_items: int) -> list[int]:
+    """Powers of two from 1,024 to four catalogs, or to 16,384 where that is more."""
+    sizes = [_SMALLEST]
+    while sizes[-1] < max(4 * num_items, _LARGEST_AT_LEAST):
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
+class Measurements:
+    """Results of measuring, JSON files beside the cells; each is taken once."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.storage = cells.storage
+
+    def find(self, *identity: Any) -> dict[str, Any] | None:
+        """A measurement that was taken."""
+        data = self.storage.read(f"measurements/{fingerprint(VERSION, *identity)}.json")
+        return None if data is None else json.loads(data)
+
+    def take(self, work: Callable[[], dict[str, Any]], *identity: Any) -> dict[str, Any]:
+        """Find a measurement, or take it and keep it."""
+        found = self.find(*identity)
+        if found is None:
+            # Others on the machine stretch what a clock sees: the reader must know.
+            found = {**work(), "load": os.getloadavg()[0], "cores": os.cpu_count()}
+            key = f"measurements/{fingerprint(VERSION, *identity)}.json"
+            self.storage.write(key, json.dumps({**found, "identity": identity}).encode())
+        return found
+
+
+class SameWeights:
+    """The correlation functions side by side: one fitted set of weights, the same rows.
+
+    Args:
+        dataset: features and interactions.
+        recipe: sizes and the seed; at least one recursion is used.
+    """
+
+    def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
+        # The weights are those of softmax, whose scores the sparse forms must get right; few steps suffice for that.
+        steps = min(recipe.refine.num_steps, _FIT_STEPS)
+        changes = {"phi": "softmax", "num_steps": steps, "num_recursions": max(1, recipe.refine.num_recursions)}
+        self.config = recipe.refine.model_copy(update=changes)
+        self.modalities: list[Modality] = dataset.modalities(recipe.features, recipe.profiles.aggregate)
+        self.refiner, _ = fit(self.modalities, dataset.interactions.train, recipe.profiles.aggregate, self.config)
+        flat = self._refiner(num_recursions=0)
+        self._start = refine_catalog(flat, self.modalities, self.config.chunk_size)[:2]
+        users = len(self._start[1])
+        self._users = np.sort(np.random.default_rng(0).choice(users, min(users, _USERS), replace=False))
+        self._references: dict[Phi, Tensor] = {}
+
+    def measure(self, phi: Phi) -> dict[str, Any]:
+        """Seconds and bytes of one pass of all rows, and the error of what the recursions add."""
+        refiner = self._refiner(phi=phi)
+        memory = PeakMemory()
+        (items, users, _), seconds = _fastest(lambda: refine_catalog(refiner, self.modalities, self.config.chunk_size))
+        peak = memory.peak()
+        against: Phi = phi if phi in EXACT else "softmax"
+        start, reference = self._stack(*self._start).double(), self._reference(against)
+        added = float((reference - start).norm())
+        error = float((self._stack(items, users).double() - reference).norm())
+        return {
+            "phi": phi,
+            "against": against,
+            "seconds": seconds,
+            "peak_bytes": peak,
+            "error": error / added if added > 0 else None,
+            "rows": len(items) + len(users),
+        }
+
+    @torch.no_grad()
+    def _reference(self, phi: Phi) -> Tensor:
+        """Refined rows in float64."""
+        if phi not in self._references:
+            rca = self._refiner(phi=phi).rca.double()
+            items, users = self._start
+            self._references[phi] = torch.cat(rca(items.double(), users[self._users].double(), 1024))
+        return self._references[phi]
+
+    def _refiner(self, **changes: Any) -> Refiner:
+        """The fitted weights under another phi, or without their recursions."""
+        config = self.config.model_copy(update=changes)
+        widths = [modality.items.shape[1] for modality in self.modalities]
+        refiner = Refiner(widths, self.refiner.get_buffer("profile_scales").tolist(), config)
+        known = refiner.state_dict()
+        refiner.load_state_dict({name: value for name, value in self.refiner.state_dict().items() if name in known})
+        return refiner.eval()
+
+    def _stack(self, items: Tensor, users: Tensor) -> Tensor:
+        return torch.cat([items, users[self._users]])
+
+
+@torch.no_grad()
+def measure_growth(phi: Phi, num_items: int, num_modalities: int, recipe: Recipe) -> dict[str, Any]:
+    """Seconds and bytes of RCA over random item rows, every item a query.
+
+    Args:
+        phi: correlation function.
+        num_items: rows.
+        num_modalities: M.
+        recipe: width, recursions and chunk size.
+    """
+    config = recipe.refine
+    changes = {"phi": phi, "num_recursions": max(1, config.num_recursions)}
+    rca = Refiner([1] * num_modalities, [1.0] * num_modalities, config.model_copy(update=changes)).rca
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = torch.randn(num_items, num_modalities, config.embedding_dim, generator=generator)
+    rca(rows[:256], rows[:1], config.chunk_size)
+    memory = PeakMemory()
+    _, seconds = _fastest(lambda: rca(rows, rows[:1], config.chunk_size))
+    return {"phi": phi, "items": num_items, "seconds": seconds, "peak_bytes": memory.peak()}
+
+
+def _fastest(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What the work returns and its shortest time: of one run, or of three where they take less than a second."""
+    taken: list[float] = []
+    while not taken or (len(taken) < 3 and sum(taken) < 1):
+        started = time.monotonic()
+        result = work()
+        taken.append(time.monotonic() - started)
+    return result, min(taken)

@@ -1,0 +1,197 @@
+"""What the experiments ask and vary: each a list of variants of one recipe, the recipe itself among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+from crane_core.config import Phi, RunConfig, Train, load_config
+from crane_core.errors import ConfigError
+from crane_core.experiments.harness import Recipe
+
+NAMES = ("rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
+"""The experiments of every run; `search` is run when it is asked for."""
+
+SEARCH = "search"
+
+SECTIONS = tuple(name for name in Recipe.model_fields if name in RunConfig.model_fields)
+"""The sections a recipe shares with the configuration of a run."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do it.
+
+    Attributes:
+        label: how tables and plots name it.
+        changes: `section.field` to value, what differs from the recipe.
+    """
+
+    label: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question and the variants that answer it.
+
+    Attributes:
+        name: on the command line.
+        title: heading.
+        question: what is asked, one sentence.
+        variants: none for what is measured without training.
+        note: what the reader must know to read the answer.
+    """
+
+    name: str
+    title: str
+    question: str
+    variants: tuple[Variant, ...] = ()
+    note: str = ""
+
+
+def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
+    """The recipe of a preset or YAML file with `section.field=value` overrides; the defaults without either.
+
+    Raises:
+        ConfigError: see `crane_core.config.load_config`; or an override that no experiment reads.
+    """
+    for override in overrides:
+        section = override.partition(".")[0]
+        if section not in SECTIONS:
+            raise ConfigError(
+                f"--set {override!r}: experiments read no section {section!r}.",
+                f"Use one of {', '.join(SECTIONS)}.",
+            )
+    config = load_config(source, [*overrides, "window.start=2000-01-01", "window.end=2000-01-02"])
+    return Recipe(**{name: getattr(config, name) for name in SECTIONS})
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with `section.field` replaced, validated."""
+    tree = recipe.model_dump()
+    for path, value in changes.items():
+        section, _, name = path.partition(".")
+        tree[section][name] = value
+    return Recipe.model_validate(tree)
+
+
+def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
+    """The experiments by name, around a recipe.
+
+    The recipe's own value is a point of every grid, so each experiment holds the recipe itself once.
+
+    Args:
+        recipe: the default every variant is compared with.
+        modalities: of the dataset.
+    """
+    experiments = (
+        _rca(recipe),
+        _neighbours(recipe),
+        _profiles(recipe),
+        _phi(recipe),
+        _contrast(recipe),
+        Experiment(
+            "cost",
+            "Cost of RCA by the size of the catalog",
+            "How do time and memory of RCA grow with the number of items?",
+            note="Random rows with the modalities and the width of this recipe; every item attends to all items.",
+        ),
+        _modalities(recipe, modalities),
+    )
+    return {experiment.name: experiment for experiment in experiments}
+
+
+def _rca(recipe: Recipe) -> Experiment:
+    depths = _grid(range(6), recipe.refine.num_recursions)
+    variants = [Variant(f"R = {r}" if r else "R = 0, projection", {"refine.num_recursions": r}) for r in depths]
+    return Experiment(
+        "rca",
+        "RCA against plain projection",
+        "Is the recursion worth its cost, and how deep should it go?",
+        tuple(variants),
+        "R = 0 concatenates the projected modalities and learns the fusion alone.",
+    )
+
+
+def _neighbours(recipe: Recipe) -> Experiment:
+    variants = [Variant(f"k = {k}", {"knn.k": k}) for k in _grid((5, 10, 15, 20), recipe.knn.k)]
+    return Experiment(
+        "neighbours", "Neighbours in the item graph", "How many neighbours should an item have?", tuple(variants)
+    )
+
+
+def _profiles(recipe: Recipe) -> Experiment:
+    variants = [Variant(aggregate, {"profiles.aggregate": aggregate}) for aggregate in ("sum", "mean")]
+    return Experiment(
+        "profiles",
+        "User profiles by sum or by mean",
+        "Is the intensity in a summed profile signal, and for whom?",
+        tuple(variants),
+        "Interests are as diverse as the entropy of a user's training items over clusters of the item features. Users "
+        "with more items can reach a higher entropy: the table says how many items the users of each third have.",
+    )
+
+
+def _phi(recipe: Recipe) -> Experiment:
+    variants = [Variant(phi, {"refine.phi": phi}) for phi in get_args(Phi)]
+    return Experiment(
+        "phi",
+        "Correlation function of RCA",
+        "Which form of attention is worth its time, memory and error?",
+        tuple(variants),
+        "Time, memory and error are of one pass of all users and items through the same weights. The error is that of "
+        "what the recursions add to the rows, in the Frobenius norm: softmax, tanh and linear against themselves in "
+        "float64, a sparse form against softmax in float64.",
+    )
+
+
+def _contrast(recipe: Recipe) -> Experiment:
+    train = recipe.train
+    changes: list[tuple[str, str, Any]] = [
+        ("β", "train.contrast_weight", beta) for beta in _grid((0.0, 1e-4, 1e-3, 1e-2, 1e-1), train.contrast_weight)
+    ]
+    changes += [("τ", "train.temperature", tau) for tau in _grid((0.1, 0.2, 0.5, 1.0), train.temperature)]
+    default = {"train.contrast_weight": train.contrast_weight, "train.temperature": train.temperature}
+    variants = [Variant(f"β = {train.contrast_weight:g}, τ = {train.temperature:g}")]
+    variants += [
+        Variant(f"{sign} = {value:g}", {path: value}) for sign, path, value in changes if value != default[path]
+    ]
+    sources = _negative_sources()
+    for name, options in sources.items():
+        own = getattr(train, name)
+        variants += [Variant(f"negatives: {option}", {f"train.{name}": option}) for option in options if option != own]
+    note = "Negatives are the other distinct nodes of the batch."
+    if not sources:
+        note += " The model offers no other source of negatives, so none is compared."
+    return Experiment(
+        "contrast",
+        "Contrast of the two views",
+        "How strong should the contrast be, at which temperature, and against which negatives?",
+        tuple(variants),
+        note,
+    )
+
+
+def _modalities(recipe: Recipe, modalities: Iterable[str]) -> Experiment:
+    names = sorted(recipe.features.modalities or modalities)
+    variants = [Variant("all: " + " + ".join(names) if len(names) > 1 else names[0])]
+    if len(names) > 1:
+        variants += [Variant(name, {"features.modalities": (name,)}) for name in names]
+    note = "" if len(names) > 1 else "There is one modality, so there is nothing to compare."
+    return Experiment("modalities", "Modalities", "What does each modality bring alone?", tuple(variants), note)
+
+
+def _grid(values: Iterable[Any], own: Any) -> list[Any]:
+    """The values and the recipe's own, ascending."""
+    return sorted({*values, own})
+
+
+def _negative_sources() -> dict[str, tuple[Any, ...]]:
+    """Fields of `Train` that choose where negatives come from, with their options."""
+    return {
+        name: get_args(found.annotation)
+        for name, found in Train.model_fields.items()
+        if "negatives" in name and get_origin(found.annotation) is Literal
+    }

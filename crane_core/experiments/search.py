@@ -1,0 +1,149 @@
+"""Search for a better recipe: TPE (Bergstra et al., 2011) by validation Recall@20, which is all it ever sees.
+
+The trials train on the dataset without its test split. Every trial is a cell, so a killed trial goes on from its
+checkpoint, and a line in a SQLite file, so a killed search goes on from its last trial. What a trial proposes depends
+on the seed and on the trials before it alone: a search in one go and one in many pieces try the same recipes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+import optuna
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from crane_core.config import Phi
+from crane_core.errors import TrainingError
+from crane_core.experiments.cells import Cells
+from crane_core.experiments.data import Dataset, fingerprint
+from crane_core.experiments.harness import VERSION, Recipe
+from crane_core.experiments.plans import SECTIONS, changed
+
+logger = logging.getLogger(__name__)
+
+SPACE: dict[str, BaseDistribution] = {
+    "train.learning_rate": FloatDistribution(3e-4, 1e-2, log=True),
+    "train.regularisation": FloatDistribution(1e-5, 1e-1, log=True),
+    "train.contrast_weight": FloatDistribution(1e-5, 1e-1, log=True),
+    "train.temperature": FloatDistribution(0.1, 1.0, log=True),
+    "train.edge_dropout": FloatDistribution(0.0, 0.5),
+    "refine.num_recursions": IntDistribution(0, 5),
+    "refine.phi": CategoricalDistribution(get_args(Phi)),
+    "knn.k": IntDistribution(5, 20),
+    "profiles.aggregate": CategoricalDistribution(("sum", "mean")),
+}
+"""`section.field` to its range. The rates and weights span the values published for LightGCN and MGCN; the recursions
+and neighbours are the ranges of the experiments of the same names."""
+
+_STARTUP_TRIALS = 8
+
+
+class Search:
+    """A search around one recipe, resumed where it stands.
+
+    Args:
+        dataset: its test split is dropped before anything else.
+        recipe: the first trial, and the values of the fields that are not searched.
+        seed: of the proposals and of every training.
+        cells: where trials are kept; the SQLite file lies in its root.
+    """
+
+    def __init__(self, dataset: Dataset, recipe: Recipe, seed: int, cells: Cells) -> None:
+        self.dataset = dataset.without_test()
+        self.recipe = recipe
+        self.seed = seed
+        self.cells = cells
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space = {name: optuna.distributions.distribution_to_json(each) for name, each in SPACE.items()}
+        name = fingerprint(VERSION, self.dataset.fingerprint, recipe.model_dump(mode="json"), seed, space)
+        cells.root.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{cells.root / 'search.db'}"
+        self.study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            # Left by a process that died; the same proposal comes again because only finished trials count.
+            self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def run(self, num_trials: int, allows: Callable[[float], bool], show: Callable[[str], None]) -> None:
+        """Try recipes until there are `num_trials` of them or the budget ends.
+
+        Args:
+            num_trials: in all, those of earlier runs included.
+            allows: whether there is time for work of so many seconds.
+            show: gets a line of progress for every trial.
+        """
+        took: list[float] = []
+        while (done := len(self.trials())) < num_trials:
+            if not allows(sum(took) / len(took) if took else 0.0):
+                show(f"stopped by the budget trials={done} of={num_trials}")
+                return
+            started = time.monotonic()
+            value, trial = self._try(done)
+            took.append(time.monotonic() - started)
+            left = sum(took) / len(took) * (num_trials - done - 1)
+            show(
+                f"trial={done + 1} of={num_trials} validation_recall@20={value:.4f} "
+                f"best={self.study.best_value:.4f} seconds={took[-1]:.1f} left={left:.0f}s"
+            )
+            logger.info("trial number=%d value=%.5f parameters=%s", done, value, trial.params)
+
+    def _try(self, done: int) -> tuple[float, optuna.Trial]:
+        seed = int(np.random.SeedSequence([self.seed, done]).generate_state(1)[0])
+        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=_STARTUP_TRIALS, seed=seed)
+        if done == 0 and not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            self.study.enqueue_trial(_inside(self.recipe))
+        trial = self.study.ask(SPACE)
+        try:
+            cell = self.cells.cell(self.dataset, "crane", self.recipe_of(trial.params), self.seed)
+            value = cell.recall("validation")
+            trial.set_user_attr("seconds", cell.seconds)
+        except TrainingError as error:
+            # A recipe that diverges recommends nothing: that is a result, and TPE must learn from it.
+            trial.set_user_attr("error", error.found)
+            value = 0.0
+        self.study.tell(trial, value)
+        return value, trial
+
+    def recipe_of(self, parameters: dict[str, Any]) -> Recipe:
+        """The recipe of a trial."""
+        return changed(self.recipe, parameters)
+
+    def trials(self) -> list[FrozenTrial]:
+        """Finished trials, oldest first."""
+        return self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+    def best(self) -> Recipe | None:
+        """The recipe with the highest validation recall, the oldest where several tie; None before the first trial."""
+        trials = self.trials()
+        return self.recipe_of(max(trials, key=lambda trial: (trial.value, -trial.number)).params) if trials else None
+
+    def record(self) -> list[dict[str, Any]]:
+        """Every finished trial as JSON values."""
+        return [
+            {"number": number, "validation_recall@20": trial.value, "parameters": trial.params, **trial.user_attrs}
+            for number, trial in enumerate(self.trials(), start=1)
+        ]
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as a configuration file of a run."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", include=set(SECTIONS)), sort_keys=False)
+
+
+def _inside(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values of the searched fields, those outside the space left to the sampler."""
+    tree = recipe.model_dump()
+    values = {path: tree[path.partition(".")[0]][path.partition(".")[2]] for path in SPACE}
+    return {path: value for path, value in values.items() if _admits(SPACE[path], value)}
+
+
+def _admits(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return distribution.low <= value <= distribution.high

@@ -1,0 +1,135 @@
+"""The experiments of the method on one dataset: cells, one page, one JSON file.
+
+{out}/report.html, results.json     what was found, rewritten by every run
+{out}/best.yaml                     the best recipe of a search; `crane run --config` accepts it
+{out}/cells, measurements, work     what the next run finds again
+{out}/log                           everything the trainings say
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crane_core.experiments.answers import best_by_validation
+from crane_core.experiments.cells import Cells
+from crane_core.experiments.data import load_dataset
+from crane_core.experiments.plans import SEARCH, load_recipe
+from crane_core.experiments.report import render
+from crane_core.experiments.study import Budget, Study, chosen
+from crane_core.knn import use_threads
+from jobs.commands import place
+from jobs.commands.steps import Steps
+
+HEARTBEAT_SECONDS = 15.0
+
+
+def experiments(
+    data: Path,
+    only: list[str] | None,
+    seeds: list[int],
+    minutes: float | None,
+    num_trials: int,
+    out: Path | None,
+    config: str | None,
+    overrides: list[str],
+    num_threads: int,
+) -> dict[str, Any]:
+    """Run experiments, write the page, and return paths and headline numbers.
+
+    Args:
+        data: folder in MMRec layout with features.
+        only: names of experiments; all but the search when None.
+        seeds: of every variant.
+        minutes: no work starts that is expected to end later; None for no bound.
+        num_trials: recipes a search tries in all.
+        out: folder for everything.
+        config: preset or file with the default recipe.
+        overrides: `section.field=value`, applied last.
+        num_threads: of torch and faiss.
+
+    Raises:
+        ConfigError: an unknown experiment, section or value.
+        DataError: the folder cannot be read or has no features.
+    """
+    names, recipe = chosen(only), load_recipe(config, overrides)
+    budget, steps = Budget(minutes), Steps()
+    torch.set_num_threads(num_threads)
+    use_threads(num_threads)
+    dataset = load_dataset(data)
+    out = (out or place.HOME / "experiments" / dataset.name).absolute()
+    cells = Cells(out)
+    study = Study(dataset, recipe, seeds, cells, budget, steps.show)
+    steps.show("experiments", f"{' '.join(names)} data={data} out={out}")
+    with _logging(out / "log", steps):
+        results = study.run(names, num_trials)
+    results["seconds"] = round(steps.seconds, 1)
+    paths = {"report": "report.html", "results": "results.json"}
+    cells.storage.write(paths["report"], render(results).encode())
+    cells.storage.write(paths["results"], json.dumps(results, indent=1).encode())
+    best = results["experiments"].get(SEARCH, {}).get("best")
+    if best:
+        paths["best"] = "best.yaml"
+        cells.storage.write(paths["best"], best.encode())
+    return {
+        **{name: str(out / path) for name, path in paths.items()},
+        "dataset": dataset.name,
+        "complete": not results["missing"],
+        "missing": results["missing"],
+        "seconds": results["seconds"],
+        "experiments": {name: _headline(found) for name, found in results["experiments"].items()},
+    }
+
+
+def _headline(found: dict[str, Any]) -> dict[str, Any]:
+    measured = [row for row in found["table"] if row["validation"] and row["test"]]
+    headline: dict[str, Any] = {"answer": found["answer"]}
+    if measured:
+        best = best_by_validation(measured)
+        headline |= {"best_by_validation": best["label"], "test": best["test"], "difference": best["difference"]}
+    if "laws" in found:
+        headline["exponents"] = {
+            phi: {name: value and round(value["exponent"], 3) for name, value in law.items()}
+            for phi, law in found["laws"].items()
+        }
+    return headline
+
+
+class _Heartbeat(logging.Handler):
+    """A line of what goes on, now and then."""
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__(logging.INFO)
+        self.steps = steps
+        self._last = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if now - self._last >= HEARTBEAT_SECONDS or record.levelno >= logging.WARNING:
+            self._last = now
+            self.steps.show("working", record.getMessage())
+
+
+@contextlib.contextmanager
+def _logging(path: Path, steps: Steps) -> Iterator[None]:
+    """Everything the library says to a file, and now and then a line of it to the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything = logging.FileHandler(path)
+    everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    library = logging.getLogger("crane_core")
+    before = library.handlers, library.level, library.propagate
+    library.handlers, library.propagate = [everything, _Heartbeat(steps)], False
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.handlers, level, library.propagate = before
+        library.setLevel(level)
+        everything.close()
