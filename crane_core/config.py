@@ -115,8 +115,8 @@ class Refine(Section):
     agreement_weight: float = Field(0.1, ge=0)
     """Weight of the InfoNCE loss between the modalities of one item."""
     chunk_size: int = Field(16384, ge=1)
-    """Rows refined at a time, and the upper bound of the edge of a block of scores (1024 x 512 on a CPU, 8192 on a
-    GPU); memory grows with it, the result does not depend on it beyond rounding."""
+    """Rows refined at a time, and the upper bound of the edges of a block of scores (512 per thread x 256 on a CPU,
+    8192 x 8192 on a GPU). Memory grows with it, the result does not depend on it beyond rounding."""
     seed: int = 0
     """Seed of the weights, the mini-batches, and the lists or landmarks of the sparse forms."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crane_core.config import Refine
 from crane_core.dataset import ItemLists
 from crane_core.progress import track
-from crane_core.rca import Correlation, Recursion, RecursiveCrossModalAttention
+from crane_core.rca import Correlation, Keys, Recursion, RecursiveCrossModalAttention
 
 logger = logging.getLogger(__name__)
 
@@ -172,15 +172,32 @@ def refine_catalog(refiner: Refiner, modalities: list[Modality], chunk_size: int
     for part in _chunks(num_users, chunk_size, "project_users"):
         users[part] = refiner.project(*_user_rows(modalities, np.arange(part.start, part.stop), refiner))
     likeness = [_mean_cosine(items, refiner)]
-    for number, recursion in enumerate(refiner.rca.recursions, start=1):
+    for _ in refine_rows(refiner.rca, items, users, chunk_size):
+        likeness.append(_mean_cosine(items, refiner))
+    return items, users, likeness
+
+
+@torch.no_grad()
+def refine_rows(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor, chunk_size: int) -> Iterator[Keys]:
+    """Replace the rows by the refined ones where they are, one recursion at a time.
+
+    Args:
+        rca: weights and phi.
+        items: float32 [num_items, M, d].
+        users: float32 [num_users, M, d].
+        chunk_size: rows per chunk.
+
+    Yields:
+        the keys of the recursion just finished.
+    """
+    for number, recursion in enumerate(rca.recursions, start=1):
         assert isinstance(recursion, Recursion)
-        # Once the keys are made, a row needs only itself and them: the rows are replaced where they are.
-        keys = refiner.rca.correlation.prepare(recursion.joint_rows(items))
+        # Once the keys are made, refining a row takes only itself and them.
+        keys = rca.correlation.prepare(recursion.joint_rows(items))
         for name, rows in (("users", users), ("items", items)):
             for part in _chunks(len(rows), chunk_size, f"rca_{number}_{name}"):
                 rows[part] = recursion.refine(rows[part], keys, chunk_size)
-        likeness.append(_mean_cosine(items, refiner))
-    return items, users, likeness
+        yield keys
 
 
 def _chunks(length: int, chunk_size: int, event: str) -> Iterable[slice]:

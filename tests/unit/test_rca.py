@@ -112,6 +112,11 @@ def test_fewer_keys_than_lists_duplicates_and_zero_rows(num_keys: int) -> None:
             torch.testing.assert_close(attend(queries, keys, correlation, 2), expected, rtol=1e-12, atol=1e-14)
 
 
+@EVERY
+def test_no_query(correlation: Correlation) -> None:
+    assert attend(torch.empty(0, 3), torch.ones(4, 3), correlation).shape == (0, 3)
+
+
 def test_one_key_is_what_every_query_gets() -> None:
     for correlation in (Correlation("softmax"), Correlation("block"), Correlation("landmark")):
         assert attend(rows(16, 3, 2), rows(17, 1, 2), correlation).tolist() == rows(17, 1, 2).repeat(3, 1).tolist()
