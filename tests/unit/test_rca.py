@@ -132,6 +132,17 @@ def test_lists_are_the_planted_groups_and_a_query_stays_in_its_own() -> None:
     assert (lists.attend(groups) - groups).abs().max() < 0.1
 
 
+def test_the_lists_are_tighter_than_cells_of_random_keys() -> None:
+    keys = rows(23, 600, 2)
+
+    def spread(cells: Tensor) -> float:
+        return sum(float((part - part.mean(0)).square().sum()) for part in (keys[cells == c] for c in cells.unique()))
+
+    random = keys[torch.randperm(600, generator=torch.Generator().manual_seed(4))[:12]]
+    found = cell_of_each(Correlation("block", num_lists=12, seed=4).prepare(keys))
+    assert spread(found) < 0.9 * spread(torch.cdist(keys, random).argmin(1))
+
+
 @pytest.mark.parametrize("phi", ["block", "landmark"])
 def test_the_seed_decides_and_the_defaults_grow_with_the_root_of_the_keys(phi: str) -> None:
     queries, keys = rows(19, 50, 4), rows(20, 400, 4)
