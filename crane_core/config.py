@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from crane_core.errors import ConfigError
 
-Phi = Literal["softmax", "tanh", "linear"]
+Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
 
 
 class Section(BaseModel):
@@ -92,7 +92,14 @@ class Refine(Section):
     embedding_dim: int = Field(64, ge=1)
     """Width d of the refined rows."""
     phi: Phi = "linear"
-    """Correlation function of RCA; all three are computed exactly, in chunks."""
+    """Correlation function of RCA: `softmax`, `tanh` and `linear` over every item, computed exactly; `block` and
+    `landmark` are softmax over some of them."""
+    num_lists: int | None = Field(None, ge=1)
+    """`block`: inverted lists the items are clustered into; sqrt(number of items) when absent."""
+    num_probes: int = Field(8, ge=1)
+    """`block`: nearest lists a row attends to; more are closer to softmax and slower."""
+    num_attention_landmarks: int | None = Field(None, ge=1)
+    """`landmark`: items in the fixed sample every row attends to; 8 sqrt(number of items) when absent."""
     num_recursions: int = Field(3, ge=0)
     """R, the number of RCA passes; 0 is a plain projection."""
     num_steps: int = Field(300, ge=0)
@@ -107,10 +114,11 @@ class Refine(Section):
     """Temperature of the ranking softmax and of the agreement loss."""
     agreement_weight: float = Field(0.1, ge=0)
     """Weight of the InfoNCE loss between the modalities of one item."""
-    chunk_size: int = Field(4096, ge=1)
-    """Rows and keys per block; memory grows with its square, the result does not depend on it."""
+    chunk_size: int = Field(16384, ge=1)
+    """Rows refined at a time, and the upper bound of the edges of a block of scores (512 per thread x 256 on a CPU,
+    8192 x 8192 on a GPU). Memory grows with it, the result does not depend on it beyond rounding."""
     seed: int = 0
-    """Seed of the weights and of the mini-batches."""
+    """Seed of the weights, the mini-batches, and the lists or landmarks of the sparse forms."""
 
 
 class Knn(Section):

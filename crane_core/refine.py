@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from crane_core.config import Refine
 from crane_core.dataset import ItemLists
 from crane_core.progress import track
-from crane_core.rca import RecursiveCrossModalAttention
+from crane_core.rca import Correlation, Keys, Recursion, RecursiveCrossModalAttention
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,10 @@ class Refiner(nn.Module):
         self.biases = nn.Parameter(torch.zeros(len(dims), dim))
         self.missing = nn.Parameter(torch.randn(len(dims), dim, generator=generator) * 0.01)
         self.register_buffer("profile_scales", torch.tensor(profile_scales))
-        self.rca = RecursiveCrossModalAttention(len(dims), dim, config.num_recursions, config.phi, generator)
+        correlation = Correlation(
+            config.phi, config.num_lists, config.num_probes, config.num_attention_landmarks, config.seed
+        )
+        self.rca = RecursiveCrossModalAttention(len(dims), dim, config.num_recursions, correlation, generator)
         # Fusion starts as the plain average of the modalities.
         self.fusion = nn.Parameter(torch.eye(dim).repeat(len(dims), 1) / len(dims))
 
@@ -147,7 +151,9 @@ def fit(modalities: list[Modality], train: ItemLists, aggregate: str, config: Re
 
 @torch.no_grad()
 def refine_catalog(refiner: Refiner, modalities: list[Modality], chunk_size: int) -> tuple[Tensor, Tensor, list[float]]:
-    """Run every item and every user through the refiner, exactly, a chunk of rows at a time.
+    """Run every item and every user through the refiner, a chunk of rows at a time.
+
+    Beyond the rows it returns it holds one recursion's keys, [num_items, d], and what a chunk needs.
 
     Args:
         refiner: fitted.
@@ -159,32 +165,44 @@ def refine_catalog(refiner: Refiner, modalities: list[Modality], chunk_size: int
         the fused rows of random items before the first and after each recursion: towards 1 the rows grow alike.
     """
     num_items, num_users = len(modalities[0].items), len(modalities[0].profiles)
-    items = _by_chunk(
-        lambda rows: refiner.project(*_item_rows(modalities, rows)), num_items, chunk_size, "project_items"
-    )
-    users = _by_chunk(
-        lambda rows: refiner.project(*_user_rows(modalities, rows, refiner)), num_users, chunk_size, "project_users"
-    )
-    likeness = [_mean_cosine(refiner.fuse(items))]
-    for number, recursion in enumerate(refiner.rca.recursions, start=1):
-        keys = recursion.joint_rows(items)  # type: ignore[operator]
-
-        def refined(rows: Tensor, keys: Tensor = keys, recursion: Any = recursion) -> Tensor:
-            return recursion.refine(rows, keys, refiner.rca.phi, chunk_size)
-
-        users = _by_chunk(lambda rows: refined(users[rows]), num_users, chunk_size, f"rca_{number}_users")  # noqa: B023
-        items = _by_chunk(lambda rows: refined(items[rows]), num_items, chunk_size, f"rca_{number}_items")  # noqa: B023
-        likeness.append(_mean_cosine(refiner.fuse(items)))
+    shape = (len(modalities), refiner.fusion.shape[1])
+    items, users = torch.empty(num_items, *shape), torch.empty(num_users, *shape)
+    for part in _chunks(num_items, chunk_size, "project_items"):
+        items[part] = refiner.project(*_item_rows(modalities, np.arange(part.start, part.stop)))
+    for part in _chunks(num_users, chunk_size, "project_users"):
+        users[part] = refiner.project(*_user_rows(modalities, np.arange(part.start, part.stop), refiner))
+    likeness = [_mean_cosine(items, refiner)]
+    for _ in refine_rows(refiner.rca, items, users, chunk_size):
+        likeness.append(_mean_cosine(items, refiner))
     return items, users, likeness
 
 
-def _by_chunk(compute: Any, length: int, chunk_size: int, event: str) -> Tensor:
-    starts = range(0, length, chunk_size)
-    chunks = [
-        compute(np.arange(start, min(start + chunk_size, length)))
-        for start in track(starts, len(starts), event, logger)
-    ]
-    return torch.cat(chunks)
+@torch.no_grad()
+def refine_rows(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor, chunk_size: int) -> Iterator[Keys]:
+    """Replace the rows by the refined ones where they are, one recursion at a time.
+
+    Args:
+        rca: weights and phi.
+        items: float32 [num_items, M, d].
+        users: float32 [num_users, M, d].
+        chunk_size: rows per chunk.
+
+    Yields:
+        the keys of the recursion just finished.
+    """
+    for number, recursion in enumerate(rca.recursions, start=1):
+        assert isinstance(recursion, Recursion)
+        # Once the keys are made, refining a row takes only itself and them.
+        keys = rca.correlation.prepare(recursion.joint_rows(items))
+        for name, rows in (("users", users), ("items", items)):
+            for part in _chunks(len(rows), chunk_size, f"rca_{number}_{name}"):
+                rows[part] = recursion.refine(rows[part], keys, chunk_size)
+        yield keys
+
+
+def _chunks(length: int, chunk_size: int, event: str) -> Iterable[slice]:
+    parts = [slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
+    return track(parts, len(parts), event, logger)
 
 
 def _item_rows(modalities: list[Modality], rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
@@ -248,7 +266,8 @@ def _mean_norm(rows: np.ndarray, keep: np.ndarray) -> float:
     return float(np.linalg.norm(rows[picked], axis=1).mean()) if len(picked) else 0.0
 
 
-def _mean_cosine(rows: Tensor, sample: int = 2000) -> float:
-    picked = F.normalize(rows[torch.linspace(0, len(rows) - 1, min(sample, len(rows))).long()], dim=1)
+def _mean_cosine(rows: Tensor, refiner: Refiner, sample: int = 2000) -> float:
+    picked = rows[torch.linspace(0, len(rows) - 1, min(sample, len(rows))).long()]
+    picked = F.normalize(refiner.fuse(picked), dim=1)
     size = len(picked)
     return float((picked.sum(0).square().sum() - size) / (size * (size - 1))) if size > 1 else 1.0

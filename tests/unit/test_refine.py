@@ -57,7 +57,7 @@ def test_a_profile_of_the_target_alone_is_missing() -> None:
     assert present[0].tolist() == [False]
 
 
-@pytest.mark.parametrize("phi", ["softmax", "tanh", "linear"])
+@pytest.mark.parametrize("phi", ["softmax", "tanh", "linear", "block", "landmark"])
 def test_chunks_of_the_catalog_equal_the_whole(phi: str) -> None:
     modalities = planted_modalities()
     config = CONFIG.model_copy(update={"phi": phi, "num_steps": 5})

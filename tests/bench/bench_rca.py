@@ -1,0 +1,262 @@
+"""RCA over a whole catalog: time, memory and error of each phi, beside the matmul floor and the naive form.
+
+    python -m tests.bench.bench_rca --items 20000 --kernel softmax
+
+The data are normal rows, the weights those of a fresh model. The first run warms up and is checked: after every
+recursion a sample of rows is computed again in float64 from the rows the recursion started with. The last line
+on stdout is one JSON object:
+
+- `seconds`: all recursions over all items and users, best of `--repeats`.
+- `peak_bytes`: beyond the rows, which are refined in place, and the weights. On a CPU the growth of the resident
+  set (VmHWM of Linux, reset before the run), on CUDA that of the allocator. It includes one recursion's joint rows,
+  `key_bytes` (`linear` and `landmark` hold them for a moment only, `block` twice); the rest follows the chunk size.
+- `max_rel_error`: largest error of the attention's output over its largest value, against float64 softmax, tanh
+  or linear over every key. `own_rel_error` is that against the form's own definition: for `block` and `landmark`
+  over the same keys only. `rows_rel_error` is that of the refined rows, residual included, by its own definition.
+- `naive_seconds`: rows x items in memory, softmax for the sparse forms; null where it does not fit.
+- `gemm_floor_seconds`: the same floating point operations as plain products into buffers that stay in the cache.
+- `cpu_seconds`, `gemm_floor_cpu_seconds`: the same as time of the processor, for a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crane_core.rca import Correlation, GramKeys, Keys, ListedKeys, Recursion, RecursiveCrossModalAttention
+from crane_core.refine import refine_rows
+
+OWN_LIMIT = 1e-5
+"""Largest error against its own definition that a run passes with."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=20_000)
+    parser.add_argument("--users", type=int, default=2_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--kernel", choices=["softmax", "tanh", "linear", "block", "landmark"], default="softmax")
+    parser.add_argument("--recursions", type=int, default=3)
+    parser.add_argument("--modalities", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-lists", type=int)
+    parser.add_argument("--num-probes", type=int, default=8)
+    parser.add_argument("--landmarks", type=int)
+    parser.add_argument("--chunk-size", type=int, default=16384)
+    parser.add_argument("--sample", type=int, default=200, help="rows checked in float64")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="torch's choice when absent")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    generator = torch.Generator().manual_seed(0)
+    correlation = Correlation(args.kernel, args.num_lists, args.num_probes, args.landmarks)
+    rca = RecursiveCrossModalAttention(args.modalities, args.dim, args.recursions, correlation, generator).to(device)
+    items, users = (
+        torch.randn(count, args.modalities, args.dim, generator=generator).to(device)
+        for count in (args.items, args.users)
+    )
+
+    errors, pairs = check(rca, items.clone(), users.clone(), args)
+    if not errors["own_rel_error"] < OWN_LIMIT or not errors["rows_rel_error"] < OWN_LIMIT:
+        print(f"The result is wrong: {errors}, expected below {OWN_LIMIT}.", file=sys.stderr)
+        return 1
+    runs, floors = [], []
+    edges = fastest_edges(device, args.dim)
+    for _ in range(args.repeats):  # in turn, so that what else the machine does burdens both
+        rows = items.clone(), users.clone()
+        runs.append(measure(device, lambda rows=rows: exhaust(rca, *rows, args.chunk_size)))
+        floors.append(measure(device, lambda: matmuls(rca, items, users, pairs, edges)))
+    naive = None
+    if 3 * 4 * max(args.items, args.users) * args.items < free_bytes(device) / 2:
+        naive = measure(device, lambda: run_naively(rca, items.clone(), users.clone()))[0]
+    result = {
+        "seconds": min(seconds for seconds, _, _ in runs),
+        "cpu_seconds": min(seconds for _, seconds, _ in runs),
+        "peak_bytes": max(peak for _, _, peak in runs),
+        "key_bytes": items[0, 0].nbytes * args.items,
+        **errors,
+        "naive_seconds": naive,
+        "gemm_floor_seconds": min(seconds for seconds, _, _ in floors),
+        "gemm_floor_cpu_seconds": min(seconds for _, seconds, _ in floors),
+        "pairs": pairs,
+        "command": "python -m tests.bench.bench_rca " + " ".join(sys.argv[1:]),
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def exhaust(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor, chunk_size: int) -> None:
+    for _ in refine_rows(rca, items, users, chunk_size):
+        pass
+
+
+@torch.no_grad()
+def check(
+    rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor, args: argparse.Namespace
+) -> tuple[dict[str, float], int]:
+    """Errors, and the (query, key) pairs the form computes in all."""
+    worst = dict.fromkeys(("max_rel_error", "own_rel_error", "rows_rel_error"), 0.0)
+    pairs = 0
+    picked = torch.linspace(0, args.items - 1, min(args.sample, args.items)).long().to(items.device)
+    steps = refine_rows(rca, items, users, args.chunk_size)
+    for recursion in rca.recursions:
+        assert isinstance(recursion, Recursion)
+        before, users_before = items.clone(), users.clone()
+        keys = next(steps)
+        exact = before.flatten(1).double() @ recursion.joint.double() + recursion.joint_bias.double()
+        for modality in range(args.modalities):
+            queries = before[picked, modality] @ recursion.correlation[modality]
+            queries64 = before[picked, modality].double() @ recursion.correlation[modality].double()
+            scores = queries64 @ exact.T / args.dim**0.5
+            full = normalised(scores, rca.correlation.phi) @ exact
+            seen = seen_by(keys, queries, rca, len(exact))
+            own = full if seen is None else torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=1) @ exact
+            found = keys.attend(queries, args.chunk_size)
+            refined = before[picked, modality].double() + torch.relu(own @ recursion.hidden[modality].double())
+            for name, value, expected in (
+                ("max_rel_error", found, full),
+                ("own_rel_error", found, own),
+                ("rows_rel_error", items[picked, modality], refined),
+            ):
+                error = float((value - expected).abs().max() / expected.abs().max())
+                worst[name] = max(worst[name], error)
+            for rows in (before, users_before):
+                pairs += count_pairs(keys, rows[:, modality] @ recursion.correlation[modality])
+    return worst, pairs
+
+
+def normalised(scores: Tensor, phi: str) -> Tensor:
+    if phi == "tanh":
+        return torch.tanh(scores) / scores.shape[1]
+    return scores / scores.shape[1] if phi == "linear" else torch.softmax(scores, dim=1)
+
+
+def seen_by(keys: Keys, queries: Tensor, rca: RecursiveCrossModalAttention, num_keys: int) -> Tensor | None:
+    """bool [n, num_keys], the keys each query attends to; None when it is all."""
+    if isinstance(keys, ListedKeys):
+        cells = torch.empty_like(keys.order)
+        for cell in range(len(keys.means)):
+            cells[keys.order[keys.bounds[cell] : keys.bounds[cell + 1]]] = cell
+        return torch.stack([torch.isin(cells, lists) for lists in keys.nearest(queries)])
+    if rca.correlation.phi == "landmark":
+        size = len(vars(keys)["keys"])
+        seen = torch.zeros(num_keys, dtype=torch.bool, device=queries.device)
+        seen[torch.randperm(num_keys, generator=torch.Generator().manual_seed(rca.correlation.seed))[:size]] = True
+        return seen.expand(len(queries), -1)
+    return None
+
+
+def count_pairs(keys: Keys, queries: Tensor) -> int:
+    if isinstance(keys, GramKeys):
+        return 0
+    if isinstance(keys, ListedKeys):
+        sizes = torch.tensor(keys.bounds, device=queries.device).diff()
+        return int(sizes[keys.nearest(queries)].sum())
+    return len(queries) * len(vars(keys)["keys"])
+
+
+@torch.no_grad()
+def matmuls(
+    rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor, pairs: int, edges: tuple[int, int]
+) -> None:
+    """The products RCA consists of and nothing else, scores in one buffer of [edges]."""
+    score_products(items.device, items.shape[2], pairs, edges)
+    phi = rca.correlation.phi
+    for recursion in rca.recursions:
+        assert isinstance(recursion, Recursion)
+        keys = items.flatten(1) @ recursion.joint
+        if phi == "linear":
+            gram = keys.T @ keys
+        for rows in (users, items):
+            for part in rows.split(16384):
+                queries = part.transpose(0, 1) @ recursion.correlation
+                if phi == "linear":
+                    queries = queries @ gram
+                queries @ recursion.hidden
+
+
+def score_products(device: torch.device, dim: int, pairs: int, edges: tuple[int, int]) -> None:
+    left, right = (torch.randn(edge, dim, device=device) for edge in edges)
+    scores, total = torch.empty(*edges, device=device), torch.zeros_like(left)
+    for _ in range(round(pairs / (edges[0] * edges[1]))):
+        torch.mm(left, right.T, out=scores)
+        total.addmm_(scores, right)
+
+
+def fastest_edges(device: torch.device, dim: int) -> tuple[int, int]:
+    candidates = [(512 * torch.get_num_threads(), 256), (1024, 512), (2048, 1024)]
+    if device.type == "cuda":
+        candidates = [(4096, 4096), (8192, 8192)]
+    trials = [
+        min(measure(device, lambda edges=edges: score_products(device, dim, 2**25, edges))[0] for _ in range(3))
+        for edges in candidates
+    ]
+    return candidates[trials.index(min(trials))]
+
+
+@torch.no_grad()
+def run_naively(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor) -> None:
+    for recursion in rca.recursions:
+        assert isinstance(recursion, Recursion)
+        keys = recursion.joint_rows(items)
+        for rows in (users, items):
+            for modality in range(rows.shape[1]):
+                scores = rows[:, modality] @ recursion.correlation[modality] @ keys.T / keys.shape[1] ** 0.5
+                attended = normalised(scores, rca.correlation.phi) @ keys
+                rows[:, modality] += torch.relu(attended @ recursion.hidden[modality])
+
+
+def measure(device: torch.device, compute: Callable[[], None]) -> tuple[float, float, int]:
+    """Seconds, those of the processor, and the largest memory held beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status_bytes("/proc/self/status", "VmRSS")
+    started, worked = time.perf_counter(), time.process_time()
+    compute()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+    if device.type == "cuda":
+        return seconds, cpu_seconds, torch.cuda.max_memory_allocated(device) - before
+    return seconds, cpu_seconds, status_bytes("/proc/self/status", "VmHWM") - before
+
+
+def free_bytes(device: torch.device) -> int:
+    return (
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else status_bytes("/proc/meminfo", "MemAvailable")
+    )
+
+
+def status_bytes(path: str, name: str) -> int:
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = lines[0].partition(":")[2].strip() if lines else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
