@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from crane_core.errors import ConfigError
 
 Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
+Loss = Literal["softmax", "bpr"]
 
 
 class Section(BaseModel):
@@ -149,8 +150,23 @@ class Train(Section):
     """Upper bound of the epochs."""
     patience: int = Field(20, ge=1)
     """Epochs without a better validation recall before training stops."""
+    loss: Loss = "softmax"
+    """CRANE's ranking loss: sampled softmax over cosines, or the paper's BPR. LightGCN, the baseline, keeps BPR."""
+    num_negatives: int = Field(1024, ge=1)
+    """Random warm items that all rows of a batch share as negatives under `softmax`."""
+    ranking_temperature: float = Field(0.2, gt=0)
+    """Temperature of the softmax."""
+    user_balance: float = Field(0.5, ge=0, le=1)
+    """An interaction of a user with n of them weighs n^-user_balance in the softmax: 0 treats interactions alike,
+    1 treats users alike."""
+    semantic_items: Literal["ids", "content"] = "ids"
+    """What spreads over the item graph: ID embeddings gated by content, or the fused content itself (the paper)."""
+    semantic_users: Literal["items", "profiles"] = "items"
+    """`h_u`: the normalised sum of `h_i` over the user's items, or the refined profile (the paper)."""
+    trust: Literal["gate", "scale", "none"] = "gate"
+    """How `h` enters `z`: by a gate driven by `e`, by one learned number, or as it is (the paper)."""
     regularisation: float = Field(1e-3, ge=0)
-    """lambda, weight of the squared norm of the batch's embeddings."""
+    """lambda, weight of the squared norm of the batch's ID embeddings."""
     contrast_weight: float = Field(1e-3, ge=0)
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
     temperature: float = Field(0.2, gt=0)

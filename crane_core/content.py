@@ -22,17 +22,28 @@ class Content:
     Attributes:
         items: refined item rows, float32 [num_items, M, d], each of length 1.
         graph: normalised item-item graph.
+        users: refined user rows, float32 [num_users, M, d], each of length 1, where the model reads them.
     """
 
     items: Tensor
     graph: SymmetricGraph
+    users: Tensor | None = None
 
 
-def load_content(refined: Artifact, graph: Artifact, device: torch.device) -> Content:
-    """Read the artifacts of `ml.refine` and `ml.graph`."""
-    items = F.normalize(torch.from_numpy(np.array(open_matrix(refined.file("items.npy")))), dim=2).to(device)
+def load_content(refined: Artifact, graph: Artifact, device: torch.device, with_users: bool) -> Content:
+    """Read the artifacts of `ml.refine` and `ml.graph`, the user rows only on demand."""
+    items, users = (
+        F.normalize(torch.from_numpy(np.array(open_matrix(refined.file(name)))), dim=2).to(device) if wanted else None
+        for name, wanted in (("items.npy", True), ("users.npy", with_users))
+    )
+    assert items is not None
+    return Content(items, load_graph(graph, device), users)
+
+
+def load_graph(graph: Artifact, device: torch.device) -> SymmetricGraph:
+    """Read the item graph of `ml.graph`."""
     values, indices, indptr = (
         np.array(open_matrix(graph.file(name))) for name in ("values.npy", "indices.npy", "indptr.npy")
     )
-    matrix = sp.csr_array((values, indices, indptr), shape=(len(items), len(items)))
-    return Content(items, SymmetricGraph(matrix, device))
+    size = len(indptr) - 1
+    return SymmetricGraph(sp.csr_array((values, indices, indptr), shape=(size, size)), device)

@@ -2,8 +2,8 @@
 
 The paper adds the semantic view to the behavioural one and leaves their scales to chance, which loses a large part
 of the recall where content says little. Here LightGCN's rows `e`, trained alone, and CRANE's rows `z` stand beside
-each other, `[e, w z]`: a score is `e_u e_i + w^2 z_u z_i` once both have the same spread. The weight `w` is chosen on
-the validation split, and `w = 0` is one of the choices: then the model is LightGCN itself.
+each other, and a score is `(1 - s) e_u e_i + s z_u z_i` once both have the same spread. The share `s` is chosen on the
+validation split; at 0 the model is LightGCN itself, at 1 CRANE alone.
 """
 
 from __future__ import annotations
@@ -11,67 +11,75 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions
 from crane_core.evaluation import dot_product, rank_users, user_metrics
+from crane_core.model import Rows, fill_cold
+from crane_core.propagation import SymmetricGraph
 
-Rows = tuple[Tensor, Tensor]
-"""Users float32 [num_users, d] and items float32 [num_items, d]."""
-
-WEIGHTS = (0.0, 0.25, 0.35, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
+SHARES = tuple(tenth / 10 for tenth in range(11))
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The chosen weight.
+    """The chosen share.
 
     Attributes:
-        weight: `w`.
-        recall: validation Recall@20 at that weight.
-        curve: (weight, validation Recall@20) of every weight tried.
+        share: `s`.
+        recall: validation Recall@20 at that share.
+        curve: (share, validation Recall@20) of every share tried.
+        rows: users float32 [num_users, d_e + d_z] and items float32 [num_items, d_e + d_z] to score by.
     """
 
-    weight: float
+    share: float
     recall: float
     curve: list[tuple[float, float]]
+    rows: Rows
 
 
-def choose_trust(behaviour: Rows, crane: Rows, interactions: Interactions, config: Train) -> Trust:
-    """The weight with the best validation Recall@20, the smallest such weight when several tie.
+def choose_trust(
+    behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions, config: Train
+) -> Trust:
+    """The share with the best validation Recall@20, the smallest such share when several tie.
+
+    Items without training interactions have learned no row in the behavioural view. Wherever CRANE is trusted at all
+    they take the mean of their neighbours' rows there, so that both views know them.
 
     Args:
         behaviour: rows of the behavioural view.
         crane: CRANE's rows.
+        item_graph: whose neighbours stand for cold items.
         interactions: training items are masked, validation items are looked for.
         config: size of the validation sample.
     """
     users = interactions.validation_users(config.validation_users, config.seed)
     if len(users) == 0:
-        return Trust(0.0, 0.0, [(0.0, 0.0)])
+        return Trust(0.0, 0.0, [(0.0, 0.0)], behaviour)
+    is_warm = torch.from_numpy(interactions.item_counts() > 0)
+    known = behaviour[0], fill_cold(behaviour[1], is_warm, item_graph)
     curve = []
-    for weight in WEIGHTS:
-        ranked = rank_users(dot_product(*fuse(behaviour, crane, weight)), interactions.train, users, 20)
+    for share in SHARES:
+        rows = fuse(known, crane, share) if share else behaviour
+        ranked = rank_users(dot_product(*rows), interactions.train, users, 20)
         recalls = user_metrics(ranked, interactions.validation, users, (20,))["recall@20"]
-        curve.append((weight, float(recalls.mean())))
-    weight, recall = max(curve, key=lambda entry: (entry[1], -entry[0]))
-    return Trust(weight, recall, curve)
+        curve.append((share, float(recalls.mean())))
+    share, recall = max(curve, key=lambda entry: (entry[1], -entry[0]))
+    return Trust(share, recall, curve, fuse(known, crane, share) if share else behaviour)
 
 
-def fuse(behaviour: Rows, crane: Rows, weight: float) -> Rows:
-    """`[e, w z]` for users and items: float32 [n, d_e + d_z], or `e` alone at weight 0.
+def fuse(behaviour: Rows, crane: Rows, share: float) -> Rows:
+    """Rows whose dot products are `(1 - share) e_u e_i + share z_u z_i`, both of the spread of the first.
 
-    The spread of the scores, their standard deviation over all users and items, is brought to that of `e` first.
+    The spread of a model is the standard deviation of its scores over all users and items.
     """
-    if weight == 0:
-        return behaviour
-    scale = weight * (score_spread(*behaviour) / max(score_spread(*crane), 1e-12)) ** 0.5
-    users, items = (torch.cat([left, scale * right], dim=1) for left, right in zip(behaviour, crane, strict=True))
+    spread = score_spread(*behaviour) / max(score_spread(*crane), 1e-12)
+    parts = ((behaviour, (1 - share) ** 0.5), (crane, (share * spread) ** 0.5))
+    users, items = (torch.cat([factor * rows[side] for rows, factor in parts if factor], dim=1) for side in (0, 1))
     return users, items
 
 
-def score_spread(users: Tensor, items: Tensor) -> float:
+def score_spread(users: torch.Tensor, items: torch.Tensor) -> float:
     """Standard deviation of all scores `users @ items.T`, from their d x d moments: no score is computed."""
     mean = float(users.double().mean(0) @ items.double().mean(0))
     second = [rows.double().T @ rows.double() / len(rows) for rows in (users, items)]

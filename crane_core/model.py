@@ -9,13 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crane_core.config import Train
+from crane_core.config import Loss, Train
 from crane_core.content import Content
 from crane_core.propagation import SymmetricGraph, propagate
 
+Rows = tuple[Tensor, Tensor]
+"""Users float32 [num_users, d] and items float32 [num_items, d]; scores are their dot products."""
+
 
 class Batch(NamedTuple):
-    """Training triples, int64 [n] each: users, items they met, items they did not.
+    """Training rows: users and items they met, int64 [n] each, and items they did not.
+
+    `negatives` is int64 [n], one for each row, or int64 [m] shared by all rows; then `met`, bool [n, m], says which of
+    them the row's user has met after all, and `weights`, float32 [n], how much each row counts.
 
     Of `world_size` ranks that hold the same batch, rank `rank` answers for every `world_size`-th row.
     """
@@ -25,6 +31,8 @@ class Batch(NamedTuple):
     negatives: Tensor
     rank: int = 0
     world_size: int = 1
+    met: Tensor | None = None
+    weights: Tensor | None = None
 
     def mine(self, rows: Tensor) -> Tensor:
         """The rows this rank answers for."""
@@ -46,20 +54,31 @@ class Views:
     semantic: Tensor | None
 
 
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How far the length of an item's row may count when it is ranked; validation chooses."""
+
+
 class LightGCN(nn.Module):
     """Propagated ID embeddings (He et al., arXiv 2002.02126).
+
+    The paper learns with BPR and ranks by dot products. With a sampled softmax over cosines the length of a row stays
+    free, and propagation gives it the item's popularity: an item is then ranked by cosine times length to a power that
+    validation chooses.
 
     Args:
         num_users, num_items: sizes of the id maps.
         config: sizes and loss weights.
+        loss: of the ranking; LightGCN's own is BPR.
 
     Attributes:
         edge_dropout: share of the edges a training epoch goes without; LightGCN keeps them all.
+        shares_negatives: whether the rows of a batch share their negatives, or have one each.
     """
 
-    def __init__(self, num_users: int, num_items: int, config: Train) -> None:
+    def __init__(self, num_users: int, num_items: int, config: Train, loss: Loss = "bpr") -> None:
         super().__init__()
         self.edge_dropout = 0.0
+        self.shares_negatives = loss == "softmax"
         self.num_users = num_users
         self.num_items = num_items
         self.config = config
@@ -77,20 +96,68 @@ class LightGCN(nn.Module):
         """The terms of the loss, weighted: means over the batch, of which this rank adds up its own rows.
 
         Summed over ranks, values and gradients are those of the whole batch.
-        `ranking`: BPR on `z`. `regularisation`: lambda / 2 times the squared norm of the triples' embeddings.
+        `ranking`: BPR or the sampled softmax on `z`. `regularisation`: lambda / 2 times the squared norm of the
+        batch's embeddings.
         """
-        triples = [batch.mine(batch.users)]
-        triples += [batch.mine(items) + self.num_users for items in (batch.positives, batch.negatives)]
-        users, positives, negatives = (views.final[rows] for rows in triples)
-        size = len(batch.users)
-        return {
-            "ranking": F.softplus(-(users * (positives - negatives)).sum(1)).sum() / size,
-            "regularisation": self.config.regularisation / 2 * self._regularised(views, torch.cat(triples)) / size,
-        }
+        nodes = [batch.mine(batch.users), batch.mine(batch.positives) + self.num_users]
+        if not self.shares_negatives:
+            nodes.append(batch.mine(batch.negatives) + self.num_users)
+        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat(nodes))
+        return {"ranking": self._ranking(views, batch), "regularisation": penalty / len(batch.users)}
+
+    def rankings(self, views: Views, graph: SymmetricGraph) -> dict[str, Rows]:
+        """The ways to rank by these views, by name; training goes by the one that validation prefers.
+
+        Returns:
+            name to users float32 [num_users, d] and items float32 [num_items, d], whose dot products are the scores.
+        """
+        users, items = views.final[: self.num_users], views.final[self.num_users :]
+        if not self.shares_negatives:
+            return {"dot": (users, items)}
+        lengths = self._lengths(items, graph)
+        users, items = F.normalize(users, dim=1), F.normalize(items, dim=1)
+        return {f"length^{power:g}": (users, items * lengths**power) for power in POWERS}
+
+    def _lengths(self, items: Tensor, graph: SymmetricGraph) -> Tensor:
+        """float32 [num_items, 1], what stands for the popularity of an item."""
+        return items.norm(dim=1, keepdim=True)
+
+    def _ranking(self, views: Views, batch: Batch) -> Tensor:
+        users, positives = (views.final[batch.mine(rows)] for rows in (batch.users, batch.positives + self.num_users))
+        if not self.shares_negatives:
+            negatives = views.final[batch.mine(batch.negatives) + self.num_users]
+            return bpr(users, positives, negatives).sum() / len(batch.users)
+        assert batch.met is not None and batch.weights is not None
+        negatives = views.final[batch.negatives + self.num_users]
+        values = sampled_softmax(users, positives, negatives, batch.mine(batch.met), self.config.ranking_temperature)
+        return (batch.mine(batch.weights) * values).sum() / len(batch.users)
 
     def _regularised(self, views: Views, nodes: Tensor) -> Tensor:
         """Squared norm of the nodes' ID embeddings, as the LightGCN paper has it."""
         return self.ids[nodes].square().sum()
+
+
+def bpr(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """`-log sigmoid` of score differences (Rendle et al., UAI 2009): float32 [n, d] each -> [n]."""
+    return F.softplus(-(users * (positives - negatives)).sum(1))
+
+
+def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Tensor, temperature: float) -> Tensor:
+    """Negative log probability of the positive among itself and the negatives, by cosine (Wu et al., arXiv 2201.02327).
+
+    Args:
+        users, positives: float32 [n, d].
+        negatives: float32 [m, d], shared by all rows.
+        met: bool [n, m], negatives the row's user has met: they are left out of its softmax.
+        temperature: what the cosines are divided by.
+
+    Returns:
+        float32 [n].
+    """
+    users, positives, negatives = (F.normalize(rows, dim=1) for rows in (users, positives, negatives))
+    others = (users @ negatives.T / temperature).masked_fill(met, -torch.inf)
+    own = (users * positives).sum(1, keepdim=True) / temperature
+    return torch.cat([own, others], dim=1).logsumexp(1) - own[:, 0]
 
 
 def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, temperature: float) -> Tensor:
@@ -118,44 +185,50 @@ def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, tempe
 class Crane(LightGCN):
     """A semantic view `h` from refined content beside the behavioural view `e` (arXiv 2601.11151, section 3.4).
 
-    Departures from the paper, chosen by validation recall: `h` spreads ID embeddings
-    gated by content over the item graph instead of content itself (the gate of MGCN, arXiv 2308.03588), so both views
-    live in one space; every dimension of `h` enters `z` as far as a gate driven by `e` trusts it; and the norm of the
-    final rows is regularised, not that of the ID embeddings alone. `h_u` sums the user's items; the refined user rows
-    serve the fit of RCA only.
+    Departures from the paper, chosen by validation recall; each is a field of `Train`, and the preset `paper` has the
+    paper's choice:
+
+    - `h` spreads ID embeddings gated by content over the item graph instead of content itself (the gate of MGCN,
+      arXiv 2308.03588), so both views live in one space, and `h_u` sums the user's items;
+    - every dimension of `h` enters `z` as far as a gate driven by `e` trusts it;
+    - ranking is learned by a sampled softmax with warm negatives, in which a user's weight grows slower than the
+      user's history. An item nobody has met is ranked by the mean length of its neighbours in the item graph.
 
     Args:
         num_users, num_items: sizes of the id maps.
-        content: frozen refined rows and the item graph.
+        content: refined rows and the item graph.
         config: sizes and loss weights.
     """
 
     def __init__(self, num_users: int, num_items: int, content: Content, config: Train) -> None:
-        super().__init__(num_users, num_items, config)
+        super().__init__(num_users, num_items, config, config.loss)
         self.content = content
         self.edge_dropout = config.edge_dropout
         generator = torch.Generator().manual_seed(config.seed + 1)
         dim, width = config.embedding_dim, content.items[0].numel()
         self.fusion = nn.Parameter(_xavier(width, dim, generator))
         self.fusion_bias = nn.Parameter(torch.zeros(dim))
-        self.trust = nn.Parameter(_xavier(dim, dim, generator))
-        self.trust_bias = nn.Parameter(torch.zeros(dim))
+        if config.trust == "gate":
+            self.trust = nn.Parameter(_xavier(dim, dim, generator))
+            self.trust_bias = nn.Parameter(torch.zeros(dim))
+        elif config.trust == "scale":
+            self.trust = nn.Parameter(torch.full((1,), 0.1))
 
     def forward(self, graph: SymmetricGraph) -> Views:
-        """`z = e + sigmoid(e W_t + b_t) h`.
+        """`z = e + t h`, `t = sigmoid(e W_t + b_t)`.
 
         `h_i = G_II^L (id_i sigmoid(F_i))` with `F = [X_1 ; ... ; X_M] W_F + b_F` from the refined rows, and `h_u` the
-        normalised sum of `h_i` over the user's training items.
+        normalised sum of `h_i` over the user's training items. For the other forms see `Train`.
         """
         behaviour = propagate(graph, self.ids, self.config.num_layers)
-        fused = self.content.items.flatten(1) @ self.fusion + self.fusion_bias
-        items = self.ids[self.num_users :] * torch.sigmoid(fused)
-        for _ in range(self.config.num_item_layers):
-            items = self.content.graph @ items
-        spread = graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items])
-        semantic = torch.cat([spread[: self.num_users], items])
-        trusted = torch.sigmoid(behaviour @ self.trust + self.trust_bias) * semantic
-        return Views(behaviour + trusted, behaviour, semantic)
+        semantic = self._semantic(graph)
+        if self.config.trust == "gate":
+            final = behaviour + torch.sigmoid(behaviour @ self.trust + self.trust_bias) * semantic
+        elif self.config.trust == "scale":
+            final = behaviour + self.trust * semantic
+        else:
+            final = behaviour + semantic
+        return Views(final, behaviour, semantic)
 
     def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items."""
@@ -165,8 +238,38 @@ class Crane(LightGCN):
         contrast = contrast + info_nce(views.behaviour, views.semantic, items, batch, self.config.temperature)
         return super().losses(views, batch) | {"contrast": self.config.contrast_weight * contrast}
 
-    def _regularised(self, views: Views, nodes: Tensor) -> Tensor:
-        return views.final[nodes].square().sum()
+    def _lengths(self, items: Tensor, graph: SymmetricGraph) -> Tensor:
+        is_warm = graph.degrees()[self.num_users :] > 0
+        return fill_cold(super()._lengths(items, graph), is_warm, self.content.graph)
+
+    def _semantic(self, graph: SymmetricGraph) -> Tensor:
+        content = self.content
+        items = content.items.flatten(1) @ self.fusion + self.fusion_bias
+        if self.config.semantic_items == "ids":
+            items = self.ids[self.num_users :] * torch.sigmoid(items)
+        for _ in range(self.config.num_item_layers):
+            items = content.graph @ items
+        if self.config.semantic_users == "profiles":
+            assert content.users is not None
+            return torch.cat([content.users.flatten(1) @ self.fusion + self.fusion_bias, items])
+        spread = graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items])
+        return torch.cat([spread[: self.num_users], items])
+
+
+def fill_cold(rows: Tensor, is_warm: Tensor, graph: SymmetricGraph) -> Tensor:
+    """Give the items nobody has met the mean row of their warm neighbours, weighted by the item graph.
+
+    A cold item without a warm neighbour gets a zero row.
+
+    Args:
+        rows: float32 [num_items, d], of which only warm rows were learned.
+        is_warm: bool [num_items].
+        graph: the item graph.
+    """
+    is_warm = is_warm[:, None]
+    weights = graph.multiply(is_warm.float())
+    filled = graph.multiply(rows * is_warm) / weights.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(is_warm, rows, filled)
 
 
 def _xavier(rows: int, columns: int, generator: torch.Generator) -> Tensor:

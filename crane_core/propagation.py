@@ -30,6 +30,10 @@ class SymmetricGraph:
         """float32 [n, d] -> [n, d]."""
         return _SymmetricProduct.apply(rows, self)
 
+    def degrees(self) -> Tensor:
+        """int64 [n], entries of each row."""
+        return torch.from_numpy(np.diff(self.matrix.indptr).astype(np.int64)).to(self.device)
+
     def multiply(self, rows: Tensor) -> Tensor:
         """The product without a gradient."""
         if self._sparse is None:

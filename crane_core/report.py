@@ -280,15 +280,15 @@ def _plot_curves(
         if best in epochs:
             quality.plot([best], [values[epochs.index(best)]], "o", color=colour, markersize=6)
         loss.plot(epochs, [point["loss"] for point in curve], color=colour, linewidth=1.8)
-    weights, recalls = zip(*trust["curve"], strict=True)
-    weight.plot(weights, recalls, color=COLOURS["crane"], linewidth=1.8)
-    if trust["weight"] in weights:
-        chosen = recalls[weights.index(trust["weight"])]
-        weight.plot([trust["weight"]], [chosen], "o", color=COLOURS["crane"], markersize=6)
+    shares, recalls = zip(*trust["curve"], strict=True)
+    weight.plot(shares, recalls, color=COLOURS["crane"], linewidth=1.8)
+    if trust["share"] in shares:
+        chosen = recalls[shares.index(trust["share"])]
+        weight.plot([trust["share"]], [chosen], "o", color=COLOURS["crane"], markersize=6)
     quality.set_title("Validation Recall@20")
     loss.set_title("Training loss")
     weight.set_title("Validation Recall@20 by trust")
-    weight.set_xlabel("weight of CRANE's rows")
+    weight.set_xlabel("share of CRANE's scores")
     for axis in (quality, loss):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -22,7 +22,7 @@ from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import TrainingError
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
-from crane_core.model import Batch, LightGCN
+from crane_core.model import Batch, LightGCN, Rows
 from crane_core.propagation import SymmetricGraph, drop_edges
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     best_epoch: int = -1
+    best_ranking: str = ""
     best: dict[str, float] = field(default_factory=lambda: {STEERING_METRIC: -1.0})
     curve: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class Progress:
 
 
 class NegativeSampler:
-    """Uniform items a user has not met, by exact rejection.
+    """Items a user has not met.
 
     Args:
         train: training items per user.
@@ -62,10 +63,12 @@ class NegativeSampler:
                 "Add items to the catalog or set these users aside.",
             )
         self.num_items = num_items
+        self._train = train
+        self._warm = np.unique(train.items)
         self._met = train.users().astype(np.int64) * num_items + train.items
 
-    def sample(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """One item for each user: int [n] -> int64 [n]."""
+    def one_each(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """One item for each user, uniform over the catalog by exact rejection: int [n] -> int64 [n]."""
         items = generator.integers(self.num_items, size=len(users))
         open_rows = np.arange(len(users))
         while len(open_rows):
@@ -74,6 +77,27 @@ class NegativeSampler:
             open_rows = open_rows[self._met[np.minimum(found, len(self._met) - 1)] == keys]
             items[open_rows] = generator.integers(self.num_items, size=len(open_rows))
         return items
+
+    def shared(self, users: np.ndarray, size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Random items with training interactions, the same for all users.
+
+        Items nobody has met are never drawn: as negatives they would only learn to be ranked last.
+
+        Args:
+            users: int [n].
+            size: items drawn; the distinct ones among them are kept.
+            generator: of the draw.
+
+        Returns:
+            Ascending int64 [m], m <= size; bool [n, m], whether the user has met the item.
+        """
+        items = np.unique(generator.choice(self._warm, size)).astype(np.int64)
+        rows, known = self._train.rows(users)
+        found = np.minimum(np.searchsorted(items, known), len(items) - 1)
+        hit = items[found] == known
+        met = np.zeros((len(users), len(items)), dtype=bool)
+        met[rows[hit], found[hit]] = True
+        return items, met
 
 
 class Trainer:
@@ -103,6 +127,7 @@ class Trainer:
         self.users = interactions.train.users()
         self.items = interactions.train.items
         self.sampler = NegativeSampler(interactions.train, interactions.num_items)
+        self.weights = _user_weights(interactions.train, config.user_balance)
         self.graph = self._graph(np.arange(len(self.users)))
         self.progress = Progress()
         self._started = time.monotonic()
@@ -111,7 +136,7 @@ class Trainer:
         """Train until the validation recall has not risen for `patience` epochs.
 
         Returns:
-            `best_epoch`, `num_epochs` and `validation` metrics. The best weights lie in `best_weights()`.
+            `best_epoch`, `best_ranking`, `num_epochs` and `validation` metrics; `best_rows()` are what they are of.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -125,6 +150,7 @@ class Trainer:
             self._train_epoch()
         return {
             "best_epoch": progress.best_epoch,
+            "best_ranking": progress.best_ranking,
             "num_epochs": progress.epoch,
             "validation": progress.best,
             "seconds": round(progress.seconds, 1),
@@ -134,12 +160,17 @@ class Trainer:
         """Parameters and buffers of the best epoch."""
         return load_file(self.work / "best.safetensors")
 
+    def best_rows(self) -> Rows:
+        """Rows of users and items at the best epoch, as validation prefers to rank with them; loads its weights."""
+        self.model.load_state_dict(self.best_weights())
+        return self.rankings()[self.progress.best_ranking]
+
     @torch.no_grad()
-    def embeddings(self) -> tuple[Tensor, Tensor]:
-        """Final rows of users [num_users, d] and items [num_items, d] on the CPU, from the current weights."""
+    def rankings(self) -> dict[str, Rows]:
+        """The ways to rank with the current weights, by name: rows of users and items on the CPU."""
         self.model.eval()
-        final = self.model(self.graph).final.cpu()
-        return final[: self.interactions.num_users], final[self.interactions.num_users :]
+        rankings = self.model.rankings(self.model(self.graph), self.graph)
+        return {name: (users.cpu(), items.cpu()) for name, (users, items) in rankings.items()}
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
@@ -150,16 +181,15 @@ class Trainer:
         num_steps = -(-len(order) // config.batch_size)
         while progress.step < num_steps:
             picked = order[progress.step * config.batch_size :][: config.batch_size]
-            negatives = self.sampler.sample(self.users[picked], self._generator(3, progress.epoch, progress.step))
-            self._step(graph, picked, negatives)
+            self._step(graph, self._batch(picked, self._generator(3, progress.epoch, progress.step)))
             progress.step += 1
             if progress.step % config.checkpoint_steps == 0 and progress.step < num_steps:
                 self._checkpoint()
-        metrics = self._validate()
+        ranking, metrics = self._validate()
         losses = {name: value / num_steps for name, value in progress.sums.items()}
         progress.curve.append({"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics})
         if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
-            progress.best, progress.best_epoch = metrics, progress.epoch
+            progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
             self._write("best.safetensors", self.model.state_dict(), {})
         logger.info(
             "epoch=%d loss=%.4f recall@20=%.4f best=%.4f best_epoch=%d seconds=%.1f",
@@ -173,12 +203,22 @@ class Trainer:
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self._checkpoint()
 
-    def _step(self, graph: SymmetricGraph, picked: np.ndarray, negatives: np.ndarray) -> None:
-        users, positives, sampled = (
-            torch.from_numpy(column.astype(np.int64)).to(self.device)
-            for column in (self.users[picked], self.items[picked], negatives)
-        )
-        batch = Batch(users, positives, sampled, self.rank, self.world_size)
+    def _batch(self, picked: np.ndarray, generator: np.random.Generator) -> Batch:
+        """The batch of some training interactions, negatives drawn; the same on every rank."""
+        users = self.users[picked]
+        columns = {"users": users, "positives": self.items[picked]}
+        if self.model.shares_negatives:
+            negatives, met = self.sampler.shared(users, self.config.num_negatives, generator)
+            columns |= {"negatives": negatives, "met": met, "weights": self.weights[users]}
+        else:
+            columns["negatives"] = self.sampler.one_each(users, generator)
+        tensors = {
+            name: torch.from_numpy(column if name in ("met", "weights") else column.astype(np.int64)).to(self.device)
+            for name, column in columns.items()
+        }
+        return Batch(**tensors, rank=self.rank, world_size=self.world_size)
+
+    def _step(self, graph: SymmetricGraph, batch: Batch) -> None:
         losses = self.model.losses(self.model(graph), batch)
         total = torch.stack(list(losses.values())).sum()
         self.optimiser.zero_grad()
@@ -198,15 +238,18 @@ class Trainer:
         for name, value in zip(losses, values.tolist(), strict=True):
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
 
-    def _validate(self) -> dict[str, float]:
-        """Recall@20 and NDCG@20 over (a fixed sample of) the users with validation items; 0 when there are none."""
+    def _validate(self) -> tuple[str, dict[str, float]]:
+        """The ranking with the best Recall@20 and its metrics, over (a fixed sample of) the users with validation
+        items; 0 when there are none."""
         held_out = self.interactions.validation
         users = self.interactions.validation_users(self.config.validation_users, self.config.seed)
-        user_rows, item_rows = self.embeddings()
-        metrics = user_metrics(
-            rank_users(dot_product(user_rows, item_rows), self.interactions.train, users, 20), held_out, users, (20,)
-        )
-        return {name: float(values.mean()) if len(users) else 0.0 for name, values in metrics.items()}
+        found = {}
+        for name, rows in self.rankings().items():
+            ranked = rank_users(dot_product(*rows), self.interactions.train, users, 20)
+            metrics = user_metrics(ranked, held_out, users, (20,))
+            found[name] = {metric: float(values.mean()) if len(users) else 0.0 for metric, values in metrics.items()}
+        best = max(found, key=lambda name: found[name][STEERING_METRIC])
+        return best, found[best]
 
     def _graph(self, kept: np.ndarray) -> SymmetricGraph:
         interactions = self.interactions
@@ -257,3 +300,11 @@ class Trainer:
         logger.info(
             "resume epoch=%d step=%d best_epoch=%d", self.progress.epoch, self.progress.step, self.progress.best_epoch
         )
+
+
+def _user_weights(train: ItemLists, balance: float) -> np.ndarray:
+    """float32 [num_users]: `n^-balance` for a user with n training interactions, 1 on average over interactions."""
+    counts = train.counts().astype(np.float64)
+    weights = np.zeros(len(counts))
+    np.power(counts, -balance, out=weights, where=counts > 0)
+    return (weights * counts.sum() / max((weights * counts).sum(), 1e-12)).astype(np.float32)

@@ -19,10 +19,10 @@ from crane_core.content import Content
 from crane_core.dataset import Interactions
 from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
-from crane_core.fusion import Rows, choose_trust, fuse
+from crane_core.fusion import choose_trust
 from crane_core.graph import build_graph
 from crane_core.knn import search, unit_rows
-from crane_core.model import Crane, LightGCN
+from crane_core.model import Crane, LightGCN, Rows
 from crane_core.propagation import SymmetricGraph
 from crane_core.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
 from crane_core.refine import fit, refine_catalog
@@ -31,7 +31,7 @@ from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
 
-VERSION = 1
+VERSION = 2
 """Raised when a training comes to mean something else: what was trained before is then not found."""
 
 
@@ -88,6 +88,14 @@ def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
+def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """LightGCN with CRANE's ranking loss: what of CRANE's gain is owed to the loss alone."""
+    interactions = dataset.interactions
+    model = LightGCN(interactions.num_users, interactions.num_items, recipe.train, "softmax")
+    rows, summary = train_to_best(model, interactions, recipe.train, work)
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
+
+
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """CRANE, staged: LightGCN beside RCA, item graph and the CRANE network, trusted as validation says.
 
@@ -99,13 +107,23 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
     started = time.monotonic()
-    trust = choose_trust(view, rows, interactions, recipe.train)
+    trust = choose_trust(view, rows, content.graph, interactions, recipe.train)
     seconds = alone["seconds"] + prepared + summary["seconds"] + time.monotonic() - started
-    facts = summary | {"trust": trust.weight, "curve": trust.curve, "content_seconds": prepared}
-    return Trained(dot_product(*fuse(view, rows, trust.weight)), trust.recall, seconds, facts)
+    facts = summary | {"trust": trust.share, "curve": trust.curve, "content_seconds": prepared}
+    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts)
 
 
-_NOT_LIGHTGCN = {"num_item_layers", "contrast_weight", "temperature", "edge_dropout", "checkpoint_steps"}
+_LIGHTGCN = {
+    "embedding_dim",
+    "num_layers",
+    "learning_rate",
+    "batch_size",
+    "num_epochs",
+    "patience",
+    "regularisation",
+    "validation_users",
+    "seed",
+}
 
 
 def train_bpr_mf(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -165,6 +183,7 @@ def train_mgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 MODELS: dict[str, TrainModel] = {
     "crane": train_crane,
     "lightgcn": train_lightgcn,
+    "lightgcn_softmax": train_lightgcn_softmax,
     "bpr_mf": train_bpr_mf,
     "popularity": train_popularity,
     "item_knn": train_item_knn,
@@ -184,7 +203,7 @@ def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Ro
     `work`; a training that has ended there is read back.
     """
     train, validation = interactions.train, interactions.validation
-    settings = config.model_dump(mode="json", exclude=_NOT_LIGHTGCN)
+    settings = config.model_dump(mode="json", include=_LIGHTGCN)
     key = fingerprint(
         VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
     )
@@ -234,8 +253,7 @@ def train_to_best(
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, interactions, config, work, CPU)
     summary = trainer.run()
-    model.load_state_dict(trainer.best_weights())
-    return trainer.embeddings(), summary
+    return trainer.best_rows(), summary
 
 
 def _train_reference(

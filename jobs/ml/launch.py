@@ -88,8 +88,7 @@ def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, buil
     trainer = Trainer(model, interactions, config.train, work, device)
     summary = trainer.run()
     if trainer.rank == 0:
-        model.load_state_dict(trainer.best_weights())
-        users, items = trainer.embeddings()
+        users, items = trainer.best_rows()
         save_file({"users": users.contiguous(), "items": items.contiguous()}, work / "rows.safetensors")
         (work / "summary.json").write_text(json.dumps(summary | {"curve": trainer.progress.curve}))
     if dist.is_initialized():

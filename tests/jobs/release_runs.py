@@ -76,7 +76,7 @@ def make_run(
         facts = {"best_epoch": 11, "num_epochs": 12, "validation": {"recall@20": 0.28, "ndcg@20": 0.19}}
         if stage == "ml.train":
             (folder / "trust.json").write_text(
-                json.dumps({"weight": 0.5, "curve": [[0.0, 0.2], [0.5, 0.3], [1.0, 0.25]]})
+                json.dumps({"share": 0.5, "curve": [[0.0, 0.2], [0.5, 0.3], [1.0, 0.25]]})
             )
             facts |= {"trust": 0.5}
         _publish(store, run_id, stage, folder, facts)

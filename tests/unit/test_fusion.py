@@ -2,25 +2,33 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.fusion import choose_trust, fuse, score_spread
+from crane_core.model import fill_cold
+from crane_core.propagation import SymmetricGraph
+
+CPU = torch.device("cpu")
+CHAIN = SymmetricGraph(sp.csr_array(np.eye(80, k=1, dtype=np.float32) + np.eye(80, k=-1, dtype=np.float32)), CPU)
 
 
-def rows(seed: int, num_users: int = 60, num_items: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(seed: int, num_users: int = 61, num_items: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_users, 5, generator=generator), torch.randn(num_items, 5, generator=generator)
 
 
 def wanted(left: tuple, right: tuple, share: float) -> Interactions:
-    """Users whose validation items are the top of a mixture of two models' scores."""
+    """Users whose validation items are the top of a mixture of two models' scores; every item is warm."""
     scores = (1 - share) * left[0] @ left[1].T + share * right[0] @ right[1].T
-    top = scores.topk(5, dim=1).indices.numpy()
+    top = scores[:60].topk(5, dim=1).indices.numpy()
     users = np.repeat(np.arange(60), 5)
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 60)
-    return Interactions(60, 80, nothing, ItemLists.from_pairs(users, top.ravel(), 60), nothing)
+    # One more user has met the whole catalog, and nobody is asked about it.
+    train = ItemLists.from_pairs(np.full(80, 60), np.arange(80, dtype=np.int32), 61)
+    return Interactions(61, 80, train, ItemLists.from_pairs(users, top.ravel(), 61), nothing)
 
 
 def test_spread_is_the_standard_deviation_of_all_scores() -> None:
@@ -30,22 +38,35 @@ def test_spread_is_the_standard_deviation_of_all_scores() -> None:
 
 def test_fused_scores_add_up_on_one_scale() -> None:
     behaviour, crane = rows(1), tuple(100 * part for part in rows(2))
-    users, items = fuse(behaviour, crane, 0.5)
+    users, items = fuse(behaviour, crane, 0.2)
     left, right = behaviour[0] @ behaviour[1].T, crane[0] @ crane[1].T
-    expected = left + 0.25 * right * left.std() / right.std()
+    expected = 0.8 * left + 0.2 * right * left.std() / right.std()
     torch.testing.assert_close(users @ items.T, expected, rtol=1e-3, atol=1e-3)
-    assert fuse(behaviour, crane, 0) is behaviour
+    alone, _ = fuse(behaviour, crane, 1.0)
+    assert alone.shape == crane[0].shape
 
 
 def test_noise_is_not_trusted_and_a_second_opinion_is() -> None:
     behaviour, crane = rows(3), rows(4)
-    assert choose_trust(behaviour, crane, wanted(behaviour, crane, 0.0), Train()).weight == 0.0
-    both = choose_trust(behaviour, crane, wanted(behaviour, crane, 0.5), Train())
-    assert 0.7 <= both.weight <= 1.4
+    noise = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.0), Train())
+    assert noise.share == 0.0 and noise.rows is behaviour
+    both = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), Train())
+    assert 0.3 <= both.share <= 0.7
     assert both.recall > both.curve[0][1]
+    content = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 1.0), Train())
+    assert content.share >= 0.9
 
 
 def test_without_validation_items_nothing_is_trusted() -> None:
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 60)
-    trust = choose_trust(rows(5), rows(6), Interactions(60, 80, nothing, nothing, nothing), Train())
-    assert trust.weight == 0.0
+    trust = choose_trust(rows(5), rows(6), CHAIN, Interactions(60, 80, nothing, nothing, nothing), Train())
+    assert trust.share == 0.0
+
+
+def test_cold_items_take_the_rows_of_their_warm_neighbours() -> None:
+    graph = SymmetricGraph(
+        sp.csr_array(np.array([[0, 1, 3, 0], [1, 0, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]], dtype=np.float32)), CPU
+    )
+    learned = torch.tensor([[9.0, 9.0], [4.0, 0.0], [0.0, 8.0], [7.0, 7.0]])
+    filled = fill_cold(learned, torch.tensor([False, True, True, False]), graph)
+    assert filled.tolist() == [[1.0, 6.0], [4.0, 0.0], [0.0, 8.0], [0.0, 0.0]]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from crane_core.baselines import item_knn
 from crane_core.config import Features, Refine, Train
@@ -70,10 +71,9 @@ def test_an_unknown_modality_is_named() -> None:
 
 def test_bpr_mf_does_not_propagate(tmp_path: Path) -> None:
     dataset = planted()
-    trained = MODELS["bpr_mf"](dataset, RECIPE, tmp_path)
-    weights = harness.Trainer(
-        harness.LightGCN(40, 32, RECIPE.train), dataset.interactions, RECIPE.train, tmp_path, harness.CPU
-    ).best_weights()["ids"]
+    trained = MODELS["bpr_mf"](dataset, RECIPE, tmp_path / "work")
+    (folder,) = tmp_path.glob("lightgcn-*")
+    weights = load_file(folder / "best.safetensors")["ids"]
     assert torch.equal(trained.score(np.array([3, 0])), weights[[3, 0]] @ weights[40:].T)
 
 

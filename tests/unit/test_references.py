@@ -218,7 +218,7 @@ def test_the_planted_answer_is_found(kind: type, settings: FreedomSettings | Mgc
     interactions = checkerboard()
     trainer = train(build(kind, settings=settings), tmp_path / "work", num_epochs=40, patience=40)
     users = np.arange(interactions.num_users)
-    ranked = rank_users(dot_product(*trainer.embeddings()), interactions.train, users, 2)
+    ranked = rank_users(dot_product(*trainer.rankings()["dot"]), interactions.train, users, 2)
     assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
 
 

@@ -16,7 +16,7 @@ from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import TrainingError
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
-from crane_core.model import LightGCN
+from crane_core.model import Batch, LightGCN
 from crane_core.propagation import drop_edges
 from crane_core.training import NegativeSampler, Trainer
 from tests.unit.planted import checkerboard
@@ -36,7 +36,8 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     ours = trainer(tmp_path, interactions, config)
     before = ours.model.ids.detach().clone()
     picked, negatives = np.array([0, 5, 9]), np.array([31, 20, 11])
-    ours._step(ours.graph, picked, negatives)
+    rows = (ours.users[picked], ours.items[picked], negatives)
+    ours._step(ours.graph, Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows)))
 
     adjacency = torch.from_numpy(
         user_item_graph(
@@ -65,7 +66,7 @@ def test_the_planted_answer_is_found(tmp_path: Path) -> None:
     ours = trainer(tmp_path, interactions, SMALL.model_copy(update={"num_epochs": 40, "patience": 40}))
     ours.run()
     users = np.arange(interactions.num_users)
-    ranked = rank_users(dot_product(*ours.embeddings()), interactions.train, users, 2)
+    ranked = rank_users(dot_product(*ours.rankings()["dot"]), interactions.train, users, 2)
     assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
 
 
@@ -124,6 +125,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     ours.run()
     if rank == 0:
         (Path(folder) / f"curve{world_size}.json").write_text(json.dumps(ours.progress.curve))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -140,7 +142,7 @@ def test_negatives_are_never_positives_and_cover_the_rest() -> None:
     interactions = checkerboard()
     sampler = NegativeSampler(interactions.train, interactions.num_items)
     users = np.full(20_000, 3)
-    drawn = sampler.sample(users, np.random.default_rng(0))
+    drawn = sampler.one_each(users, np.random.default_rng(0))
     met = interactions.train.rows(np.array([3]))[1]
     counts = np.bincount(drawn, minlength=interactions.num_items)
     assert counts[met].sum() == 0
