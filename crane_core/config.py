@@ -136,6 +136,15 @@ class Knn(Section):
 
 
 class Train(Section):
+    mode: Literal["staged", "joint"] = "staged"
+    """`staged`: CRANE learns on the frozen rows and the graph of the stages before. `joint` (the paper): RCA runs over
+    the whole catalog in every step and its weights learn with the rest, which features and activations of the catalog
+    must fit in memory for."""
+    joint_start: Literal["fitted", "scratch"] = "fitted"
+    """Where the RCA weights of `joint` start: as `ml.refine` has fitted them, or at random (the paper)."""
+    graph_epochs: int = Field(1, ge=1)
+    """`joint` builds the item graph anew from the current rows before every so many epochs; neighbours have no
+    gradient."""
     embedding_dim: int = Field(64, ge=1)
     """Width of the ID embeddings."""
     num_layers: int = Field(2, ge=0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crane_core.config import Loss, Train
-from crane_core.content import Content
+from crane_core.content import Content, JointContent
 from crane_core.propagation import SymmetricGraph, propagate
 
 Rows = tuple[Tensor, Tensor]
@@ -86,6 +86,12 @@ class LightGCN(nn.Module):
         self.ids = nn.Parameter(
             torch.cat([_xavier(size, config.embedding_dim, generator) for size in (num_users, num_items)])
         )
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before the first step of every epoch, the same on every rank.
+
+        Whatever it changes must be in the state dict: a training resumed within the epoch does not call it again.
+        """
 
     def forward(self, graph: SymmetricGraph) -> Views:
         """Rows of all nodes from the user-item graph."""
@@ -196,16 +202,16 @@ class Crane(LightGCN):
 
     Args:
         num_users, num_items: sizes of the id maps.
-        content: refined rows and the item graph.
+        content: refined rows and the item graph, frozen or learned with the rest.
         config: sizes and loss weights.
     """
 
-    def __init__(self, num_users: int, num_items: int, content: Content, config: Train) -> None:
+    def __init__(self, num_users: int, num_items: int, content: Content | JointContent, config: Train) -> None:
         super().__init__(num_users, num_items, config, config.loss)
         self.content = content
         self.edge_dropout = config.edge_dropout
         generator = torch.Generator().manual_seed(config.seed + 1)
-        dim, width = config.embedding_dim, content.items[0].numel()
+        dim, width = config.embedding_dim, content.width
         self.fusion = nn.Parameter(_xavier(width, dim, generator))
         self.fusion_bias = nn.Parameter(torch.zeros(dim))
         if config.trust == "gate":
@@ -213,6 +219,10 @@ class Crane(LightGCN):
             self.trust_bias = nn.Parameter(torch.zeros(dim))
         elif config.trust == "scale":
             self.trust = nn.Parameter(torch.full((1,), 0.1))
+
+    def start_epoch(self, epoch: int) -> None:
+        """Let the content build its graph anew."""
+        self.content.start_epoch(epoch)
 
     def forward(self, graph: SymmetricGraph) -> Views:
         """`z = e + t h`, `t = sigmoid(e W_t + b_t)`.
@@ -243,15 +253,15 @@ class Crane(LightGCN):
         return fill_cold(super()._lengths(items, graph), is_warm, self.content.graph)
 
     def _semantic(self, graph: SymmetricGraph) -> Tensor:
-        content = self.content
-        items = content.items.flatten(1) @ self.fusion + self.fusion_bias
+        item_rows, user_rows = self.content.rows()
+        items = item_rows.flatten(1) @ self.fusion + self.fusion_bias
         if self.config.semantic_items == "ids":
             items = self.ids[self.num_users :] * torch.sigmoid(items)
         for _ in range(self.config.num_item_layers):
-            items = content.graph @ items
+            items = self.content.graph @ items
         if self.config.semantic_users == "profiles":
-            assert content.users is not None
-            return torch.cat([content.users.flatten(1) @ self.fusion + self.fusion_bias, items])
+            assert user_rows is not None
+            return torch.cat([user_rows.flatten(1) @ self.fusion + self.fusion_bias, items])
         spread = graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items])
         return torch.cat([spread[: self.num_users], items])
 

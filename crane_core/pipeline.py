@@ -22,6 +22,8 @@ class Stage:
         inputs: stages whose artifacts it reads.
         sections: parts of `RunConfig` that decide its output.
         parts: names of the independent parts the stage is mapped over; `[""]` for a stage in one piece.
+        joint_inputs, joint_sections: what a run with `train.mode=joint` reads and obeys beyond that. A staged run
+            neither waits for these files nor fetches and checks them.
     """
 
     name: str
@@ -29,6 +31,16 @@ class Stage:
     inputs: tuple[str, ...]
     sections: tuple[str, ...]
     parts: Callable[[RunConfig], list[str]] = _whole
+    joint_inputs: tuple[str, ...] = ()
+    joint_sections: tuple[str, ...] = ()
+
+    def inputs_of(self, config: RunConfig) -> tuple[str, ...]:
+        """Stages whose artifacts it reads in a run with this configuration."""
+        return self.inputs + (self.joint_inputs if config.train.mode == "joint" else ())
+
+    def sections_of(self, config: RunConfig) -> set[str]:
+        """Parts of this configuration that decide its output."""
+        return {*self.sections, *(self.joint_sections if config.train.mode == "joint" else ())}
 
 
 STAGES: dict[str, Stage] = {
@@ -43,7 +55,14 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("ml.graph", 1, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
         Stage("ml.behaviour", 1, ("etl.interactions",), ("train",)),
-        Stage("ml.train", 2, ("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"), ("train",)),
+        Stage(
+            "ml.train",
+            2,
+            ("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
+            ("train",),
+            joint_inputs=("etl.features", "etl.profiles"),
+            joint_sections=("refine", "knn"),
+        ),
         Stage("ml.evaluate", 2, ("etl.interactions", "ml.behaviour", "ml.train"), ("evaluate",)),
         Stage("ml.register", 1, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
         Stage("ml.export", 1, ("etl.interactions", "ml.train"), ("export",)),

@@ -212,11 +212,11 @@ def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[s
     Args:
         stage: its name and version enter.
         part: the part of a mapped stage.
-        config: the stage's sections enter.
+        config: the sections that the stage obeys enter.
         inputs: input name to content checksum.
         source: identity of raw data the stage reads, JSON values.
     """
-    sections = config.model_dump(mode="json", include=set(stage.sections))
+    sections = config.model_dump(mode="json", include=stage.sections_of(config))
     payload = [stage.name, stage.version, part, sections, dict(inputs), source]
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -123,7 +123,8 @@ class Trainer:
         self.work = work
         self.device = device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.optimiser = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate)
         self.users = interactions.train.users()
         self.items = interactions.train.items
         self.sampler = NegativeSampler(interactions.train, interactions.num_items)
@@ -174,6 +175,9 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
+        if progress.step == 0:
+            # Resumed within an epoch, what the model made at its start is in the checkpoint.
+            self.model.start_epoch(progress.epoch)
         self.model.train()
         kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, progress.epoch))
         graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
@@ -225,7 +229,7 @@ class Trainer:
         total.backward()
         values = torch.stack([value.detach() for value in losses.values()])
         if self.world_size > 1:
-            for parameter in self.model.parameters():
+            for parameter in self.parameters:
                 dist.all_reduce(parameter.grad)
             dist.all_reduce(values)
         if not torch.isfinite(values).all():

@@ -189,7 +189,7 @@ def produce(
         raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
     inputs = {
         f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
-        for name in stage.inputs
+        for name in stage.inputs_of(config)
         for each in STAGES[name].parts(config)
     }
     contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
@@ -217,7 +217,7 @@ def produce(
                     "stage_version": stage.version,
                     "fingerprint": fingerprint,
                     "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
-                    "config": config.model_dump(mode="json", include=set(stage.sections)),
+                    "config": config.model_dump(mode="json", include=stage.sections_of(config)),
                     "facts": result.facts,
                     "tables": result.tables,
                     "seconds": round(time.monotonic() - started, 3),

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from crane_core.baselines import content, item_knn, popularity
 from crane_core.config import Features, Knn, Profiles, Refine, Section, Train
-from crane_core.content import Content
+from crane_core.content import Content, JointContent, joint_content
 from crane_core.dataset import Interactions
 from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
@@ -97,20 +100,27 @@ def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trai
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """CRANE, staged: LightGCN beside RCA, item graph and the CRANE network, trusted as validation says.
+    """CRANE: LightGCN beside RCA, item graph and the CRANE network, staged or joint, trusted as validation says.
 
     The seconds are those of all parts, whether they were made now or found.
     """
     interactions = dataset.interactions
     view, alone = behaviour(interactions, recipe.train, work)
-    content, prepared = shared_content(dataset, recipe, work)
+    content, prepared = content_of(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
     started = time.monotonic()
+    # The graph of the best epoch: a joint content has it from the best weights.
     trust = choose_trust(view, rows, content.graph, interactions, recipe.train)
     seconds = alone["seconds"] + prepared + summary["seconds"] + time.monotonic() - started
     facts = summary | {"trust": trust.share, "curve": trust.curve, "content_seconds": prepared}
     return Trained(dot_product(*trust.rows), trust.recall, seconds, facts)
+
+
+def train_crane_joint(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """CRANE with RCA in every step, whatever the recipe says."""
+    train = recipe.train.model_copy(update={"mode": "joint"})
+    return train_crane(dataset, recipe.model_copy(update={"train": train}), work)
 
 
 _LIGHTGCN = {
@@ -182,6 +192,7 @@ def train_mgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 
 MODELS: dict[str, TrainModel] = {
     "crane": train_crane,
+    "crane_joint": train_crane_joint,
     "lightgcn": train_lightgcn,
     "lightgcn_softmax": train_lightgcn_softmax,
     "bpr_mf": train_bpr_mf,
@@ -192,7 +203,7 @@ MODELS: dict[str, TrainModel] = {
     "mgcn": train_mgcn,
 }
 """Every model by name."""
-NEED_FEATURES = frozenset({"crane", "content", "freedom", "mgcn"})
+NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"})
 """Those that read item features, and raise a `DataError` where there are none."""
 
 
@@ -213,7 +224,21 @@ def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Ro
         return train_to_best(model, interactions, config, shared)
 
 
-def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, float]:
+def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, float]:
+    """What CRANE learns on, and the seconds it took."""
+    fitted: dict[str, Tensor] = {}
+    seconds = 0.0
+    if recipe.train.mode == "staged" or recipe.train.joint_start == "fitted":
+        frozen, fitted, seconds = shared_content(dataset, recipe, work)
+        if recipe.train.mode == "staged":
+            return frozen, seconds
+    started = time.monotonic()
+    modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
+    content = joint_content(modalities, fitted, recipe.refine, recipe.knn, recipe.train, CPU)
+    return content, seconds + time.monotonic() - started
+
+
+def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, dict[str, Tensor], float]:
     """What `prepare_content` makes and the seconds it took, made once for the same data and sections of the recipe.
 
     It lies beside `work`, as the behavioural view does.
@@ -221,29 +246,33 @@ def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Conten
     sections = recipe.model_dump(mode="json", include={"features", "profiles", "refine", "knn"})
     shared = work.parent / f"content-{fingerprint(VERSION, dataset.without_test().fingerprint, sections)}"
     with held(shared):
-        if not (shared / "seconds.json").exists():
+        if not (shared / "prepared.json").exists():
             started = time.monotonic()
-            content = prepare_content(dataset, recipe)
+            content, fitted = prepare_content(dataset, recipe)
             seconds = time.monotonic() - started
-            np.save(shared / "items.npy", content.items.numpy())
+            assert content.users is not None
+            save_file({"items": content.items, "users": content.users}, shared / "rows.safetensors")
+            save_file(fitted, shared / "rca.safetensors")
             sp.save_npz(shared / "graph.npz", content.graph.matrix)
             # Last, and at once: without it the rest is made again.
-            LocalStorage(shared).write("seconds.json", json.dumps(seconds).encode())
-        items = torch.from_numpy(np.load(shared / "items.npy"))
+            LocalStorage(shared).write("prepared.json", json.dumps({"seconds": seconds}).encode())
+        rows, fitted = (load_file(shared / f"{name}.safetensors") for name in ("rows", "rca"))
         graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
-        return Content(items, graph), json.loads((shared / "seconds.json").read_text())
+        seconds = json.loads((shared / "prepared.json").read_text())["seconds"]
+        return Content(rows["items"], graph, rows["users"]), fitted, seconds
 
 
-def prepare_content(dataset: Dataset, recipe: Recipe) -> Content:
-    """What `ml.refine`, `ml.knn` and `ml.graph` leave, in memory."""
+def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str, Tensor]]:
+    """What `ml.refine`, `ml.knn` and `ml.graph` leave, in memory: rows and graph, and the fitted weights."""
     modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
     refiner, _ = fit(modalities, dataset.interactions.train, recipe.profiles.aggregate, recipe.refine)
-    items, _, _ = refine_catalog(refiner, modalities, recipe.refine.chunk_size)
+    items, users, _ = refine_catalog(refiner, modalities, recipe.refine.chunk_size)
     with torch.no_grad():
         unit = unit_rows(refiner.fuse(items).numpy())
     neighbours, _ = search(unit, 0, len(unit), recipe.knn.k)
     graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), CPU)
-    return Content(torch.nn.functional.normalize(items, dim=2), graph)
+    items, users = (F.normalize(rows, dim=2) for rows in (items, users))
+    return Content(items, graph, users), refiner.state_dict()
 
 
 def train_to_best(

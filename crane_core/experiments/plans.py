@@ -10,7 +10,7 @@ from crane_core.config import Phi, RunConfig, Train, load_config
 from crane_core.errors import ConfigError
 from crane_core.experiments.harness import Recipe
 
-NAMES = ("rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
+NAMES = ("training", "rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
 """The experiments of every run; `search` is run when it is asked for."""
 
 SEARCH = "search"
@@ -87,6 +87,7 @@ def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
         modalities: of the dataset.
     """
     experiments = (
+        _training(recipe),
         _rca(recipe),
         _neighbours(recipe),
         _profiles(recipe),
@@ -101,6 +102,20 @@ def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
         _modalities(recipe, modalities),
     )
     return {experiment.name: experiment for experiment in experiments}
+
+
+def _training(recipe: Recipe) -> Experiment:
+    starts = sorted(get_args(Train.model_fields["joint_start"].annotation), key=lambda s: s != recipe.train.joint_start)
+    variants = [Variant("staged", {"train.mode": "staged"})]
+    variants += [Variant(f"joint, {start}", {"train.mode": "joint", "train.joint_start": start}) for start in starts]
+    return Experiment(
+        "training",
+        "Staged against joint training",
+        "What does it cost, and what does it save, to fit RCA before CRANE instead of in every step?",
+        tuple(variants),
+        "Staged, RCA is fitted once and its rows are frozen. Joint, as in the paper, RCA learns by CRANE's own loss, "
+        "from the fitted weights or from scratch, and the item graph is built anew from the current rows.",
+    )
 
 
 def _rca(recipe: Recipe) -> Experiment:

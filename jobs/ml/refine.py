@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors.torch import save_file
 
+from crane_core.content import load_modalities
 from crane_core.dataset import load_interactions
 from crane_core.errors import DataError
-from crane_core.matrix import open_matrix
-from crane_core.refine import Modality, fit, refine_catalog
+from crane_core.refine import fit, refine_catalog
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, run_stage
 
@@ -29,7 +29,7 @@ def run(job: Job) -> Result:
     interactions = load_interactions(job.input("etl.interactions"))
     if len(interactions.train.items) == 0:
         raise DataError("There is no training interaction.", "Widen the window or loosen etl.k_core.")
-    modalities = load_modalities(job)
+    modalities = load_modalities(job.input("etl.features"), job.input("etl.profiles"))
     refiner, report = fit(modalities, interactions.train, job.config.profiles.aggregate, config)
     items, users, likeness = refine_catalog(refiner, modalities, config.chunk_size)
     for number, cosine in enumerate(likeness):
@@ -42,21 +42,6 @@ def run(job: Job) -> Result:
     report["mean_cosine"] = likeness
     (job.out / "fit.json").write_text(json.dumps(report))
     return Result({"modalities": [m.name for m in modalities], "shape": list(items.shape), "mean_cosine": likeness})
-
-
-def load_modalities(job: Job) -> list[Modality]:
-    """Features and profiles of every modality, memory-mapped."""
-    features, profiles = job.input("etl.features"), job.input("etl.profiles")
-    return [
-        Modality(
-            name,
-            open_matrix(features.file(f"{name}/matrix.npy")),
-            open_matrix(features.file(f"{name}/mask.npy")),
-            open_matrix(profiles.file(f"{name}.npy")),
-            open_matrix(profiles.file(f"{name}.counts.npy")),
-        )
-        for name in sorted(features.facts["modalities"])
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

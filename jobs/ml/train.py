@@ -1,5 +1,7 @@
 """Train CRANE to its best validation recall: `python -m jobs.ml.train --store URI --run RUN_ID`.
 
+With `train.mode=joint` the RCA weights that `ml.refine` has fitted go on learning and the item graph moves with them.
+
 Leaves `embeddings.safetensors` (`user_embeddings` and `item_embeddings`, scores are their dot products): CRANE's rows
 beside the behavioural view, at the share the validation split trusts them with. Also `weights.safetensors`,
 `curve.json` with one entry per epoch, and `trust.json` with the recall at every share tried.
@@ -12,12 +14,22 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import load_file
 
 from crane_core.config import RunConfig
-from crane_core.content import load_content, load_graph
+from crane_core.content import (
+    Content,
+    JointContent,
+    joint_content,
+    load_content,
+    load_graph,
+    load_modalities,
+    neighbour_graph,
+)
 from crane_core.dataset import Interactions, load_interactions
 from crane_core.fusion import choose_trust
 from crane_core.model import Crane
+from crane_core.propagation import SymmetricGraph
 from crane_core.store import ArtifactStore
 from jobs.ml.launch import load_embeddings, save_embeddings, train
 from jobs.runner import Job, Result, run_stage
@@ -28,17 +40,30 @@ logger = logging.getLogger(__name__)
 def build(
     store: ArtifactStore, run_id: str, interactions: Interactions, config: RunConfig, device: torch.device
 ) -> Crane:
-    with_users = config.train.semantic_users == "profiles"
-    content = load_content(store.artifact(run_id, "ml.refine"), store.artifact(run_id, "ml.graph"), device, with_users)
+    refined = store.artifact(run_id, "ml.refine")
+    content: Content | JointContent
+    if config.train.mode == "joint":
+        modalities = load_modalities(store.artifact(run_id, "etl.features"), store.artifact(run_id, "etl.profiles"))
+        fitted = load_file(refined.file("rca.safetensors"))
+        content = joint_content(modalities, fitted, config.refine, config.knn, config.train, device)
+    else:
+        with_users = config.train.semantic_users == "profiles"
+        content = load_content(refined, store.artifact(run_id, "ml.graph"), device, with_users)
     return Crane(interactions.num_users, interactions.num_items, content, config.train)
+
+
+def item_graph(job: Job) -> SymmetricGraph:
+    """The item graph of the best epoch."""
+    if job.config.train.mode == "joint":
+        return neighbour_graph(load_file(job.out / "weights.safetensors")["content.neighbours"])
+    return load_graph(job.input("ml.graph"), torch.device("cpu"))
 
 
 def run(job: Job) -> Result:
     summary, users, items = train(job, build)
     behaviour = load_embeddings(job.input("ml.behaviour"))
     interactions = load_interactions(job.input("etl.interactions"))
-    graph = load_graph(job.input("ml.graph"), torch.device("cpu"))
-    trust = choose_trust(behaviour, (users, items), graph, interactions, job.config.train)
+    trust = choose_trust(behaviour, (users, items), item_graph(job), interactions, job.config.train)
     logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", trust.share, trust.recall, trust.curve[0][1])
     save_embeddings(job.out, *trust.rows)
     (job.out / "trust.json").write_text(json.dumps({"share": trust.share, "curve": trust.curve}))

@@ -89,7 +89,7 @@ def test_every_stage_runs_after_the_stages_it_reads(dags):
     """The order here and the table of the jobs' environment say the same."""
     program = (
         "import json; from crane_core.pipeline import STAGES; "
-        "print(json.dumps({name: stage.inputs for name, stage in STAGES.items()}))"
+        "print(json.dumps({name: stage.inputs + stage.joint_inputs for name, stage in STAGES.items()}))"
     )
     python = PROJECT / ".venv" / "bin" / "python"
     inputs = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)

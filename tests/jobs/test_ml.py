@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from crane_core.config import load_config
 from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
+from crane_core.pipeline import STAGES
 from crane_core.store import ArtifactStore
 from jobs.ml import behaviour, evaluate, graph, knn, refine, train
 from jobs.runner import open_store
@@ -161,6 +162,25 @@ def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
     first, second = (store.artifact(run, "ml.graph") for run in ("planted", "sharded"))
     assert first.fingerprint != second.fingerprint
     assert first.manifest["content"] == second.manifest["content"]
+
+
+def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path) -> None:
+    store = open_store(str(finished))
+    extra = ("train.mode=joint", "train.semantic_users=profiles")
+    store.start_run("joint", load_config(None, [*SETTINGS, *extra]))
+    for stage in ("etl.interactions", "etl.features", "etl.profiles"):
+        store.record("joint", stage, "", {"fingerprint": "planted"})
+    for job, part in JOBS:
+        assert job.main(flags(finished, "joint", part, extra)) == EXIT_OK, job.__name__
+    manifest = store.artifact("joint", "ml.train").manifest
+    assert set(manifest["inputs"]) == {*STAGES["ml.train"].inputs, "etl.features", "etl.profiles"}
+    weights = load_file(store.artifact("joint", "ml.train").file("weights.safetensors"))
+    fitted = load_file(store.artifact("joint", "ml.refine").file("rca.safetensors"))
+    assert {f"content.refiner.{name}" for name in fitted} <= set(weights)
+    moved = np.abs(weights["content.refiner.weights.0"] - fitted["weights.0"]).max()
+    assert 0 < moved < 8 * 5 * 0.021, "a step of Adam moves an entry by the learning rate at most"
+    assert weights["content.neighbours"].shape == (32, 5)
+    assert set(store.artifact("planted", "ml.train").manifest["inputs"]) == set(STAGES["ml.train"].inputs)
 
 
 def test_a_missing_input_and_an_unknown_part_are_typed_errors(finished: Path) -> None:

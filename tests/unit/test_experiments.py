@@ -98,6 +98,8 @@ class TestPlans:
         def values(name: str, field: str) -> list[Any]:
             return [variant.changes.get(field) for variant in experiments[name].variants]
 
+        assert values("training", "train.mode") == ["staged", "joint", "joint"]
+        assert values("training", "train.joint_start") == [None, "fitted", "scratch"]
         assert values("rca", "refine.num_recursions") == [0, 1, 2, 3, 4, 5]
         assert values("neighbours", "knn.k") == [5, 10, 15, 20]
         assert values("profiles", "profiles.aggregate") == ["sum", "mean"]
@@ -113,7 +115,7 @@ class TestPlans:
         assert len(experiments["modalities"].variants) == 1
 
     def test_unknown_names_and_sections_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"'phy'.*rca, neighbours.*search"):
+        with pytest.raises(ConfigError, match=r"'phy'.*training, rca, neighbours.*search"):
             chosen(["phy"])
         with pytest.raises(ConfigError, match="no section 'export'"):
             load_recipe(None, ["export.k=3"])
@@ -173,7 +175,7 @@ class TestCells:
             Cells(tmp_path).find(dataset, "crane", RECIPE, 0)
 
     def test_an_unknown_model_is_refused(self, dataset: Dataset, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="crane, lightgcn"):
+        with pytest.raises(ConfigError, match="crane, crane_joint, lightgcn"):
             Cells(tmp_path).cell(dataset, "oracle", RECIPE, 0)
 
     def test_view_and_content_are_made_once(self, dataset: Dataset, tmp_path: Path, monkeypatch) -> None:

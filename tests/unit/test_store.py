@@ -124,6 +124,16 @@ def test_fingerprint_changes_with_everything_that_decides_the_output() -> None:
     assert len({reference, *changed}) == 7
 
 
+def test_a_joint_training_reads_and_obeys_more() -> None:
+    stage, staged, joint = STAGES["ml.train"], configure(), configure("train.mode=joint")
+    assert {*stage.inputs_of(joint)} - {*stage.inputs_of(staged)} == {"etl.features", "etl.profiles"}
+    for override in ("refine.phi=softmax", "knn.k=3"):
+        for mode, decides in (("staged", False), ("joint", True)):
+            pair = [configure(f"train.mode={mode}"), configure(f"train.mode={mode}", override)]
+            found = {fingerprint_of(stage, "", config, {}, None) for config in pair}
+            assert (len(found) == 2) is decides, (mode, override)
+
+
 def test_content_of_a_table_is_that_of_its_rows() -> None:
     def content(files: dict[str, str], tables: dict[str, str]) -> str:
         return content_checksum({name: {"bytes": 1, "sha256": sha} for name, sha in files.items()}, tables)
