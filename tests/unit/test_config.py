@@ -71,6 +71,19 @@ def test_presets_are_valid(name: str) -> None:
     assert load_config(name, WINDOW).window.start.year == 2026
 
 
+def test_the_ways_to_train_have_names() -> None:
+    staged, joint, paper = (load_config(name, WINDOW) for name in ("staged", "joint", "paper"))
+    assert staged == load_config(None, WINDOW)
+    assert joint.train == staged.train.model_copy(update={"mode": "joint"})
+    assert joint.model_copy(update={"train": staged.train}) == staged
+    train = paper.train
+    assert (train.mode, train.joint_start, train.loss, train.trust) == ("joint", "scratch", "bpr", "none")
+    assert (train.semantic_items, train.semantic_users) == ("content", "profiles")
+    assert (train.num_layers, train.num_item_layers, train.learning_rate, train.batch_size) == (2, 1, 1e-3, 2048)
+    assert (paper.refine.num_recursions, paper.knn.k, paper.profiles.aggregate) == (3, 10, "sum")
+    assert paper.refine.embedding_dim == train.embedding_dim == 64
+
+
 def test_a_recorded_run_is_the_start_unless_a_file_is_named(tmp_path: Path) -> None:
     recorded = load_config(None, [*WINDOW, "knn.k=7"]).identity()
     before = RunConfig.model_validate(recorded)

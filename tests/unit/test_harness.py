@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from crane_core.baselines import item_knn
-from crane_core.config import Features, Refine, Train
+from crane_core.config import Features, Refine, Train, preset_names
 from crane_core.dataset import Interactions
 from crane_core.errors import DataError
 from crane_core.evaluation import Scorer, rank_users, user_metrics
 from crane_core.experiments import harness
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.harness import CONTENT_GRID, ITEM_KNN_GRID, MODELS, NEED_FEATURES, Recipe
+from crane_core.experiments.plans import load_recipe
 from crane_core.references import FreedomSettings, MgcnSettings
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
@@ -52,6 +53,27 @@ def test_every_model_beats_popularity_and_repeats_itself(name: str, tmp_path: Pa
     assert first.validation == second.validation > 0 and first.seconds > 0
     popularity = MODELS["popularity"](dataset, RECIPE, tmp_path / "popularity")
     assert recall(dataset, first.score) > 2 * recall(dataset, popularity.score)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_trains(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["refine.num_steps=3", "train.num_epochs=3", "knn.k=4"])
+    trained = MODELS["crane"](planted(), recipe, tmp_path / "work")
+    assert trained.facts["num_epochs"] == 3 and 0 < trained.validation <= 1
+    assert torch.isfinite(trained.score(np.arange(40))).all()
+
+
+def test_crane_joint_is_crane_in_joint_mode(tmp_path: Path) -> None:
+    dataset = planted()
+    train = RECIPE.train.model_copy(update={"mode": "joint", "num_epochs": 3})
+    joint = RECIPE.model_copy(update={"train": train})
+    staged = joint.model_copy(update={"train": train.model_copy(update={"mode": "staged"})})
+    first = MODELS["crane"](dataset, joint, tmp_path / "a")
+    second = MODELS["crane_joint"](dataset, staged, tmp_path / "b")
+    third = MODELS["crane"](dataset, staged, tmp_path / "c")
+    users = np.arange(40)
+    assert torch.equal(first.score(users), second.score(users))
+    assert first.facts["validation"] != third.facts["validation"] or first.facts["curve"] != third.facts["curve"]
 
 
 @pytest.mark.parametrize("name", list(MODELS))
