@@ -172,6 +172,8 @@ class Train(Section):
     """What spreads over the item graph: ID embeddings gated by content, or the fused content itself (the paper)."""
     semantic_users: Literal["items", "profiles"] = "items"
     """`h_u`: the normalised sum of `h_i` over the user's items, or the refined profile (the paper)."""
+    own_content: bool = True
+    """Add a projection of a node's own refined row to its `h`, beside what its neighbours spread."""
     trust: Literal["gate", "scale", "none"] = "gate"
     """How `h` enters `z`: by a gate driven by `e`, by one learned number, or as it is (the paper)."""
     regularisation: float = Field(1e-3, ge=0)
@@ -188,6 +190,11 @@ class Train(Section):
     """Steps between two checkpoints; one is also written after every epoch."""
     seed: int = 0
     """Seed of the weights, the order of the interactions and the negatives."""
+
+    @property
+    def reads_users(self) -> bool:
+        """Whether the semantic view reads refined user rows."""
+        return self.own_content or self.semantic_users == "profiles"
 
 
 class Evaluate(Section):

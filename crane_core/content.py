@@ -165,8 +165,7 @@ def joint_content(
     refiner = Refiner([each.items.shape[1] for each in modalities], profile_scales(modalities), refine)
     if train.joint_start == "fitted":
         refiner.load_state_dict(fitted)
-    with_users = train.semantic_users == "profiles"
-    return JointContent(modalities, refiner, refine.chunk_size, knn.k, train.graph_epochs, with_users, device)
+    return JointContent(modalities, refiner, refine.chunk_size, knn.k, train.graph_epochs, train.reads_users, device)
 
 
 def load_content(refined: Artifact, graph: Artifact, device: torch.device, with_users: bool) -> Content:

@@ -195,7 +195,8 @@ class Crane(LightGCN):
     paper's choice:
 
     - `h` spreads ID embeddings gated by content over the item graph instead of content itself (the gate of MGCN,
-      arXiv 2308.03588), so both views live in one space, and `h_u` sums the user's items;
+      arXiv 2308.03588), so both views live in one space, and `h_u` sums the user's items; a projection of a node's
+      own refined row is added, so that a user is also what the refined profile says;
     - every dimension of `h` enters `z` as far as a gate driven by `e` trusts it;
     - ranking is learned by a sampled softmax with warm negatives, in which a user's weight grows slower than the
       user's history. An item nobody has met is ranked by the mean length of its neighbours in the item graph.
@@ -214,6 +215,8 @@ class Crane(LightGCN):
         dim, width = config.embedding_dim, content.width
         self.fusion = nn.Parameter(_xavier(width, dim, generator))
         self.fusion_bias = nn.Parameter(torch.zeros(dim))
+        if config.own_content:
+            self.own = nn.Parameter(_xavier(width, dim, generator))
         if config.trust == "gate":
             self.trust = nn.Parameter(_xavier(dim, dim, generator))
             self.trust_bias = nn.Parameter(torch.zeros(dim))
@@ -227,8 +230,9 @@ class Crane(LightGCN):
     def forward(self, graph: SymmetricGraph) -> Views:
         """`z = e + t h`, `t = sigmoid(e W_t + b_t)`.
 
-        `h_i = G_II^L (id_i sigmoid(F_i))` with `F = [X_1 ; ... ; X_M] W_F + b_F` from the refined rows, and `h_u` the
-        normalised sum of `h_i` over the user's training items. For the other forms see `Train`.
+        `h_i = G_II^L (id_i sigmoid(F_i)) + [X_1 ; ... ; X_M] W_O` with `F = [X_1 ; ... ; X_M] W_F + b_F` from the refined
+        rows, and `h_u` the normalised sum of the spread IDs over the user's training items `+ [X_1 ; ... ; X_M] W_O` of
+        the refined profile. For the other forms see `Train`.
         """
         behaviour = propagate(graph, self.ids, self.config.num_layers)
         semantic = self._semantic(graph)
@@ -261,9 +265,14 @@ class Crane(LightGCN):
             items = self.content.graph @ items
         if self.config.semantic_users == "profiles":
             assert user_rows is not None
-            return torch.cat([user_rows.flatten(1) @ self.fusion + self.fusion_bias, items])
-        spread = graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items])
-        return torch.cat([spread[: self.num_users], items])
+            users = user_rows.flatten(1) @ self.fusion + self.fusion_bias
+        else:
+            users = (graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items]))[: self.num_users]
+        semantic = torch.cat([users, items])
+        if self.config.own_content:
+            assert user_rows is not None
+            semantic = semantic + torch.cat([user_rows, item_rows]).flatten(1) @ self.own
+        return semantic
 
 
 def fill_cold(rows: Tensor, is_warm: Tensor, graph: SymmetricGraph) -> Tensor:

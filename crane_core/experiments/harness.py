@@ -34,7 +34,7 @@ from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
 
-VERSION = 2
+VERSION = 3
 """Raised when a training comes to mean something else: what was trained before is then not found."""
 
 

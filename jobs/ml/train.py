@@ -47,7 +47,7 @@ def build(
         fitted = load_file(refined.file("rca.safetensors"))
         content = joint_content(modalities, fitted, config.refine, config.knn, config.train, device)
     else:
-        with_users = config.train.semantic_users == "profiles"
+        with_users = config.train.reads_users
         content = load_content(refined, store.artifact(run_id, "ml.graph"), device, with_users)
     return Crane(interactions.num_users, interactions.num_items, content, config.train)
 
