@@ -230,9 +230,9 @@ class Crane(LightGCN):
     def forward(self, graph: SymmetricGraph) -> Views:
         """`z = e + t h`, `t = sigmoid(e W_t + b_t)`.
 
-        `h_i = G_II^L (id_i sigmoid(F_i)) + [X_1 ; ... ; X_M] W_O` with `F = [X_1 ; ... ; X_M] W_F + b_F` from the refined
-        rows, and `h_u` the normalised sum of the spread IDs over the user's training items `+ [X_1 ; ... ; X_M] W_O` of
-        the refined profile. For the other forms see `Train`.
+        With `X = [X_1 ; ... ; X_M]`, the refined rows: `F = X W_F + b_F`, `h_i = G_II^L (id_i sigmoid(F_i)) + X_i W_O`,
+        and `h_u` is the normalised sum of the spread IDs over the user's training items, plus `X_u W_O`. For the other
+        forms see `Train`.
         """
         behaviour = propagate(graph, self.ids, self.config.num_layers)
         semantic = self._semantic(graph)

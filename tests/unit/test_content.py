@@ -130,7 +130,7 @@ def symmetric(adjacency: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("phi", ["linear", "softmax", "tanh"])
 def test_one_step_equals_the_step_by_hand(phi: str, tmp_path: Path) -> None:
-    config = TRAIN.model_copy(update=FORMS[-1] | {"trust": "none", "contrast_weight": 0.1})
+    config = TRAIN.model_copy(update=FORMS[-1] | {"own_content": False, "trust": "none", "contrast_weight": 0.1})
     refine = REFINE.model_copy(update={"phi": phi})
     ours = trainer(tmp_path, start(planted_modalities(), config, refine), config)
     before = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
