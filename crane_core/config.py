@@ -162,7 +162,10 @@ class Train(Section):
     loss: Loss = "softmax"
     """CRANE's ranking loss: sampled softmax over cosines, or the paper's BPR. LightGCN, the baseline, keeps BPR."""
     num_negatives: int = Field(1024, ge=1)
-    """Random warm items that all rows of a batch share as negatives under `softmax`."""
+    """Random items that all rows of a batch share as negatives under `softmax`."""
+    ranking_negatives: Literal["warm", "catalog"] = "warm"
+    """Where these are drawn from: items with training interactions, or all items. As negatives, items nobody has met
+    would only learn to be ranked last."""
     ranking_temperature: float = Field(0.2, gt=0)
     """Temperature of the softmax."""
     user_balance: float = Field(0.5, ge=0, le=1)
@@ -182,6 +185,8 @@ class Train(Section):
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
     temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
+    contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
+    """Its negatives for a user: the other users of the batch, or its items too; likewise for an item."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
     validation_users: int = Field(20_000, ge=1)

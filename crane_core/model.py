@@ -169,8 +169,8 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Te
 def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, temperature: float) -> Tensor:
     """Agreement of two views of the same nodes (van den Oord et al., arXiv 1807.03748), cosine similarity.
 
-    The positive of a node is itself in the other view; its negatives are the other distinct nodes of the batch,
-    of the same kind, over all ranks.
+    The positive of a node is itself in the other view; its negatives are the other distinct nodes given, over all
+    ranks.
 
     Args:
         anchors, others: float32 [num_nodes, d], the views.
@@ -247,9 +247,12 @@ class Crane(LightGCN):
     def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items."""
         assert views.semantic is not None
-        users, items = batch.users, batch.positives + self.num_users
-        contrast = info_nce(views.behaviour, views.semantic, users, batch, self.config.temperature)
-        contrast = contrast + info_nce(views.behaviour, views.semantic, items, batch, self.config.temperature)
+        kinds = [batch.users, batch.positives + self.num_users]
+        if self.config.contrast_negatives == "both_kinds":
+            kinds = [torch.cat(kinds)]
+        contrast = torch.stack(
+            [info_nce(views.behaviour, views.semantic, nodes, batch, self.config.temperature) for nodes in kinds]
+        ).sum()
         return super().losses(views, batch) | {"contrast": self.config.contrast_weight * contrast}
 
     def _lengths(self, items: Tensor, graph: SymmetricGraph) -> Tensor:

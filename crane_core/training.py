@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,12 +50,13 @@ class NegativeSampler:
     Args:
         train: training items per user.
         num_items: catalog size.
+        pool: what shared negatives are drawn from, `warm` items or the whole `catalog`.
 
     Raises:
         TrainingError: a user has met every item.
     """
 
-    def __init__(self, train: ItemLists, num_items: int) -> None:
+    def __init__(self, train: ItemLists, num_items: int, pool: Literal["warm", "catalog"] = "warm") -> None:
         full = int((train.counts() >= num_items).sum())
         if full:
             raise TrainingError(
@@ -64,7 +65,7 @@ class NegativeSampler:
             )
         self.num_items = num_items
         self._train = train
-        self._warm = np.unique(train.items)
+        self._pool = np.unique(train.items) if pool == "warm" else np.arange(num_items)
         self._met = train.users().astype(np.int64) * num_items + train.items
 
     def one_each(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -79,9 +80,7 @@ class NegativeSampler:
         return items
 
     def shared(self, users: np.ndarray, size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Random items with training interactions, the same for all users.
-
-        Items nobody has met are never drawn: as negatives they would only learn to be ranked last.
+        """Random items of the pool, the same for all users.
 
         Args:
             users: int [n].
@@ -91,12 +90,13 @@ class NegativeSampler:
         Returns:
             Ascending int64 [m], m <= size; bool [n, m], whether the user has met the item.
         """
-        items = np.unique(generator.choice(self._warm, size)).astype(np.int64)
+        items = np.unique(generator.choice(self._pool, size)).astype(np.int64)
+        column = np.full(self.num_items, -1, dtype=np.int32)
+        column[items] = np.arange(len(items))
         rows, known = self._train.rows(users)
-        found = np.minimum(np.searchsorted(items, known), len(items) - 1)
-        hit = items[found] == known
+        columns = column[known]
         met = np.zeros((len(users), len(items)), dtype=bool)
-        met[rows[hit], found[hit]] = True
+        met[rows[columns >= 0], columns[columns >= 0]] = True
         return items, met
 
 
@@ -127,7 +127,7 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate)
         self.users = interactions.train.users()
         self.items = interactions.train.items
-        self.sampler = NegativeSampler(interactions.train, interactions.num_items)
+        self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.ranking_negatives)
         self.weights = _user_weights(interactions.train, config.user_balance)
         self.graph = self._graph(np.arange(len(self.users)))
         self.progress = Progress()

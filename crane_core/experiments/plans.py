@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from crane_core.config import Phi, RunConfig, Train, load_config
 from crane_core.errors import ConfigError
 from crane_core.experiments.harness import Recipe
 
-NAMES = ("training", "rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
+NAMES = ("form", "training", "rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
 """The experiments of every run; `search` is run when it is asked for."""
 
 SEARCH = "search"
@@ -87,6 +87,7 @@ def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
         modalities: of the dataset.
     """
     experiments = (
+        _form(recipe),
         _training(recipe),
         _rca(recipe),
         _neighbours(recipe),
@@ -115,6 +116,29 @@ def _training(recipe: Recipe) -> Experiment:
         tuple(variants),
         "Staged, RCA is fitted once and its rows are frozen. Joint, as in the paper, RCA learns by CRANE's own loss, "
         "from the fitted weights or from scratch, and the item graph is built anew from the current rows.",
+    )
+
+
+def _form(recipe: Recipe) -> Experiment:
+    paper = {"semantic_items": "content", "semantic_users": "profiles", "own_content": False, "trust": "none"}
+    variants = {
+        "as configured": {},
+        "no own content": {"own_content": False},
+        "h = content, no gate (paper)": paper,
+        "the same, learned by BPR (paper)": paper | {"loss": "bpr"},
+        "no gate": {"trust": "none"},
+        "learned by BPR": {"loss": "bpr"},
+        "interactions weigh alike": {"user_balance": 0.0},
+    }
+    return Experiment(
+        "form",
+        "The form of CRANE against the paper's",
+        "What do the departures from the paper bring?",
+        tuple(
+            Variant(label, {f"train.{name}": value for name, value in changes.items()})
+            for label, changes in variants.items()
+        ),
+        "How much of the gain over LightGCN is owed to the loss alone: compare with lightgcn_softmax in the bench.",
     )
 
 
@@ -173,19 +197,19 @@ def _contrast(recipe: Recipe) -> Experiment:
     variants += [
         Variant(f"{sign} = {value:g}", {path: value}) for sign, path, value in changes if value != default[path]
     ]
-    sources = _negative_sources()
-    for name, options in sources.items():
-        own = getattr(train, name)
-        variants += [Variant(f"negatives: {option}", {f"train.{name}": option}) for option in options if option != own]
-    note = "Negatives are the other distinct nodes of the batch."
-    if not sources:
-        note += " The model offers no other source of negatives, so none is compared."
+    for name in ("contrast_negatives", "ranking_negatives"):
+        options = get_args(Train.model_fields[name].annotation)
+        variants += [
+            Variant(f"{name}: {option}", {f"train.{name}": option})
+            for option in options
+            if option != getattr(train, name)
+        ]
     return Experiment(
         "contrast",
         "Contrast of the two views",
         "How strong should the contrast be, at which temperature, and against which negatives?",
         tuple(variants),
-        note,
+        "Negatives of the contrast are other distinct nodes of the batch, of the ranking random items.",
     )
 
 
@@ -201,12 +225,3 @@ def _modalities(recipe: Recipe, modalities: Iterable[str]) -> Experiment:
 def _grid(values: Iterable[Any], own: Any) -> list[Any]:
     """The values and the recipe's own, ascending."""
     return sorted({*values, own})
-
-
-def _negative_sources() -> dict[str, tuple[Any, ...]]:
-    """Fields of `Train` that choose where negatives come from, with their options."""
-    return {
-        name: get_args(found.annotation)
-        for name, found in Train.model_fields.items()
-        if "negatives" in name and get_origin(found.annotation) is Literal
-    }

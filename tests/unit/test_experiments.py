@@ -125,7 +125,7 @@ class TestPlans:
         assert "search" not in chosen(None)
 
     def test_a_preset_is_a_recipe(self) -> None:
-        assert load_recipe("mmrec", []).refine.num_steps == 200
+        assert load_recipe("paper", []).train.semantic_items == "content"
 
 
 class TestCells:
