@@ -121,7 +121,7 @@ def _training(recipe: Recipe) -> Experiment:
 
 def _form(recipe: Recipe) -> Experiment:
     paper = {"semantic_items": "content", "semantic_users": "profiles", "own_content": False, "trust": "none"}
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "as configured": {},
         "no own content": {"own_content": False},
         "h = content, no gate (paper)": paper,

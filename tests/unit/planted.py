@@ -1,10 +1,17 @@
-"""A data set with one right answer, for tests of what learns."""
+"""Data sets with a known answer, for tests of what learns."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists
+from crane_core.graph import build_graph
+from crane_core.knn import search, unit_rows
+from crane_core.propagation import SymmetricGraph
 
 
 def checkerboard(num_groups: int = 4, users_per_group: int = 10, items_per_group: int = 8) -> Interactions:
@@ -18,3 +25,51 @@ def checkerboard(num_groups: int = 4, users_per_group: int = 10, items_per_group
     num_users, num_items = num_groups * users_per_group, num_groups * items_per_group
     train, validation, test = (ItemLists.from_pairs(*np.array(pairs, dtype=np.int32).T, num_users) for pairs in parts)
     return Interactions(num_users, num_items, train, validation, test)
+
+
+def checkerboard_content(seed: int = 0) -> Content:
+    """Two modalities of the checkerboard's items that know the group of an item through noise."""
+    generator = np.random.default_rng(seed)
+    centers = generator.normal(size=(4, 2, 5))
+    items = (centers[np.arange(32) // 8] + 0.3 * generator.normal(size=(32, 2, 5))).astype(np.float32)
+    items /= np.linalg.norm(items, axis=2, keepdims=True)
+    neighbours, _ = search(unit_rows(items.reshape(32, -1)), 0, 32, 4)
+    graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), torch.device("cpu"))
+    return Content(torch.from_numpy(items), graph)
+
+
+@dataclass(frozen=True)
+class Communities:
+    """Users who mostly meet the items of their own group, popular ones first.
+
+    Attributes:
+        interactions: validation and test hold warm and cold items, and no cold item is in both.
+        groups: int [num_items], the group of each item.
+    """
+
+    interactions: Interactions
+    groups: np.ndarray
+
+
+def communities(seed: int, num_groups: int = 4, users_per_group: int = 60, items_per_group: int = 60) -> Communities:
+    """240 users and 240 items, a fifth of them cold, a tenth each for validation and test.
+
+    A user meets ten warm items of the own group and four of others, and is held out three warm items and two cold ones
+    of the own group for validation, and as many for test.
+    """
+    generator = np.random.default_rng(seed)
+    num_users, num_items = num_groups * users_per_group, num_groups * items_per_group
+    groups, place = np.divmod(np.arange(num_items), items_per_group)
+    tenth = 10 * place // items_per_group
+    is_cold = tenth >= 8
+    parts: list[list[tuple[int, int]]] = [[], [], []]
+    for user in range(num_users):
+        own = groups == user // users_per_group
+        wanted = np.where(own & ~is_cold, 1 / (5 + place), 0)
+        near = generator.choice(num_items, 16, replace=False, p=wanted / wanted.sum())
+        far = generator.choice(np.flatnonzero(~own & ~is_cold), 4, replace=False)
+        new = [generator.choice(np.flatnonzero(own & (tenth == part)), 2, replace=False) for part in (9, 8)]
+        for split, chosen in enumerate(([*near[:10], *far], [*near[10:13], *new[0]], [*near[13:], *new[1]])):
+            parts[split] += [(user, int(item)) for item in chosen]
+    train, validation, test = (ItemLists.from_pairs(*np.array(pairs, dtype=np.int32).T, num_users) for pairs in parts)
+    return Communities(Interactions(num_users, num_items, train, validation, test), groups)

@@ -8,7 +8,6 @@ import torch
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.fusion import choose_trust, fuse, score_spread
-from crane_core.model import fill_cold
 from crane_core.propagation import SymmetricGraph
 
 CPU = torch.device("cpu")
@@ -61,12 +60,3 @@ def test_without_validation_items_nothing_is_trusted() -> None:
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 60)
     trust = choose_trust(rows(5), rows(6), CHAIN, Interactions(60, 80, nothing, nothing, nothing), Train())
     assert trust.share == 0.0
-
-
-def test_cold_items_take_the_rows_of_their_warm_neighbours() -> None:
-    graph = SymmetricGraph(
-        sp.csr_array(np.array([[0, 1, 3, 0], [1, 0, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]], dtype=np.float32)), CPU
-    )
-    learned = torch.tensor([[9.0, 9.0], [4.0, 0.0], [0.0, 8.0], [7.0, 7.0]])
-    filled = fill_cold(learned, torch.tensor([False, True, True, False]), graph)
-    assert filled.tolist() == [[1.0, 6.0], [4.0, 0.0], [0.0, 8.0], [0.0, 0.0]]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,19 +19,27 @@ from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import TrainingError
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
-from crane_core.model import Batch, LightGCN
+from crane_core.model import Batch, Crane, LightGCN, Rows
 from crane_core.propagation import drop_edges
-from crane_core.training import NegativeSampler, Trainer
-from tests.unit.planted import checkerboard
+from crane_core.training import NegativeSampler, Trainer, _user_weights
+from tests.unit.planted import checkerboard, checkerboard_content
 
 CPU = torch.device("cpu")
-SMALL = Train(embedding_dim=8, batch_size=64, num_epochs=12, learning_rate=0.02, regularisation=1e-4)
+SMALL = Train(embedding_dim=8, batch_size=64, num_epochs=12, learning_rate=0.02, regularisation=1e-4, num_negatives=12)
+Kind = Literal["lightgcn", "crane"]
+KINDS: tuple[Kind, ...] = ("lightgcn", "crane")
+both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def trainer(work: Path, interactions: Interactions | None = None, config: Train = SMALL) -> Trainer:
+def trainer(
+    work: Path, interactions: Interactions | None = None, config: Train = SMALL, kind: Kind = "lightgcn"
+) -> Trainer:
+    """LightGCN with a negative per row, or CRANE with shared ones, on the checkerboard if on nothing else."""
     work.mkdir(exist_ok=True)
     interactions = interactions or checkerboard()
-    return Trainer(LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, work, CPU)
+    sizes = interactions.num_users, interactions.num_items
+    model = LightGCN(*sizes, config) if kind == "lightgcn" else Crane(*sizes, checkerboard_content(), config)
+    return Trainer(model, interactions, config, work, CPU)
 
 
 def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
@@ -61,32 +72,61 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     torch.testing.assert_close(ours.model.ids.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_planted_answer_is_found(tmp_path: Path) -> None:
+def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     interactions = checkerboard()
-    ours = trainer(tmp_path, interactions, SMALL.model_copy(update={"num_epochs": 40, "patience": 40}))
+    ours = trainer(tmp_path, interactions, kind="crane")
+    picked = np.arange(0, len(ours.users), 9)
+    batch = ours._batch(picked, np.random.default_rng(4))
+    with torch.no_grad():
+        final = ours.model(ours.graph).final.double().numpy()
+    final /= np.linalg.norm(final, axis=1, keepdims=True)
+    train, expected, crossed = interactions.train, 0.0, 0
+    for row in picked:
+        user, positive = int(train.users()[row]), int(train.items[row])
+        items = [item for item in batch.negatives.tolist() if item not in train.rows(np.array([user]))[1]]
+        crossed += sum(item in train.items[picked] for item in items)
+        scores = [final[user] @ final[40 + item] / ours.config.ranking_temperature for item in [positive, *items]]
+        # Every user has met six items, so all weights are 1.
+        expected += (math.log(sum(map(math.exp, scores))) - scores[0]) / len(picked)
+    assert crossed > 0, "no positive was a negative of another row"
+    ours._step(ours.graph, batch)
+    assert ours.progress.sums["ranking"] == pytest.approx(expected, rel=1e-5)
+
+
+@both_kinds
+def test_the_planted_answer_is_found(tmp_path: Path, kind: Kind) -> None:
+    interactions = checkerboard()
+    ours = trainer(tmp_path, interactions, SMALL.model_copy(update={"num_epochs": 40, "patience": 40}), kind)
     ours.run()
     users = np.arange(interactions.num_users)
-    ranked = rank_users(dot_product(*ours.rankings()["dot"]), interactions.train, users, 2)
-    assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
+    for rows in ours.rankings().values():
+        ranked = rank_users(dot_product(*rows), interactions.train, users, 2)
+        assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
 
 
-def finish(work: Path) -> tuple[dict, list, dict[str, Tensor]]:
-    ours = trainer(work, config=SMALL.model_copy(update={"checkpoint_steps": 2}))
+def finish(work: Path, kind: Kind, seed: int = 0) -> tuple[dict, list, dict[str, Tensor]]:
+    """The summary, the curve, and the best weights and rows."""
+    ours = trainer(work, config=SMALL.model_copy(update={"checkpoint_steps": 2, "seed": seed}), kind=kind)
     result = ours.run()
     result.pop("seconds")
-    curve = [{k: v for k, v in entry.items() if k != "seconds"} for entry in ours.progress.curve]
-    return result, curve, ours.best_weights()
+    users, items = ours.best_rows()
+    return result, ours.progress.curve, ours.best_weights() | {"rows.users": users, "rows.items": items}
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class Killed(Exception):
     pass
 
 
+@both_kinds
 @pytest.mark.parametrize("moment", [1, 5, 8])
 def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
-    tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, moment: int, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = finish(tmp_path / "undisturbed")
+    expected = finish(tmp_path / "undisturbed", kind)
     step, taken = Trainer._step, 0
 
     def dying_step(self: Trainer, *arguments: object) -> None:
@@ -99,19 +139,94 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", dying_step)
         with pytest.raises(Killed):
-            finish(tmp_path / "killed")
-    found = finish(tmp_path / "killed")
+            finish(tmp_path / "killed", kind)
+    found = finish(tmp_path / "killed", kind)
     assert found[:2] == expected[:2]
-    for name, value in expected[2].items():
-        assert torch.equal(found[2][name], value)
+    assert equal(found[2], expected[2])
 
 
-def test_same_seed_same_bits_other_seed_other_bits(tmp_path: Path) -> None:
-    first, second = finish(tmp_path / "a"), finish(tmp_path / "b")
-    assert torch.equal(first[2]["ids"], second[2]["ids"])
-    other = trainer(tmp_path / "c", config=SMALL.model_copy(update={"seed": 1}))
-    other.run()
-    assert not torch.equal(first[2]["ids"], other.best_weights()["ids"])
+@both_kinds
+def test_a_training_killed_while_its_best_weights_are_written_ends_with_the_same_bits(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = finish(tmp_path / "undisturbed", kind)
+    write = Trainer._write
+
+    def dying_write(self: Trainer, name: str, *arguments: object) -> None:
+        write(self, name, *arguments)  # type: ignore[arg-type]
+        if name == "best.safetensors":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_write", dying_write)
+        with pytest.raises(Killed):
+            finish(tmp_path / "killed", kind)
+    found = finish(tmp_path / "killed", kind)
+    assert found[:2] == expected[:2]
+    assert equal(found[2], expected[2])
+
+
+@both_kinds
+def test_a_finished_training_is_read_back(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = finish(tmp_path, kind)
+    monkeypatch.setattr(Trainer, "_step", None)
+    found = finish(tmp_path, kind)
+    assert found[:2] == expected[:2]
+    assert equal(found[2], expected[2])
+
+
+def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rankings = Crane.rankings
+
+    def with_a_bad_one_first(self: Crane, *arguments: object) -> dict[str, Rows]:
+        users, items = rankings(self, *arguments)["length^0.5"]  # type: ignore[arg-type]
+        return {"worst": (users, -items), "right": (users, items), "bad": (users, -items)}
+
+    monkeypatch.setattr(Crane, "rankings", with_a_bad_one_first)
+    for _ in range(2):  # Trained, and read back.
+        ours = trainer(tmp_path, kind="crane")
+        result = ours.run()
+        rows = ours.best_rows()
+        assert result["best_ranking"] == "right"
+        assert all(map(torch.equal, rows, ours.rankings()["right"]))
+        held_out, users = ours.interactions.validation, np.arange(40)
+        ranked = rank_users(dot_product(*rows), ours.interactions.train, users, 20)
+        recall = user_metrics(ranked, held_out, users, (20,))["recall@20"].mean()
+        assert (
+            recall
+            == pytest.approx(result["validation"]["recall@20"])
+            == max(entry["recall@20"] for entry in ours.progress.curve)
+        )
+
+
+@both_kinds
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path: Path, kind: Kind) -> None:
+    first, second = finish(tmp_path / "a", kind), finish(tmp_path / "b", kind)
+    assert first[:2] == second[:2] and equal(first[2], second[2])
+    other = finish(tmp_path / "c", kind, seed=1)
+    assert not any(torch.equal(value, other[2][name]) for name, value in first[2].items())
+
+
+def test_the_monitors_are_in_the_curve_and_a_collapse_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        ours = trainer(tmp_path / "sound")
+        ours.run()
+    assert not caplog.records
+    # The users with interactions all have met the same items, and only these.
+    same = ItemLists.from_pairs(np.repeat(np.arange(20), 3), np.tile(np.arange(3, dtype=np.int32), 20), 40)
+    collapsed = Interactions(40, 32, same, checkerboard().validation, checkerboard().test)
+    config = SMALL.model_copy(update={"num_epochs": 2, "learning_rate": 0.5})
+    with caplog.at_level(logging.WARNING):
+        alike = trainer(tmp_path / "alike", collapsed, config)
+        alike.run()
+    assert caplog.messages[-1].startswith("collapse epoch=1 effective_rank=1.")
+    sound, last = ours.progress.curve[-1], alike.progress.curve[-1]
+    assert sound["effective_rank"] > 2 and last["effective_rank"] < 1.14
+    assert sound["mean_cosine"] < 0.5 and last["mean_cosine"] > 0.9
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
@@ -119,23 +234,88 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous{world_size}", rank=rank, world_size=world_size
     )
-    ours = trainer(
-        Path(folder) / f"work{world_size}", config=SMALL.model_copy(update={"num_epochs": 3, "batch_size": 61})
-    )
-    ours.run()
-    if rank == 0:
-        (Path(folder) / f"curve{world_size}.json").write_text(json.dumps(ours.progress.curve))
-    torch.distributed.barrier()
+    for kind in KINDS:
+        config = SMALL.model_copy(update={"num_epochs": 3, "batch_size": 61})
+        ours = trainer(Path(folder) / f"{kind}{world_size}", config=config, kind=kind)
+        ours.run()
+        if rank == 0:
+            (Path(folder) / f"{kind}{world_size}.json").write_text(json.dumps(ours.progress.curve))
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    curves = []
     for world_size in (1, 3):
         mp.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
-        curves.append(json.loads((tmp_path / f"curve{world_size}.json").read_text()))
-    for one, three in zip(*curves, strict=True):
-        assert three["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for kind in KINDS:
+        one, three = (json.loads((tmp_path / f"{kind}{world_size}.json").read_text()) for world_size in (1, 3))
+        assert len(one) == 3
+        for expected, found in zip(one, three, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"), [(0.0, [1.0, 1.0, 0.0]), (0.5, [5 / 6, 5 / 3, 0.0]), (1.0, [0.625, 2.5, 0.0])]
+)
+def test_weights_of_users_by_hand(balance: float, expected: list[float]) -> None:
+    # Four interactions and one: at 0.5 these weigh 1/2 and 1 before they are scaled to 1 on average, by 5/3.
+    train = ItemLists.from_pairs(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 0], dtype=np.int32), 3)
+    found = _user_weights(train, balance)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(expected)
+    assert found[train.users()].mean() == pytest.approx(1.0)
+
+
+def test_without_interactions_no_user_has_a_weight() -> None:
+    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 2)
+    assert _user_weights(nothing, 0.5).tolist() == [0.0, 0.0]
+
+
+def lists(seed: int) -> ItemLists:
+    """30 users, some without items, and 50 items: every third is cold, and item 1 is met by nearly everyone."""
+    is_met = np.random.default_rng(seed).random((30, 50)) < 0.15
+    is_met[:, 1] = True
+    is_met[:, ::3] = False
+    is_met[::7] = False
+    return ItemLists.from_pairs(*np.nonzero(is_met), 30)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shared_negatives_are_warm_and_marked_where_met(seed: int) -> None:
+    train, generator = lists(seed), np.random.default_rng(seed)
+    dense = np.zeros((30, 50), dtype=bool)
+    dense[train.users(), train.items] = True
+    users = generator.integers(30, size=40)
+    items, met = NegativeSampler(train, 50).shared(users, 12, generator)
+    assert items.dtype == np.int64 and 0 < len(items) <= 12
+    assert (np.diff(items) > 0).all()
+    assert dense.any(axis=0)[items].all()
+    assert met.dtype == bool and (met == dense[users][:, items]).all()
+
+
+def test_shared_negatives_cover_the_warm_catalog_evenly() -> None:
+    train, generator = lists(0), np.random.default_rng(0)
+    sampler, drawn = NegativeSampler(train, 50), np.zeros(50)
+    for _ in range(6000):
+        drawn[sampler.shared(np.array([1]), 4, generator)[0]] += 1
+    warm = np.unique(train.items)
+    assert drawn.sum() == drawn[warm].sum()
+    # About 700 draws of each item: a quarter is seven standard deviations.
+    assert np.abs(drawn[warm] / drawn[warm].mean() - 1).max() < 0.25
+
+
+def test_a_batch_shares_its_negatives_and_weighs_its_users(tmp_path: Path) -> None:
+    train, nothing = lists(3), ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 30)
+    interactions = Interactions(30, 50, train, nothing, nothing)
+    ours = trainer(tmp_path, interactions)
+    ours.model.shares_negatives = True
+    picked = np.array([5, 0, 17, 5])
+    batch = ours._batch(picked, np.random.default_rng(1))
+    assert batch.met is not None and batch.weights is not None
+    assert batch.users.tolist() == train.users()[picked].tolist()
+    assert batch.positives.tolist() == train.items[picked].tolist()
+    assert batch.met.shape == (4, len(batch.negatives))
+    assert batch.weights.tolist() == _user_weights(train, 0.5)[train.users()[picked]].tolist()
 
 
 def test_negatives_are_never_positives_and_cover_the_rest() -> None:
