@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from crane_core.progress import track
 logger = logging.getLogger(__name__)
 
 CONFIDENCE = 0.95
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -186,4 +188,79 @@ def slices(interactions: Interactions) -> dict[str, ItemLists]:
         "cold_users": test.where(activity[users] == 0),
         "active_users": test.where(activity[users] >= max(high, 1)),
         "quiet_users": test.where((activity[users] <= low) & (activity[users] > 0)),
+    }
+
+
+def cold_auc(score: Scorer, interactions: Interactions, users: np.ndarray, block: int = 1024) -> np.ndarray:
+    """How the cold items of each user's test are ranked among the cold items alone; 0.5 is chance, 1 the best.
+
+    Against the whole catalog a cold item competes with items whose popularity is known, and a short list shows it
+    rarely. Here, for every cold test item, the share of the cold items outside the user's test that score less, ties
+    counting half; the mean of these shares is the area under the ROC curve of the user.
+
+    Args:
+        score: what to rank by.
+        interactions: an item without a training interaction is cold.
+        users: int [n], whom to rank for, each with a cold test item.
+        block: users at a time; `block * num_items` scores are in memory at once.
+
+    Returns:
+        float64 [n]; NaN for a user whose test holds every cold item.
+    """
+    cold = np.flatnonzero(interactions.item_counts() == 0)
+    column = np.full(interactions.num_items, -1)
+    column[cold] = np.arange(len(cold))
+    means = np.empty(len(users))
+    for start in range(0, len(users), block):
+        chunk = users[start : start + block]
+        scores = score(chunk)[:, torch.from_numpy(cold)]
+        rows, items = interactions.test.rows(chunk)
+        rows, columns = rows[column[items] >= 0], column[items][column[items] >= 0]
+        others = scores.clone()
+        others[torch.from_numpy(rows), torch.from_numpy(columns)] = torch.inf
+        others = others.sort(dim=1).values
+        # Of the others, as many score less as stand left of the item, and as many tie as stand between its two places.
+        left, right = (torch.searchsorted(others, scores, side=side).numpy()[rows, columns] for side in _SIDES)
+        own = np.bincount(rows, minlength=len(chunk))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = (left + right) / 2 / (len(cold) - own)[rows]
+        means[start : start + len(chunk)] = np.bincount(rows, weights=shares, minlength=len(chunk)) / own
+    return means
+
+
+def summarise_cold(
+    interactions: Interactions, per_user: Mapping[str, Mapping[str, np.ndarray]], num_resamples: int, seed: int
+) -> dict[str, Any] | None:
+    """What every model makes of test items without a training interaction, beside chance.
+
+    Args:
+        interactions: of the dataset.
+        per_user: model to `recall@20` of the cold test items in the full catalog and `cold_auc`, float64 [n] each, of
+            the users with a cold test item, ascending.
+        num_resamples, seed: of the bootstrap over users.
+
+    Returns:
+        JSON values: `items` that are cold; `rows` and `users` of the test that hold one; `models`, an interval of
+        `recall@20` each, and `chance`, that of a random list of 20 unseen items; `cold_auc` with the `users` it could
+        be told for, `models` and `chance`, None when there are none. None where there is no cold test item.
+    """
+    cold = slices(interactions)["cold_items"]
+    users = np.flatnonzero(cold.counts() > 0)
+    if not len(users):
+        return None
+
+    def intervals(metric: str, kept: np.ndarray) -> dict[str, dict[str, float]]:
+        values = {name: columns[metric][kept] for name, columns in per_user.items()}
+        return {name: found.as_dict() for name, found in bootstrap(values, num_resamples, seed).items()}
+
+    compared = np.logical_and.reduce([np.isfinite(columns["cold_auc"]) for columns in per_user.values()])
+    unseen = interactions.num_items - interactions.train.counts()[users]
+    told = {"users": int(compared.sum()), "chance": 0.5, "models": intervals("cold_auc", compared)}
+    return {
+        "items": int((interactions.item_counts() == 0).sum()),
+        "rows": len(cold.items),
+        "users": len(users),
+        "chance": float(np.minimum(20 / unseen, 1).mean()),
+        "models": intervals("recall@20", np.ones(len(users), dtype=bool)),
+        "cold_auc": told if compared.any() else None,
     }

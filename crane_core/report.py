@@ -229,7 +229,8 @@ def _slices(run: _Run, section: Section) -> None:
         if values["users"]
     }
     empty = [_SLICES.get(name, name) for name, values in metrics["slices"].items() if not values["users"]]
-    section.data = {"models": models, "slices": slices, "empty": empty}
+    # Runs evaluated by an older version have no figures of cold items.
+    section.data = {"models": models, "slices": slices, "empty": empty, "cold_items": metrics.get("cold_items")}
     if slices:
         section.plots["slices"] = svg(_plot_slices(slices, models))
 

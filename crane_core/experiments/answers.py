@@ -69,7 +69,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
     if not each.cells:
         return row
     cells = list(each.cells.values())
-    row |= {split: _intervals(averaged(cells, split)) for split in ("validation", "test")}
+    row |= {split: intervals(averaged(cells, split)) for split in ("validation", "test")}
     row |= {
         "by_seed": [cell.recall("test") for cell in cells],
         "seconds": float(np.mean([cell.seconds for cell in cells])),
@@ -85,20 +85,20 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
     return row
 
 
-def averaged(cells: Sequence[Cell], split: str, keep: np.ndarray | None = None) -> PerUser:
+def averaged(cells: Sequence[Cell], part: str, keep: np.ndarray | None = None) -> PerUser:
     """Metrics of each user, averaged over cells of the same users.
 
     Args:
         cells: of the same dataset.
-        split: `validation` or `test`.
+        part: `validation`, `test` or `cold`.
         keep: users to restrict to, bool [num_users].
     """
-    tables = [getattr(cell, split) for cell in cells]
+    tables = [getattr(cell, part) for cell in cells]
     users = tables[0]["users"]
     assert all(np.array_equal(table["users"], users) for table in tables)
     inside = slice(None) if keep is None else keep[users]
-    means = {name: np.mean([table[name] for table in tables], axis=0)[inside] for name in METRICS}
-    return {"users": users[inside], **means}
+    means = {name: np.mean([table[name] for table in tables], axis=0)[inside] for name in tables[0] if name != "users"}
+    return {"users": users[inside]} | means
 
 
 def difference(challenger: PerUser, reference: PerUser) -> dict[str, dict[str, float]]:
@@ -107,7 +107,8 @@ def difference(challenger: PerUser, reference: PerUser) -> dict[str, dict[str, f
     return {name: interval.as_dict() for name, interval in found.items()}
 
 
-def _intervals(table: PerUser) -> dict[str, dict[str, float]] | None:
+def intervals(table: PerUser) -> dict[str, dict[str, float]] | None:
+    """Means of `METRICS` over users with their intervals; None without a user."""
     if not len(table["users"]):
         return None
     return {name: interval.as_dict() for name, interval in bootstrap(_metrics(table), NUM_RESAMPLES, 0).items()}
@@ -224,7 +225,7 @@ def by_diversity(measured: Sequence[Measured], entropy: np.ndarray, items: np.nd
         keep[third] = True
         values, differences = {}, {}
         for each in made:
-            values[each.label] = _intervals(averaged(list(each.cells.values()), "test", keep))
+            values[each.label] = intervals(averaged(list(each.cells.values()), "test", keep))
             shared = sorted(set(each.cells) & set(default.cells))
             if shared and not each.is_default:
                 pair = [averaged([side.cells[seed] for seed in shared], "test", keep) for side in (each, default)]

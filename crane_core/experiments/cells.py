@@ -4,7 +4,8 @@
     {root}/work/{key}/                          checkpoints of a cell in the making
     {root}/work/lightgcn-{key}, content-{key}/  behavioural views and refined content, shared between cells
 
-The key covers the content of the dataset, the model's name, the recipe, the seed and `harness.VERSION`.
+The key covers the content of the dataset, the model's name, the recipe, the seed, `harness.VERSION` and what is
+measured.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from crane_core.dataset import ItemLists
+from crane_core.dataset import Interactions
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.evaluation import Scorer, rank_users, user_metrics
+from crane_core.evaluation import Scorer, cold_auc, rank_users, slices, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.experiments.harness import MODELS, VERSION, Recipe
 from crane_core.storage.local import LocalStorage
@@ -35,7 +36,9 @@ from crane_core.storage.local import LocalStorage
 logger = logging.getLogger(__name__)
 
 KS = (5, 10, 20, 50)
-SPLITS = ("validation", "test")
+_METRICS = tuple(f"{kind}@{k}" for k in KS for kind in ("recall", "ndcg"))
+_MEASURED = {"validation": _METRICS, "test": _METRICS, "cold": (*_METRICS, "cold_auc")}
+"""What is kept of every user, by part of the held-out rows."""
 
 PerUser = dict[str, np.ndarray]
 """`users` int64 [n] and `recall@k`, `ndcg@k` float64 [n] each."""
@@ -49,6 +52,8 @@ class Cell:
         key: identity.
         validation: metrics of the users with a validation item.
         test: metrics of the users with a test item; empty arrays where there is no test split.
+        cold: of the users with a test item that has no training interaction, metrics of these items in the whole
+            catalog, and `cold_auc`.
         steering: validation Recall@20 that the training itself steered by.
         seconds: of everything the model needed beyond the dataset.
         peak_bytes: memory the training took beyond what the process held before.
@@ -58,6 +63,7 @@ class Cell:
     key: str
     validation: PerUser
     test: PerUser
+    cold: PerUser
     steering: float
     seconds: float
     peak_bytes: int
@@ -79,7 +85,7 @@ class Cells:
     def key(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> str:
         """Identity of a cell."""
         settings = recipe.with_seed(seed).model_dump(mode="json")
-        return fingerprint(VERSION, KS, dataset.fingerprint, model, settings, seed)
+        return fingerprint(VERSION, _MEASURED, dataset.fingerprint, model, settings, seed)
 
     def find(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell | None:
         """The cell, where it has been made.
@@ -94,14 +100,15 @@ class Cells:
         try:
             known = json.loads((folder / "cell.json").read_text())
             with np.load(folder / "users.npz") as arrays:
-                columns = {name: arrays[name] for name in arrays.files}
-            validation, test = (
-                {name: columns[f"{split}/{name}"] for name in ("users", *_metric_names())} for split in SPLITS
-            )
+                parts = {
+                    part: {name: arrays[f"{part}/{name}"] for name in ("users", *names)}
+                    for part, names in _MEASURED.items()
+                }
             return Cell(
                 key,
-                validation,
-                test,
+                parts["validation"],
+                parts["test"],
+                parts["cold"],
                 known["steering"],
                 known["seconds"],
                 known["peak_bytes"],
@@ -113,7 +120,7 @@ class Cells:
     def cell(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell:
         """Find the cell or make it: train, rank the whole catalog for every held-out user, write.
 
-        A killed training goes on from its checkpoint.
+        A training that was killed, or left by any exception, goes on from its checkpoint.
 
         Raises:
             ConfigError: there is no such model.
@@ -140,11 +147,12 @@ class Cells:
         out = work / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        columns: dict[str, Any] = {}
-        for split in SPLITS:
-            measured = measure(trained.score, interactions.train, getattr(interactions, split))
-            columns |= {f"{split}/{name}": values for name, values in measured.items()}
-        np.savez(out / "users.npz", **columns)
+        columns = {
+            f"{part}/{name}": values
+            for part, measured in measure(trained.score, interactions).items()
+            for name, values in measured.items()
+        }
+        np.savez(out / "users.npz", **columns)  # type: ignore[arg-type]
         known = {
             "dataset": dataset.name,
             "dataset_fingerprint": dataset.fingerprint,
@@ -163,16 +171,21 @@ class Cells:
         logger.info("cell key=%s model=%s seed=%d seconds=%.1f", key, model, seed, time.monotonic() - started)
 
 
-def measure(score: Scorer, seen: ItemLists, held_out: ItemLists) -> PerUser:
-    """Metrics of every user with a held-out item, the whole catalog ranked, training items masked."""
-    users = np.flatnonzero(held_out.counts() > 0)
-    if not len(users):
-        return {"users": users, **{name: np.empty(0) for name in _metric_names()}}
-    return {"users": users, **user_metrics(rank_users(score, seen, users, max(KS)), held_out, users, KS)}
+def measure(score: Scorer, interactions: Interactions) -> dict[str, PerUser]:
+    """Metrics of every user with a held-out item, the whole catalog ranked, training items masked.
 
-
-def _metric_names() -> list[str]:
-    return [f"{kind}@{k}" for k in KS for kind in ("recall", "ndcg")]
+    Returns:
+        `validation`, `test` and `cold`, see `Cell`.
+    """
+    cold = slices(interactions)["cold_items"]
+    held_out = {"validation": interactions.validation, "test": interactions.test, "cold": cold}
+    measured: dict[str, PerUser] = {}
+    for part, lists in held_out.items():
+        users = np.flatnonzero(lists.counts() > 0)
+        ranked = rank_users(score, interactions.train, users, max(KS))
+        measured[part] = {"users": users, **user_metrics(ranked, lists, users, KS)}
+    measured["cold"]["cold_auc"] = cold_auc(score, interactions, measured["cold"]["users"])
+    return measured
 
 
 class PeakMemory:

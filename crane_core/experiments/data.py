@@ -49,6 +49,21 @@ class Dataset:
             *(part for name in sorted(self.features) for part in (name, self.features[name])),
         )
 
+    def facts(self) -> dict[str, Any]:
+        """Name, fingerprint and sizes, JSON values."""
+        interactions = self.interactions
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "users": interactions.num_users,
+            "items": interactions.num_items,
+            "train": len(interactions.train.items),
+            "validation": len(interactions.validation.items),
+            "test": len(interactions.test.items),
+            "test_users": int((interactions.test.counts() > 0).sum()),
+            "modalities": {name: matrix.shape[1] for name, matrix in sorted(self.features.items())},
+        }
+
     def without_test(self) -> Dataset:
         """The same without a test split, for whoever must choose without having seen it."""
         num_users = self.interactions.num_users

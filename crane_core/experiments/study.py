@@ -133,25 +133,11 @@ class Study:
         if SEARCH in names:
             results.append(self._search(num_trials))
         return {
-            "dataset": self._facts(),
+            "dataset": self.dataset.facts(),
             "recipe": self.recipe.model_dump(mode="json"),
             "seeds": self.seeds,
             "experiments": {result["name"]: answers.finite(result) for result in results},
             "missing": [missing for result in results for missing in result["missing"]],
-        }
-
-    def _facts(self) -> dict[str, Any]:
-        interactions = self.dataset.interactions
-        return {
-            "name": self.dataset.name,
-            "fingerprint": self.dataset.fingerprint,
-            "users": interactions.num_users,
-            "items": interactions.num_items,
-            "train": len(interactions.train.items),
-            "validation": len(interactions.validation.items),
-            "test": len(interactions.test.items),
-            "test_users": int((interactions.test.counts() > 0).sum()),
-            "modalities": {name: matrix.shape[1] for name, matrix in sorted(self.dataset.features.items())},
         }
 
     def _train(self, experiments: Sequence[Experiment], seeds: Sequence[int]) -> None:

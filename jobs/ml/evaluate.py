@@ -1,7 +1,7 @@
 """Read the test split, once: `python -m jobs.ml.evaluate --store URI --run RUN_ID`.
 
-Leaves `metrics.json` (every model with intervals, paired differences to the baselines, slices, cold users and items)
-and `per_user.parquet`, the metrics of each user, for later paired tests.
+Leaves `metrics.json` (every model with intervals, paired differences to the baselines, slices, cold items, unknown
+users) and `per_user.parquet`, the metrics of each user, for later paired tests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from crane_core.dataset import Interactions, ItemLists, load_ids, load_interacti
 from crane_core.errors import DataError
 from crane_core.evaluation import (
     bootstrap,
+    cold_auc,
     coverage,
     dot_product,
     paired_bootstrap,
     popularity_bias,
     rank_users,
     slices,
+    summarise_cold,
     user_metrics,
 )
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
@@ -82,6 +84,14 @@ def run(job: Job) -> Result:
             }
             for name in models
         }
+    cold = slices(interactions)["cold_items"]
+    members = np.flatnonzero(cold.counts()[users] > 0)
+    per_cold_user = {
+        name: user_metrics(ranked[name][members], cold, users[members], (20,))
+        | {"cold_auc": cold_auc(score, interactions, users[members], config.user_block)}
+        for name, score in models.items()
+    }
+    report["cold_items"] = summarise_cold(interactions, per_cold_user, config.num_bootstrap, config.seed)
     report["cold"] = _cold(source.file("cold"), interactions, config.user_block)
     (job.out / "metrics.json").write_text(json.dumps(report))
     _write_per_user(job.out / "per_user.parquet", users, load_ids(source, "users", USER_ID), interactions, per_user)

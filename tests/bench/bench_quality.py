@@ -4,15 +4,15 @@
 
 Every model is trained for every seed by the same loop and ranks the whole catalog for every user with a test item,
 training items masked. First the measure itself is checked against plain loops. A finished cell, one model and seed, is
-kept as JSON and found the next time; a training the budget cuts off goes on from its checkpoint. A seed counts when
-every model has finished it. The last line on stdout is one JSON object; progress goes to stderr.
+kept and found the next time, by `crane experiments --out` of the same folder too; a training the budget cuts off goes
+on from its checkpoint. A seed counts when every model has finished it. The last line on stdout is one JSON object;
+progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -36,24 +35,18 @@ from pydantic import ValidationError
 
 from crane_core.baselines import popularity
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
-from crane_core.evaluation import bootstrap, paired_bootstrap, rank_users, slices, user_metrics
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError, DataError
+from crane_core.evaluation import rank_users, summarise_cold, user_metrics
+from crane_core.experiments.answers import METRICS, NUM_RESAMPLES, averaged, difference, intervals
+from crane_core.experiments.cells import Cell, Cells
 from crane_core.experiments.data import Dataset, load_dataset
-from crane_core.experiments.harness import MODELS, NEED_FEATURES, Recipe, Trained
+from crane_core.experiments.harness import MODELS, NEED_FEATURES, VERSION, Recipe
 from crane_core.knn import use_threads
 
 logger = logging.getLogger("bench_quality")
 
-CODE_VERSION = 1
-"""Raised whenever a model or the measure comes to mean something else: cells of another version are not found."""
 K = 20
-METRICS = (f"recall@{K}", f"ndcg@{K}")
-NUM_BOOTSTRAP = 2000
 PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu")
-
-Cell = dict[str, Any]
-"""`per_user` (metric to a value per test user), `cold` (recall of cold items per user that has some), `seconds`,
-`validation` and `facts`."""
 
 
 class BudgetSpent(BaseException):
@@ -101,83 +94,6 @@ def _plain_popularity(interactions: Interactions, users: np.ndarray) -> dict[str
     return {name: np.array(column) for name, column in values.items()}
 
 
-class Cells:
-    """Finished cells in a folder, one JSON file each.
-
-    Args:
-        folder: holds `{model}-{seed}-{key}.json` and, below `work`, the checkpoints of unfinished cells.
-        dataset: what is trained on.
-        recipe: how; its seed is replaced by the cell's.
-    """
-
-    def __init__(self, folder: Path, dataset: Dataset, recipe: Recipe) -> None:
-        self.folder = folder
-        self.dataset = dataset
-        self.recipe = recipe
-        self.data = data_hash(dataset)
-
-    def find(self, model: str, seed: int) -> Cell | None:
-        """The cell, if this code made it from this dataset and recipe."""
-        path = self._path(model, seed)
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def make(self, model: str, seed: int) -> Cell:
-        """Train, measure and keep.
-
-        Raises:
-            CraneError: see `MODELS`.
-        """
-        path = self._path(model, seed)
-        work = self.folder / "work" / path.stem
-        trained = MODELS[model](self.dataset, self.recipe.with_seed(seed), work)
-        cell = measure(trained, self.dataset.interactions)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        spooled = path.with_suffix(".part")
-        spooled.write_text(json.dumps(cell))
-        spooled.replace(path)
-        shutil.rmtree(work, ignore_errors=True)
-        return cell
-
-    def _path(self, model: str, seed: int) -> Path:
-        recipe = self.recipe.with_seed(seed).model_dump(mode="json")
-        identity = json.dumps([CODE_VERSION, self.data, recipe, model, seed], sort_keys=True)
-        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        return self.folder / f"{model}-{seed}-{key}.json"
-
-
-def data_hash(dataset: Dataset) -> str:
-    """sha256 over the interactions and the features, as they are in memory."""
-    digest = hashlib.sha256()
-    interactions = dataset.interactions
-    parts = [
-        array
-        for lists in (interactions.train, interactions.validation, interactions.test)
-        for array in (lists.indptr, lists.items)
-    ]
-    digest.update(json.dumps([interactions.num_users, interactions.num_items, sorted(dataset.features)]).encode())
-    for array in (*parts, *(dataset.features[name] for name in sorted(dataset.features))):
-        digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def measure(trained: Trained, interactions: Interactions) -> Cell:
-    """Read the test split: metrics of every user with a test item, and of those with a cold one."""
-    users = np.flatnonzero(interactions.test.counts() > 0)
-    ranked = rank_users(trained.score, interactions.train, users, K)
-    metrics = user_metrics(ranked, interactions.test, users, (K,))
-    cold = slices(interactions)["cold_items"]
-    members = np.flatnonzero(cold.counts()[users] > 0)
-    cold_recall = user_metrics(ranked[members], cold, users[members], (K,))[METRICS[0]]
-    return {
-        "per_user": {name: metrics[name].tolist() for name in METRICS},
-        "cold": cold_recall.tolist(),
-        "seconds": trained.seconds,
-        "validation": trained.validation,
-        "facts": trained.facts,
-    }
-
-
 def summarise(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[str, Any]:
     """Tables of the models.
 
@@ -189,36 +105,21 @@ def summarise(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[
         `models`, `differences` and `cold_items`, JSON values. Intervals are over users, whose metrics are first
         averaged over the seeds.
     """
-    per_user = {
-        model: {name: np.mean([cell["per_user"][name] for cell in made], axis=0) for name in METRICS}
+    tables = {model: averaged(made, "test") for model, made in cells.items()}
+    models = {
+        model: (intervals(tables[model]) or {})
+        | {
+            "seconds": float(np.mean([cell.seconds for cell in made])),
+            "validation": [cell.steering for cell in made],
+        }
         for model, made in cells.items()
     }
-    models, differences = {}, {}
-    for model, made in cells.items():
-        intervals = bootstrap(per_user[model], NUM_BOOTSTRAP, seed=0)
-        models[model] = {name: interval.as_dict() for name, interval in intervals.items()} | {
-            "seconds": float(np.mean([cell["seconds"] for cell in made])),
-            "validation": [cell["validation"] for cell in made],
-        }
-        if "crane" in per_user and model != "crane":
-            paired = paired_bootstrap(per_user["crane"], per_user[model], NUM_BOOTSTRAP, seed=0)
-            differences[model] = {name: interval.as_dict() for name, interval in paired.items()}
-    return {"models": models, "differences": differences, "cold_items": _cold(cells, interactions)}
-
-
-def _cold(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[str, Any] | None:
-    """Recall of test items without a training row beside that of a random list; None where there are none."""
-    lists = slices(interactions)["cold_items"]
-    users = np.flatnonzero(lists.counts() > 0)
-    if not len(users):
-        return None
-    unseen = interactions.num_items - interactions.train.counts()[users]
-    recalls = {model: np.mean([cell["cold"] for cell in made], axis=0) for model, made in cells.items()}
+    others = [model for model in tables if model != "crane"] if "crane" in tables else []
+    cold = {model: averaged(made, "cold") for model, made in cells.items()}
     return {
-        "rows": len(lists.items),
-        "users": len(users),
-        "chance": float(np.minimum(K / unseen, 1).mean()),
-        "models": {name: interval.as_dict() for name, interval in bootstrap(recalls, NUM_BOOTSTRAP, seed=0).items()},
+        "models": models,
+        "differences": {model: difference(tables["crane"], tables[model]) for model in others},
+        "cold_items": summarise_cold(interactions, cold, NUM_RESAMPLES, seed=0),
     }
 
 
@@ -257,31 +158,36 @@ def budget(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def fill(cells: Cells, wanted: Sequence[tuple[str, int]], seconds: float) -> dict[tuple[str, int], Cell]:
-    """Find or make cells in order until the time is over.
+def fill(
+    cells: Cells, dataset: Dataset, recipe: Recipe, wanted: Sequence[tuple[str, int]], seconds: float
+) -> dict[tuple[str, int], Cell]:
+    """Find or make cells, each a model and a seed, in order until the time is over.
 
     Returns:
         The finished cells; a cell that is there costs nothing and is never left out.
     """
-    done = {name: cell for name in wanted if (cell := cells.find(*name)) is not None}
-    logger.info("cells found=%d of=%d budget=%.0fs", len(done), len(wanted), seconds)
+    made = [name for name in wanted if cells.find(dataset, name[0], recipe, name[1])]
+    logger.info("cells found=%d of=%d budget=%.0fs", len(made), len(wanted), seconds)
     started = time.monotonic()
     with contextlib.suppress(BudgetSpent), budget(seconds):
         for model, seed in wanted:
-            if (model, seed) in done:
+            if (model, seed) in made:
                 continue
             logger.info("cell model=%s seed=%d", model, seed)
-            cell = done[model, seed] = cells.make(model, seed)
+            cell = cells.cell(dataset, model, recipe, seed)
+            made.append((model, seed))
             logger.info(
                 "cell model=%s seed=%d done=%d of=%d recall@20=%.4f ndcg@20=%.4f spent=%.0fs",
                 model,
                 seed,
-                len(done),
+                len(made),
                 len(wanted),
-                *(np.mean(cell["per_user"][name]) for name in METRICS),
+                *(cell.test[name].mean() for name in METRICS),
                 time.monotonic() - started,
             )
-    return done
+    # The time may have ended between the writing of a cell and the noting of it.
+    found = {(model, seed): cells.find(dataset, model, recipe, seed) for model, seed in wanted}
+    return {name: cell for name, cell in found.items() if cell}
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
@@ -290,13 +196,15 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if NEED_FEATURES & set(arguments.models):
         dataset.modalities(recipe.features)
     interactions = dataset.interactions
+    if not len(interactions.test.items):
+        raise DataError(f"{dataset.name} has no test row.", "Label some rows of the .inter file 2 in x_label.")
     problems = check_measure(interactions)
     if problems:
         logger.error("the measure is wrong: %s", "; ".join(problems))
         return EXIT_UNEXPECTED
-    cells = Cells(arguments.work / dataset.name, dataset, recipe)
+    cells = Cells(arguments.work / dataset.name)
     wanted = [(model, seed) for seed in arguments.seeds for model in arguments.models]
-    done = fill(cells, wanted, 60 * arguments.budget_minutes)
+    done = fill(cells, dataset, recipe, wanted, 60 * arguments.budget_minutes)
     missing = [f"{model} seed {seed}" for model, seed in wanted if (model, seed) not in done]
     seeds = [seed for seed in arguments.seeds if all((model, seed) in done for model in arguments.models)]
     if missing:
@@ -311,18 +219,9 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
-            "code": CODE_VERSION,
+            "code": VERSION,
         },
-        "data": {
-            "name": dataset.name,
-            "sha256": cells.data,
-            "users": interactions.num_users,
-            "items": interactions.num_items,
-            "train": len(interactions.train.items),
-            "validation": len(interactions.validation.items),
-            "test": len(interactions.test.items),
-            "modalities": sorted(recipe.features.modalities or dataset.features),
-        },
+        "data": dataset.facts() | {"modalities": sorted(recipe.features.modalities or dataset.features)},
         "recipe": recipe.model_dump(mode="json"),
         "seeds": seeds,
         "missing": missing,

@@ -138,6 +138,7 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
     assert metrics["models"]["crane"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
     assert metrics["models"]["item_knn"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
     assert set(metrics["differences"]) == {"lightgcn", "item_knn", "popularity"}
+    assert metrics["cold_items"] is None, "every item has a training interaction"
     assert metrics["cold"]["rows"] == {"unknown_user": 2, "unknown_item": 1}
     assert metrics["cold"]["unknown_users"] == 1
     per_user = pq.read_table(store.artifact("planted", "ml.evaluate").file("per_user.parquet"))

@@ -16,7 +16,7 @@ from crane_core.registry import Registry, open_registry
 from crane_core.store import ArtifactStore
 from jobs.ml import export, promote, register, report, rollback
 from jobs.runner import open_store
-from tests.jobs.release_runs import NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
+from tests.jobs.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
 from tests.mlflow_tables import copy_tables
 
 
@@ -137,7 +137,14 @@ def test_the_champion_is_measured_as_it_was_evaluated(place):
     assert measured["recall@20"] == pytest.approx(crane["recall@20"]["mean"], abs=1e-6)
     assert measured["ndcg@20"] == pytest.approx(crane["ndcg@20"]["mean"], abs=1e-6)
     assert measured["coverage@20"] == pytest.approx(crane["coverage@20"])
-    assert measured["cold_recall@20"] == pytest.approx(evaluated["slices"]["cold_items"]["crane"]["recall@20"])
+    recall = evaluated["slices"]["cold_items"]["crane"]["recall@20"]
+    assert measured["cold_recall@20"] == pytest.approx(recall)
+    cold = evaluated["cold_items"]
+    assert cold["items"] >= NUM_COLD and cold["models"]["crane"]["mean"] == pytest.approx(recall)
+    # The planted model knows its cold items; to what counts co-occurrences they are all alike.
+    auc = cold["cold_auc"]["models"]
+    assert auc["crane"]["low"] > 0.5 and auc["crane"]["mean"] > auc["lightgcn"]["mean"]
+    assert auc["item_knn"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,24 @@ from crane_core.baselines import item_knn, popularity
 from crane_core.dataset import Interactions
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED
 from crane_core.evaluation import rank_users, user_metrics
+from crane_core.experiments import cells
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.harness import Recipe, Trained
 from tests.bench import bench_quality
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
 
+COLD = (0, 8)
+
 
 def plant(folder: Path, with_features: bool = True) -> Path:
-    """The checkerboard as a folder; the training rows of item 0 are taken out, so that it is cold."""
+    """The checkerboard as a folder; the training rows of two items are taken out, so that they are cold."""
     folder.mkdir()
     interactions = checkerboard()
     lines = ["userID\titemID\tx_label"]
     for label, lists in enumerate((interactions.train, interactions.validation, interactions.test)):
         pairs = zip(lists.users().tolist(), lists.items.tolist(), strict=True)
-        lines += [f"{user}\t{item}\t{label}" for user, item in pairs if label or item]
+        lines += [f"{user}\t{item}\t{label}" for user, item in pairs if label or item not in COLD]
     (folder / "log.inter").write_text("\n".join(lines))
     if with_features:
         for modality in planted_modalities(noise=0.5):
@@ -48,12 +51,12 @@ def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.Captur
     folder = plant(tmp_path / "board")
     small = ("train.embedding_dim=8", "train.num_epochs=4", "train.batch_size=64", "refine.num_steps=5")
     settings = [word for setting in (*small, "refine.embedding_dim=8") for word in ("--set", setting)]
-    models = ("crane", "popularity", "item_knn")
+    models = ("crane", "lightgcn_softmax", "popularity", "item_knn")
     assert bench_quality.main(flags(folder, "--models", *models, *settings)) == EXIT_OK
     found = last_line(capsys)
     assert found["seeds"] == [0, 1] and found["missing"] == []
-    assert set(found["models"]) == set(models) and set(found["differences"]) == {"popularity", "item_knn"}
-    assert found["data"]["name"] == "board" and found["versions"]["code"] == bench_quality.CODE_VERSION
+    assert set(found["models"]) == set(models) and set(found["differences"]) == set(models[1:])
+    assert found["data"]["name"] == "board" and found["versions"]["code"] == bench_quality.VERSION
     assert found["recipe"]["train"]["num_epochs"] == 4 and "--seeds 0 1" in found["command"]
     # Popularity has no random choice: its mean is that of one ranking by hand.
     log = bench_quality.load_dataset(folder).interactions
@@ -65,12 +68,17 @@ def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.Captur
         assert interval["low"] <= interval["mean"] <= interval["high"]
         difference = found["differences"]["popularity"][name]["mean"]
         assert difference == pytest.approx(found["models"]["crane"][name]["mean"] - values.mean())
-    cold_users = np.flatnonzero(np.bincount(log.test.users()[log.test.items == 0], minlength=40))
+    cold_users = np.flatnonzero(np.bincount(log.test.users()[np.isin(log.test.items, COLD)], minlength=40))
     cold = found["cold_items"]
     assert cold["rows"] == cold["users"] == len(cold_users) > 0
     chance = np.mean([20 / (32 - length) for length in log.train.counts()[cold_users]])
     assert cold["chance"] == pytest.approx(chance)
     assert cold["models"]["item_knn"]["mean"] <= 1
+    # To who counts co-occurrences, two items without any are the same.
+    auc = cold["cold_auc"]
+    assert auc["users"] == len(cold_users) and set(auc["models"]) == set(models)
+    assert auc["models"]["item_knn"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert all(0 <= found["low"] <= found["mean"] <= found["high"] <= 1 for found in auc["models"].values())
 
 
 def test_a_finished_cell_is_found_and_a_stale_one_is_not(
@@ -95,7 +103,7 @@ def test_a_finished_cell_is_found_and_a_stale_one_is_not(
         log.write("\n0\t31\t0")
     bench_quality.main(again)
     assert made == [0, 1] * 3
-    monkeypatch.setattr(bench_quality, "CODE_VERSION", bench_quality.CODE_VERSION + 1)
+    monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
     bench_quality.main(again)
     assert made == [0, 1] * 4
 
@@ -145,6 +153,13 @@ def test_features_are_asked_for_before_anything_is_trained(
     assert "DataError" in caplog.text and not (tmp_path / "work").exists()
     assert bench_quality.main(flags(folder, "--models", "popularity", "item_knn")) == EXIT_OK
     assert last_line(capsys)["differences"] == {}
+
+
+def test_a_folder_without_a_test_row_is_a_data_error(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "board")
+    rows = (folder / "log.inter").read_text().splitlines()
+    (folder / "log.inter").write_text("\n".join(row for row in rows if not row.endswith("\t2")))
+    assert bench_quality.main(flags(folder, "--models", "popularity")) == EXIT_DATA
 
 
 @pytest.mark.parametrize("setting", ["train", "train.colour=1", "train.num_epochs=0", "etl.k_core=2"])

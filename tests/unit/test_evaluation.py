@@ -9,12 +9,14 @@ import torch
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.evaluation import (
     bootstrap,
+    cold_auc,
     coverage,
     dot_product,
     paired_bootstrap,
     popularity_bias,
     rank_users,
     slices,
+    summarise_cold,
     user_metrics,
 )
 
@@ -91,3 +93,82 @@ def test_slices_split_the_test_items() -> None:
     assert parts["cold_users"].counts().tolist() == [0, 0, 0, 1]
     assert parts["active_users"].counts().tolist() == [1, 0, 0, 0]
     assert parts["quiet_users"].counts().tolist() == [0, 0, 1, 0]
+
+
+def cold_world(test: ItemLists) -> Interactions:
+    """Items 0 and 4 are warm; 1, 2, 3 and 5 are cold."""
+    train = lists(*[[0, 4]] * test.num_users)
+    return Interactions(test.num_users, 6, train, lists(*[[]] * test.num_users), test)
+
+
+def test_cold_auc_by_hand() -> None:
+    scores = torch.tensor(
+        [
+            [9, 5, 3, 1, 9, 2],  # item 1 above 2, 3 and 5
+            [9, 5, 3, 1, 9, 2],  # item 2 above 3 and 5, below 1
+            [9, 0, 0, 0, 9, 1],  # item 2 ties with 1 and 3, below 5
+            [9, 5, 3, 1, 9, 2],  # items 1 and 3 against 2 and 5: above both, above none
+            [-9, 1, 2, 3, -9, 4],  # every cold item: nothing to compare with
+        ],
+        dtype=torch.float32,
+    )
+    interactions = cold_world(lists([1], [2], [2], [1, 3], [1, 2, 3, 5]))
+    asked = np.array([3, 0, 4, 2, 1])
+    for block in (1, 2, 5):
+        found = cold_auc(lambda users: scores[users], interactions, asked, block)
+        assert found.tolist() == pytest.approx([1 / 2, 1, math.nan, 1 / 3, 2 / 3], nan_ok=True)
+
+
+def test_cold_auc_equals_plain_loops_and_never_holds_more_than_a_block() -> None:
+    generator = np.random.default_rng(3)
+    train, test = ([sorted(generator.choice(60, 5, replace=False).tolist()) for _ in range(20)] for _ in range(2))
+    interactions = Interactions(20, 60, lists(*train), lists(*[[]] * 20), lists(*test))
+    cold = np.flatnonzero(interactions.item_counts() == 0).tolist()
+    scores = torch.from_numpy(generator.integers(4, size=(20, 60)).astype(np.float32))
+    users = np.flatnonzero(slices(interactions)["cold_items"].counts() > 0)
+    asked: list[int] = []
+
+    def score(picked: np.ndarray) -> torch.Tensor:
+        asked.append(len(picked))
+        return scores[picked]
+
+    found = cold_auc(score, interactions, users, block=7)
+    assert max(asked) == 7 and sum(asked) == len(users) > 10
+    for user, value in zip(users, found, strict=True):
+        row = scores[user].tolist()
+        pairs = [(i, j) for i in test[user] if i in cold for j in cold if j not in test[user]]
+        expected = [(row[i] > row[j]) + (row[i] == row[j]) / 2 for i, j in pairs]
+        assert value == pytest.approx(np.mean(expected))
+
+
+def test_a_ranking_by_chance_has_auc_one_half_and_one_that_knows_has_more() -> None:
+    generator = np.random.default_rng(4)
+    test = lists(*[[int(generator.choice([1, 2, 3, 5]))] for _ in range(2000)])
+    noise = torch.from_numpy(generator.normal(size=(2000, 6)).astype(np.float32))
+    knowing = noise.clone()
+    knowing[torch.arange(2000), torch.from_numpy(test.items).long()] += 1
+    interactions, users = cold_world(test), np.arange(2000)
+    per_user = {
+        name: {"recall@20": np.ones(2000), "cold_auc": cold_auc(lambda u, t=table: t[u], interactions, users)}
+        for name, table in (("noise", noise), ("knowing", knowing), ("constant", torch.zeros(2000, 6)))
+    }
+    found = summarise_cold(interactions, per_user, 300, seed=0)
+    assert found is not None and found["cold_auc"]["users"] == 2000
+    auc = found["cold_auc"]["models"]
+    assert auc["noise"]["low"] < 0.5 < auc["noise"]["high"] < 0.55
+    # P(N(0, 1) + 1 > N(0, 1)) = Phi(1 / sqrt 2).
+    assert auc["knowing"]["low"] < 0.7602 < auc["knowing"]["high"]
+    assert auc["constant"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_the_summary_of_cold_items_counts_and_says_what_it_cannot() -> None:
+    interactions = cold_world(lists([1], [], [0, 2, 3], [1, 2, 3, 5]))
+    values = {"recall@20": np.array([1.0, 0.5, 0.0]), "cold_auc": np.array([0.25, 0.75, np.nan])}
+    found = summarise_cold(interactions, {"m": values}, 100, seed=0)
+    assert found is not None
+    assert (found["items"], found["rows"], found["users"]) == (4, 7, 3)
+    assert found["models"]["m"]["mean"] == 0.5 and found["chance"] == 1.0
+    assert found["cold_auc"]["users"] == 2 and found["cold_auc"]["models"]["m"]["mean"] == 0.5
+    nothing = {"m": values | {"cold_auc": np.full(3, np.nan)}}
+    assert (summarise_cold(interactions, nothing, 100, seed=0) or {})["cold_auc"] is None
+    assert summarise_cold(cold_world(lists([0], [4])), {"m": values}, 100, seed=0) is None

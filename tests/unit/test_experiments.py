@@ -139,7 +139,21 @@ class TestCells:
         assert np.array_equal(found.test["users"], np.arange(40))
         for name, values in made.test.items():
             assert np.array_equal(values, found.test[name])
+        assert len(made.cold["users"]) == len(made.cold["cold_auc"]) == 0
         assert not list((tmp_path / "work").glob("[!.]*"))
+
+    def test_cold_items_are_measured_apart(self, dataset: Dataset, tmp_path: Path, trainings: list) -> None:
+        interactions = dataset.interactions
+        train = interactions.train.where(~np.isin(interactions.train.items, (0, 1, 2)))
+        colder = replace(dataset, interactions=replace(interactions, train=train))
+        made = Cells(tmp_path).cell(colder, "crane", RECIPE, 3)
+        users = np.flatnonzero([np.isin(interactions.test.rows(np.array([u]))[1], (0, 1, 2)).any() for u in range(40)])
+        assert np.array_equal(made.cold["users"], users) and len(users) > 0
+        scores, tests = random_scores(colder, 3)(np.arange(40)), interactions.test.items
+        for user, auc, recall in zip(users, made.cold["cold_auc"], made.cold["recall@20"], strict=True):
+            own = scores[user, tests[user]]
+            assert auc == np.mean([float(own > scores[user, other]) for other in {0, 1, 2} - {tests[user]}])
+            assert recall == made.test["recall@20"][user], "the only item of the user's test is cold"
 
     def test_nothing_stale_is_served(self, dataset: Dataset, tmp_path: Path, trainings: list, monkeypatch) -> None:
         cells = Cells(tmp_path)
@@ -404,7 +418,7 @@ def cell(test: np.ndarray, validation: float = 0.5) -> Cell:
     def table(values: np.ndarray) -> dict[str, np.ndarray]:
         return {"users": np.arange(len(values)), "recall@20": values, "ndcg@20": values / 2}
 
-    return Cell("", table(np.full(10, validation)), table(test), validation, 1.0, 1, {})
+    return Cell("", table(np.full(10, validation)), table(test), table(np.empty(0)), validation, 1.0, 1, {})
 
 
 class TestAnswers:

@@ -14,11 +14,12 @@ from crane_core.baselines import item_knn
 from crane_core.config import Features, Refine, Train, preset_names
 from crane_core.dataset import Interactions
 from crane_core.errors import DataError
-from crane_core.evaluation import Scorer, bootstrap, paired_bootstrap, rank_users, slices, user_metrics
+from crane_core.evaluation import Scorer, bootstrap, dot_product, paired_bootstrap, rank_users, slices, user_metrics
 from crane_core.experiments import harness
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.harness import CONTENT_GRID, ITEM_KNN_GRID, MODELS, NEED_FEATURES, Recipe, Trained
 from crane_core.experiments.plans import load_recipe
+from crane_core.model import LightGCN
 from crane_core.references import FreedomSettings, MgcnSettings
 from tests.unit.planted import Communities, checkerboard, communities
 from tests.unit.test_refine import planted_modalities
@@ -97,6 +98,17 @@ def test_bpr_mf_does_not_propagate(tmp_path: Path) -> None:
     (folder,) = tmp_path.glob("lightgcn-*")
     weights = load_file(folder / "best.safetensors")["ids"]
     assert torch.equal(trained.score(np.array([3, 0])), weights[[3, 0]] @ weights[40:].T)
+
+
+def test_lightgcn_softmax_differs_from_lightgcn_by_the_loss_alone(tmp_path: Path) -> None:
+    dataset, train = planted(), RECIPE.train
+    plain, softmax = (MODELS[name](dataset, RECIPE, tmp_path / name) for name in ("lightgcn", "lightgcn_softmax"))
+    users = np.arange(40)
+    assert not torch.equal(plain.score(users), softmax.score(users))
+    model = LightGCN(40, 32, train, "softmax")
+    assert torch.equal(model.ids, LightGCN(40, 32, train).ids), "both start from the same embeddings"
+    rows, _ = harness.train_to_best(model, dataset.interactions, train, tmp_path / "by hand")
+    assert torch.equal(softmax.score(users), dot_product(*rows)(users))
 
 
 def test_a_grid_is_searched_by_validation_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,26 @@ def test_one_epoch_one_model_and_no_slice_still_plot(store):
     metrics = {"users": 1, "models": {"crane": MODEL}, "differences": {}, "slices": {"cold_items": {"users": 0}}}
     publish(store, "ml.evaluate", {"metrics.json": metrics})
     page = render(store, "run-1", CONFIG, [])
-    assert "0.2500" in page and "No slice has a test user" in page
+    assert "0.2500" in page and "No slice has a test user" in page and "AUC among" not in page
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_cold_items_are_shown_where_there_are_some(store, alone):
+    ranking = {"recall@20": 0.1, "ndcg@20": 0.1}
+    auc = {"users": 2, "chance": 0.5, "models": {"crane": {"mean": 0.654, "low": 0.6, "high": 0.7}}}
+    cold = {"items": 4321, "rows": 3, "users": 2, "chance": 0.0123, "models": {"crane": INTERVAL}}
+    metrics = {
+        "users": 2,
+        "models": {"crane": MODEL},
+        "differences": {},
+        "slices": {"cold_items": {"users": 2, "crane": ranking}},
+        "cold_items": cold | {"cold_auc": None if alone else auc},
+    }
+    publish(store, "ml.evaluate", {"metrics.json": metrics})
+    page = render(store, "run-1", CONFIG, [])
+    assert "AUC among the cold items" in page and "4,321 items have no training interaction" in page
+    assert "0.0123" in page
+    assert ("0.654" in page) is not alone and ("no other to compare" in page) is alone
 
 
 def test_names_from_outside_are_escaped(store):
