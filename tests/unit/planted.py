@@ -28,14 +28,19 @@ def checkerboard(num_groups: int = 4, users_per_group: int = 10, items_per_group
 
 
 def checkerboard_content(seed: int = 0) -> Content:
-    """Two modalities of the checkerboard's items that know the group of an item through noise."""
+    """Two modalities of the checkerboard's items and users that know the group through noise."""
     generator = np.random.default_rng(seed)
     centers = generator.normal(size=(4, 2, 5))
-    items = (centers[np.arange(32) // 8] + 0.3 * generator.normal(size=(32, 2, 5))).astype(np.float32)
-    items /= np.linalg.norm(items, axis=2, keepdims=True)
-    neighbours, _ = search(unit_rows(items.reshape(32, -1)), 0, 32, 4)
+    items, users = (
+        torch.nn.functional.normalize(torch.from_numpy(centers[groups] + 0.3 * noise).float(), dim=2)
+        for groups, noise in (
+            (np.arange(32) // 8, generator.normal(size=(32, 2, 5))),
+            (np.arange(40) // 10, generator.normal(size=(40, 2, 5))),
+        )
+    )
+    neighbours, _ = search(unit_rows(items.flatten(1).numpy()), 0, 32, 4)
     graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), torch.device("cpu"))
-    return Content(torch.from_numpy(items), graph)
+    return Content(items, graph, users)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,10 @@ NUM_USERS, NUM_ITEMS, DIM, WIDTH = 6, 8, 3, 4
 # User 5 has met nothing, and nobody has met item 7.
 PAIRS = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 3), (2, 4), (3, 4), (3, 5), (3, 0), (4, 6)]
 EDGES = [(0, 1), (1, 2), (2, 3), (4, 5), (5, 6), (6, 7), (0, 7), (2, 5)]
-FORMS = list(itertools.product(("ids", "content"), ("items", "profiles"), ("gate", "scale", "none")))
+FORMS = [
+    dict(zip(("semantic_items", "semantic_users", "own_content", "trust"), form, strict=True))
+    for form in itertools.product(("ids", "content"), ("items", "profiles"), (True, False), ("gate", "scale", "none"))
+]
 BATCH = Batch(torch.tensor([0, 3, 3, 1, 4]), torch.tensor([2, 4, 5, 3, 6]), torch.tensor([4, 1, 2, 6, 0]))
 # Item 4 is the positive of one row and a negative of the others; user 3 has met it, and item 0.
 SHARED = BATCH._replace(
@@ -100,6 +103,10 @@ def plain_views(model: Crane) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for user, item in PAIRS:
             users[user] += items[item] / math.sqrt(degrees[user] * degrees[NUM_USERS + item])
     semantic = np.concatenate([users, items])
+    if config.own_content:
+        assert content.users is not None
+        rows = np.concatenate([content.users.numpy(), content.items.numpy()])
+        semantic = semantic + sum(rows[:, m] @ weights["own"][WIDTH * m : WIDTH * (m + 1)] for m in range(2))
     trusted: np.ndarray | float = 1.0
     if config.trust == "gate":
         trusted = 1 / (1 + np.exp(-(behaviour @ weights["trust"] + weights["trust_bias"])))
@@ -135,7 +142,8 @@ def plain_losses(model: Crane, batch: Batch) -> dict[str, float]:
             ranking -= float(batch.weights[row]) * math.log(own / (own + others))
         penalty += config.regularisation / 2 * sum(float(ids[node] @ ids[node]) for node in touched)
     contrast = 0.0
-    for nodes in (set(batch.users.tolist()), {NUM_USERS + item for item in batch.positives.tolist()}):
+    kinds = [set(batch.users.tolist()), {NUM_USERS + item for item in batch.positives.tolist()}]
+    for nodes in kinds if config.contrast_negatives == "same_kind" else [set.union(*kinds)]:
         for node in nodes:
             scores = {other: cosine(behaviour[node], semantic[other]) / config.temperature for other in nodes}
             contrast -= math.log(math.exp(scores[node]) / sum(map(math.exp, scores.values()))) / len(nodes)
@@ -248,9 +256,9 @@ def test_info_nce_of_the_ranks_adds_up() -> None:
 # CRANE
 
 
-@pytest.mark.parametrize(("semantic_items", "semantic_users", "trust"), FORMS)
-def test_the_views_equal_the_dense_ones(semantic_items: str, semantic_users: str, trust: str) -> None:
-    model = crane(semantic_items=semantic_items, semantic_users=semantic_users, trust=trust)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_views_equal_the_dense_ones(form: dict[str, object]) -> None:
+    model = crane(**form)
     views = model(graph())
     assert views.semantic is not None
     for found, expected in zip((views.final, views.behaviour, views.semantic), plain_views(model), strict=True):
@@ -258,18 +266,25 @@ def test_the_views_equal_the_dense_ones(semantic_items: str, semantic_users: str
 
 
 @pytest.mark.parametrize("loss", ["bpr", "softmax"])
-@pytest.mark.parametrize(("semantic_items", "semantic_users", "trust"), FORMS)
-def test_the_losses_equal_the_plain_ones(loss: str, semantic_items: str, semantic_users: str, trust: str) -> None:
-    model = crane(loss=loss, semantic_items=semantic_items, semantic_users=semantic_users, trust=trust)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_losses_equal_the_plain_ones(loss: str, form: dict[str, object]) -> None:
+    model = crane(loss=loss, **form)
     batch = BATCH if loss == "bpr" else SHARED
     found = {name: value.item() for name, value in model.losses(model(graph()), batch).items()}
     assert found == pytest.approx(plain_losses(model, batch), rel=1e-6)
 
 
+def test_the_contrast_can_take_its_negatives_from_both_kinds() -> None:
+    model = crane(contrast_negatives="both_kinds")
+    found = {name: value.item() for name, value in model.losses(model(graph()), SHARED).items()}
+    assert found == pytest.approx(plain_losses(model, SHARED), rel=1e-6)
+    assert found["contrast"] != pytest.approx(plain_losses(crane(), SHARED)["contrast"], rel=1e-3)
+
+
 @pytest.mark.parametrize("loss", ["bpr", "softmax"])
-@pytest.mark.parametrize(("semantic_items", "semantic_users", "trust"), FORMS)
-def test_the_gradients_reach_every_parameter(loss: str, semantic_items: str, semantic_users: str, trust: str) -> None:
-    model = crane(loss=loss, semantic_items=semantic_items, semantic_users=semantic_users, trust=trust)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_gradients_reach_every_parameter(loss: str, form: dict[str, object]) -> None:
+    model = crane(loss=loss, **form)
     names, values = zip(*model.named_parameters(), strict=True)
     batch = BATCH if loss == "bpr" else SHARED
 
