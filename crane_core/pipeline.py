@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
         Stage("ml.graph", 1, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
         Stage("ml.behaviour", 1, ("etl.interactions",), ("train",)),
         Stage("ml.train", 2, ("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"), ("train",)),
-        Stage("ml.evaluate", 3, ("etl.interactions", "ml.behaviour", "ml.train"), ("evaluate",)),
+        Stage("ml.evaluate", 3, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
         Stage("ml.register", 1, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
         Stage("ml.export", 1, ("etl.interactions", "ml.train"), ("export",)),
     )
