@@ -210,7 +210,7 @@ class Evaluate(Section):
     user_block: int = Field(1024, ge=1)
     """Users ranked at a time; bounds the memory of the ranking."""
     seed: int = 0
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap, and of the clusters of items that tell diverse users from focused ones."""
 
     @field_validator("ks")
     @classmethod

@@ -137,7 +137,7 @@ class ListedKeys(Keys):
     """
 
     def __init__(self, keys: Tensor, num_lists: int, num_probes: int, seed: int) -> None:
-        cells = _cluster(keys.detach(), min(num_lists, len(keys)), seed)
+        cells = cluster(keys.detach(), min(num_lists, len(keys)), seed)
         self.order = torch.argsort(cells, stable=True)
         sizes = torch.bincount(cells)
         self.keys = keys[self.order]
@@ -296,7 +296,7 @@ def _largest_norm(rows: Tensor) -> float:
     return float(torch.linalg.vector_norm(rows, dim=1).max()) if len(rows) else 0.0
 
 
-def _cluster(keys: Tensor, num_lists: int, seed: int) -> Tensor:
+def cluster(keys: Tensor, num_lists: int, seed: int) -> Tensor:
     """k-means by Lloyd's steps on a sample of the keys: the cell of each key, int64 [m].
 
     A centre without keys stays where it is.

@@ -1,6 +1,9 @@
-"""Two published multimodal recommenders, written from their papers: what CRANE is compared with.
+"""FREEDOM and MGCN, two published multimodal recommenders: what CRANE is compared with.
 
-Both have the interface of `LightGCN`, so the trainer trains them; neither runs in the pipeline.
+They compute what the formulas below say; a value that was chosen by a measurement says so. They were not checked line
+by line against the papers nor run beside the authors' code: their figures are those of these models in this harness,
+no reproduction of published tables. Both have the interface of `LightGCN`, so the trainer trains them; neither runs in
+the pipeline.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ class FreedomSettings(Section):
     num_item_layers: int = Field(1, ge=0)
     """Propagation steps on the item-item graph."""
     modality_weights: tuple[float, ...] = ()
-    """Weight of each modality's graph, in the order of the modalities; all equal when empty."""
+    """Weight of each modality's graph, in the order of the modalities; all equal, untuned, when empty."""
     edge_dropout: float = Field(0.8, ge=0, lt=1)
     """Share of the user-item edges a training epoch goes without; popular ends lose more."""
     feature_weight: float = Field(1e-3, ge=0)
     """lambda, weight of the BPR terms on the projected features."""
     learning_rate: float = Field(3e-3, gt=0)
-    """Adam's step size; at the paper's 1e-3 validation recall still rises after 200 epochs on Last.fm 2K."""
+    """Adam's step size; at 1e-3 validation recall still rises after 200 epochs on Last.fm 2K."""
 
     def applied(self, train: Train) -> Train:
         """The training configuration with FREEDOM's own optimiser settings; it regularises no embedding."""
@@ -99,7 +102,7 @@ class Freedom(LightGCN):
         )
         generator = torch.Generator().manual_seed(config.seed + 1)
         self.features = nn.ParameterList(torch.from_numpy(rows.copy()) for rows in features)
-        # The paper's projections have a bias, which cancels in the difference of two items.
+        # A bias would cancel in the difference of two items.
         self.projections = nn.ModuleList(
             _linear(rows.shape[1], config.embedding_dim, generator, bias=False) for rows in features
         )
@@ -178,7 +181,7 @@ class Mgcn(LightGCN):
     def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `contrast`: lambda_C times the InfoNCE of `h` and `e`, over users and over items.
 
-        A departure: a node that is in the batch twice counts once, and is no negative of itself.
+        A node that is in the batch twice counts once, and is no negative of itself.
         """
         assert views.semantic is not None
         contrast = views.final.new_zeros(())
@@ -205,9 +208,8 @@ class Mgcn(LightGCN):
 def modality_graph(features: NDArray[np.float32], k: int, weighted: bool) -> sp.csr_array:
     """`D^-1/2 S D^-1/2`, an edge from every item to its k most similar items, itself among them.
 
-    Both papers take the item itself for one of its neighbours, and neither makes the relation symmetric. Edges to
-    items of no or negative similarity are left out, which the papers do not discuss; an item without features is
-    joined to itself alone.
+    The relation is not made symmetric. Edges to items of no or negative similarity are left out; an item without
+    features is joined to itself alone.
 
     Args:
         features: float32 [num_items, dim].

@@ -44,6 +44,8 @@ _SLICES = {
     "cold_items": "Cold items (never interacted with)",
     "active_users": "Active users (top quarter)",
     "quiet_users": "Quiet users (bottom quarter)",
+    "diverse_users": "Diverse users (top quarter by entropy of interests)",
+    "focused_users": "Focused users (bottom quarter)",
     "cold_users": "Cold users (no history)",
 }
 

@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 from crane_core.evaluation import bootstrap, paired_bootstrap
 from crane_core.experiments.cells import Cell, PerUser
-from crane_core.experiments.data import Dataset
-from crane_core.experiments.harness import Recipe
 from crane_core.page import signed
 
 METRICS = ("recall@20", "ndcg@20")
 NUM_RESAMPLES = 1000
 THIRDS = ("Narrow interests", "Middle", "Diverse interests")
-
-_NUM_CLUSTERS = 20
 
 
 @dataclass(frozen=True)
@@ -176,30 +171,6 @@ def _verdict(values: Mapping[str, Mapping[str, float]]) -> str:
 def _beyond_chance(values: Mapping[str, Mapping[str, float]]) -> int:
     found = values["recall@20"]
     return 1 if found["low"] > 0 else -1 if found["high"] < 0 else 0
-
-
-def interest_entropy(dataset: Dataset, recipe: Recipe, seed: int = 0) -> np.ndarray:
-    """How diverse a user's interests are: entropy of the training items over clusters of the item features.
-
-    Args:
-        dataset: features and interactions.
-        recipe: modalities and their standardisation; a missing modality is zeros here.
-        seed: of k-means.
-
-    Returns:
-        float64 [num_users], nats; NaN for users without a training item.
-    """
-    modalities = dataset.modalities(recipe.features)
-    joint = np.concatenate([np.where(m.present[:, None], m.items, 0) for m in modalities], axis=1)
-    num_clusters = max(2, min(_NUM_CLUSTERS, len(joint) // 5))
-    clusters = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(joint)
-    train = dataset.interactions.train
-    counts = np.zeros((train.num_users, num_clusters))
-    np.add.at(counts, (train.users(), clusters[train.items]), 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = counts / counts.sum(axis=1, keepdims=True)
-        entropy = -np.where(shares > 0, shares * np.log(shares), 0).sum(axis=1)
-    return np.where(counts.sum(axis=1) > 0, entropy, np.nan)
 
 
 def by_diversity(measured: Sequence[Measured], entropy: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:

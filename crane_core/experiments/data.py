@@ -70,6 +70,14 @@ class Dataset:
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         return replace(self, interactions=replace(self.interactions, test=nothing))
 
+    def joint(self, features: Features) -> NDArray[np.float32]:
+        """Standardised features of all modalities side by side, [num_items, sum of widths]; a missing one is zeros.
+
+        Raises:
+            DataError: see `modalities`.
+        """
+        return np.concatenate([np.where(m.present[:, None], m.items, 0) for m in self.modalities(features)], axis=1)
+
     def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
         """Standardised features and profiles, as `etl.features` and `etl.profiles` make them.
 

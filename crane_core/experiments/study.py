@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from crane_core.config import Phi
 from crane_core.errors import ConfigError, DataError
+from crane_core.evaluation import interest_entropy
 from crane_core.experiments import answers
 from crane_core.experiments.answers import Measured
 from crane_core.experiments.cells import Cells
@@ -186,10 +187,11 @@ class Study:
         if extra:
             result |= extra(result)
         if experiment.name == "profiles":
+            train = self.dataset.interactions.train
             thirds = answers.by_diversity(
                 measured,
-                answers.interest_entropy(self.dataset, self.recipe),
-                self.dataset.interactions.train.counts(),
+                interest_entropy(self.dataset.joint(self.recipe.features), train),
+                train.counts(),
             )
             text = f"{result['answer']} {answers.diversity_answer(thirds)}".rstrip()
             result |= {"thirds": thirds, "answer": text}

@@ -25,6 +25,7 @@ from crane_core.evaluation import (
     cold_auc,
     coverage,
     dot_product,
+    interest_entropy,
     paired_bootstrap,
     popularity_bias,
     rank_users,
@@ -32,6 +33,8 @@ from crane_core.evaluation import (
     summarise_cold,
     user_metrics,
 )
+from crane_core.knn import unit_rows
+from crane_core.matrix import open_matrix
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
 from jobs.ml.device import use_device
 from jobs.ml.launch import load_embeddings
@@ -75,7 +78,9 @@ def run(job: Job) -> Result:
         logger.info(
             "model=%s recall@20=%.4f ndcg@20=%.4f", name, *(metrics[m].mean() for m in ("recall@20", "ndcg@20"))
         )
-    for label, lists in slices(interactions).items():
+    items = unit_rows(open_matrix(job.input("ml.refine").file("fused_items.npy")))
+    parts = slices(interactions, interest_entropy(items, interactions.train, config.seed))
+    for label, lists in parts.items():
         members = np.flatnonzero(np.isin(users, np.flatnonzero(lists.counts() > 0)))
         report["slices"][label] = {"users": len(members)} | {
             name: {
@@ -84,7 +89,7 @@ def run(job: Job) -> Result:
             }
             for name in models
         }
-    cold = slices(interactions)["cold_items"]
+    cold = parts["cold_items"]
     members = np.flatnonzero(cold.counts()[users] > 0)
     per_cold_user = {
         name: user_metrics(ranked[name][members], cold, users[members], (20,))

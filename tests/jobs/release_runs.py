@@ -38,7 +38,7 @@ def make_run(
     cold_noise: float | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Publish `etl.interactions`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
+    """Publish `etl.interactions`, `ml.refine`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
 
     Args:
         noise: standard deviation added to the true embeddings by the model of the run; 0 is the best there can be.
@@ -56,6 +56,10 @@ def make_run(
     world = np.random.default_rng(7)
     users, items = world.normal(size=(NUM_USERS, DIM)), world.normal(size=(NUM_ITEMS, DIM))
     _interactions(store, run_id, config, users, items)
+    folder = _folder(store)
+    np.save(folder / "fused_items.npy", items.astype(np.float32))
+    (folder / "fit.json").write_text(json.dumps({"curve": [], "mean_cosine": [0.1]}))
+    _publish(store, run_id, "ml.refine", folder, {"modalities": ["planted"]})
     for stage, scale in (("ml.train", noise), ("ml.behaviour", lightgcn_noise)):
         generator = np.random.default_rng(seed + 100)
         rows = {

@@ -138,6 +138,7 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
     assert metrics["models"]["crane"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
     assert metrics["models"]["item_knn"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
     assert set(metrics["differences"]) == {"lightgcn", "item_knn", "popularity"}
+    assert {"diverse_users", "focused_users"} <= {name for name, part in metrics["slices"].items() if part["users"]}
     assert metrics["cold_items"] is None, "every item has a training interaction"
     assert metrics["cold"]["rows"] == {"unknown_user": 2, "unknown_item": 1}
     assert metrics["cold"]["unknown_users"] == 1
@@ -220,7 +221,7 @@ def test_a_damaged_input_of_the_right_size_is_never_used(finished: Path) -> None
     store = open_store(str(finished))
     extra = ("evaluate.seed=5",)
     store.start_run("damaged", load_config(None, [*SETTINGS, *extra]))
-    for stage in ("etl.interactions", "ml.behaviour", "ml.train"):
+    for stage in ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"):
         store.record("damaged", stage, "", store.entry("planted", stage) or {})
     trained = store.artifact("planted", "ml.train").file("embeddings.safetensors")
     sound = trained.read_bytes()

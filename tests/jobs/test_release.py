@@ -341,9 +341,16 @@ def test_the_report_tells_the_whole_story(place):
     assert done["report"] == str(path)
     page = path.read_text()
     assert "Promoted · model version 2" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "Better than champion 1" in page
-    for part in ("ml.behaviour", "Quarantine: null user id", "Title 1", "Lower bound of Recall@20"):
+    for part in (
+        "ml.behaviour",
+        "Quarantine: null user id",
+        "Title 1",
+        "Lower bound of Recall@20",
+        "AUC among the cold items",
+        "Diverse users",
+    ):
         assert part in page, part
     assert "has no artifact of ml.graph" in page
     for outside in ("<script", "<link", "src=", "@import", "url(http"):

@@ -12,6 +12,7 @@ from crane_core.evaluation import (
     cold_auc,
     coverage,
     dot_product,
+    interest_entropy,
     paired_bootstrap,
     popularity_bias,
     rank_users,
@@ -172,3 +173,23 @@ def test_the_summary_of_cold_items_counts_and_says_what_it_cannot() -> None:
     nothing = {"m": values | {"cold_auc": np.full(3, np.nan)}}
     assert (summarise_cold(interactions, nothing, 100, seed=0) or {})["cold_auc"] is None
     assert summarise_cold(cold_world(lists([0], [4])), {"m": values}, 100, seed=0) is None
+
+
+def test_entropy_by_hand() -> None:
+    # Ten rows make two clusters.
+    rows = np.repeat([[0, 1], [5, 0]], 5, axis=0) + 0.01 * np.arange(10)[:, None]
+    train = lists([0, 1, 2], [0, 5], [1, 6, 7, 8], [])
+    thirds = -(np.log(1 / 4) / 4 + 3 * np.log(3 / 4) / 4)
+    for seed in range(5):
+        found = interest_entropy(rows, train, seed)
+        assert found.tolist() == pytest.approx([0, math.log(2), thirds, math.nan], nan_ok=True)
+
+
+def test_slices_by_entropy() -> None:
+    train = lists([0], [0], [0], [0], [], [0])
+    interactions = Interactions(6, 2, train, lists(*[[]] * 6), lists([1], [1], [1], [1], [1], []))
+    # Of the users who are asked about, 0 to 3, one is a quarter; user 5 has no test item, user 4 no interests.
+    parts = slices(interactions, np.array([0.4, 0.1, 0.9, 0.5, np.nan, 2.0]))
+    assert np.flatnonzero(parts["diverse_users"].counts()).tolist() == [2]
+    assert np.flatnonzero(parts["focused_users"].counts()).tolist() == [1]
+    assert not {"diverse_users", "focused_users"} & set(slices(interactions))

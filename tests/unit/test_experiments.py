@@ -22,7 +22,7 @@ from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, DataError, TrainingError
 from crane_core.experiments import cells as cells_module
 from crane_core.experiments import harness
-from crane_core.experiments.answers import Measured, answer, by_diversity, finite, interest_entropy, rows
+from crane_core.experiments.answers import Measured, answer, by_diversity, finite, rows
 from crane_core.experiments.cells import Cell, Cells, PeakMemory
 from crane_core.experiments.cost import SameWeights, catalog_sizes, fit_power_law, measure_growth
 from crane_core.experiments.data import Dataset
@@ -456,14 +456,6 @@ class TestAnswers:
     def test_without_the_default_there_is_no_answer(self) -> None:
         table = rows([Measured("d", True, {}, [0]), Measured("b", False, {0: cell(np.ones(5))}, [])])
         assert answer(table) == "No answer yet: 1 of 2 variants are measured." and table[1]["difference"] is None
-
-    def test_entropy_tells_narrow_from_diverse_users(self, dataset: Dataset) -> None:
-        pairs = [(0, item) for item in range(6)] + [(1, item) for item in (0, 1, 8, 9, 16, 24)]
-        train = ItemLists.from_pairs(*np.array(pairs, dtype=np.int32).T, 3)
-        nothing = ItemLists(np.zeros(4, dtype=np.int64), np.empty(0, dtype=np.int32))
-        interactions = replace(dataset.interactions, num_users=3, train=train, validation=nothing, test=nothing)
-        narrow, diverse, absent = interest_entropy(replace(dataset, interactions=interactions), RECIPE)
-        assert narrow < diverse and np.isnan(absent)
 
     def test_thirds_by_diversity(self) -> None:
         entropy = np.array([0.0, 0.1, 0.5, 0.6, 1.0, 1.1, np.nan])

@@ -227,3 +227,11 @@ def test_settings_reach_the_trainer() -> None:
     assert freedom.edge_dropout == 0.8 and mgcn.edge_dropout == 0
     assert freedom.config.learning_rate == mgcn.config.learning_rate == 0.02
     assert (freedom.config.regularisation, mgcn.config.regularisation) == (0, 0.05)
+
+
+def test_without_weights_every_modality_counts_the_same() -> None:
+    graphs = [
+        build(Freedom, settings=FreedomSettings(k=4, modality_weights=weights)).item_graph.onward.matrix.toarray()  # type: ignore[union-attr]
+        for weights in ((), (0.5, 0.5), (0.3, 0.7))
+    ]
+    assert np.array_equal(graphs[0], graphs[1]) and not np.array_equal(graphs[0], graphs[2])
