@@ -78,6 +78,14 @@ class Dataset:
         """
         return np.concatenate([np.where(m.present[:, None], m.items, 0) for m in self.modalities(features)], axis=1)
 
+    def with_noise(self, seed: int) -> Dataset:
+        """The same interactions with features that say nothing: normal noise of the same shape, nothing missing."""
+        generator = np.random.default_rng(seed)
+        noise = {
+            name: generator.standard_normal(matrix.shape, dtype=np.float32) for name, matrix in self.features.items()
+        }
+        return replace(self, name=f"{self.name}-noise", features=noise)
+
     def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
         """Standardised features and profiles, as `etl.features` and `etl.profiles` make them.
 

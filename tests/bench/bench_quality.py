@@ -193,6 +193,8 @@ def fill(
 def run(arguments: argparse.Namespace, command: str) -> int:
     recipe = read_recipe(arguments.modalities, arguments.set)
     dataset = load_dataset(arguments.data)
+    if arguments.noise:
+        dataset = dataset.with_noise(seed=0)
     if NEED_FEATURES & set(arguments.models):
         dataset.modalities(recipe.features)
     interactions = dataset.interactions
@@ -239,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget-minutes", type=float, default=60.0)
     parser.add_argument("--modalities", nargs="+", default=[], help="all that are found when left out")
+    parser.add_argument("--noise", action="store_true", help="replace the features by noise")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--work", type=Path, default=Path(".crane/bench/quality"), help="where cells are kept")
     parser.add_argument("--num-threads", type=int, default=1)

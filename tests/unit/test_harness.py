@@ -192,3 +192,16 @@ def test_cold_items_are_found_by_their_content_and_by_chance_without(tmp_path: P
     # By chance 20 of 226 items hold 9 % of what is wanted, and 12 of the 48 cold ones a quarter.
     assert everywhere[0] > 2.5 * 20 / 226 and everywhere[1] < 1.5 * 20 / 226
     assert among_cold[0] > 0.9 and 0.1 < among_cold[1] < 0.4
+
+
+def test_noise_has_the_shape_of_the_features_and_nothing_of_their_content() -> None:
+    dataset = planted()
+    noise = dataset.with_noise(seed=0)
+    assert noise.interactions is dataset.interactions and noise.fingerprint != dataset.fingerprint
+    assert {name: rows.shape for name, rows in noise.features.items()} == {
+        name: rows.shape for name, rows in dataset.features.items()
+    }
+    for name, rows in noise.features.items():
+        known = np.isfinite(dataset.features[name]).all(axis=1)
+        assert abs(np.corrcoef(rows[known].ravel(), dataset.features[name][known].ravel())[0, 1]) < 0.2
+    assert noise.with_noise(seed=0).fingerprint == noise.fingerprint
