@@ -190,7 +190,10 @@ def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
         result = ours.run()
         rows = ours.best_rows()
         assert result["best_ranking"] == "right"
-        assert all(map(torch.equal, rows, ours.rankings()["right"]))
+        assert result["best_epoch"] < result["num_epochs"] - 1, "the last weights are the best"
+        fresh = trainer(tmp_path / "fresh", kind="crane")
+        fresh.model.load_state_dict(ours.best_weights())
+        assert all(map(torch.equal, rows, fresh.rankings()["right"]))
         held_out, users = ours.interactions.validation, np.arange(40)
         ranked = rank_users(dot_product(*rows), ours.interactions.train, users, 20)
         recall = user_metrics(ranked, held_out, users, (20,))["recall@20"].mean()
@@ -199,6 +202,16 @@ def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
             == pytest.approx(result["validation"]["recall@20"])
             == max(entry["recall@20"] for entry in ours.progress.curve)
         )
+
+
+@both_kinds
+def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(Trainer, "_step", lambda self, graph, batch: drawn.append(batch.negatives.tolist()))
+    ours = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 3, "batch_size": 60}), kind=kind)
+    ours.run()
+    assert len(drawn) == 12
+    assert len(set(map(tuple, drawn))) == 12
 
 
 @both_kinds
