@@ -14,11 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from crane_core.config import load_config
+from crane_core.content import load_graph
 from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
+from crane_core.graph import build_graph
 from crane_core.pipeline import STAGES
 from crane_core.store import ArtifactStore
 from jobs.ml import behaviour, evaluate, graph, knn, refine, train
@@ -166,7 +169,10 @@ def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
     assert first.manifest["content"] == second.manifest["content"]
 
 
-def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path) -> None:
+def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+    choose = train.choose_trust
+    monkeypatch.setattr(train, "choose_trust", lambda *given: graphs.append(given[2].matrix) or choose(*given))
     store = open_store(str(finished))
     extra = ("train.mode=joint", "train.semantic_users=profiles")
     store.start_run("joint", load_config(None, [*SETTINGS, *extra]))
@@ -182,6 +188,10 @@ def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path) -> No
     moved = np.abs(weights["content.refiner.weights.0"] - fitted["weights.0"]).max()
     assert 0 < moved < 8 * 5 * 0.021, "a step of Adam moves an entry by the learning rate at most"
     assert weights["content.neighbours"].shape == (32, 5)
+    (used,) = graphs
+    assert np.array_equal(used.toarray(), build_graph(weights["content.neighbours"]).toarray())
+    start = load_graph(store.artifact("joint", "ml.graph"), torch.device("cpu")).matrix
+    assert not np.array_equal(used.toarray(), start.toarray()), "the best epoch's graph is another"
     assert set(store.artifact("planted", "ml.train").manifest["inputs"]) == set(STAGES["ml.train"].inputs)
 
 
