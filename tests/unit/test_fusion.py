@@ -7,7 +7,8 @@ import torch
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.fusion import choose_trust, fuse, score_spread
+from crane_core.evaluation import dot_product, rank_users, user_metrics
+from crane_core.fusion import SHARES, choose_trust, fuse, score_spread
 from crane_core.propagation import SymmetricGraph
 
 CPU = torch.device("cpu")
@@ -60,3 +61,20 @@ def test_without_validation_items_nothing_is_trusted() -> None:
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 60)
     trust = choose_trust(rows(5), rows(6), CHAIN, Interactions(60, 80, nothing, nothing, nothing), Train())
     assert trust.share == 0.0
+
+
+def test_what_recall_cannot_tell_apart_ndcg_decides() -> None:
+    behaviour, crane = rows(3), rows(4)
+    interactions = wanted(behaviour, crane, 0.5)
+    trust = choose_trust(behaviour, crane, CHAIN, interactions, Train())
+    users = interactions.validation_users(100, 0)
+    found = {}
+    for share in SHARES:
+        mixed = fuse(behaviour, crane, share) if share else behaviour
+        ranked = rank_users(dot_product(*mixed), interactions.train, users, 20)
+        found[share] = user_metrics(ranked, interactions.validation, users, (20,))
+    best = max(found.values(), key=lambda metrics: metrics["recall@20"].mean())["recall@20"]
+    gaps = {share: best - metrics["recall@20"] for share, metrics in found.items()}
+    near = [share for share, gap in gaps.items() if gap.mean() <= gap.std() / len(users) ** 0.5]
+    assert len(near) > 1
+    assert trust.share == max(near, key=lambda share: found[share]["ndcg@20"].mean())
