@@ -245,8 +245,8 @@ def test_the_best_rows_rank_with_the_graph_of_their_epoch(tmp_path: Path, monkey
     graphs = []
     validate = Trainer._validate
 
-    def falling(self: Trainer) -> tuple[str, dict[str, float]]:
-        ranking, metrics = validate(self)
+    def falling(self: Trainer, rankings: dict) -> tuple[str, dict[str, float]]:
+        ranking, metrics = validate(self, rankings)
         graphs.append(self.model.content.neighbours.clone())
         return ranking, metrics | {"recall@20": 1.0 if len(graphs) == 2 else 0.1}
 
