@@ -186,7 +186,8 @@ class Train(Section):
     temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
     contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
-    """Its negatives for a user: the other users of the batch, or its items too; likewise for an item."""
+    """Its negatives for a user: the other users of the batch, or its items too, those the user has met included;
+    likewise for an item."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
     validation_users: int = Field(20_000, ge=1)

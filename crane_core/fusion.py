@@ -47,7 +47,8 @@ def choose_trust(
     One split cannot tell shares apart whose Recall@20 differs by less than chance. Of those within one standard error
     of the best, by user, the one with the best NDCG@20 is taken, and the smallest of equals.
 
-    Items without training interactions have learned no row in the behavioural view. Wherever CRANE is trusted at all
+    Items without training interactions have no row worth ranking by in the behavioural view: they are only ever its
+    negatives. Wherever CRANE is trusted at all
     they take the mean of their neighbours' rows there, so that both views know them.
 
     Args:

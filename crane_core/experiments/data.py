@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from crane_core.errors import DataError
 from crane_core.importers.mmrec import LABELS, read_mmrec
 from crane_core.refine import Modality
 from crane_core.standardisation import fit_standardisation, standardised
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,19 @@ class Dataset:
             DataError: see `modalities`.
         """
         return np.concatenate([np.where(m.present[:, None], m.items, 0) for m in self.modalities(features)], axis=1)
+
+    def require_splits(self) -> None:
+        """Refuse a dataset that nothing can be learned, chosen or measured on.
+
+        Raises:
+            DataError: it has no training, no validation or no test row.
+        """
+        interactions = self.interactions
+        for label, name in enumerate(("train", "validation", "test")):
+            if not len(getattr(interactions, name).items):
+                raise DataError(
+                    f"{self.name} has no {name} row.", f"Label some rows of the .inter file {label} in x_label."
+                )
 
     def with_noise(self, seed: int) -> Dataset:
         """The same interactions with features that say nothing: normal noise of the same shape, nothing missing."""
@@ -135,7 +151,8 @@ def held(folder: Path) -> Iterator[None]:
 def load_dataset(folder: str | Path) -> Dataset:
     """Read a folder in MMRec layout.
 
-    Ids are kept: row numbers of users and items are those of the folder, users and items without a row included.
+    Ids are kept: row numbers of users and items are those of the folder, users and items without a row included. A pair
+    of user and item counts once, as in the pipeline: in train before validation before test.
 
     Raises:
         DataError: see `crane_core.importers.mmrec`.
@@ -144,6 +161,12 @@ def load_dataset(folder: str | Path) -> Dataset:
     found = read_mmrec(folder)
     users, items, labels = (found.log[name].to_numpy() for name in ("userID", "itemID", "x_label"))
     num_users = int(users.max()) + 1
+    order = np.argsort(labels, kind="stable")
+    _, first = np.unique(users[order].astype(np.int64) * found.num_items + items[order], return_index=True)
+    kept = np.sort(order[first])
+    if len(kept) < len(users):
+        logger.warning("repeats rows=%d kept=%d", len(users), len(kept))
+    users, items, labels = users[kept], items[kept], labels[kept]
     train, validation, test = (
         ItemLists.from_pairs(users[labels == label], items[labels == label], num_users) for label in LABELS
     )

@@ -124,20 +124,21 @@ def _form(recipe: Recipe) -> Experiment:
     variants: dict[str, dict[str, Any]] = {
         "as configured": {},
         "no own content": {"own_content": False},
-        "h = content, no gate (paper)": paper,
-        "the same, learned by BPR (paper)": paper | {"loss": "bpr"},
+        "h = content, no gate, as in the paper": paper,
+        "the same, learned by BPR": paper | {"loss": "bpr"},
         "no gate": {"trust": "none"},
         "learned by BPR": {"loss": "bpr"},
         "interactions weigh alike": {"user_balance": 0.0},
     }
+    distinct: dict[str, Variant] = {}
+    for label, changes in variants.items():
+        variant = Variant(label, {f"train.{name}": value for name, value in changes.items()})
+        distinct.setdefault(changed(recipe, variant.changes).model_dump_json(), variant)
     return Experiment(
         "form",
         "The form of CRANE against the paper's",
         "What do the departures from the paper bring?",
-        tuple(
-            Variant(label, {f"train.{name}": value for name, value in changes.items()})
-            for label, changes in variants.items()
-        ),
+        tuple(distinct.values()),
         "How much of the gain over LightGCN is owed to the loss alone: compare with lightgcn_softmax in the bench.",
     )
 

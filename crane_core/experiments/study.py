@@ -104,6 +104,7 @@ class Study:
                 f"{dataset.name} has no features {', '.join(unknown)}.",
                 f"Set features.modalities to some of {', '.join(sorted(dataset.features))}.",
             )
+        dataset.require_splits()
         if not seeds:
             raise ConfigError("No seed was given.", "Give --seeds one number or more.")
         self.dataset = dataset

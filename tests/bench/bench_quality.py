@@ -35,7 +35,7 @@ from pydantic import ValidationError
 
 from crane_core.baselines import popularity
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError, DataError
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.evaluation import rank_users, summarise_cold, user_metrics
 from crane_core.experiments.answers import METRICS, NUM_RESAMPLES, averaged, difference, intervals
 from crane_core.experiments.cells import Cell, Cells
@@ -198,8 +198,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if NEED_FEATURES & set(arguments.models):
         dataset.modalities(recipe.features)
     interactions = dataset.interactions
-    if not len(interactions.test.items):
-        raise DataError(f"{dataset.name} has no test row.", "Label some rows of the .inter file 2 in x_label.")
+    dataset.require_splits()
     problems = check_measure(interactions)
     if problems:
         logger.error("the measure is wrong: %s", "; ".join(problems))

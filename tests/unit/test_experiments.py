@@ -25,7 +25,7 @@ from crane_core.experiments import harness
 from crane_core.experiments.answers import Measured, answer, by_diversity, finite, rows
 from crane_core.experiments.cells import Cell, Cells, PeakMemory
 from crane_core.experiments.cost import SameWeights, catalog_sizes, fit_power_law, measure_growth
-from crane_core.experiments.data import Dataset
+from crane_core.experiments.data import Dataset, load_dataset
 from crane_core.experiments.harness import Recipe, Trained, train_crane
 from crane_core.experiments.plans import NAMES, changed, load_recipe, plan
 from crane_core.experiments.report import render
@@ -575,3 +575,29 @@ class TestSearch:
         (trial,) = search.record()
         assert 5 <= trial["parameters"]["knn.k"] <= 20
         assert trial["parameters"]["train.learning_rate"] == RECIPE.train.learning_rate
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_dataset_without_a_split_is_a_data_error(dataset: Dataset, split: str) -> None:
+    empty = ItemLists.from_pairs(np.empty(0, np.int64), np.empty(0, np.int32), dataset.interactions.num_users)
+    broken = replace(dataset, interactions=replace(dataset.interactions, **{split: empty}))
+    with pytest.raises(DataError, match=f"has no {split} row"):
+        broken.require_splits()
+
+
+def test_a_pair_counts_once_in_train_before_the_rest(tmp_path: Path) -> None:
+    rows = ["0\t1\t2", "0\t1\t0", "0\t1\t0", "1\t0\t1", "1\t0\t2", "1\t2\t0", "0\t2\t2"]
+    (tmp_path / "x.inter").write_text("\n".join(["userID\titemID\tx_label", *rows]) + "\n")
+    interactions = load_dataset(tmp_path).interactions
+    pairs = {
+        name: list(zip(lists.users().tolist(), lists.items.tolist(), strict=True))
+        for name in ("train", "validation", "test")
+        for lists in [getattr(interactions, name)]
+    }
+    assert pairs == {"train": [(0, 1), (1, 2)], "validation": [(1, 0)], "test": [(0, 2)]}
+
+
+def test_the_forms_of_the_paper_are_not_compared_twice() -> None:
+    forms = plan(load_recipe("paper", []), ["a"])["form"].variants
+    recipes = [changed(load_recipe("paper", []), each.changes).model_dump_json() for each in forms]
+    assert len(set(recipes)) == len(recipes) > 1
