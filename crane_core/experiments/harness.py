@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crane_core.baselines import content, item_knn, popularity
-from crane_core.config import Features, Knn, Profiles, Refine, Section, Train
+from crane_core.config import Features, Knn, Loss, Profiles, Refine, Section, Train
 from crane_core.content import Content, JointContent, joint_content
 from crane_core.dataset import Interactions
 from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
@@ -93,10 +93,21 @@ def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 
 def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """LightGCN with CRANE's ranking loss: what of CRANE's gain is owed to the loss alone."""
-    interactions = dataset.interactions
-    model = LightGCN(interactions.num_users, interactions.num_items, recipe.train, "softmax")
-    rows, summary = train_to_best(model, interactions, recipe.train, work)
+    rows, summary = behaviour(dataset.interactions, recipe.train, work, "softmax")
     return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
+
+
+def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """LightGCN fused with `lightgcn_softmax` as it is with CRANE: what is owed to the loss and the fusion together.
+
+    There is no item graph, so nothing stands for a cold item in LightGCN's rows.
+    """
+    interactions = dataset.interactions
+    view, alone = behaviour(interactions, recipe.train, work)
+    rows, summary = behaviour(interactions, recipe.train, work, "softmax")
+    size = interactions.num_items
+    no_graph = SymmetricGraph(sp.csr_array((size, size), dtype=np.float32), CPU)
+    return _fused(view, alone, rows, summary, no_graph, dataset, recipe)
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -109,12 +120,9 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     content, prepared = content_of(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
-    started = time.monotonic()
     # The graph of the best epoch: a joint content has it from the best weights.
-    trust = choose_trust(view, rows, content.graph, interactions, recipe.train)
-    seconds = alone["seconds"] + prepared + summary["seconds"] + time.monotonic() - started
-    facts = summary | {"trust": trust.share, "curve": trust.curve, "content_seconds": prepared}
-    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts)
+    fused = _fused(view, alone, rows, summary, content.graph, dataset, recipe)
+    return replace(fused, seconds=fused.seconds + prepared, facts=fused.facts | {"content_seconds": prepared})
 
 
 def train_crane_joint(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -134,6 +142,7 @@ _LIGHTGCN = {
     "validation_users",
     "seed",
 }
+_SOFTMAX = {"num_negatives", "ranking_negatives", "ranking_temperature", "user_balance"}
 
 
 def train_bpr_mf(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -195,6 +204,7 @@ MODELS: dict[str, TrainModel] = {
     "crane_joint": train_crane_joint,
     "lightgcn": train_lightgcn,
     "lightgcn_softmax": train_lightgcn_softmax,
+    "lightgcn_fused": train_lightgcn_fused,
     "bpr_mf": train_bpr_mf,
     "popularity": train_popularity,
     "item_knn": train_item_knn,
@@ -207,21 +217,41 @@ NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"}
 """Those that read item features, and raise a `DataError` where there are none."""
 
 
-def behaviour(interactions: Interactions, config: Train, work: Path) -> tuple[Rows, dict[str, Any]]:
+def behaviour(
+    interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr"
+) -> tuple[Rows, dict[str, Any]]:
     """The behavioural view: LightGCN's best rows and the trainer's summary.
 
-    It is trained once for the same training and validation interactions and the same settings, in a folder beside
+    It is trained once for the same training and validation interactions, loss and settings, in a folder beside
     `work`; a training that has ended there is read back.
     """
     train, validation = interactions.train, interactions.validation
-    settings = config.model_dump(mode="json", include=_LIGHTGCN)
+    read, name = (_LIGHTGCN, "lightgcn") if loss == "bpr" else (_LIGHTGCN | _SOFTMAX, "lightgcn_softmax")
+    settings = config.model_dump(mode="json", include=read)
     key = fingerprint(
         VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
     )
-    shared = work.parent / f"lightgcn-{key}"
+    shared = work.parent / f"{name}-{key}"
     with held(shared):
-        model = LightGCN(interactions.num_users, interactions.num_items, config)
+        model = LightGCN(interactions.num_users, interactions.num_items, config, loss)
         return train_to_best(model, interactions, config, shared)
+
+
+def _fused(
+    view: Rows,
+    alone: dict[str, Any],
+    rows: Rows,
+    summary: dict[str, Any],
+    item_graph: SymmetricGraph,
+    dataset: Dataset,
+    recipe: Recipe,
+) -> Trained:
+    """LightGCN's rows `view` beside other rows, at the share validation trusts these with; each with its summary."""
+    started = time.monotonic()
+    trust = choose_trust(view, rows, item_graph, dataset.interactions, recipe.train)
+    seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
+    facts = summary | {"trust": trust.share, "curve": trust.curve}
+    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts)
 
 
 def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, float]:

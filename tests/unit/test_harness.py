@@ -114,6 +114,20 @@ def test_lightgcn_softmax_differs_from_lightgcn_by_the_loss_alone(tmp_path: Path
     assert torch.equal(softmax.score(users), dot_product(*rows)(users))
 
 
+def test_lightgcn_fused_is_crane_without_content(tmp_path: Path) -> None:
+    dataset, users, names = planted(), np.arange(40), ("_fused", "", "_softmax")
+    fused, plain, softmax = (MODELS[f"lightgcn{name}"](dataset, RECIPE, tmp_path / "x") for name in names)
+    assert len(list(tmp_path.glob("lightgcn*"))) == 2, "the views of the others are found"
+    share = fused.facts["trust"]
+    assert 0 < share < 1, "one of the views alone shows nothing"
+    spread = float(plain.score(users).std() / softmax.score(users).std())
+    expected = (1 - share) * plain.score(users) + share * spread * softmax.score(users)
+    torch.testing.assert_close(fused.score(users), expected, rtol=1e-3, atol=1e-4)
+    recalls = dict(fused.facts["curve"])
+    assert (recalls[0.0], recalls[1.0]) == pytest.approx((plain.validation, softmax.validation))
+    assert fused.validation == recalls[share] and fused.seconds > plain.seconds + softmax.seconds
+
+
 def test_a_grid_is_searched_by_validation_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = planted()
     held_out = dataset.interactions.validation
