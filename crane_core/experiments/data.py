@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,12 +139,19 @@ def fingerprint(*parts: Any) -> str:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Work in a folder, made where it is missing, alone: another process waits until this one is done or dead."""
+def held(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Work in a folder, made where it is missing, alone: another process waits until this one is done or dead.
+
+    `waiting` is called when there is one to wait for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # Beside the folder, not in it: whoever is done may remove the folder while others wait.
     with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

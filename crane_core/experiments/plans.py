@@ -42,6 +42,7 @@ class Experiment:
         question: what is asked, one sentence.
         variants: none for what is measured without training.
         note: what the reader must know to read the answer.
+        model: what the variants are variants of.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Experiment:
     question: str
     variants: tuple[Variant, ...] = ()
     note: str = ""
+    model: str = "crane"
 
 
 def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
@@ -216,7 +218,7 @@ def _contrast(recipe: Recipe) -> Experiment:
 
 def _modalities(recipe: Recipe, modalities: Iterable[str]) -> Experiment:
     names = sorted(recipe.features.modalities or modalities)
-    variants = [Variant("all: " + " + ".join(names) if len(names) > 1 else names[0])]
+    variants = [Variant("all: " * (len(names) > 1) + " + ".join(names))]
     if len(names) > 1:
         variants += [Variant(name, {"features.modalities": (name,)}) for name in names]
     note = "" if len(names) > 1 else "There is one modality, so there is nothing to compare."

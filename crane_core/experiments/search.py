@@ -1,15 +1,20 @@
-"""Search for a better recipe: TPE (Bergstra et al., 2011) by validation Recall@20, which is all it ever sees.
+"""Search for a better recipe of a model: TPE (Bergstra et al., 2011) by validation Recall@20, all it ever sees.
 
 The trials train on the dataset without its test split. Every trial is a cell, so a killed trial goes on from its
 checkpoint, and a line in a SQLite file, so a killed search goes on from its last trial. What a trial proposes depends
 on the seed and on the trials before it alone: a search in one go and one in many pieces try the same recipes.
+
+    {root}/search/{model}/trials.db     the trials
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -19,7 +24,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from crane_core.config import Phi
-from crane_core.errors import TrainingError
+from crane_core.errors import ArtifactError, TrainingError
 from crane_core.experiments.cells import Cells
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.harness import VERSION, Recipe
@@ -27,9 +32,23 @@ from crane_core.experiments.plans import SECTIONS, changed
 
 logger = logging.getLogger(__name__)
 
-SPACE: dict[str, BaseDistribution] = {
+Space = dict[str, BaseDistribution]
+"""`section.field` to its range."""
+
+_RATES: Space = {
     "train.learning_rate": FloatDistribution(3e-4, 1e-2, log=True),
     "train.regularisation": FloatDistribution(1e-5, 1e-1, log=True),
+}
+_LAYERS: Space = {"train.num_layers": IntDistribution(1, 4)}
+_SOFTMAX: Space = {
+    "train.ranking_temperature": FloatDistribution(0.05, 0.5, log=True),
+    "train.user_balance": FloatDistribution(0.0, 1.0),
+    "train.num_negatives": IntDistribution(256, 4096, log=True),
+}
+_CRANE: Space = {
+    **_RATES,
+    **_LAYERS,
+    **_SOFTMAX,
     "train.contrast_weight": FloatDistribution(1e-5, 1e-1, log=True),
     "train.temperature": FloatDistribution(0.1, 1.0, log=True),
     "train.edge_dropout": FloatDistribution(0.0, 0.5),
@@ -38,8 +57,33 @@ SPACE: dict[str, BaseDistribution] = {
     "knn.k": IntDistribution(5, 20),
     "profiles.aggregate": CategoricalDistribution(("sum", "mean")),
 }
-"""`section.field` to its range. The rates and weights span the values published for LightGCN and MGCN; the recursions
-and neighbours are the ranges of the experiments of the same names."""
+
+SPACES: dict[str, Space] = {
+    "crane": _CRANE,
+    "crane_joint": _CRANE,
+    "lightgcn": {**_RATES, **_LAYERS},
+    "lightgcn_softmax": {**_RATES, **_LAYERS, **_SOFTMAX},
+    "lightgcn_fused": {**_RATES, **_LAYERS, **_SOFTMAX},
+    "bpr_mf": _RATES,
+    "freedom": {
+        **_LAYERS,
+        "freedom.learning_rate": FloatDistribution(3e-4, 1e-2, log=True),
+        "freedom.k": IntDistribution(5, 20),
+        "freedom.edge_dropout": FloatDistribution(0.0, 0.9),
+        "freedom.feature_weight": FloatDistribution(1e-5, 1e-1, log=True),
+    },
+    "mgcn": {
+        **_LAYERS,
+        "mgcn.learning_rate": FloatDistribution(3e-4, 1e-2, log=True),
+        "mgcn.regularisation": FloatDistribution(1e-5, 1e-1, log=True),
+        "mgcn.contrast_weight": FloatDistribution(1e-4, 1e-1, log=True),
+        "mgcn.temperature": FloatDistribution(0.1, 1.0, log=True),
+        "mgcn.k": IntDistribution(5, 20),
+    },
+}
+"""For every model that can be searched, the fields it reads. Rates and weights span the values published for LightGCN
+and MGCN; recursions and neighbours are the ranges of the experiments of the same names. Item kNN and the content
+baseline choose from grids of their own, and popularity has nothing to choose."""
 
 _STARTUP_TRIALS = 8
 
@@ -47,24 +91,35 @@ _STARTUP_TRIALS = 8
 class Search:
     """A search around one recipe, resumed where it stands.
 
+    Only one process may work in `folder_of` a model at a time: whoever makes a search holds it.
+
     Args:
         dataset: its test split is dropped before anything else.
         recipe: the first trial, and the values of the fields that are not searched.
         seed: of the proposals and of every training.
-        cells: where trials are kept; the SQLite file lies in its root.
+        cells: where trials are kept; the SQLite file lies below its root.
+        model: one of `SPACES`.
+
+    Raises:
+        ArtifactError: the SQLite file is damaged.
     """
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, seed: int, cells: Cells) -> None:
+    def __init__(self, dataset: Dataset, recipe: Recipe, seed: int, cells: Cells, model: str = "crane") -> None:
         self.dataset = dataset.without_test()
         self.recipe = recipe
         self.seed = seed
         self.cells = cells
+        self.model = model
+        self.space = SPACES[model]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space = {name: optuna.distributions.distribution_to_json(each) for name, each in SPACE.items()}
-        name = fingerprint(VERSION, self.dataset.fingerprint, recipe.model_dump(mode="json"), seed, space)
-        cells.root.mkdir(parents=True, exist_ok=True)
-        storage = f"sqlite:///{cells.root / 'search.db'}"
-        self.study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        space = {name: optuna.distributions.distribution_to_json(each) for name, each in self.space.items()}
+        name = fingerprint(VERSION, model, self.dataset.fingerprint, recipe.model_dump(mode="json"), seed, space)
+        path = folder_of(cells, model) / "trials.db"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check(path)
+        self.study = optuna.create_study(
+            storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True
+        )
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             # Left by a process that died; the same proposal comes again because only finished trials count.
             self.study.tell(trial.number, state=TrialState.FAIL)
@@ -96,10 +151,10 @@ class Search:
         seed = int(np.random.SeedSequence([self.seed, done]).generate_state(1)[0])
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=_STARTUP_TRIALS, seed=seed)
         if done == 0 and not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-            self.study.enqueue_trial(_inside(self.recipe))
-        trial = self.study.ask(SPACE)
+            self.study.enqueue_trial(_inside(self.recipe, self.space))
+        trial = self.study.ask(self.space)
         try:
-            cell = self.cells.cell(self.dataset, "crane", self.recipe_of(trial.params), self.seed)
+            cell = self.cells.cell(self.dataset, self.model, self.recipe_of(trial.params), self.seed)
             value = cell.recall("validation")
             trial.set_user_attr("seconds", cell.seconds)
         except TrainingError as error:
@@ -130,16 +185,35 @@ class Search:
         ]
 
 
-def as_yaml(recipe: Recipe) -> str:
-    """The recipe as a configuration file of a run."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", include=set(SECTIONS)), sort_keys=False)
+def folder_of(cells: Cells, model: str) -> Path:
+    """Where the search of a model keeps what is its own."""
+    return cells.root / "search" / model
 
 
-def _inside(recipe: Recipe) -> dict[str, Any]:
+def as_yaml(recipe: Recipe, model: str = "crane") -> str:
+    """The recipe as a configuration file of a run; FREEDOM's and MGCN's have their own section besides."""
+    sections = {*SECTIONS, *({model} & set(Recipe.model_fields))}
+    return yaml.safe_dump(recipe.model_dump(mode="json", include=sections), sort_keys=False)
+
+
+def _check(path: Path) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            ((found,),) = connection.execute("PRAGMA quick_check(1)")
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise ArtifactError(
+            f"{path} is damaged: {found}.",
+            "Delete this file: the search then begins anew, and finds the trainings it repeats.",
+        )
+
+
+def _inside(recipe: Recipe, space: Space) -> dict[str, Any]:
     """The recipe's values of the searched fields, those outside the space left to the sampler."""
     tree = recipe.model_dump()
-    values = {path: tree[path.partition(".")[0]][path.partition(".")[2]] for path in SPACE}
-    return {path: value for path, value in values.items() if _admits(SPACE[path], value)}
+    values = {path: tree[path.partition(".")[0]][path.partition(".")[2]] for path in space}
+    return {path: value for path, value in values.items() if _admits(space[path], value)}
 
 
 def _admits(distribution: BaseDistribution, value: Any) -> bool:

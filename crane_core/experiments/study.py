@@ -21,11 +21,9 @@ from crane_core.experiments.cost import (
     fit_power_law,
     measure_growth,
 )
-from crane_core.experiments.data import Dataset
-from crane_core.experiments.harness import Recipe
+from crane_core.experiments.data import Dataset, held
+from crane_core.experiments.harness import NEED_FEATURES, Recipe
 from crane_core.experiments.plans import NAMES, SEARCH, Experiment, Variant, changed, plan
-
-MODEL = "crane"
 
 _FIT_ONLY = {"phi", "num_steps", "batch_size", "learning_rate", "temperature", "agreement_weight"}
 
@@ -84,16 +82,24 @@ class Study:
         cells: where trainings and measurements are kept.
         budget: no work starts that is expected to exceed it.
         show: gets progress.
+        model: whose recipe is searched for; all other experiments are CRANE's.
 
     Raises:
-        DataError: the dataset has no features, or not those the recipe names.
-        ConfigError: no seed.
+        DataError: the dataset has no features and the model needs them, or not those the recipe names.
+        ConfigError: no seed, or one that is out of range.
     """
 
     def __init__(
-        self, dataset: Dataset, recipe: Recipe, seeds: Sequence[int], cells: Cells, budget: Budget, show: Show
+        self,
+        dataset: Dataset,
+        recipe: Recipe,
+        seeds: Sequence[int],
+        cells: Cells,
+        budget: Budget,
+        show: Show,
+        model: str = "crane",
     ) -> None:
-        if not dataset.features:
+        if model in NEED_FEATURES and not dataset.features:
             raise DataError(
                 f"{dataset.name} has no item features, and every experiment is about them.",
                 "Deliver {modality}_feat.npy files, one row per item, or choose another folder.",
@@ -114,6 +120,7 @@ class Study:
         self.measurements = Measurements(cells)
         self.budget = budget
         self.show = show
+        self.model = model
         self.plan = plan(recipe, dataset.features)
         self._pace = Pace()
         self._same_weights: SameWeights | None = None
@@ -146,21 +153,21 @@ class Study:
         """Make the cells that are not there, each once, the default first."""
         if not (seeds and experiments):
             return
-        cells: dict[str, tuple[str, Recipe, int]] = {}
+        cells: dict[str, tuple[str, str, Recipe, int]] = {}
         for seed in seeds:
             for experiment in experiments:
                 for variant in sorted(experiment.variants, key=lambda each: not self._is_default(each)):
                     recipe = changed(self.recipe, variant.changes)
-                    key = self.cells.key(self.dataset, MODEL, recipe, seed)
-                    cells.setdefault(key, (f"{experiment.name}: {variant.label}", recipe, seed))
-        open_cells = [entry for entry in cells.values() if not self.cells.find(self.dataset, MODEL, *entry[1:])]
+                    key = self.cells.key(self.dataset, experiment.model, recipe, seed)
+                    cells.setdefault(key, (f"{experiment.name}: {variant.label}", experiment.model, recipe, seed))
+        open_cells = [entry for entry in cells.values() if not self.cells.find(self.dataset, *entry[1:])]
         self.show("cells", f"needed={len(cells)} found={len(cells) - len(open_cells)} to_make={len(open_cells)}")
-        for done, (label, recipe, seed) in enumerate(open_cells):
+        for done, (label, model, recipe, seed) in enumerate(open_cells):
             if not self.budget.allows(self._pace.mean):
                 self.show("cells", f"stopped by the budget made={done} missing={len(open_cells) - done}")
                 return
             started = time.monotonic()
-            cell = self.cells.cell(self.dataset, MODEL, recipe, seed)
+            cell = self.cells.cell(self.dataset, model, recipe, seed)
             self._pace.seconds.append(time.monotonic() - started)
             recall, left = cell.recall("validation"), self._pace.mean * (len(open_cells) - done - 1)
             self.show(
@@ -173,7 +180,7 @@ class Study:
         return changed(self.recipe, variant.changes) == self.recipe
 
     def _result(self, experiment: Experiment) -> dict[str, Any]:
-        measured = [self._measured(variant) for variant in experiment.variants]
+        measured = [self._measured(variant, experiment.model) for variant in experiment.variants]
         table = answers.rows(measured)
         result = {
             "name": experiment.name,
@@ -198,9 +205,9 @@ class Study:
             result |= {"thirds": thirds, "answer": text}
         return result
 
-    def _measured(self, variant: Variant) -> Measured:
+    def _measured(self, variant: Variant, model: str) -> Measured:
         recipe = changed(self.recipe, variant.changes)
-        found = {seed: self.cells.find(self.dataset, MODEL, recipe, seed) for seed in self.seeds}
+        found = {seed: self.cells.find(self.dataset, model, recipe, seed) for seed in self.seeds}
         return Measured(
             variant.label,
             recipe == self.recipe,
@@ -288,11 +295,13 @@ class Study:
 
     def _search(self, num_trials: int) -> dict[str, Any]:
         # Optuna takes a second to import, and only a search needs it.
-        from crane_core.experiments.search import SPACE, Search, as_yaml
+        from crane_core.experiments.search import Search, as_yaml, folder_of
 
-        search = Search(self.dataset, self.recipe, self.seeds[0], self.cells)
-        search.run(num_trials, self.budget.allows, lambda line: self.show("search", line))
-        trials, best = search.record(), search.best()
+        folder = folder_of(self.cells, self.model)
+        with held(folder, lambda: self.show("search", f"waits for another process that searches in {folder}")):
+            search = Search(self.dataset, self.recipe, self.seeds[0], self.cells, self.model)
+            search.run(num_trials, self.budget.allows, lambda line: self.show("search", line))
+            trials, best = search.record(), search.best()
         variants = [Variant("default")]
         if best is not None and best != self.recipe:
             tree, base = best.model_dump(), self.recipe.model_dump()
@@ -305,11 +314,12 @@ class Study:
             variants.append(Variant("best by validation", differences))
         experiment = Experiment(
             SEARCH,
-            "Search for a better recipe",
+            "Search for a better recipe" + (f" of {self.model}" if self.model != "crane" else ""),
             "Which recipe within the search space has the highest validation Recall@20?",
             tuple(variants),
             f"TPE, seed {self.seeds[0]}; a trial sees no test interaction. The test figures below were read once the "
             "search had ended.",
+            self.model,
         )
         self._train([experiment], self.seeds)
         result = self._result(experiment)
@@ -321,8 +331,9 @@ class Study:
             )
         return result | {
             "trials": trials,
-            "space": {name: str(distribution) for name, distribution in SPACE.items()},
-            "best": as_yaml(best) if best else None,
+            "space": {name: str(distribution) for name, distribution in search.space.items()},
+            "model": self.model,
+            "best": as_yaml(best, self.model) if best else None,
             "changes": dict(variants[-1].changes),
         }
 

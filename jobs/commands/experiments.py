@@ -1,8 +1,8 @@
 """The experiments of the method on one dataset: cells, one page, one JSON file.
 
 {out}/report.html, results.json     what was found, rewritten by every run
-{out}/best.yaml                     the best recipe of a search; `crane run --config` accepts it
-{out}/cells, measurements, work     what the next run finds again
+{out}/search/{model}/best.yaml      the best recipe of a search; `crane run --config` accepts that of CRANE
+{out}/cells, measurements, work     what the next run finds again, as search/{model}/trials.db
 {out}/log                           everything the trainings say
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from crane_core.errors import ConfigError
 from crane_core.experiments.answers import best_by_validation
 from crane_core.experiments.cells import Cells
 from crane_core.experiments.data import load_dataset
@@ -41,6 +42,7 @@ def experiments(
     config: str | None,
     overrides: list[str],
     num_threads: int,
+    model: str,
 ) -> dict[str, Any]:
     """Run experiments, write the page, and return paths and headline numbers.
 
@@ -54,19 +56,22 @@ def experiments(
         config: preset or file with the default recipe.
         overrides: `section.field=value`, applied last.
         num_threads: of torch and faiss.
+        model: whose recipe the search is for.
 
     Raises:
-        ConfigError: an unknown experiment, section or value.
+        ConfigError: an unknown experiment, model, section or value.
         DataError: the folder cannot be read or has no features.
     """
     names, recipe = chosen(only), load_recipe(config, overrides)
+    if model != "crane":
+        _check_model(model, names)
     budget, steps = Budget(minutes), Steps()
     torch.set_num_threads(num_threads)
     use_threads(num_threads)
     dataset = load_dataset(data)
     out = (out or place.HOME / "experiments" / dataset.name).absolute()
     cells = Cells(out)
-    study = Study(dataset, recipe, seeds, cells, budget, steps.show)
+    study = Study(dataset, recipe, seeds, cells, budget, steps.show, model)
     steps.show("experiments", f"{' '.join(names)} data={data} out={out}")
     with _logging(out / "log", steps):
         results = study.run(names, num_trials)
@@ -76,7 +81,7 @@ def experiments(
     cells.storage.write(paths["results"], json.dumps(results, indent=1).encode())
     best = results["experiments"].get(SEARCH, {}).get("best")
     if best:
-        paths["best"] = "best.yaml"
+        paths["best"] = f"search/{model}/best.yaml"
         cells.storage.write(paths["best"], best.encode())
     return {
         **{name: str(out / path) for name, path in paths.items()},
@@ -86,6 +91,16 @@ def experiments(
         "seconds": results["seconds"],
         "experiments": {name: _headline(found) for name, found in results["experiments"].items()},
     }
+
+
+def _check_model(model: str, names: list[str]) -> None:
+    # Optuna takes a second to import.
+    from crane_core.experiments.search import SPACES
+
+    if model not in SPACES:
+        raise ConfigError(f"--model: there is no recipe of {model!r} to search.", f"Use one of {', '.join(SPACES)}.")
+    if names != [SEARCH]:
+        raise ConfigError(f"--model {model} was given, and only the search knows it.", f"Add --only {SEARCH}.")
 
 
 def _headline(found: dict[str, Any]) -> dict[str, Any]:

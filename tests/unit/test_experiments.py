@@ -16,6 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from crane_core.config import Phi, load_config
 from crane_core.dataset import ItemLists
@@ -26,10 +27,10 @@ from crane_core.experiments.answers import Measured, answer, by_diversity, finit
 from crane_core.experiments.cells import Cell, Cells, PeakMemory
 from crane_core.experiments.cost import SameWeights, catalog_sizes, fit_power_law, measure_growth
 from crane_core.experiments.data import Dataset, load_dataset
-from crane_core.experiments.harness import Recipe, Trained, train_crane
+from crane_core.experiments.harness import MODELS, Recipe, Trained, train_crane
 from crane_core.experiments.plans import NAMES, changed, load_recipe, plan
 from crane_core.experiments.report import render
-from crane_core.experiments.search import SPACE, Search, as_yaml
+from crane_core.experiments.search import SPACES, Search, as_yaml
 from crane_core.experiments.study import Budget, Study, chosen
 from jobs import cli
 from tests.unit.planted import checkerboard
@@ -238,6 +239,17 @@ def train_epoch(self):
 
 harness.Trainer._train_epoch = train_epoch
 sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from crane_core.experiments.data import held
+
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
 """
 
 
@@ -502,7 +514,7 @@ class TestSearch:
         assert landscape[0] == RECIPE.with_seed(0)
         trials = search.record()
         values = [trial["validation_recall@20"] for trial in trials]
-        assert len(trials) == 12 and set(trials[0]["parameters"]) == set(SPACE)
+        assert len(trials) == 12 and set(trials[0]["parameters"]) == set(SPACES["crane"])
         best = search.best()
         assert best is not None and best.knn.k == trials[int(np.argmax(values))]["parameters"]["knn.k"] > RECIPE.knn.k
         assert all(("error" in t) == (t["parameters"]["train.edge_dropout"] > 0.3) for t in trials)
@@ -558,10 +570,81 @@ class TestSearch:
         assert cli.main(argv) == 0
         assert "trial=" not in capsys.readouterr().err, "both trials are found"
 
+    @pytest.mark.parametrize("model", SPACES)
+    def test_a_space_holds_fields_its_model_reads(self, dataset, tmp_path, model: str) -> None:
+        recipe = changed(RECIPE, {"train.num_negatives": 4, "refine.num_steps": 1})
+        # One user with fewer items than the others, or it would make no difference how users weigh.
+        train = dataset.interactions.train
+        fewer = replace(dataset.interactions, train=train.where(np.arange(len(train.items)) > 2))
+        dataset = replace(dataset, interactions=fewer)
+        users = np.arange(40)
+        expected = MODELS[model](dataset, recipe, tmp_path / "as it is").score(users)
+        for number, (path, distribution) in enumerate(SPACES[model].items()):
+            section, _, name = path.partition(".")
+            own = recipe.model_dump()[section][name]
+            ends = getattr(distribution, "choices", None) or (distribution.low, distribution.high)
+            other = changed(recipe, {path: next(end for end in ends if end != own)})
+            found = MODELS[model](dataset, other, tmp_path / str(number)).score(users)
+            assert not torch.equal(found, expected), f"{model} does not read {path}"
+
+    def test_a_search_of_another_model_is_a_search_of_its_own(self, folder: Path, tmp_path: Path, capsys) -> None:
+        for path in folder.glob("*_feat.npy"):
+            path.unlink()
+        for model in ("lightgcn", "bpr_mf"):
+            more = ("--only", "search", "--trials", "2", "--seeds", "0", "--model", model)
+            assert cli.main(flags(folder, tmp_path / "out", *more)) == 0
+            result = json.loads(capsys.readouterr().out)
+            assert result["complete"] and result["best"] == str(tmp_path / "out" / "search" / model / "best.yaml")
+            (found,) = json.loads(Path(result["results"]).read_text())["experiments"].values()
+            assert [set(trial["parameters"]) for trial in found["trials"]] == [set(SPACES[model])] * 2
+            assert f"Search for a better recipe of {model}" in Path(result["report"]).read_text()
+        cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("*/cell.json")]
+        assert {each["model"] for each in cells} == {"lightgcn", "bpr_mf"}
+        assert len(list((tmp_path / "out" / "search").glob("*/best.yaml"))) == 2
+
+    def test_only_a_search_knows_other_models(self, folder: Path, tmp_path: Path, capsys) -> None:
+        for more, said in (
+            (("--only", "search", "--model", "popularity"), "crane, crane_joint, lightgcn"),
+            (("--only", "rca", "search", "--model", "mgcn"), "Add --only search"),
+        ):
+            assert cli.main(flags(folder, tmp_path / "out", *more)) == EXIT_CONFIG
+            assert said in json.loads(capsys.readouterr().out)["remedy"]
+
+    def test_a_second_process_waits_for_the_search(self, dataset, tmp_path, landscape) -> None:
+        said: list[str] = []
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDING, str(tmp_path / "search" / "crane")], stdout=subprocess.PIPE, text=True
+        )
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+
+        def show(_: str, line: str) -> None:
+            said.append(line)
+            if line.startswith("waits"):
+                assert landscape == [], "nothing is tried while another process searches"
+                holder.terminate()
+
+        study(dataset, tmp_path, show=show).run(["search"], 2)
+        assert holder.wait() != 0
+        assert said[0].startswith("waits for another process") and "trial=2 of=2" in said[2]
+
+    def test_a_damaged_file_is_named(self, dataset, tmp_path, landscape) -> None:
+        path = tmp_path / "search" / "crane" / "trials.db"
+        Search(dataset, RECIPE, 0, Cells(tmp_path)).run(1, NO_BOUND.allows, lambda _: None)
+        whole = path.read_bytes()
+        for damaged in (b"no database" * 100, whole[:5000], whole[:-8192] + b"\7" * 8192):
+            path.write_bytes(damaged)
+            with pytest.raises(ArtifactError, match=f"{path} is damaged"):
+                Search(dataset, RECIPE, 0, Cells(tmp_path)).run(2, NO_BOUND.allows, lambda _: None)
+        path.unlink()
+        Search(dataset, RECIPE, 0, Cells(tmp_path)).run(1, NO_BOUND.allows, lambda _: None)
+        assert len(landscape) == 1, "what was trained is found"
+
     def test_the_file_is_the_recipe(self, tmp_path: Path) -> None:
         recipe = changed(RECIPE, {"knn.k": 7, "features.modalities": ("a",)})
         (tmp_path / "best.yaml").write_text(as_yaml(recipe))
         assert load_recipe(str(tmp_path / "best.yaml"), []) == recipe
+        other = changed(RECIPE, {"mgcn.k": 7})
+        assert Recipe.model_validate(yaml.safe_load(as_yaml(other, "mgcn"))) == other
 
     def test_another_recipe_is_another_search(self, dataset, tmp_path, landscape) -> None:
         cells = Cells(tmp_path)
