@@ -229,12 +229,14 @@ def slices(interactions: Interactions, entropy: np.ndarray | None = None) -> dic
     return parts
 
 
-def cold_auc(score: Scorer, interactions: Interactions, users: np.ndarray, block: int = 1024) -> np.ndarray:
-    """How the cold items of each user's test are ranked among the cold items alone; 0.5 is chance, 1 the best.
+def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, block: int = 1024) -> dict[str, np.ndarray]:
+    """How the cold items of each user's test are ranked among the cold items alone.
 
     Against the whole catalog a cold item competes with items whose popularity is known, and a short list shows it
-    rarely. Here, for every cold test item, the share of the cold items outside the user's test that score less, ties
-    counting half; the mean of these shares is the area under the ROC curve of the user.
+    rarely. `among_cold_recall@20` is the user's Recall@20 with the cold items as the only candidates; of items that tie about
+    the end of the list, each has the same part of the places left, so that a model that knows nothing of them all is
+    at chance. `cold_auc` is, over the user's cold test items, the mean share of the cold items outside the user's test
+    that score less, ties counting half: the area under the ROC curve, 0.5 by chance.
 
     Args:
         score: what to rank by.
@@ -243,12 +245,12 @@ def cold_auc(score: Scorer, interactions: Interactions, users: np.ndarray, block
         block: users at a time; `block * num_items` scores are in memory at once.
 
     Returns:
-        float64 [n]; NaN for a user whose test holds every cold item.
+        `among_cold_recall@20` and `cold_auc`, float64 [n] each; the latter NaN for a user whose test holds every cold item.
     """
     cold = np.flatnonzero(interactions.item_counts() == 0)
     column = np.full(interactions.num_items, -1)
     column[cold] = np.arange(len(cold))
-    means = np.empty(len(users))
+    found = {name: np.empty(len(users)) for name in ("among_cold_recall@20", "cold_auc")}
     for start in range(0, len(users), block):
         chunk = users[start : start + block]
         scores = score(chunk)[:, torch.from_numpy(cold)]
@@ -256,14 +258,20 @@ def cold_auc(score: Scorer, interactions: Interactions, users: np.ndarray, block
         rows, columns = rows[column[items] >= 0], column[items][column[items] >= 0]
         others = scores.clone()
         others[torch.from_numpy(rows), torch.from_numpy(columns)] = torch.inf
-        others = others.sort(dim=1).values
-        # Of the others, as many score less as stand left of the item, and as many tie as stand between its two places.
-        left, right = (torch.searchsorted(others, scores, side=side).numpy()[rows, columns] for side in _SIDES)
         own = np.bincount(rows, minlength=len(chunk))
+        # Of the sorted, as many score less as stand left of the item, and as many tie as stand between its two places.
+        (left, right), (first, last) = (
+            [torch.searchsorted(ranked, scores, side=side).numpy()[rows, columns] for side in _SIDES]
+            for ranked in (others.sort(dim=1).values, scores.sort(dim=1).values)
+        )
         with np.errstate(invalid="ignore", divide="ignore"):
-            shares = (left + right) / 2 / (len(cold) - own)[rows]
-        means[start : start + len(chunk)] = np.bincount(rows, weights=shares, minlength=len(chunk)) / own
-    return means
+            values = {
+                "among_cold_recall@20": np.clip((20 - len(cold) + last) / (last - first), 0, 1),
+                "cold_auc": (left + right) / 2 / (len(cold) - own)[rows],
+            }
+        for name, of_items in values.items():
+            found[name][start : start + len(chunk)] = np.bincount(rows, weights=of_items, minlength=len(chunk)) / own
+    return found
 
 
 def summarise_cold(
@@ -273,14 +281,15 @@ def summarise_cold(
 
     Args:
         interactions: of the dataset.
-        per_user: model to `recall@20` of the cold test items in the full catalog and `cold_auc`, float64 [n] each, of
-            the users with a cold test item, ascending.
+        per_user: model to `recall@20` of the cold test items in the full catalog and what `rank_cold` returns, float64
+            [n] each, of the users with a cold test item, ascending. `among_cold_recall@20` may be absent.
         num_resamples, seed: of the bootstrap over users.
 
     Returns:
         JSON values: `items` that are cold; `rows` and `users` of the test that hold one; `models`, an interval of
-        `recall@20` each, and `chance`, that of a random list of 20 unseen items; `cold_auc` with the `users` it could
-        be told for, `models` and `chance`, None when there are none. None where there is no cold test item.
+        `recall@20` each, and `chance`, that of a random list of 20 unseen items; `among_cold`, the same of
+        `among_cold_recall@20` and a random list of 20 cold items, for the models that have it; `cold_auc` with the `users` it
+        could be told for, `models` and `chance`, None when there are none. None where there is no cold test item.
     """
     cold = slices(interactions)["cold_items"]
     users = np.flatnonzero(cold.counts() > 0)
@@ -288,17 +297,22 @@ def summarise_cold(
         return None
 
     def intervals(metric: str, kept: np.ndarray) -> dict[str, dict[str, float]]:
-        values = {name: columns[metric][kept] for name, columns in per_user.items()}
+        values = {name: columns[metric][kept] for name, columns in per_user.items() if metric in columns}
+        if not values:
+            return {}
         return {name: found.as_dict() for name, found in bootstrap(values, num_resamples, seed).items()}
 
     compared = np.logical_and.reduce([np.isfinite(columns["cold_auc"]) for columns in per_user.values()])
+    everyone = np.ones(len(users), dtype=bool)
     unseen = interactions.num_items - interactions.train.counts()[users]
+    num_cold = int((interactions.item_counts() == 0).sum())
     told = {"users": int(compared.sum()), "chance": 0.5, "models": intervals("cold_auc", compared)}
     return {
-        "items": int((interactions.item_counts() == 0).sum()),
+        "items": num_cold,
         "rows": len(cold.items),
         "users": len(users),
         "chance": float(np.minimum(20 / unseen, 1).mean()),
-        "models": intervals("recall@20", np.ones(len(users), dtype=bool)),
+        "models": intervals("recall@20", everyone),
+        "among_cold": {"chance": min(20 / num_cold, 1.0), "models": intervals("among_cold_recall@20", everyone)},
         "cold_auc": told if compared.any() else None,
     }

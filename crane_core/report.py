@@ -231,8 +231,10 @@ def _slices(run: _Run, section: Section) -> None:
         if values["users"]
     }
     empty = [_SLICES.get(name, name) for name, values in metrics["slices"].items() if not values["users"]]
-    # Runs evaluated by an older version have no figures of cold items.
-    section.data = {"models": models, "slices": slices, "empty": empty, "cold_items": metrics.get("cold_items")}
+    # Runs evaluated by an older version have no figures of cold items, or not all of them.
+    cold = metrics.get("cold_items")
+    cold = cold and {"among_cold": None, **cold}
+    section.data = {"models": models, "slices": slices, "empty": empty, "cold_items": cold}
     if slices:
         section.plots["slices"] = svg(_plot_slices(slices, models))
 

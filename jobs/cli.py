@@ -274,7 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--data", type=Path, required=True, help="folder in MMRec layout with features")
     study.add_argument("--only", nargs="+", metavar="NAME", help="some of the experiments, or search")
-    study.add_argument("--model", default="crane", metavar="NAME", help="whose recipe the search is for (default: crane)")
+    study.add_argument(
+        "--model", default="crane", metavar="NAME", help="whose recipe the search is for (default: crane)"
+    )
     study.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each variant is trained with each")
     study.add_argument("--budget-minutes", type=float, metavar="N", help="start no work that would end later")
     study.add_argument("--trials", type=int, default=30, help="recipes a search tries in all (default: %(default)s)")

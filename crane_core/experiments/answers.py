@@ -60,6 +60,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "peak_bytes": None,
         "trust": None,
         "alone": None,
+        "test_alone": None,
     }
     if not each.cells:
         return row
@@ -72,6 +73,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "content_seconds": _mean_fact(cells, "content_seconds"),
         "trust": _mean_fact(cells, "trust"),
         "alone": _mean([cell.facts["validation"]["recall@20"] for cell in cells if "validation" in cell.facts]),
+        "test_alone": intervals(averaged(cells, "alone")) if all(cell.part("alone") for cell in cells) else None,
     }
     shared = sorted(set(each.cells) & set(default.cells)) if default else []
     if default and shared and not each.is_default:
@@ -85,15 +87,21 @@ def averaged(cells: Sequence[Cell], part: str, keep: np.ndarray | None = None) -
 
     Args:
         cells: of the same dataset.
-        part: `validation`, `test` or `cold`.
+        part: see `Cell.part`; every cell has it.
         keep: users to restrict to, bool [num_users].
+
+    Returns:
+        The metrics that all cells have.
     """
-    tables = [getattr(cell, part) for cell in cells]
+    tables = [found for cell in cells if (found := cell.part(part))]
+    assert len(tables) == len(cells)
     users = tables[0]["users"]
     assert all(np.array_equal(table["users"], users) for table in tables)
     inside = slice(None) if keep is None else keep[users]
-    means = {name: np.mean([table[name] for table in tables], axis=0)[inside] for name in tables[0] if name != "users"}
-    return {"users": users[inside]} | means
+    names = [name for name in tables[0] if name != "users" and all(name in table for table in tables)]
+    return {"users": users[inside]} | {
+        name: np.mean([table[name] for table in tables], axis=0)[inside] for name in names
+    }
 
 
 def difference(challenger: PerUser, reference: PerUser) -> dict[str, dict[str, float]]:

@@ -19,16 +19,16 @@ import resource
 import shutil
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crane_core.dataset import Interactions
+from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.evaluation import Scorer, cold_auc, rank_users, slices, user_metrics
+from crane_core.evaluation import Scorer, rank_cold, rank_users, slices, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.experiments.harness import MODELS, VERSION, Recipe
 from crane_core.storage.local import LocalStorage
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 KS = (5, 10, 20, 50)
 _METRICS = tuple(f"{kind}@{k}" for k in KS for kind in ("recall", "ndcg"))
 _MEASURED = {"validation": _METRICS, "test": _METRICS, "cold": (*_METRICS, "cold_auc")}
-"""What is kept of every user, by part of the held-out rows."""
+"""What every cell of this version keeps of every user, by part of the held-out rows; it is in the key."""
+_ITEM_SLICES = ("head_items", "tail_items")
 
 PerUser = dict[str, np.ndarray]
 """`users` int64 [n] and `recall@k`, `ndcg@k` float64 [n] each."""
@@ -53,11 +54,13 @@ class Cell:
         validation: metrics of the users with a validation item.
         test: metrics of the users with a test item; empty arrays where there is no test split.
         cold: of the users with a test item that has no training interaction, metrics of these items in the whole
-            catalog, and `cold_auc`.
+            catalog, and among the cold items what `evaluation.rank_cold` returns.
         steering: validation Recall@20 that the training itself steered by.
         seconds: of everything the model needed beyond the dataset.
         peak_bytes: memory the training took beyond what the process held before.
         facts: what the training reports about itself.
+        more: what cells made by earlier revisions of this version lack, as they lack `among_cold_recall@20`: of the test, the
+            slices `head_items` and `tail_items`, and `alone`, the rows of a fused model without LightGCN's.
     """
 
     key: str
@@ -68,6 +71,11 @@ class Cell:
     seconds: float
     peak_bytes: int
     facts: dict[str, Any]
+    more: dict[str, PerUser] = field(default_factory=dict)
+
+    def part(self, name: str) -> PerUser | None:
+        """The metrics of a part by its name, None where the cell has none."""
+        return getattr(self, name) if name in _MEASURED else self.more.get(name)
 
     def recall(self, split: str) -> float:
         """Mean Recall@20 over the users of `validation` or `test`; NaN where there are none."""
@@ -99,20 +107,21 @@ class Cells:
             return None
         try:
             known = json.loads((folder / "cell.json").read_text())
+            parts: dict[str, PerUser] = {}
             with np.load(folder / "users.npz") as arrays:
-                parts = {
-                    part: {name: arrays[f"{part}/{name}"] for name in ("users", *names)}
-                    for part, names in _MEASURED.items()
-                }
+                for path, values in arrays.items():
+                    part, _, name = path.partition("/")
+                    parts.setdefault(part, {})[name] = values
             return Cell(
                 key,
-                parts["validation"],
-                parts["test"],
-                parts["cold"],
+                parts.pop("validation"),
+                parts.pop("test"),
+                parts.pop("cold"),
                 known["steering"],
                 known["seconds"],
                 known["peak_bytes"],
                 known["facts"],
+                parts,
             )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ArtifactError(f"{folder} is damaged: {error}.", "Delete this folder; it is made again.") from error
@@ -149,7 +158,7 @@ class Cells:
         out.mkdir()
         columns = {
             f"{part}/{name}": values
-            for part, measured in measure(trained.score, interactions).items()
+            for part, measured in measure(trained.score, interactions, trained.alone).items()
             for name, values in measured.items()
         }
         np.savez(out / "users.npz", **columns)  # type: ignore[arg-type]
@@ -171,20 +180,36 @@ class Cells:
         logger.info("cell key=%s model=%s seed=%d seconds=%.1f", key, model, seed, time.monotonic() - started)
 
 
-def measure(score: Scorer, interactions: Interactions) -> dict[str, PerUser]:
+def measure(score: Scorer, interactions: Interactions, alone: Scorer | None = None) -> dict[str, PerUser]:
     """Metrics of every user with a held-out item, the whole catalog ranked, training items masked.
 
+    Args:
+        score: of the model.
+        interactions: of the dataset.
+        alone: of a fused model's rows without LightGCN's.
+
     Returns:
-        `validation`, `test` and `cold`, see `Cell`.
+        The parts of a `Cell`, `alone` among them where it is given.
     """
-    cold = slices(interactions)["cold_items"]
-    held_out = {"validation": interactions.validation, "test": interactions.test, "cold": cold}
-    measured: dict[str, PerUser] = {}
-    for part, lists in held_out.items():
-        users = np.flatnonzero(lists.counts() > 0)
-        ranked = rank_users(score, interactions.train, users, max(KS))
-        measured[part] = {"users": users, **user_metrics(ranked, lists, users, KS)}
-    measured["cold"]["cold_auc"] = cold_auc(score, interactions, measured["cold"]["users"])
+    parts = slices(interactions)
+    measured = _metrics(score, interactions.train, {"validation": interactions.validation})
+    of_test = {"test": interactions.test, "cold": parts["cold_items"]} | {name: parts[name] for name in _ITEM_SLICES}
+    measured |= _metrics(score, interactions.train, of_test)
+    measured["cold"] |= rank_cold(score, interactions, measured["cold"]["users"])
+    if alone:
+        measured |= _metrics(alone, interactions.train, {"alone": interactions.test})
+    return measured
+
+
+def _metrics(score: Scorer, seen: ItemLists, parts: dict[str, ItemLists]) -> dict[str, PerUser]:
+    """Metrics of the users of each part; the first holds the users of all, and is what is ranked for."""
+    asked = np.flatnonzero(next(iter(parts.values())).counts() > 0)
+    ranked = rank_users(score, seen, asked, max(KS))
+    measured = {}
+    for part, lists in parts.items():
+        inside = lists.counts()[asked] > 0
+        users = asked[inside]
+        measured[part] = {"users": users, **user_metrics(ranked[inside], lists, users, KS)}
     return measured
 
 

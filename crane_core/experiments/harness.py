@@ -68,12 +68,14 @@ class Trained:
         validation: Recall@20 on the validation split, what every choice is made by.
         seconds: of everything the model needed beyond the dataset.
         facts: what else is worth reporting, JSON values.
+        alone: `score` of a fused model's own rows, LightGCN's left out.
     """
 
     score: Scorer
     validation: float
     seconds: float
     facts: dict[str, Any] = field(default_factory=dict)
+    alone: Scorer | None = None
 
 
 TrainModel = Callable[[Dataset, Recipe, Path], Trained]
@@ -217,9 +219,7 @@ NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"}
 """Those that read item features, and raise a `DataError` where there are none."""
 
 
-def behaviour(
-    interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr"
-) -> tuple[Rows, dict[str, Any]]:
+def behaviour(interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr") -> tuple[Rows, dict[str, Any]]:
     """The behavioural view: LightGCN's best rows and the trainer's summary.
 
     It is trained once for the same training and validation interactions, loss and settings, in a folder beside
@@ -251,7 +251,7 @@ def _fused(
     trust = choose_trust(view, rows, item_graph, dataset.interactions, recipe.train)
     seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
     facts = summary | {"trust": trust.share, "curve": trust.curve}
-    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts)
+    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts, dot_product(*rows))
 
 
 def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, float]:

@@ -22,12 +22,12 @@ from crane_core.dataset import Interactions, ItemLists, load_ids, load_interacti
 from crane_core.errors import DataError
 from crane_core.evaluation import (
     bootstrap,
-    cold_auc,
     coverage,
     dot_product,
     interest_entropy,
     paired_bootstrap,
     popularity_bias,
+    rank_cold,
     rank_users,
     slices,
     summarise_cold,
@@ -93,7 +93,7 @@ def run(job: Job) -> Result:
     members = np.flatnonzero(cold.counts()[users] > 0)
     per_cold_user = {
         name: user_metrics(ranked[name][members], cold, users[members], (20,))
-        | {"cold_auc": cold_auc(score, interactions, users[members], config.user_block)}
+        | rank_cold(score, interactions, users[members], config.user_block)
         for name, score in models.items()
     }
     report["cold_items"] = summarise_cold(interactions, per_cold_user, config.num_bootstrap, config.seed)

@@ -36,7 +36,7 @@ from pydantic import ValidationError
 from crane_core.baselines import popularity
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
-from crane_core.evaluation import rank_users, summarise_cold, user_metrics
+from crane_core.evaluation import interest_entropy, rank_users, slices, summarise_cold, user_metrics
 from crane_core.experiments.answers import METRICS, NUM_RESAMPLES, averaged, difference, intervals
 from crane_core.experiments.cells import Cell, Cells
 from crane_core.experiments.data import Dataset, load_dataset
@@ -94,16 +94,19 @@ def _plain_popularity(interactions: Interactions, users: np.ndarray) -> dict[str
     return {name: np.array(column) for name, column in values.items()}
 
 
-def summarise(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[str, Any]:
+def summarise(
+    cells: dict[str, list[Cell]], interactions: Interactions, entropy: np.ndarray | None = None
+) -> dict[str, Any]:
     """Tables of the models.
 
     Args:
         cells: model to its cells, the same seeds for every model.
         interactions: of the dataset.
+        entropy: of the users' interests, see `evaluation.slices`.
 
     Returns:
-        `models`, `differences` and `cold_items`, JSON values. Intervals are over users, whose metrics are first
-        averaged over the seeds.
+        `models`, `differences`, `slices` and `cold_items`, JSON values. Intervals are over users, whose metrics are
+        first averaged over the seeds.
     """
     tables = {model: averaged(made, "test") for model, made in cells.items()}
     models = {
@@ -111,6 +114,7 @@ def summarise(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[
         | {
             "seconds": float(np.mean([cell.seconds for cell in made])),
             "validation": [cell.steering for cell in made],
+            "seeds": [_training(cell) for cell in made],
         }
         for model, made in cells.items()
     }
@@ -119,17 +123,46 @@ def summarise(cells: dict[str, list[Cell]], interactions: Interactions) -> dict[
     return {
         "models": models,
         "differences": {model: difference(tables["crane"], tables[model]) for model in others},
+        "slices": {name: _slice(name, lists, cells) for name, lists in slices(interactions, entropy).items()},
         "cold_items": summarise_cold(interactions, cold, NUM_RESAMPLES, seed=0),
     }
 
 
-def read_recipe(modalities: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """The default recipe with `section.field=value` changes, values as YAML.
+def _training(cell: Cell) -> dict[str, Any]:
+    """What a training says about itself; None for what the model does not have."""
+    epochs = {name: cell.facts.get(name) for name in ("best_epoch", "num_epochs", "trust")}
+    return {"validation_recall@20": cell.steering, "seconds": cell.seconds, **epochs}
+
+
+def _slice(name: str, lists: ItemLists, cells: dict[str, list[Cell]]) -> dict[str, Any]:
+    """Number of users of a slice of the test, and metrics of each model; None where a cell does not hold it."""
+    inside = lists.counts() > 0
+    # A slice of users is read off the test; one of items is a part of its own.
+    part = {"cold_items": "cold", "head_items": "head_items", "tail_items": "tail_items"}.get(name, "test")
+    found: dict[str, Any] = {"users": int(inside.sum())}
+    for model, made in cells.items():
+        known = found["users"] and all(cell.part(part) for cell in made)
+        table = averaged(made, part, inside) if known else {}
+        found[model] = {metric: float(table[metric].mean()) for metric in METRICS} if table else None
+    return found
+
+
+def read_recipe(source: str | None, modalities: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """The recipe of a YAML file, or the default one, with `section.field=value` changes, values as YAML.
 
     Raises:
         ConfigError: not of that form, an unknown field, or a value out of range.
     """
-    tree: dict[str, dict[str, Any]] = {"features": {"modalities": list(modalities)}}
+    tree: dict[str, Any] = {}
+    if source:
+        try:
+            tree = yaml.safe_load(Path(source).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {source} cannot be read: {error}.", "Give a YAML file of sections.") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--config {source} holds no sections.", "Give a YAML file of sections.")
+    if modalities:
+        tree.setdefault("features", {})["modalities"] = list(modalities)
     for override in overrides:
         path, sign, value = override.partition("=")
         section, dot, name = path.partition(".")
@@ -191,7 +224,7 @@ def fill(
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
-    recipe = read_recipe(arguments.modalities, arguments.set)
+    recipe = read_recipe(arguments.config, arguments.modalities, arguments.set)
     dataset = load_dataset(arguments.data)
     if arguments.noise:
         dataset = dataset.with_noise(seed=0)
@@ -213,6 +246,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if not seeds:
         logger.error("no seed is complete for all of %s: raise --budget-minutes", ", ".join(arguments.models))
         return EXIT_UNEXPECTED
+    entropy = interest_entropy(dataset.joint(recipe.features), interactions.train) if dataset.features else None
     result = {
         "benchmark": "quality",
         "command": command,
@@ -226,7 +260,9 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         "recipe": recipe.model_dump(mode="json"),
         "seeds": seeds,
         "missing": missing,
-        **summarise({model: [done[model, seed] for seed in seeds] for model in arguments.models}, interactions),
+        **summarise(
+            {model: [done[model, seed] for seed in seeds] for model in arguments.models}, interactions, entropy
+        ),
     }
     print(json.dumps(result))
     return EXIT_OK
@@ -240,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget-minutes", type=float, default=60.0)
     parser.add_argument("--modalities", nargs="+", default=[], help="all that are found when left out")
+    parser.add_argument(
+        "--config", help="YAML file with the recipe, such as a search leaves; the default when left out"
+    )
     parser.add_argument("--noise", action="store_true", help="replace the features by noise")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--work", type=Path, default=Path(".crane/bench/quality"), help="where cells are kept")

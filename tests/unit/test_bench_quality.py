@@ -12,10 +12,12 @@ import pytest
 from crane_core.baselines import item_knn, popularity
 from crane_core.dataset import Interactions
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED
-from crane_core.evaluation import rank_users, user_metrics
+from crane_core.evaluation import interest_entropy, rank_users, slices, user_metrics
 from crane_core.experiments import cells
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.harness import Recipe, Trained
+from crane_core.experiments.search import as_yaml
+from crane_core.fusion import SHARES
 from tests.bench import bench_quality
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
@@ -59,7 +61,8 @@ def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.Captur
     assert found["data"]["name"] == "board" and found["versions"]["code"] == bench_quality.VERSION
     assert found["recipe"]["train"]["num_epochs"] == 4 and "--seeds 0 1" in found["command"]
     # Popularity has no random choice: its mean is that of one ranking by hand.
-    log = bench_quality.load_dataset(folder).interactions
+    dataset = bench_quality.load_dataset(folder)
+    log = dataset.interactions
     users = np.arange(40)
     expected = user_metrics(rank_users(popularity(log), log.train, users, 20), log.test, users, (20,))
     for name, values in expected.items():
@@ -69,16 +72,73 @@ def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.Captur
         difference = found["differences"]["popularity"][name]["mean"]
         assert difference == pytest.approx(found["models"]["crane"][name]["mean"] - values.mean())
     cold_users = np.flatnonzero(np.bincount(log.test.users()[np.isin(log.test.items, COLD)], minlength=40))
+    for name, model in found["models"].items():
+        assert [each["validation_recall@20"] for each in model["seeds"]] == model["validation"]
+        assert np.mean([each["seconds"] for each in model["seeds"]]) == pytest.approx(model["seconds"])
+        for each in model["seeds"]:
+            assert (each["num_epochs"] == 4 and 0 <= each["best_epoch"] < 4) is (name in ("crane", "lightgcn_softmax"))
+            assert (each["trust"] in SHARES) is (name == "crane")
+    items = popular_by_hand(log)
+    parts = slices(log, interest_entropy(dataset.joint(Recipe().features), log.train))
+    assert set(found["slices"]) == set(parts)
+    for name, lists in parts.items():
+        asked = np.flatnonzero(lists.counts() > 0)
+        assert found["slices"][name]["users"] == len(asked)
+        if len(asked):
+            for metric, values in user_metrics(items[asked], lists, asked, (20,)).items():
+                assert found["slices"][name]["popularity"][metric] == pytest.approx(values.mean()), name
+    assert {name for name, values in found["slices"].items() if values["users"]} > {"head_items", "tail_items"}
     cold = found["cold_items"]
     assert cold["rows"] == cold["users"] == len(cold_users) > 0
     chance = np.mean([20 / (32 - length) for length in log.train.counts()[cold_users]])
     assert cold["chance"] == pytest.approx(chance)
     assert cold["models"]["item_knn"]["mean"] <= 1
+    assert cold["among_cold"]["chance"] == 1.0 and set(cold["among_cold"]["models"]) == set(models)
     # To who counts co-occurrences, two items without any are the same.
     auc = cold["cold_auc"]
     assert auc["users"] == len(cold_users) and set(auc["models"]) == set(models)
     assert auc["models"]["item_knn"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert all(0 <= found["low"] <= found["mean"] <= found["high"] <= 1 for found in auc["models"].values())
+
+
+def popular_by_hand(log: Interactions) -> np.ndarray:
+    return rank_users(popularity(log), log.train, np.arange(log.num_users), 20)
+
+
+def test_what_earlier_cells_lack_is_left_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = plant(tmp_path / "board")
+    command = flags(folder, "--models", "popularity", "item_knn")
+    assert bench_quality.main(command) == EXIT_OK
+    whole = last_line(capsys)
+    for path in (tmp_path / "work").glob("*/cells/*/users.npz"):
+        if json.loads(path.with_name("cell.json").read_text())["model"] == "item_knn":
+            with np.load(path) as arrays:
+                kept = {
+                    name: values
+                    for name, values in arrays.items()
+                    if name.split("/")[0] in ("validation", "test", "cold") and name != "cold/among_cold_recall@20"
+                }
+            np.savez(path, **kept)
+    assert bench_quality.main(command) == EXIT_OK
+    found = last_line(capsys)
+    assert found["slices"]["head_items"]["item_knn"] is None
+    assert found["slices"]["head_items"]["popularity"] == whole["slices"]["head_items"]["popularity"]
+    assert found["slices"]["active_users"] == whole["slices"]["active_users"]
+    assert set(found["cold_items"]["among_cold"]["models"]) == {"popularity"}
+    assert found["models"] == whole["models"]
+
+
+def test_the_recipe_of_a_search_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = plant(tmp_path / "board")
+    (tmp_path / "best.yaml").write_text(as_yaml(Recipe(freedom={"k": 3}), "freedom"))
+    command = flags(folder, "--models", "popularity", "--config", str(tmp_path / "best.yaml"), "--set", "knn.k=4")
+    assert bench_quality.main(command) == EXIT_OK
+    recipe = last_line(capsys)["recipe"]
+    assert (recipe["freedom"]["k"], recipe["knn"]["k"]) == (3, 4)
+    for text in ("[", "no mapping"):
+        (tmp_path / "best.yaml").write_text(text)
+        assert bench_quality.main(command) == EXIT_CONFIG
+    assert bench_quality.main([*command, "--config", str(tmp_path / "absent")]) == EXIT_CONFIG
 
 
 def test_a_finished_cell_is_found_and_a_stale_one_is_not(

@@ -9,12 +9,12 @@ import torch
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.evaluation import (
     bootstrap,
-    cold_auc,
     coverage,
     dot_product,
     interest_entropy,
     paired_bootstrap,
     popularity_bias,
+    rank_cold,
     rank_users,
     slices,
     summarise_cold,
@@ -116,8 +116,9 @@ def test_cold_auc_by_hand() -> None:
     interactions = cold_world(lists([1], [2], [2], [1, 3], [1, 2, 3, 5]))
     asked = np.array([3, 0, 4, 2, 1])
     for block in (1, 2, 5):
-        found = cold_auc(lambda users: scores[users], interactions, asked, block)
-        assert found.tolist() == pytest.approx([1 / 2, 1, math.nan, 1 / 3, 2 / 3], nan_ok=True)
+        found = rank_cold(lambda users: scores[users], interactions, asked, block)
+        assert found["among_cold_recall@20"].tolist() == [1] * 5, "a list of 20 holds all four"
+        assert found["cold_auc"].tolist() == pytest.approx([1 / 2, 1, math.nan, 1 / 3, 2 / 3], nan_ok=True)
 
 
 def test_cold_auc_equals_plain_loops_and_never_holds_more_than_a_block() -> None:
@@ -133,13 +134,53 @@ def test_cold_auc_equals_plain_loops_and_never_holds_more_than_a_block() -> None
         asked.append(len(picked))
         return scores[picked]
 
-    found = cold_auc(score, interactions, users, block=7)
+    found = rank_cold(score, interactions, users, block=7)["cold_auc"]
     assert max(asked) == 7 and sum(asked) == len(users) > 10
     for user, value in zip(users, found, strict=True):
         row = scores[user].tolist()
         pairs = [(i, j) for i in test[user] if i in cold for j in cold if j not in test[user]]
         expected = [(row[i] > row[j]) + (row[i] == row[j]) / 2 for i, j in pairs]
         assert value == pytest.approx(np.mean(expected))
+
+
+def many_cold(seed: int) -> tuple[Interactions, list[list[int]]]:
+    """Items 0 to 49 are cold, 50 to 59 warm; 300 users were held out one to four cold items and a warm one."""
+    generator = np.random.default_rng(seed)
+    wanted = [generator.choice(50, 1 + user % 4, replace=False).tolist() for user in range(300)]
+    train = lists(*[[50 + user % 10] for user in range(300)])
+    test = lists(*[[*own, 50 + (user + 1) % 10] for user, own in enumerate(wanted)])
+    return Interactions(300, 60, train, lists(*[[]] * 300), test), wanted
+
+
+def test_recall_among_the_cold_items_equals_a_plain_ranking_of_them() -> None:
+    interactions, wanted = many_cold(5)
+    scores = torch.from_numpy(np.random.default_rng(6).normal(size=(300, 60)).astype(np.float32))
+    scores[:, 50:] += 10
+    found = rank_cold(lambda users: scores[users].clone(), interactions, np.arange(300), 70)["among_cold_recall@20"]
+    for user, own in enumerate(wanted):
+        top = sorted(range(50), key=lambda item: -float(scores[user, item]))[:20]
+        assert found[user] == pytest.approx(len(set(top) & set(own)) / len(own))
+
+
+def test_recall_among_the_cold_items_shares_the_places_of_a_tie() -> None:
+    interactions, wanted = many_cold(7)
+    users = np.arange(300)
+    # Item 0 stands first, the items 1 to 9 after it, all others tie for the ten places left.
+    scores = torch.zeros(300, 60)
+    scores[:, :10] = torch.tensor([2.0, *[1.0] * 9])
+    found = rank_cold(lambda users: scores[users].clone(), interactions, users)["among_cold_recall@20"]
+    assert found.tolist() == pytest.approx([np.mean([1 if item < 10 else 10 / 40 for item in own]) for own in wanted])
+    per_user = {
+        name: {"recall@20": np.ones(300), **rank_cold(lambda u, t=table: t[u].clone(), interactions, users)}
+        for name, table in (("nothing", torch.zeros(300, 60)), ("noise", torch.rand(300, 60)))
+    }
+    per_user["earlier"] = {name: per_user["noise"][name] for name in ("recall@20", "cold_auc")}
+    summary = summarise_cold(interactions, per_user, 300, seed=0)
+    assert summary is not None
+    among = summary["among_cold"]
+    assert among["chance"] == 20 / 50 and set(among["models"]) == {"nothing", "noise"}
+    assert among["models"]["nothing"]["mean"] == pytest.approx(0.4)
+    assert among["models"]["noise"]["low"] < 0.4 < among["models"]["noise"]["high"]
 
 
 def test_a_ranking_by_chance_has_auc_one_half_and_one_that_knows_has_more() -> None:
@@ -150,7 +191,7 @@ def test_a_ranking_by_chance_has_auc_one_half_and_one_that_knows_has_more() -> N
     knowing[torch.arange(2000), torch.from_numpy(test.items).long()] += 1
     interactions, users = cold_world(test), np.arange(2000)
     per_user = {
-        name: {"recall@20": np.ones(2000), "cold_auc": cold_auc(lambda u, t=table: t[u], interactions, users)}
+        name: {"recall@20": np.ones(2000), **rank_cold(lambda u, t=table: t[u], interactions, users)}
         for name, table in (("noise", noise), ("knowing", knowing), ("constant", torch.zeros(2000, 6)))
     }
     found = summarise_cold(interactions, per_user, 300, seed=0)
@@ -169,6 +210,7 @@ def test_the_summary_of_cold_items_counts_and_says_what_it_cannot() -> None:
     assert found is not None
     assert (found["items"], found["rows"], found["users"]) == (4, 7, 3)
     assert found["models"]["m"]["mean"] == 0.5 and found["chance"] == 1.0
+    assert found["among_cold"] == {"chance": 1.0, "models": {}}
     assert found["cold_auc"]["users"] == 2 and found["cold_auc"]["models"]["m"]["mean"] == 0.5
     nothing = {"m": values | {"cold_auc": np.full(3, np.nan)}}
     assert (summarise_cold(interactions, nothing, 100, seed=0) or {})["cold_auc"] is None

@@ -21,6 +21,7 @@ import yaml
 from crane_core.config import Phi, load_config
 from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, DataError, TrainingError
+from crane_core.evaluation import rank_users, user_metrics
 from crane_core.experiments import cells as cells_module
 from crane_core.experiments import harness
 from crane_core.experiments.answers import Measured, answer, by_diversity, finite, rows
@@ -141,6 +142,7 @@ class TestCells:
         for name, values in made.test.items():
             assert np.array_equal(values, found.test[name])
         assert len(made.cold["users"]) == len(made.cold["cold_auc"]) == 0
+        assert sorted(made.more) == ["head_items", "tail_items"] and made.part("alone") is None
         assert not list((tmp_path / "work").glob("[!.]*"))
 
     def test_cold_items_are_measured_apart(self, dataset: Dataset, tmp_path: Path, trainings: list) -> None:
@@ -151,6 +153,7 @@ class TestCells:
         users = np.flatnonzero([np.isin(interactions.test.rows(np.array([u]))[1], (0, 1, 2)).any() for u in range(40)])
         assert np.array_equal(made.cold["users"], users) and len(users) > 0
         scores, tests = random_scores(colder, 3)(np.arange(40)), interactions.test.items
+        assert (made.cold["among_cold_recall@20"] == 1).all(), "there are three"
         for user, auc, recall in zip(users, made.cold["cold_auc"], made.cold["recall@20"], strict=True):
             own = scores[user, tests[user]]
             assert auc == np.mean([float(own > scores[user, other]) for other in {0, 1, 2} - {tests[user]}])
@@ -434,6 +437,28 @@ def cell(test: np.ndarray, validation: float = 0.5) -> Cell:
 
 
 class TestAnswers:
+    def test_crane_alone_stands_beside_the_fused_model(self, dataset: Dataset, tmp_path: Path, monkeypatch) -> None:
+        def train(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+            seed = recipe.train.seed
+            return Trained(random_scores(dataset, seed), 0.5, 1.0, {}, random_scores(dataset, 10 + seed))
+
+        monkeypatch.setitem(cells_module.MODELS, "crane", train)
+        results = study(dataset, tmp_path, seeds=(0, 1)).run(["profiles"], 0)
+        row = results["experiments"]["profiles"]["table"][0]
+        users, expected = np.arange(40), []
+        for seed in (10, 11):
+            ranked = rank_users(random_scores(dataset, seed), dataset.interactions.train, users, 20)
+            expected.append(user_metrics(ranked, dataset.interactions.test, users, (20,))["ndcg@20"].mean())
+        assert row["test_alone"]["ndcg@20"]["mean"] == pytest.approx(np.mean(expected))
+        assert f"{np.mean(expected):.4f}" in render(results | {"seconds": 1.0})
+        for path in tmp_path.glob("cells/*/users.npz"):
+            with np.load(path) as arrays:
+                kept = {name: values for name, values in arrays.items() if not name.startswith("alone")}
+            np.savez(path, **kept)
+        earlier = study(dataset, tmp_path, seeds=(0, 1)).run(["profiles"], 0)
+        assert earlier["experiments"]["profiles"]["table"][0] == row | {"test_alone": None}
+        assert f"{np.mean(expected):.4f}" not in render(earlier | {"seconds": 1.0})
+
     def test_means_over_seeds_and_paired_differences(self) -> None:
         base = np.random.default_rng(0).random(200)
         default = Measured("d", True, {0: cell(base), 1: cell(base + 0.2)}, [])

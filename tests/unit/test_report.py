@@ -64,11 +64,14 @@ def test_one_epoch_one_model_and_no_slice_still_plot(store):
     assert "0.2500" in page and "No slice has a test user" in page and "AUC among" not in page
 
 
+@pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_cold_items_are_shown_where_there_are_some(store, alone):
+def test_cold_items_are_shown_where_there_are_some(store, alone, earlier):
     ranking = {"recall@20": 0.1, "ndcg@20": 0.1}
     auc = {"users": 2, "chance": 0.5, "models": {"crane": {"mean": 0.654, "low": 0.6, "high": 0.7}}}
     cold = {"items": 4321, "rows": 3, "users": 2, "chance": 0.0123, "models": {"crane": INTERVAL}}
+    among = {"chance": 0.0456, "models": {"crane": {"mean": 0.789, "low": 0.7, "high": 0.8}}}
+    cold |= {} if earlier else {"among_cold": among}
     metrics = {
         "users": 2,
         "models": {"crane": MODEL},
@@ -80,6 +83,7 @@ def test_cold_items_are_shown_where_there_are_some(store, alone):
     page = render(store, "run-1", CONFIG, [])
     assert "AUC among the cold items" in page and "4,321 items have no training interaction" in page
     assert "0.0123" in page
+    assert ("0.7890" in page and "0.0456" in page) is not earlier
     assert ("0.654" in page) is not alone and ("no other to compare" in page) is alone
 
 
