@@ -83,6 +83,14 @@ class Features(Section):
     max_quarantine_share: float = Field(0.5, gt=0, le=1)
     """The run stops when a larger share of a modality's rows is malformed."""
 
+    @field_validator("modalities")
+    @classmethod
+    def _distinct(cls, modalities: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in modalities if modalities.count(name) > 1})
+        if twice:
+            raise ValueError(f"features.modalities names {', '.join(twice)} more than once")
+        return modalities
+
 
 class Profiles(Section):
     aggregate: Literal["sum", "mean"] = "sum"
@@ -118,7 +126,7 @@ class Refine(Section):
     chunk_size: int = Field(16384, ge=1)
     """Rows refined at a time, and the upper bound of the edges of a block of scores (512 per thread x 256 on a CPU,
     8192 x 8192 on a GPU). Memory grows with it, the result does not depend on it beyond rounding."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the mini-batches, and the lists or landmarks of the sparse forms."""
 
 
@@ -186,15 +194,15 @@ class Train(Section):
     temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
     contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
-    """Its negatives for a user: the other users of the batch, or its items too, those the user has met included;
-    likewise for an item."""
+    """Its negatives for a user: the other users of the batch, or also its items but for those the user has met in
+    training; likewise for an item."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
     validation_users: int = Field(20_000, ge=1)
     """Users the validation recall is measured on; a fixed sample where there are more."""
     checkpoint_steps: int = Field(200, ge=1)
     """Steps between two checkpoints; one is also written after every epoch."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the order of the interactions and the negatives."""
 
     @property
@@ -210,7 +218,7 @@ class Evaluate(Section):
     """Bootstrap resamples behind every interval."""
     user_block: int = Field(1024, ge=1)
     """Users ranked at a time; bounds the memory of the ranking."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the bootstrap, and of the clusters of items that tell diverse users from focused ones."""
 
     @field_validator("ks")

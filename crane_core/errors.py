@@ -42,4 +42,4 @@ class ArtifactError(CraneError):
 
 
 class TrainingError(CraneError):
-    """Training cannot go on: the loss is not finite, or no negative item exists."""
+    """Training cannot go on: the loss is not finite."""

@@ -233,10 +233,10 @@ def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, bloc
     """How the cold items of each user's test are ranked among the cold items alone.
 
     Against the whole catalog a cold item competes with items whose popularity is known, and a short list shows it
-    rarely. `among_cold_recall@20` is the user's Recall@20 with the cold items as the only candidates; of items that tie about
-    the end of the list, each has the same part of the places left, so that a model that knows nothing of them all is
-    at chance. `cold_auc` is, over the user's cold test items, the mean share of the cold items outside the user's test
-    that score less, ties counting half: the area under the ROC curve, 0.5 by chance.
+    rarely. `among_cold_recall@20` is the user's Recall@20 with the cold items as the only candidates; of items that tie
+    about the end of the list, each has the same part of the places left, so that a model that knows nothing of them
+    all is at chance. `cold_auc` is, over the user's cold test items, the mean share of the cold items outside the
+    user's test that score less, ties counting half: the area under the ROC curve, 0.5 by chance.
 
     Args:
         score: what to rank by.
@@ -245,7 +245,8 @@ def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, bloc
         block: users at a time; `block * num_items` scores are in memory at once.
 
     Returns:
-        `among_cold_recall@20` and `cold_auc`, float64 [n] each; the latter NaN for a user whose test holds every cold item.
+        `among_cold_recall@20` and `cold_auc`, float64 [n] each; the latter NaN for a user whose test holds every cold
+        item.
     """
     cold = np.flatnonzero(interactions.item_counts() == 0)
     column = np.full(interactions.num_items, -1)
@@ -288,8 +289,9 @@ def summarise_cold(
     Returns:
         JSON values: `items` that are cold; `rows` and `users` of the test that hold one; `models`, an interval of
         `recall@20` each, and `chance`, that of a random list of 20 unseen items; `among_cold`, the same of
-        `among_cold_recall@20` and a random list of 20 cold items, for the models that have it; `cold_auc` with the `users` it
-        could be told for, `models` and `chance`, None when there are none. None where there is no cold test item.
+        `among_cold_recall@20` and a random list of 20 cold items, for the models that have it; `cold_auc` with the
+        `users` it could be told for, `models` and `chance`, None when there are none. None where there is no cold test
+        item.
     """
     cold = slices(interactions)["cold_items"]
     users = np.flatnonzero(cold.counts() > 0)

@@ -23,6 +23,9 @@ class Batch(NamedTuple):
     `negatives` is int64 [n], one for each row, or int64 [m] shared by all rows; then `met`, bool [n, m], says which of
     them the row's user has met after all, and `weights`, float32 [n], how much each row counts.
 
+    For a contrast between users and items, `known`, bool [distinct users, distinct positives], both ascending, says
+    which of these items each of these users has met in training.
+
     Of `world_size` ranks that hold the same batch, rank `rank` answers for every `world_size`-th row.
     """
 
@@ -33,6 +36,7 @@ class Batch(NamedTuple):
     world_size: int = 1
     met: Tensor | None = None
     weights: Tensor | None = None
+    known: Tensor | None = None
 
     def mine(self, rows: Tensor) -> Tensor:
         """The rows this rank answers for."""
@@ -73,12 +77,14 @@ class LightGCN(nn.Module):
     Attributes:
         edge_dropout: share of the edges a training epoch goes without; LightGCN keeps them all.
         shares_negatives: whether the rows of a batch share their negatives, or have one each.
+        contrasts_kinds: whether users are contrasted with items, which needs `Batch.known`.
     """
 
     def __init__(self, num_users: int, num_items: int, config: Train, loss: Loss = "bpr") -> None:
         super().__init__()
         self.edge_dropout = 0.0
         self.shares_negatives = loss == "softmax"
+        self.contrasts_kinds = False
         self.num_users = num_users
         self.num_items = num_items
         self.config = config
@@ -166,17 +172,20 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Te
     return torch.cat([own, others], dim=1).logsumexp(1) - own[:, 0]
 
 
-def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, temperature: float) -> Tensor:
+def info_nce(
+    anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, temperature: float, false: Tensor | None = None
+) -> Tensor:
     """Agreement of two views of the same nodes (van den Oord et al., arXiv 1807.03748), cosine similarity.
 
     The positive of a node is itself in the other view; its negatives are the other distinct nodes given, over all
-    ranks.
+    ranks, the false ones left out.
 
     Args:
         anchors, others: float32 [num_nodes, d], the views.
         nodes: int64 [n], nodes of the batch, repeats allowed.
         batch: says which of the distinct nodes are this rank's.
         temperature: tau.
+        false: bool [distinct nodes, distinct nodes], both ascending: which are no negatives of which.
 
     Returns:
         Sum over this rank's distinct nodes, divided by the number of distinct nodes of the batch.
@@ -185,7 +194,10 @@ def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, tempe
     own = batch.mine(torch.arange(len(distinct), device=nodes.device))
     left = F.normalize(anchors[distinct[own]], dim=1)
     right = F.normalize(others[distinct], dim=1)
-    return F.cross_entropy(left @ right.T / temperature, own, reduction="sum") / len(distinct)
+    scores = left @ right.T / temperature
+    if false is not None:
+        scores = scores.masked_fill(false[own], -torch.inf)
+    return F.cross_entropy(scores, own, reduction="sum") / len(distinct)
 
 
 class Crane(LightGCN):
@@ -211,6 +223,7 @@ class Crane(LightGCN):
         super().__init__(num_users, num_items, config, config.loss)
         self.content = content
         self.edge_dropout = config.edge_dropout
+        self.contrasts_kinds = config.contrast_negatives == "both_kinds"
         generator = torch.Generator().manual_seed(config.seed + 1)
         dim, width = config.embedding_dim, content.width
         self.fusion = nn.Parameter(_xavier(width, dim, generator))
@@ -245,13 +258,20 @@ class Crane(LightGCN):
         return Views(final, behaviour, semantic)
 
     def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
-        """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items."""
+        """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items.
+
+        With `contrast_negatives=both_kinds`, over both at once: then the items a user has met in training are no
+        negatives of the user, nor the user one of theirs.
+        """
         assert views.semantic is not None
-        kinds = [batch.users, batch.positives + self.num_users]
-        if self.config.contrast_negatives == "both_kinds":
-            kinds = [torch.cat(kinds)]
+        kinds, false = [batch.users, batch.positives + self.num_users], None
+        if self.contrasts_kinds:
+            assert batch.known is not None
+            # Ascending, the distinct users come before the distinct items.
+            users, items = (batch.known.new_zeros(size, size) for size in batch.known.shape)
+            kinds, false = [torch.cat(kinds)], _beside(users, batch.known, items)
         contrast = torch.stack(
-            [info_nce(views.behaviour, views.semantic, nodes, batch, self.config.temperature) for nodes in kinds]
+            [info_nce(views.behaviour, views.semantic, nodes, batch, self.config.temperature, false) for nodes in kinds]
         ).sum()
         return super().losses(views, batch) | {"contrast": self.config.contrast_weight * contrast}
 
@@ -292,6 +312,11 @@ def fill_cold(rows: Tensor, is_warm: Tensor, graph: SymmetricGraph) -> Tensor:
     weights = graph.multiply(is_warm.float())
     filled = graph.multiply(rows * is_warm) / weights.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(is_warm, rows, filled)
+
+
+def _beside(users: Tensor, between: Tensor, items: Tensor) -> Tensor:
+    """The symmetric matrix of a block among users, one among items, and the one between them."""
+    return torch.cat([torch.cat([users, between], dim=1), torch.cat([between.T, items], dim=1)])
 
 
 def _xavier(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -57,7 +57,7 @@ STAGES: dict[str, Stage] = {
         Stage("ml.behaviour", 1, ("etl.interactions",), ("train",)),
         Stage(
             "ml.train",
-            2,
+            3,
             ("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
             ("train",),
             joint_inputs=("etl.features", "etl.profiles"),

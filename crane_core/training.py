@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import TrainingError
+from crane_core.errors import DataError, TrainingError
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
 from crane_core.model import Batch, LightGCN, Rows
@@ -56,24 +56,22 @@ class NegativeSampler:
         num_items: catalog size.
         pool: what shared negatives are drawn from, `warm` items or the whole `catalog`.
 
-    Raises:
-        TrainingError: a user has met every item.
+    Attributes:
+        exhausted: bool [num_users], users who have met every item; no negative exists for them.
     """
 
     def __init__(self, train: ItemLists, num_items: int, pool: Literal["warm", "catalog"] = "warm") -> None:
-        full = int((train.counts() >= num_items).sum())
-        if full:
-            raise TrainingError(
-                f"{full} of {train.num_users} users have met all {num_items} items, so no negative exists for them.",
-                "Add items to the catalog or set these users aside.",
-            )
+        self.exhausted = train.counts() >= num_items
         self.num_items = num_items
         self._train = train
         self._pool = np.unique(train.items) if pool == "warm" else np.arange(num_items)
         self._met = train.users().astype(np.int64) * num_items + train.items
 
     def one_each(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """One item for each user, uniform over the catalog by exact rejection: int [n] -> int64 [n]."""
+        """One item for each user, uniform over the catalog by exact rejection: int [n] -> int64 [n].
+
+        None of the users is exhausted.
+        """
         items = generator.integers(self.num_items, size=len(users))
         open_rows = np.arange(len(users))
         while len(open_rows):
@@ -92,16 +90,20 @@ class NegativeSampler:
             generator: of the draw.
 
         Returns:
-            Ascending int64 [m], m <= size; bool [n, m], whether the user has met the item.
+            Ascending int64 [m], m <= size; `met` of them.
         """
         items = np.unique(generator.choice(self._pool, size)).astype(np.int64)
+        return items, self.met(users, items)
+
+    def met(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each user has met each item: int [n] and distinct int [m] -> bool [n, m]."""
         column = np.full(self.num_items, -1, dtype=np.int32)
         column[items] = np.arange(len(items))
         rows, known = self._train.rows(users)
         columns = column[known]
         met = np.zeros((len(users), len(items)), dtype=bool)
         met[rows[columns >= 0], columns[columns >= 0]] = True
-        return items, met
+        return met
 
 
 class Trainer:
@@ -116,6 +118,9 @@ class Trainer:
         config: optimiser, batch, stopping and checkpoints.
         work: folder of the checkpoints.
         device: of the model.
+
+    Raises:
+        DataError: no user has both a training interaction and an item left that could be a negative.
     """
 
     def __init__(
@@ -132,7 +137,16 @@ class Trainer:
         self.users = interactions.train.users()
         self.items = interactions.train.items
         self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.ranking_negatives)
-        self.weights = _user_weights(interactions.train, config.user_balance)
+        # A user who has met every item stays in the graph and teaches nothing.
+        exhausted = self.sampler.exhausted
+        self.sampled = np.flatnonzero(~exhausted[self.users])
+        if not len(self.sampled):
+            raise DataError(
+                f"Of {interactions.num_users} users {exhausted.sum()} have met all {interactions.num_items} items and "
+                "none of the others has a training interaction: there is nothing to learn from.",
+                "Widen the window, or add items to the catalog.",
+            )
+        self.weights = _user_weights(np.where(exhausted, 0, interactions.train.counts()), config.user_balance)
         self._known = torch.from_numpy(interactions.train.counts() > 0)
         self.graph = self._graph(np.arange(len(self.users)))
         self.progress = Progress()
@@ -143,13 +157,21 @@ class Trainer:
 
         Returns:
             `best_epoch`, `best_ranking`, `num_epochs` and `validation` metrics; `best_rows()` are what they are of.
+            `users_without_negatives`, how many users were set aside because they have met every item.
 
         Raises:
             TrainingError: the loss is not finite.
         """
         torch.use_deterministic_algorithms(True)
         self._resume()
-        progress = self.progress
+        progress, num_exhausted = self.progress, int(self.sampler.exhausted.sum())
+        if num_exhausted and self.rank == 0:
+            logger.warning(
+                "set_aside users=%d of=%d rows=%d reason=every_item_met",
+                num_exhausted,
+                len(self.sampler.exhausted),
+                len(self.users) - len(self.sampled),
+            )
         while progress.epoch < self.config.num_epochs and (
             progress.epoch - progress.best_epoch <= self.config.patience
         ):
@@ -159,6 +181,7 @@ class Trainer:
             "best_ranking": progress.best_ranking,
             "num_epochs": progress.epoch,
             "validation": progress.best,
+            "users_without_negatives": num_exhausted,
             "seconds": round(progress.seconds, 1),
         }
 
@@ -186,7 +209,7 @@ class Trainer:
         self.model.train()
         kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, progress.epoch))
         graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
-        order = self._generator(2, progress.epoch).permutation(len(self.users))
+        order = self.sampled[self._generator(2, progress.epoch).permutation(len(self.sampled))]
         num_steps = -(-len(order) // config.batch_size)
         while progress.step < num_steps:
             picked = order[progress.step * config.batch_size :][: config.batch_size]
@@ -223,8 +246,10 @@ class Trainer:
             columns |= {"negatives": negatives, "met": met, "weights": self.weights[users]}
         else:
             columns["negatives"] = self.sampler.one_each(users, generator)
+        if self.model.contrasts_kinds:
+            columns["known"] = self.sampler.met(np.unique(users), np.unique(columns["positives"]))
         tensors = {
-            name: torch.from_numpy(column if name in ("met", "weights") else column.astype(np.int64)).to(self.device)
+            name: torch.from_numpy(column.astype(np.int64) if column.dtype.kind == "i" else column).to(self.device)
             for name, column in columns.items()
         }
         return Batch(**tensors, rank=self.rank, world_size=self.world_size)
@@ -327,9 +352,9 @@ class Trainer:
         )
 
 
-def _user_weights(train: ItemLists, balance: float) -> np.ndarray:
+def _user_weights(counts: np.ndarray, balance: float) -> np.ndarray:
     """float32 [num_users]: `n^-balance` for a user with n training interactions, 1 on average over interactions."""
-    counts = train.counts().astype(np.float64)
+    counts = counts.astype(np.float64)
     weights = np.zeros(len(counts))
     np.power(counts, -balance, out=weights, where=counts > 0)
     return (weights * counts.sum() / max((weights * counts).sum(), 1e-12)).astype(np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.store import check_run_id
 from jobs.commands import place
 
-STOPPED_BY_HAND = 130
+STOPPED_BY_HAND = 128 + signal.SIGINT
+NOBODY_READS = 128 + signal.SIGPIPE
+"""What a shell says of a command that a signal ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(problem))
         print(f"crane: {error.found}\nRemedy: {error.remedy}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has what it wanted, as `head` does. Python would complain when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except KeyboardInterrupt:
         print("crane: stopped. The same command goes on from the last finished stage.", file=sys.stderr)
         return STOPPED_BY_HAND

@@ -19,6 +19,7 @@ import resource
 import shutil
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import ArtifactError, ConfigError
+from crane_core.errors import ConfigError
 from crane_core.evaluation import Scorer, rank_cold, rank_users, slices, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
-from crane_core.experiments.harness import MODELS, VERSION, Recipe
+from crane_core.experiments.harness import MODELS, VERSION, Recipe, version_of
 from crane_core.storage.local import LocalStorage
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class Cell:
         seconds: of everything the model needed beyond the dataset.
         peak_bytes: memory the training took beyond what the process held before.
         facts: what the training reports about itself.
-        more: what cells made by earlier revisions of this version lack, as they lack `among_cold_recall@20`: of the test, the
-            slices `head_items` and `tail_items`, and `alone`, the rows of a fused model without LightGCN's.
+        more: what cells made by earlier revisions of this version lack, as they lack `among_cold_recall@20`: of the
+            test, the slices `head_items` and `tail_items`, and `alone`, the rows of a fused model without LightGCN's.
     """
 
     key: str
@@ -84,23 +85,27 @@ class Cell:
 
 
 class Cells:
-    """Cells in a folder. Any number of processes may share it: the second one waits for the first one's cell."""
+    """Cells in a folder. Any number of processes may share it: the second one waits for the first one's cell.
+
+    Raises:
+        ConfigError: there is no such folder and it cannot be made.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.root} cannot be a folder for results: {error}.", "Name another one.") from error
         self.storage = LocalStorage(self.root)
 
     def key(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> str:
         """Identity of a cell."""
         settings = recipe.with_seed(seed).model_dump(mode="json")
-        return fingerprint(VERSION, _MEASURED, dataset.fingerprint, model, settings, seed)
+        return fingerprint(version_of(recipe), _MEASURED, dataset.fingerprint, model, settings, seed)
 
     def find(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell | None:
-        """The cell, where it has been made.
-
-        Raises:
-            ArtifactError: its files are damaged.
-        """
+        """The cell, where it has been made; one whose files are damaged has not, and is made again."""
         key = self.key(dataset, model, recipe, seed)
         folder = self.root / "cells" / key
         if not folder.exists():
@@ -123,8 +128,9 @@ class Cells:
                 known["facts"],
                 parts,
             )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ArtifactError(f"{folder} is damaged: {error}.", "Delete this folder; it is made again.") from error
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            logger.warning("damaged cell=%s error=%s it is made again", folder, error)
+            return None
 
     def cell(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell:
         """Find the cell or make it: train, rank the whole catalog for every held-out user, write.
@@ -141,6 +147,7 @@ class Cells:
         work = self.root / "work" / key
         with held(work):
             if self.find(dataset, model, recipe, seed) is None:
+                shutil.rmtree(self.root / "cells" / key, ignore_errors=True)
                 self._make(dataset, model, recipe.with_seed(seed), seed, key, work)
             shutil.rmtree(work)
         made = self.find(dataset, model, recipe, seed)

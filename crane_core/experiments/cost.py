@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from crane_core.experiments.cells import Cells, PeakMemory
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.harness import VERSION, Recipe
 from crane_core.refine import Modality, Refiner, fit, refine_catalog
+
+logger = logging.getLogger(__name__)
 
 EXACT: tuple[Phi, ...] = ("softmax", "tanh", "linear")
 """Forms that attend to every key; any other one approximates softmax."""
@@ -71,9 +74,17 @@ class Measurements:
         self.storage = cells.storage
 
     def find(self, *identity: Any) -> dict[str, Any] | None:
-        """A measurement that was taken."""
-        data = self.storage.read(f"measurements/{fingerprint(VERSION, *identity)}.json")
-        return None if data is None else json.loads(data)
+        """A measurement that was taken; one whose file is damaged was not, and is taken again."""
+        key = f"measurements/{fingerprint(VERSION, *identity)}.json"
+        data = self.storage.read(key)
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+            return {**found, "load": found["load"]}
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("damaged measurement=%s error=%s it is taken again", self.storage.root / key, error)
+            return None
 
     def take(self, work: Callable[[], dict[str, Any]], *identity: Any) -> dict[str, Any]:
         """Find a measurement, or take it and keep it."""

@@ -20,6 +20,7 @@ from crane_core.baselines import content, item_knn, popularity
 from crane_core.config import Features, Knn, Loss, Profiles, Refine, Section, Train
 from crane_core.content import Content, JointContent, joint_content
 from crane_core.dataset import Interactions
+from crane_core.errors import ConfigError
 from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.fusion import choose_trust
@@ -50,13 +51,24 @@ class Recipe(Section):
     mgcn: MgcnSettings = MgcnSettings()
 
     def with_seed(self, seed: int) -> Recipe:
-        """The same recipe with every random choice drawn from another seed."""
+        """The same recipe with every random choice drawn from another seed.
+
+        Raises:
+            ConfigError: the seed is out of range.
+        """
+        if not 0 <= seed < 2**31:
+            raise ConfigError(f"{seed} is no seed.", f"Give whole numbers from 0 to {2**31 - 1}.")
         return self.model_copy(
             update={
                 "refine": self.refine.model_copy(update={"seed": seed}),
                 "train": self.train.model_copy(update={"seed": seed}),
             }
         )
+
+
+def version_of(recipe: Recipe) -> int:
+    """The version of the trainings by a recipe: those that contrast users with items mean something else since 4."""
+    return 4 if recipe.train.contrast_negatives == "both_kinds" else VERSION
 
 
 @dataclass(frozen=True)

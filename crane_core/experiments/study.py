@@ -113,6 +113,8 @@ class Study:
         dataset.require_splits()
         if not seeds:
             raise ConfigError("No seed was given.", "Give --seeds one number or more.")
+        for seed in seeds:
+            recipe.with_seed(seed)
         self.dataset = dataset
         self.recipe = recipe
         self.seeds = list(dict.fromkeys(seeds))

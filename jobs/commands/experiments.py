@@ -59,12 +59,14 @@ def experiments(
         model: whose recipe the search is for.
 
     Raises:
-        ConfigError: an unknown experiment, model, section or value.
+        ConfigError: an unknown experiment, model, section or value, or `out` is a file.
         DataError: the folder cannot be read or has no features.
     """
     names, recipe = chosen(only), load_recipe(config, overrides)
     if model != "crane":
         _check_model(model, names)
+    if num_threads < 1:
+        raise ConfigError(f"--threads {num_threads} leaves none to work with.", "Give 1 or more.")
     budget, steps = Budget(minutes), Steps()
     torch.set_num_threads(num_threads)
     use_threads(num_threads)

@@ -285,9 +285,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    torch.set_num_threads(arguments.num_threads)
-    use_threads(arguments.num_threads)
     try:
+        if arguments.num_threads < 1 or not arguments.budget_minutes > 0:
+            raise ConfigError("--num-threads and --budget-minutes must be above 0.", "Correct the flag.")
+        torch.set_num_threads(arguments.num_threads)
+        use_threads(arguments.num_threads)
         return run(arguments, shlex.join(["python", "-m", "tests.bench.bench_quality", *argv]))
     except CraneError as error:
         logger.error("%s: %s", type(error).__name__, error)

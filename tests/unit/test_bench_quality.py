@@ -13,7 +13,7 @@ from crane_core.baselines import item_knn, popularity
 from crane_core.dataset import Interactions
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED
 from crane_core.evaluation import interest_entropy, rank_users, slices, user_metrics
-from crane_core.experiments import cells
+from crane_core.experiments import harness
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.harness import Recipe, Trained
 from crane_core.experiments.search import as_yaml
@@ -163,7 +163,7 @@ def test_a_finished_cell_is_found_and_a_stale_one_is_not(
         log.write("\n0\t31\t0")
     bench_quality.main(again)
     assert made == [0, 1] * 3
-    monkeypatch.setattr(cells, "VERSION", cells.VERSION + 1)
+    monkeypatch.setattr(harness, "VERSION", harness.VERSION + 1)
     bench_quality.main(again)
     assert made == [0, 1] * 4
 
@@ -225,6 +225,13 @@ def test_a_folder_without_a_test_row_is_a_data_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["train", "train.colour=1", "train.num_epochs=0", "etl.k_core=2"])
 def test_a_wrong_setting_is_a_config_error(tmp_path: Path, setting: str) -> None:
     assert bench_quality.main(flags(plant(tmp_path / "board"), "--set", setting)) == EXIT_CONFIG
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--num-threads", "0"), ("--budget-minutes", "0"), ("--seeds", "-1"), ("--modalities", "m0", "m0")]
+)
+def test_a_wrong_flag_is_a_config_error(tmp_path: Path, wrong: tuple[str, ...]) -> None:
+    assert bench_quality.main(flags(plant(tmp_path / "board"), "--models", "popularity", *wrong)) == EXIT_CONFIG
 
 
 def test_a_wrong_measure_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,22 @@ def test_without_a_store_it_says_how_to_get_one(home: Path, capsys: pytest.Captu
     assert "Remedy:" in captured.err
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_has_enough_ends_the_command_quietly(as_json: bool) -> None:
+    program = (
+        "import sys; from jobs import cli; "
+        "cli._runs = lambda arguments: cli._result(arguments, {'x': 'y' * 10**6}, ['a line'] * 200_000); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", program, "runs", *(["--json"] if as_json else [])]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(4)
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+
+
 def test_errors_leave_stdout_alone_without_json(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recommend", "--user", "1"]) == EXIT_CONFIG
     assert capsys.readouterr().out == ""

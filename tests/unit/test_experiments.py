@@ -26,7 +26,7 @@ from crane_core.experiments import cells as cells_module
 from crane_core.experiments import harness
 from crane_core.experiments.answers import Measured, answer, by_diversity, finite, rows
 from crane_core.experiments.cells import Cell, Cells, PeakMemory
-from crane_core.experiments.cost import SameWeights, catalog_sizes, fit_power_law, measure_growth
+from crane_core.experiments.cost import Measurements, SameWeights, catalog_sizes, fit_power_law, measure_growth
 from crane_core.experiments.data import Dataset, load_dataset
 from crane_core.experiments.harness import MODELS, Recipe, Trained, train_crane
 from crane_core.experiments.plans import NAMES, changed, load_recipe, plan
@@ -178,19 +178,30 @@ class TestCells:
             (dataset, "crane", changed(RECIPE, {"knn.k": 11}), 0),
             (dataset, "crane", RECIPE, 1),
             (dataset, "lightgcn", RECIPE, 0),
+            (dataset, "crane", changed(RECIPE, {"train.contrast_negatives": "both_kinds"}), 0),
         ]
         for other in others:
             assert cells.find(*other) is None
         assert cells.find(replace(dataset, name="moved"), "crane", RECIPE, 0), "the name is no content"
-        monkeypatch.setattr(cells_module, "VERSION", harness.VERSION + 1)
+        monkeypatch.setattr(harness, "VERSION", harness.VERSION + 1)
         assert cells.find(dataset, "crane", RECIPE, 0) is None
 
-    def test_a_damaged_cell_is_named(self, dataset: Dataset, tmp_path: Path, trainings: list) -> None:
-        cell = Cells(tmp_path).cell(dataset, "crane", RECIPE, 0)
-        path = tmp_path / "cells" / cell.key / "users.npz"
-        path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(ArtifactError, match=f"{cell.key} is damaged"):
-            Cells(tmp_path).find(dataset, "crane", RECIPE, 0)
+    @pytest.mark.parametrize("name", ["users.npz", "cell.json"])
+    def test_a_damaged_cell_is_named_and_made_again(
+        self, dataset: Dataset, tmp_path: Path, trainings: list, caplog, name: str
+    ) -> None:
+        cells = Cells(tmp_path)
+        cell = cells.cell(dataset, "crane", RECIPE, 0)
+        path = tmp_path / "cells" / cell.key / name
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        for number, damaged in enumerate((b"", whole[:100], whole[:middle] + bytes(64) + whole[middle + 64 :], b"[]")):
+            path.write_bytes(damaged)
+            caplog.clear()
+            assert cells.find(dataset, "crane", RECIPE, 0) is None
+            assert f"damaged cell={path.parent}" in caplog.text
+            again = cells.cell(dataset, "crane", RECIPE, 0)
+            assert len(trainings) == 2 + number and np.array_equal(again.test["recall@20"], cell.test["recall@20"])
 
     def test_an_unknown_model_is_refused(self, dataset: Dataset, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="crane, crane_joint, lightgcn"):
@@ -331,6 +342,29 @@ class TestCommand:
         assert cli.main(flags(folder, tmp_path / "out")) == EXIT_DATA
         assert "no item features" in json.loads(capsys.readouterr().out)["message"]
 
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (("--seeds", "0", "-1"), "-1 is no seed"),
+            (("--seeds", str(2**31)), "is no seed"),
+            (("--set", "train.seed=-1"), "train.seed"),
+            (("--threads", "0"), "--threads 0"),
+            (("--set", "features.modalities=[noise, telling, noise]"), "names noise more than once"),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_flag_is_a_config_error(self, folder: Path, tmp_path: Path, capsys, more, said: str) -> None:
+        assert cli.main(flags(folder, tmp_path / "out", *more)) == EXIT_CONFIG
+        assert said in json.loads(capsys.readouterr().out)["message"]
+        assert not list(tmp_path.glob("out/cells/*"))
+
+    @pytest.mark.parametrize("below", ["", "out"])
+    def test_a_file_is_no_folder_for_results(self, folder: Path, tmp_path: Path, capsys, below: str) -> None:
+        (tmp_path / "taken").write_text("mine")
+        assert cli.main(flags(folder, tmp_path / "taken" / below)) == EXIT_CONFIG
+        assert str(tmp_path / "taken") in json.loads(capsys.readouterr().out)["message"]
+        assert (tmp_path / "taken").read_text() == "mine"
+
 
 class TestStudy:
     def test_shared_cells_are_trained_once_and_the_first_seed_first(
@@ -388,6 +422,16 @@ class TestStudy:
         page = render(first | {"seconds": 1.0})
         assert growth["answer"] in page and "Exponent of time" in page and "softmax in float64" in page
         assert page.count("load 7.5 on 2 cores") == 2
+
+    @pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"{}", b"\xff"])
+    def test_a_damaged_measurement_is_named_and_taken_again(self, tmp_path: Path, caplog, damaged: bytes) -> None:
+        measurements = Measurements(Cells(tmp_path))
+        first = measurements.take(lambda: {"seconds": 1.0}, "x")
+        (path,) = tmp_path.glob("measurements/*.json")
+        path.write_bytes(damaged)
+        assert measurements.find("x") is None and f"damaged measurement={path}" in caplog.text
+        assert measurements.take(lambda: {"seconds": 2.0}, "x")["seconds"] == 2.0
+        assert measurements.find("x")["cores"] == first["cores"]
 
 
 class TestCost:

@@ -23,6 +23,7 @@ from crane_core.model import LightGCN
 from crane_core.references import FreedomSettings, MgcnSettings
 from tests.unit.planted import Communities, checkerboard, communities
 from tests.unit.test_refine import planted_modalities
+from tests.unit.test_training import with_everything
 
 RECIPE = Recipe(
     refine=Refine(embedding_dim=8, num_steps=10, batch_size=64),
@@ -54,6 +55,15 @@ def test_every_model_beats_popularity_and_repeats_itself(name: str, tmp_path: Pa
     assert first.validation == second.validation > 0 and first.seconds > 0
     popularity = MODELS["popularity"](dataset, RECIPE, tmp_path / "popularity")
     assert recall(dataset, first.score) > 2 * recall(dataset, popularity.score)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_user_who_has_met_everything_stops_no_model(name: str, tmp_path: Path) -> None:
+    train = RECIPE.train.model_copy(update={"num_epochs": 2})
+    dataset = dataclasses.replace(planted(), interactions=with_everything(1))
+    trained = MODELS[name](dataset, RECIPE.model_copy(update={"train": train}), tmp_path / "work")
+    assert trained.facts.get("users_without_negatives", 1) == 1
+    assert torch.isfinite(trained.score(np.arange(40))).all()
 
 
 @pytest.mark.parametrize("name", preset_names())

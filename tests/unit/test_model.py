@@ -145,7 +145,11 @@ def plain_losses(model: Crane, batch: Batch) -> dict[str, float]:
     kinds = [set(batch.users.tolist()), {NUM_USERS + item for item in batch.positives.tolist()}]
     for nodes in kinds if config.contrast_negatives == "same_kind" else [set.union(*kinds)]:
         for node in nodes:
-            scores = {other: cosine(behaviour[node], semantic[other]) / config.temperature for other in nodes}
+            scores = {
+                other: cosine(behaviour[node], semantic[other]) / config.temperature
+                for other in nodes
+                if (min(node, other), max(node, other) - NUM_USERS) not in PAIRS
+            }
             contrast -= math.log(math.exp(scores[node]) / sum(map(math.exp, scores.values()))) / len(nodes)
     num_rows = len(batch.users)
     return {
@@ -274,11 +278,30 @@ def test_the_losses_equal_the_plain_ones(loss: str, form: dict[str, object]) -> 
     assert found == pytest.approx(plain_losses(model, batch), rel=1e-6)
 
 
+# User 0 has met the items 0 and 1 too, which are here in rows of others; rows are the distinct users 0, 1, 3, 4.
+BOTH_KINDS = SHARED._replace(
+    positives=torch.tensor([2, 0, 5, 1, 6]),
+    known=torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool),
+)
+
+
 def test_the_contrast_can_take_its_negatives_from_both_kinds() -> None:
     model = crane(contrast_negatives="both_kinds")
-    found = {name: value.item() for name, value in model.losses(model(graph()), SHARED).items()}
-    assert found == pytest.approx(plain_losses(model, SHARED), rel=1e-6)
-    assert found["contrast"] != pytest.approx(plain_losses(crane(), SHARED)["contrast"], rel=1e-3)
+    found = {name: value.item() for name, value in model.losses(model(graph()), BOTH_KINDS).items()}
+    assert found == pytest.approx(plain_losses(model, BOTH_KINDS), rel=1e-6)
+    assert found["contrast"] != pytest.approx(plain_losses(crane(), BOTH_KINDS)["contrast"], rel=1e-3)
+    parts = [model.losses(model(graph()), BOTH_KINDS._replace(rank=rank, world_size=3)) for rank in range(3)]
+    assert sum(part["contrast"].item() for part in parts) == pytest.approx(found["contrast"], rel=1e-6)
+
+
+def test_what_a_user_has_met_is_no_negative_of_the_user() -> None:
+    # User 0 and the items 0 and 1, views at right angles: of node 0 one cosine is left beside its own, of the items two.
+    angles = torch.eye(3)
+    nodes = torch.tensor([2, 0, 1, 1])
+    false = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    found = info_nce(angles, angles, nodes, Batch(nodes, nodes, nodes), 0.5, false)
+    one, two = (math.log(1 + others * math.exp(-2)) for others in (1, 2))
+    assert found.item() == pytest.approx((one + one + two) / 3)
 
 
 @pytest.mark.parametrize("loss", ["bpr", "softmax"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import TrainingError
+from crane_core.errors import DataError, TrainingError
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
 from crane_core.model import Batch, Crane, LightGCN, Rows
@@ -273,15 +273,14 @@ def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
 def test_weights_of_users_by_hand(balance: float, expected: list[float]) -> None:
     # Four interactions and one: at 0.5 these weigh 1/2 and 1 before they are scaled to 1 on average, by 5/3.
     train = ItemLists.from_pairs(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 0], dtype=np.int32), 3)
-    found = _user_weights(train, balance)
+    found = _user_weights(train.counts(), balance)
     assert found.dtype == np.float32
     assert found == pytest.approx(expected)
     assert found[train.users()].mean() == pytest.approx(1.0)
 
 
 def test_without_interactions_no_user_has_a_weight() -> None:
-    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 2)
-    assert _user_weights(nothing, 0.5).tolist() == [0.0, 0.0]
+    assert _user_weights(np.zeros(2, dtype=np.int64), 0.5).tolist() == [0.0, 0.0]
 
 
 def lists(seed: int) -> ItemLists:
@@ -328,7 +327,7 @@ def test_a_batch_shares_its_negatives_and_weighs_its_users(tmp_path: Path) -> No
     assert batch.users.tolist() == train.users()[picked].tolist()
     assert batch.positives.tolist() == train.items[picked].tolist()
     assert batch.met.shape == (4, len(batch.negatives))
-    assert batch.weights.tolist() == _user_weights(train, 0.5)[train.users()[picked]].tolist()
+    assert batch.weights.tolist() == _user_weights(train.counts(), 0.5)[train.users()[picked]].tolist()
 
 
 def test_negatives_are_never_positives_and_cover_the_rest() -> None:
@@ -343,10 +342,54 @@ def test_negatives_are_never_positives_and_cover_the_rest() -> None:
     assert free.min() > 0.8 * free.mean()
 
 
-def test_a_user_with_every_item_is_refused() -> None:
-    full = ItemLists.from_pairs(np.array([0, 0, 1]), np.array([0, 1, 0], dtype=np.int32), 2)
-    with pytest.raises(TrainingError, match="1 of 2 users have met all 2 items"):
-        NegativeSampler(full, 2)
+def with_everything(num_full: int) -> Interactions:
+    """The checkerboard, whose first users have met the whole catalog."""
+    interactions = checkerboard()
+    train = interactions.train
+    full = np.arange(num_full).repeat(32), np.tile(np.arange(32, dtype=np.int32), num_full)
+    kept = train.users() >= num_full
+    users, items = np.append(full[0], train.users()[kept]), np.append(full[1], train.items[kept])
+    return Interactions(40, 32, ItemLists.from_pairs(users, items, 40), interactions.validation, interactions.test)
+
+
+@both_kinds
+def test_a_user_with_every_item_is_set_aside(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+    step = Trainer._step
+    monkeypatch.setattr(
+        Trainer, "_step", lambda self, graph, batch: seen.extend(batch.users.tolist()) or step(self, graph, batch)
+    )
+    ours = trainer(tmp_path, with_everything(2), SMALL.model_copy(update={"num_epochs": 3}), kind)
+    with caplog.at_level(logging.WARNING):
+        summary = ours.run()
+    assert summary["users_without_negatives"] == 2 and "set_aside users=2 of=40 rows=64" in caplog.text
+    assert sorted(set(seen)) == list(range(2, 40)) and len(seen) == 3 * 38 * 6
+    assert ours.graph.degrees()[:3].tolist() == [32, 32, 6], "they stay in the graph"
+    assert ours.weights[2:] == pytest.approx(np.ones(38)) and not ours.weights[:2].any()
+    assert all(torch.isfinite(rows).all() for rows in ours.best_rows())
+
+
+@both_kinds
+def test_without_a_user_to_learn_from_there_is_no_training(tmp_path: Path, kind: Kind) -> None:
+    with pytest.raises(DataError, match="40 have met all 32 items"):
+        trainer(tmp_path, with_everything(40), kind=kind)
+    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 40)
+    with pytest.raises(DataError, match="nothing to learn from"):
+        trainer(tmp_path, Interactions(40, 32, nothing, checkerboard().validation, nothing), kind=kind)
+
+
+def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"contrast_negatives": "both_kinds", "num_epochs": 2})
+    ours = trainer(tmp_path, config=config, kind="crane")
+    batch = ours._batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
+    users, items = (sorted(set(column.tolist())) for column in (batch.users, batch.positives))
+    pairs = set(zip(ours.users.tolist(), ours.items.tolist(), strict=True))
+    assert batch.known is not None
+    assert batch.known.tolist() == [[(user, item) in pairs for item in items] for user in users]
+    assert ours.run()["num_epochs"] == 2
+    assert trainer(tmp_path / "other", kind="crane")._batch(np.arange(9), np.random.default_rng(0)).known is None
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
