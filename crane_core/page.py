@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -16,6 +16,8 @@ from matplotlib import patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from crane_core.monitors import GRADIENT
 
 INK, FAINT, GRID = "#26323d", "#66727e", "#e4e8ec"
 STYLE: dict[Any, Any] = {
@@ -39,6 +41,13 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "crane",
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.wspace": 0.06,
+}
+
+
+_MONITORS = {
+    "effective_rank": "Effective rank of the users",
+    "mean_cosine": "Mean cosine of two users",
+    "cosine_variance": "Variance of these cosines",
 }
 
 
@@ -88,6 +97,40 @@ def clean(axis: Axes, grid: str) -> None:
     axis.spines["left" if grid == "x" else "bottom"].set_visible(True)
     if grid == "y":
         axis.spines["left"].set_visible(False)
+
+
+def plot_monitors(curves: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]) -> Figure | None:
+    """What the trainings' monitors saw, a panel for each and a line for each training; None where none saw anything.
+
+    Args:
+        curves: label to the entries of its epochs; an entry may lack monitors.
+        colours: label to the colour of its line.
+    """
+    names = {
+        name: title for name, title in _MONITORS.items() if any(name in each for e in curves.values() for each in e)
+    }
+    terms = {name for entries in curves.values() for entry in entries for name in entry if name.startswith(GRADIENT)}
+    names |= {name: f"Gradient norm: {name.removeprefix(GRADIENT)}" for name in sorted(terms)}
+    if not names:
+        return None
+    rows = -(-len(names) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9.2, 2.3 * rows), squeeze=False)
+    for axis, (name, title) in zip(axes.flat, names.items(), strict=False):
+        for label, entries in curves.items():
+            points = [(entry["epoch"], entry[name]) for entry in entries if name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colours.get(label, INK), linewidth=1.4, label=label)
+        axis.set_title(title)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if name in terms and any(line.get_ydata().max() > 0 for line in axis.lines):
+            axis.set_yscale("log")
+        clean(axis, "y")
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure
 
 
 def svg(figure: Figure) -> Markup:

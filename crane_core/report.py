@@ -19,7 +19,8 @@ from crane_core.config import RunConfig
 from crane_core.dataset import load_ids, load_interactions
 from crane_core.errors import ArtifactError
 from crane_core.ledger import Entry
-from crane_core.page import FAINT, GRID, INK, STYLE, clean, environment, interval, number, svg
+from crane_core.monitors import OVERWHELMED, PROFILE_SPREAD
+from crane_core.page import FAINT, GRID, INK, STYLE, clean, environment, interval, number, plot_monitors, svg
 from crane_core.pipeline import STAGES
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import Artifact, ArtifactStore
@@ -38,6 +39,7 @@ LABELS = {
     "popularity": "Popularity",
     "champion": "Champion",
 }
+_LABEL_COLOURS = {LABELS[name]: colour for name, colour in COLOURS.items()}
 _SLICES = {
     "head_items": "Popular items (top fifth)",
     "tail_items": "Other items",
@@ -108,6 +110,8 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         ledger=list(reversed(ledger))[:10],
         made_at=datetime.now(UTC),
         colours=COLOURS,
+        overwhelmed=OVERWHELMED,
+        profile_spread=PROFILE_SPREAD,
     )
 
 
@@ -270,6 +274,9 @@ def _training(run: _Run, section: Section) -> None:
     trust = run.json("ml.train", "trust.json")
     section.data = {"models": models, "trust": trust}
     section.plots["curves"] = svg(_plot_curves(curves, models, trust))
+    monitors = plot_monitors({_label(name): curve for name, curve in curves.items()}, _LABEL_COLOURS)
+    if monitors:
+        section.plots["monitors"] = svg(monitors)
 
 
 def _plot_curves(

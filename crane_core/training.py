@@ -23,15 +23,12 @@ from crane_core.errors import DataError, TrainingError
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
 from crane_core.model import Batch, LightGCN, Rows
-from crane_core.monitors import effective_rank, mean_cosine
+from crane_core.monitors import GRADIENT, cosine_moments, effective_rank, signs
 from crane_core.propagation import SymmetricGraph, drop_edges
 
 logger = logging.getLogger(__name__)
 
 STEERING_METRIC = "recall@20"
-COLLAPSE = 0.02
-"""How far from 1 to d the effective rank of the users' rows must reach, or the epoch is logged as a collapse. LightGCN
-under BPR passes through 0.036 (Last.fm 2K, d = 64) while popularity is all it knows, and learns on from there."""
 
 
 @dataclass
@@ -211,17 +208,23 @@ class Trainer:
         graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
         order = self.sampled[self._generator(2, progress.epoch).permutation(len(self.sampled))]
         num_steps = -(-len(order) // config.batch_size)
+
+        def batch(step: int) -> Batch:
+            picked = order[step * config.batch_size :][: config.batch_size]
+            return self._batch(picked, self._generator(3, progress.epoch, step))
+
         while progress.step < num_steps:
-            picked = order[progress.step * config.batch_size :][: config.batch_size]
-            self._step(graph, self._batch(picked, self._generator(3, progress.epoch, progress.step)))
+            self._step(graph, batch(progress.step))
             progress.step += 1
             if progress.step % config.checkpoint_steps == 0 and progress.step < num_steps:
                 self._checkpoint()
+        norms = self._gradient_norms(graph, batch(0))
         rankings = self.rankings()
         ranking, metrics = self._validate(rankings)
         losses = {name: value / num_steps for name, value in progress.sums.items()}
-        monitors = self._watch(rankings)
+        monitors = {**self._watch(rankings), **norms}
         progress.curve.append({"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics, **monitors})
+        self._warn()
         if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
             progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
             self._write("best.safetensors", self.model.state_dict(), {})
@@ -290,16 +293,28 @@ class Trainer:
     def _watch(self, rankings: dict[str, Rows]) -> dict[str, float]:
         """How far the rows of the users with training interactions have grown alike; all rankings share them."""
         users = next(iter(rankings.values()))[0][self._known]
-        rank, cosine = effective_rank(users), mean_cosine(users)
-        if rank < 1 + COLLAPSE * (users.shape[1] - 1) and self.rank == 0:
-            logger.warning(
-                "collapse epoch=%d effective_rank=%.2f dim=%d mean_cosine=%.3f",
-                self.progress.epoch,
-                rank,
-                users.shape[1],
-                cosine,
+        mean, variance = cosine_moments(users)
+        return {"effective_rank": effective_rank(users), "mean_cosine": mean, "cosine_variance": variance}
+
+    def _gradient_norms(self, graph: SymmetricGraph, batch: Batch) -> dict[str, float]:
+        """Norm of the gradient of every term of the loss over all parameters, at the current weights."""
+        norms = {}
+        for name, term in self.model.losses(self.model(graph), batch).items():
+            parts = torch.autograd.grad(
+                term, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-        return {"effective_rank": rank, "mean_cosine": cosine}
+            if self.world_size > 1:
+                for part in parts:
+                    dist.all_reduce(part)
+            norms[f"{GRADIENT}{name}"] = float(torch.stack([part.norm() for part in parts]).norm())
+        return norms
+
+    def _warn(self) -> None:
+        """Log what the monitors say of the last epoch and did not of the one before."""
+        *before, last = [signs(entry, self.config.embedding_dim) for entry in self.progress.curve[-2:]]
+        for name in sorted(set(last) - {name for each in before for name in each}):
+            if self.rank == 0:
+                logger.warning(last[name])
 
     def _graph(self, kept: np.ndarray) -> SymmetricGraph:
         interactions = self.interactions

@@ -34,6 +34,10 @@ class Measured:
     cells: Mapping[int, Cell]
     missing: Sequence[int]
 
+    def epochs(self) -> list[dict[str, float]]:
+        """The curve of the first seed's training; empty where no cell holds one."""
+        return next((self.cells[seed].facts.get("epochs", []) for seed in sorted(self.cells)), [])
+
 
 def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """The table of an experiment, JSON values.
@@ -61,6 +65,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "trust": None,
         "alone": None,
         "test_alone": None,
+        "profile_spread": {},
     }
     if not each.cells:
         return row
@@ -73,6 +78,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "content_seconds": _mean_fact(cells, "content_seconds"),
         "trust": _mean_fact(cells, "trust"),
         "alone": _mean([cell.facts["validation"]["recall@20"] for cell in cells if "validation" in cell.facts]),
+        "profile_spread": cells[0].facts.get("profile_spread", {}),
         "test_alone": intervals(averaged(cells, "alone")) if all(cell.part("alone") for cell in cells) else None,
     }
     shared = sorted(set(each.cells) & set(default.cells)) if default else []

@@ -27,6 +27,7 @@ from crane_core.fusion import choose_trust
 from crane_core.graph import build_graph
 from crane_core.knn import search, unit_rows
 from crane_core.model import Crane, LightGCN, Rows
+from crane_core.monitors import profile_spreads
 from crane_core.propagation import SymmetricGraph
 from crane_core.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
 from crane_core.refine import fit, refine_catalog
@@ -136,7 +137,7 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
     # The graph of the best epoch: a joint content has it from the best weights.
     fused = _fused(view, alone, rows, summary, content.graph, dataset, recipe)
-    return replace(fused, seconds=fused.seconds + prepared, facts=fused.facts | {"content_seconds": prepared})
+    return replace(fused, seconds=fused.seconds + prepared["content_seconds"], facts=fused.facts | prepared)
 
 
 def train_crane_joint(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -266,22 +267,24 @@ def _fused(
     return Trained(dot_product(*trust.rows), trust.recall, seconds, facts, dot_product(*rows))
 
 
-def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, float]:
-    """What CRANE learns on, and the seconds it took."""
+def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, dict[str, Any]]:
+    """What CRANE learns on, and the facts of it: `content_seconds` and `profile_spread` by modality."""
     fitted: dict[str, Tensor] = {}
     seconds = 0.0
     if recipe.train.mode == "staged" or recipe.train.joint_start == "fitted":
-        frozen, fitted, seconds = shared_content(dataset, recipe, work)
+        frozen, fitted, facts = shared_content(dataset, recipe, work)
         if recipe.train.mode == "staged":
-            return frozen, seconds
+            return frozen, facts
+        seconds = facts["content_seconds"]
     started = time.monotonic()
     modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
     content = joint_content(modalities, fitted, recipe.refine, recipe.knn, recipe.train, CPU)
-    return content, seconds + time.monotonic() - started
+    seconds += time.monotonic() - started
+    return content, {"content_seconds": seconds, "profile_spread": profile_spreads(modalities)}
 
 
-def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, dict[str, Tensor], float]:
-    """What `prepare_content` makes and the seconds it took, made once for the same data and sections of the recipe.
+def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, dict[str, Tensor], dict[str, Any]]:
+    """What `prepare_content` makes and the facts of it, made once for the same data and sections of the recipe.
 
     It lies beside `work`, as the behavioural view does.
     """
@@ -290,22 +293,25 @@ def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Conten
     with held(shared):
         if not (shared / "prepared.json").exists():
             started = time.monotonic()
-            content, fitted = prepare_content(dataset, recipe)
+            content, fitted, spreads = prepare_content(dataset, recipe)
             seconds = time.monotonic() - started
             assert content.users is not None
             save_file({"items": content.items, "users": content.users}, shared / "rows.safetensors")
             save_file(fitted, shared / "rca.safetensors")
             sp.save_npz(shared / "graph.npz", content.graph.matrix)
             # Last, and at once: without it the rest is made again.
-            LocalStorage(shared).write("prepared.json", json.dumps({"seconds": seconds}).encode())
+            LocalStorage(shared).write(
+                "prepared.json", json.dumps({"seconds": seconds, "profile_spread": spreads}).encode()
+            )
         rows, fitted = (load_file(shared / f"{name}.safetensors") for name in ("rows", "rca"))
         graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
-        seconds = json.loads((shared / "prepared.json").read_text())["seconds"]
-        return Content(rows["items"], graph, rows["users"]), fitted, seconds
+        known = json.loads((shared / "prepared.json").read_text())
+        facts = {"content_seconds": known["seconds"], "profile_spread": known.get("profile_spread", {})}
+        return Content(rows["items"], graph, rows["users"]), fitted, facts
 
 
-def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str, Tensor]]:
-    """What `ml.refine`, `ml.knn` and `ml.graph` leave, in memory: rows and graph, and the fitted weights."""
+def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str, Tensor], dict[str, float]]:
+    """What `ml.refine`, `ml.knn` and `ml.graph` leave, in memory: rows and graph, fitted weights, profile spreads."""
     modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
     refiner, _ = fit(modalities, dataset.interactions.train, recipe.profiles.aggregate, recipe.refine)
     items, users, _ = refine_catalog(refiner, modalities, recipe.refine.chunk_size)
@@ -314,17 +320,17 @@ def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str
     neighbours, _ = search(unit, 0, len(unit), recipe.knn.k)
     graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), CPU)
     items, users = (F.normalize(rows, dim=2) for rows in (items, users))
-    return Content(items, graph, users), refiner.state_dict()
+    return Content(items, graph, users), refiner.state_dict(), profile_spreads(modalities)
 
 
 def train_to_best(
     model: LightGCN, interactions: Interactions, config: Train, work: Path
 ) -> tuple[Rows, dict[str, Any]]:
-    """Train a model to its best validation recall; its rows there and the trainer's summary."""
+    """Train a model to its best validation recall; its rows there, and the trainer's summary and curve (`epochs`)."""
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, interactions, config, work, CPU)
     summary = trainer.run()
-    return trainer.best_rows(), summary
+    return trainer.best_rows(), summary | {"epochs": trainer.progress.curve}
 
 
 def _train_reference(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from crane_core.page import FAINT, INK, STYLE, clean, environment, interval, svg
+from crane_core.page import FAINT, INK, STYLE, clean, environment, interval, plot_monitors, svg
 
 DEFAULT_COLOUR, COLOUR, VALIDATION_COLOUR = "#d9822b", "#0f5c8c", "#8a94a0"
 _FORM_COLOURS = ("#0f5c8c", "#d9822b", "#1d7a4d", "#6b4fa0", "#b3402e", "#66727e")
@@ -47,6 +47,10 @@ def _plots(found: Mapping[str, Any]) -> dict[str, Markup]:
     measured = [row for row in found["table"] if row["test"] and row["validation"]]
     if measured:
         plots["variants"] = svg(_plot_variants(measured))
+    labels = [row["label"] for row in found["table"]]
+    monitors = plot_monitors(found["curves"], dict(zip(labels, _FORM_COLOURS * len(labels), strict=False)))
+    if monitors:
+        plots["monitors"] = svg(monitors)
     if any(row["differences"] for row in found.get("thirds", ())):
         plots["thirds"] = svg(_plot_thirds(found["thirds"]))
     if found.get("forms"):

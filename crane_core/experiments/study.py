@@ -191,6 +191,7 @@ class Study:
             "note": experiment.note,
             "table": table,
             "answer": answers.answer(table) if table else "",
+            "curves": {each.label: each.epochs() for each in measured},
             "missing": [f"{experiment.name}: {each.label}, seed {seed}" for each in measured for seed in each.missing],
         }
         extra = {"phi": self._forms, "cost": self._growth}.get(experiment.name)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from crane_core.content import load_modalities
 from crane_core.dataset import load_interactions
 from crane_core.errors import DataError
+from crane_core.monitors import profile_spreads
 from crane_core.refine import fit, refine_catalog
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, run_stage
@@ -40,6 +41,7 @@ def run(job: Job) -> Result:
     np.save(job.out / "fused_users.npy", refiner.fuse(users).detach().numpy())
     save_file({name: value.contiguous() for name, value in refiner.state_dict().items()}, job.out / "rca.safetensors")
     report["mean_cosine"] = likeness
+    report["profile_spread"] = profile_spreads(modalities)
     (job.out / "fit.json").write_text(json.dumps(report))
     return Result({"modalities": [m.name for m in modalities], "shape": list(items.shape), "mean_cosine": likeness})
 

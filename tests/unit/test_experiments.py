@@ -323,6 +323,10 @@ class TestCommand:
         results = json.loads(Path(result["results"]).read_text())
         table = results["experiments"]["modalities"]["table"]
         assert [row["label"] for row in table] == ["all: noise + telling", "noise", "telling"]
+        curves = results["experiments"]["modalities"]["curves"]
+        assert [len(curves[row["label"]]) for row in table] == [2, 2, 2], "an entry for each epoch"
+        assert "Gradient norm: contrast" in page and "Effective rank" in page
+        assert set(table[1]["profile_spread"]) == {"noise"}
         assert table[0]["difference"] is None and table[1]["difference"]["recall@20"]["low"] <= 0
 
     def test_without_a_budget_left_the_page_says_what_is_missing(self, folder: Path, tmp_path: Path, capsys) -> None:

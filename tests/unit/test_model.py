@@ -295,7 +295,7 @@ def test_the_contrast_can_take_its_negatives_from_both_kinds() -> None:
 
 
 def test_what_a_user_has_met_is_no_negative_of_the_user() -> None:
-    # User 0 and the items 0 and 1, views at right angles: of node 0 one cosine is left beside its own, of the items two.
+    # Views at right angles: the nodes 0 and 1 have one negative left each, and node 2 has two.
     angles = torch.eye(3)
     nodes = torch.tensor([2, 0, 1, 1])
     false = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)

@@ -40,6 +40,22 @@ def test_a_run_without_stages_says_so(store):
     assert page.count("Not available.") == 9
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_monitors_are_shown_where_the_training_has_them(store, earlier):
+    seen = {"effective_rank": 7.0, "mean_cosine": 0.1, "cosine_variance": 0.2, "gradient_ranking": 0.5}
+    curve = [{"epoch": epoch, "loss": 1.0, "recall@20": 0.1} | ({} if earlier else seen) for epoch in range(3)]
+    facts = {"best_epoch": 1, "num_epochs": 3, "validation": {"recall@20": 0.1, "ndcg@20": 0.1}}
+    publish(store, "ml.behaviour", {"curve.json": curve}, facts)
+    trust = {"share": 0.5, "curve": [[0.0, 0.1], [0.5, 0.2]]}
+    publish(store, "ml.train", {"curve.json": curve, "trust.json": trust}, facts)
+    spread = {} if earlier else {"profile_spread": {"text": 1.27}}
+    publish(store, "ml.refine", {"fit.json": {"curve": [], "mean_cosine": [0.2]} | spread}, {"modalities": ["text"]})
+    page = render(store, "run-1", CONFIG, [])
+    assert "Validation Recall@20 by trust" in page
+    for text in ("Effective rank of the users", "Variance of these cosines", "Gradient norm: ranking", "text 1.27"):
+        assert (text in page) is not earlier, text
+
+
 def test_a_damaged_artifact_is_named_and_the_rest_is_shown(store):
     publish(store, "ml.refine", {"fit.json": {"curve": [], "mean_cosine": [0.2]}}, {"modalities": ["text"]})
     publish(store, "ml.evaluate", {"metrics.json": {}})

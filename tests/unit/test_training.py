@@ -236,10 +236,40 @@ def test_the_monitors_are_in_the_curve_and_a_collapse_is_logged(
     with caplog.at_level(logging.WARNING):
         alike = trainer(tmp_path / "alike", collapsed, config)
         alike.run()
-    assert caplog.messages[-1].startswith("collapse epoch=1 effective_rank=1.")
+    assert [line.split(" effective_rank=1.")[0] for line in caplog.messages] == ["collapse epoch=1"]
     sound, last = ours.progress.curve[-1], alike.progress.curve[-1]
     assert sound["effective_rank"] > 2 and last["effective_rank"] < 1.14
     assert sound["mean_cosine"] < 0.5 and last["mean_cosine"] > 0.9
+    assert sound["cosine_variance"] > 0.1 > 10 * last["cosine_variance"]
+
+
+@both_kinds
+def test_the_gradient_norms_are_those_of_the_first_batch_at_the_last_weights(tmp_path: Path, kind: Kind) -> None:
+    config = SMALL.model_copy(update={"num_epochs": 1, "regularisation": 0.1, "contrast_weight": 0.1})
+    ours = trainer(tmp_path, config=config, kind=kind)
+    ours.run()
+    kept = drop_edges(ours.users, ours.items, ours.model.edge_dropout, ours._generator(1, 0))
+    order = ours._generator(2, 0).permutation(len(ours.users))
+    batch = ours._batch(order[:64], ours._generator(3, 0, 0))
+    losses = ours.model.losses(ours.model(ours._graph(kept)), batch)
+    for name, term in losses.items():
+        ours.optimiser.zero_grad()
+        term.backward(retain_graph=True)
+        squares = sum(float(each.grad.square().sum()) for each in ours.parameters if each.grad is not None)
+        assert ours.progress.curve[0][f"gradient_{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert len(losses) == (2 if kind == "lightgcn" else 3)
+
+
+def test_a_contrast_that_overwhelms_the_ranking_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SMALL.model_copy(update={"num_epochs": 3})
+    for weight in (1e-3, 100.0):
+        with caplog.at_level(logging.WARNING):
+            update = {"contrast_weight": weight}
+            trainer(tmp_path / str(weight), config=config.model_copy(update=update), kind="crane").run()
+        said = [line.split(" gradient=")[0] for line in caplog.messages]
+        assert said == ([] if weight < 1 else ["overwhelmed epoch=0 term=contrast"])
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
