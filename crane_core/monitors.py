@@ -83,7 +83,8 @@ def signs(entry: Mapping[str, float], dim: int) -> dict[str, str]:
     if rank < 1 + COLLAPSE * (dim - 1):
         found["collapse"] = (
             f"collapse epoch={entry['epoch']} effective_rank={rank:.2f} dim={dim} "
-            f"mean_cosine={entry['mean_cosine']:.3f} cosine_variance={entry['cosine_variance']:.2e}"
+            f"mean_cosine={entry.get('mean_cosine', math.nan):.3f} "
+            f"cosine_variance={entry.get('cosine_variance', math.nan):.2e}"
         )
     ranking = entry.get(f"{GRADIENT}ranking", math.inf)
     for name, norm in entry.items():

@@ -95,6 +95,9 @@ TrainModel = Callable[[Dataset, Recipe, Path], Trained]
 """Dataset, recipe and a folder of its own for the checkpoints of this training, so that it goes on after a kill. What
 several trainings share lies beside that folder."""
 
+View = tuple[Rows, dict[str, Any]]
+"""Best rows of a training, and its summary."""
+
 ITEM_KNN_GRID = tuple((size, shrinkage) for size in (20, 100, 1000) for shrinkage in (0.0, 100.0, 1000.0))
 """Neighbours and shrinkage: the best were 100 and 0 on Last.fm 2K, 1000 and 100 on Baby, 100 and 1000 on TikTok."""
 CONTENT_GRID = ("l2", "zscore")
@@ -118,11 +121,11 @@ def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Traine
     There is no item graph, so nothing stands for a cold item in LightGCN's rows.
     """
     interactions = dataset.interactions
-    view, alone = behaviour(interactions, recipe.train, work)
-    rows, summary = behaviour(interactions, recipe.train, work, "softmax")
+    view = behaviour(interactions, recipe.train, work)
+    own = behaviour(interactions, recipe.train, work, "softmax")
     size = interactions.num_items
     no_graph = SymmetricGraph(sp.csr_array((size, size), dtype=np.float32), CPU)
-    return _fused(view, alone, rows, summary, no_graph, dataset, recipe)
+    return _fused(view, own, no_graph, dataset, recipe)
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -131,12 +134,12 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     The seconds are those of all parts, whether they were made now or found.
     """
     interactions = dataset.interactions
-    view, alone = behaviour(interactions, recipe.train, work)
+    view = behaviour(interactions, recipe.train, work)
     content, prepared = content_of(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
-    rows, summary = train_to_best(model, interactions, recipe.train, work / "crane")
+    own = train_to_best(model, interactions, recipe.train, work / "crane")
     # The graph of the best epoch: a joint content has it from the best weights.
-    fused = _fused(view, alone, rows, summary, content.graph, dataset, recipe)
+    fused = _fused(view, own, content.graph, dataset, recipe)
     return replace(fused, seconds=fused.seconds + prepared["content_seconds"], facts=fused.facts | prepared)
 
 
@@ -232,7 +235,7 @@ NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"}
 """Those that read item features, and raise a `DataError` where there are none."""
 
 
-def behaviour(interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr") -> tuple[Rows, dict[str, Any]]:
+def behaviour(interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr") -> View:
     """The behavioural view: LightGCN's best rows and the trainer's summary.
 
     It is trained once for the same training and validation interactions, loss and settings, in a folder beside
@@ -250,18 +253,11 @@ def behaviour(interactions: Interactions, config: Train, work: Path, loss: Loss 
         return train_to_best(model, interactions, config, shared)
 
 
-def _fused(
-    view: Rows,
-    alone: dict[str, Any],
-    rows: Rows,
-    summary: dict[str, Any],
-    item_graph: SymmetricGraph,
-    dataset: Dataset,
-    recipe: Recipe,
-) -> Trained:
-    """LightGCN's rows `view` beside other rows, at the share validation trusts these with; each with its summary."""
+def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, recipe: Recipe) -> Trained:
+    """LightGCN's view beside a model's own, at the share validation trusts the latter with."""
     started = time.monotonic()
-    trust = choose_trust(view, rows, item_graph, dataset.interactions, recipe.train)
+    (behavioural, alone), (rows, summary) = view, own
+    trust = choose_trust(behavioural, rows, item_graph, dataset.interactions, recipe.train)
     seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
     facts = summary | {"trust": trust.share, "curve": trust.curve}
     return Trained(dot_product(*trust.rows), trust.recall, seconds, facts, dot_product(*rows))
@@ -323,9 +319,7 @@ def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str
     return Content(items, graph, users), refiner.state_dict(), profile_spreads(modalities)
 
 
-def train_to_best(
-    model: LightGCN, interactions: Interactions, config: Train, work: Path
-) -> tuple[Rows, dict[str, Any]]:
+def train_to_best(model: LightGCN, interactions: Interactions, config: Train, work: Path) -> View:
     """Train a model to its best validation recall; its rows there, and the trainer's summary and curve (`epochs`)."""
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, interactions, config, work, CPU)
