@@ -19,9 +19,10 @@ COLLAPSE = 0.02
 """How far from 1 to d the effective rank of the users' rows must reach, or they have collapsed. LightGCN under BPR
 passes through 0.036 (Last.fm 2K, d = 64) while popularity is all it knows, and learns on from there."""
 OVERWHELMED = 2.0
-"""Times the gradient of the ranking that the gradient of another term of the loss may reach."""
+"""Times the gradient of the ranking that the gradient of another term of the loss may reach. At the default settings
+CRANE's contrast stays at 0.005 and LightGCN's regularisation at 0.04 (Last.fm 2K)."""
 PROFILE_SPREAD = 2.0
-"""Orders of magnitude that the norms of profiles may spread over."""
+"""Orders of magnitude that the norms of profiles may spread over; sums spread over 0.65 on Last.fm 2K."""
 
 GRADIENT = "gradient_"
 """What the name of a term is prefixed with where the norm of its gradient is meant."""
