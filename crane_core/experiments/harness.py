@@ -67,9 +67,9 @@ class Recipe(Section):
         )
 
 
-def version_of(recipe: Recipe) -> int:
-    """The version of the trainings by a recipe: those that contrast users with items mean something else since 4."""
-    return 4 if recipe.train.contrast_negatives == "both_kinds" else VERSION
+def version_of(recipe: Recipe) -> int | str:
+    """The version of the trainings by a recipe. Those of `both_kinds` came to mean something else, and only those."""
+    return f"{VERSION}, false negatives masked" if recipe.train.contrast_negatives == "both_kinds" else VERSION
 
 
 @dataclass(frozen=True)

@@ -178,13 +178,19 @@ class TestCells:
             (dataset, "crane", changed(RECIPE, {"knn.k": 11}), 0),
             (dataset, "crane", RECIPE, 1),
             (dataset, "lightgcn", RECIPE, 0),
-            (dataset, "crane", changed(RECIPE, {"train.contrast_negatives": "both_kinds"}), 0),
         ]
         for other in others:
             assert cells.find(*other) is None
         assert cells.find(replace(dataset, name="moved"), "crane", RECIPE, 0), "the name is no content"
         monkeypatch.setattr(harness, "VERSION", harness.VERSION + 1)
         assert cells.find(dataset, "crane", RECIPE, 0) is None
+
+    def test_a_contrast_of_both_kinds_has_a_version_of_its_own(self, dataset, tmp_path, monkeypatch) -> None:
+        both, cells = changed(RECIPE, {"train.contrast_negatives": "both_kinds"}), Cells(tmp_path)
+        now = [cells.key(dataset, "crane", recipe, 0) for recipe in (RECIPE, both)]
+        monkeypatch.setattr(cells_module, "version_of", lambda _: harness.VERSION)
+        before = [cells.key(dataset, "crane", recipe, 0) for recipe in (RECIPE, both)]
+        assert now[0] == before[0] and now[1] != before[1]
 
     @pytest.mark.parametrize("name", ["users.npz", "cell.json"])
     def test_a_damaged_cell_is_named_and_made_again(
