@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from crane_core.errors import ConfigError
 
 Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
+Precision = Literal["float32", "bfloat16"]
 Loss = Literal["softmax", "bpr"]
 
 
