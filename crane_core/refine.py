@@ -402,7 +402,7 @@ def _finite(rows: np.ndarray, modality: str, whose: str) -> np.ndarray:
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
         raise DataError(
-            f"Modality {modality} has {bad.sum()} rows of {whose} with NaN or infinity among {len(rows)} that were read.",
+            f"Modality {modality} has NaN or infinity in {bad.sum()} of {len(rows)} rows of {whose} that were read.",
             "Run etl.features and etl.profiles again: they set such rows aside.",
         )
     return rows
