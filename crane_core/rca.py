@@ -328,8 +328,10 @@ class _ListedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         queries, keys, output, normaliser, rows, place = ctx.saved_tensors
         # With the normaliser of the whole row, each list's share of the gradient stands for itself.
-        sorted_rows = (source.index_select(0, rows) for source in (queries, gradients[0], output, normaliser))
-        partial, key_gradient = _attend_groups_backward(*sorted_rows, keys=keys, groups=ctx.groups)
+        own, incoming, attended, masses = (
+            source.index_select(0, rows) for source in (queries, gradients[0], output, normaliser)
+        )
+        partial, key_gradient = _attend_groups_backward(own, incoming, attended, masses, keys, ctx.groups)
         query_gradient = partial.index_select(0, place).view(len(queries), -1, queries.shape[1]).sum(1)
         return query_gradient, key_gradient, None, None
 
