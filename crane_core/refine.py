@@ -261,6 +261,7 @@ def refine_to_files(refiner: Refiner, modalities: list[Modality], chunk_size: in
     sizes = {"users": len(modalities[0].profiles), "items": len(modalities[0].items)}
     chunks = [(name, part) for name in sizes for part in _chunks(sizes[name], chunk_size)]
     mine = range(len(chunks) * rank // num_ranks, len(chunks) * (rank + 1) // num_ranks)
+    folder.mkdir(parents=True, exist_ok=True)
     state = LocalStorage(folder)
     likeness: list[float] = []
     for step in range(len(refiner.rca.recursions) + 1):
