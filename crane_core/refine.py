@@ -345,8 +345,8 @@ def _prepare(
         # In float64, so that the cut into chunks and ranks does not show in the sum.
         products = recursion.joint.new_zeros((width, width), dtype=torch.float64)
         for part in mine:
-            joint = recursion.joint_rows(items(part))
-            products += joint.T @ joint
+            joint = recursion.joint_rows(items(part)).double()
+            products.addmm_(joint.T, joint)
         if num_ranks > 1:
             dist.all_reduce(products)
         return GramKeys(products.float(), num_items)
