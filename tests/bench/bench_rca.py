@@ -22,6 +22,8 @@ on stdout is one JSON object:
   `cpu_seconds`, `peak_bytes` with output and gradients, `naive_seconds` and `naive_peak_bytes` of autograd through the
   dense form, `gemm_floor_cpu_seconds` of the seven products of softmax and tanh, and the `rel_error` of the gradients
   of a sample of queries and of all keys under them.
+- `files`: with `--files`, the same recursions behind a projection as `ml.refine` runs them, from memory-mapped
+  features to files: `seconds`, `peak_bytes` of anonymous memory beyond what was held before, `row_bytes` of the rows.
 """
 
 from __future__ import annotations
@@ -31,16 +33,21 @@ import ctypes
 import json
 import platform
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from crane_core.config import Refine
+from crane_core.matrix import open_matrix
 from crane_core.rca import Correlation, GramKeys, Keys, ListedKeys, Recursion, RecursiveCrossModalAttention, attend
-from crane_core.refine import refine_rows
+from crane_core.refine import Modality, Refiner, refine_rows, refine_to_files
 
 OWN_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest error against its own definition that a run passes with, by precision."""
@@ -62,6 +69,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=list(OWN_LIMIT), default="float32")
     parser.add_argument("--clusters", type=int, help="centres of the data; none when absent")
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--files", action="store_true")
     parser.add_argument("--no-naive", dest="naive", action="store_false")
     parser.add_argument("--sample", type=int, default=200, help="rows checked in float64")
     parser.add_argument("--repeats", type=int, default=2)
@@ -102,6 +110,7 @@ def main() -> int:
         "gemm_floor_cpu_seconds": min(seconds for _, seconds, _ in floors),
         "pairs": pairs,
         "backward": backward(items, correlation, edges, limit, args) if args.backward else None,
+        "files": to_files(items, users, device, args) if args.files else None,
         "command": "python -m tests.bench.bench_rca " + " ".join(sys.argv[1:]),
         "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -169,6 +178,38 @@ def backward(
         "gemm_floor_cpu_seconds": floor,
         "rel_error": error,
     }
+
+
+def to_files(items: Tensor, users: Tensor, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
+    config = Refine(
+        embedding_dim=args.dim, phi=args.kernel, num_lists=args.num_lists, num_probes=args.num_probes,
+        num_attention_landmarks=args.landmarks, num_recursions=args.recursions, chunk_size=args.chunk_size,
+        precision=args.precision,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder, modalities = Path(name), []
+        for number in range(args.modalities):
+            for kind, rows in (("items", items), ("users", users)):
+                np.save(folder / f"{kind}{number}.npy", rows[:, number].cpu().numpy())
+            features, profiles = (open_matrix(folder / f"{kind}{number}.npy") for kind in ("items", "users"))
+            present, counts = np.ones(len(items), dtype=bool), np.ones(len(users), dtype=np.int32)
+            modalities.append(Modality(str(number), features, present, profiles, counts))
+        refiner = Refiner([args.dim] * args.modalities, [1.0] * args.modalities, config).to(device)
+        ctypes.CDLL(None).malloc_trim(0)
+        before, highest, ended = status_bytes("/proc/self/status", "RssAnon"), [0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.02):
+                highest[0] = max(highest[0], status_bytes("/proc/self/status", "RssAnon"))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        started = time.perf_counter()
+        refine_to_files(refiner, modalities, args.chunk_size, folder / "work")
+        seconds = time.perf_counter() - started
+        ended.set()
+        watcher.join()
+    return {"seconds": seconds, "peak_bytes": highest[0] - before, "row_bytes": items.nbytes + users.nbytes}
 
 
 def exhaust(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor, chunk_size: int) -> None:
