@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from crane_core.errors import ConfigError
 
 Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
+Precision = Literal["float32", "bfloat16"]
 Loss = Literal["softmax", "bpr"]
 
 
@@ -109,6 +110,9 @@ class Refine(Section):
     """`block`: nearest lists a row attends to; more are closer to softmax and slower."""
     num_attention_landmarks: int | None = Field(None, ge=1)
     """`landmark`: items in the fixed sample every row attends to; 8 sqrt(number of items) when absent."""
+    precision: Precision = "float32"
+    """What RCA rounds queries and keys to before their products, which are summed in float32; `linear` ignores it.
+    `bfloat16` is what the matrix units of a GPU are fastest at; a CPU gains nothing from it."""
     num_recursions: int = Field(3, ge=0)
     """R, the number of RCA passes; 0 is a plain projection."""
     num_steps: int = Field(300, ge=0)
@@ -124,8 +128,8 @@ class Refine(Section):
     agreement_weight: float = Field(0.1, ge=0)
     """Weight of the InfoNCE loss between the modalities of one item."""
     chunk_size: int = Field(16384, ge=1)
-    """Rows refined at a time, and the upper bound of the edges of a block of scores (512 per thread x 256 on a CPU,
-    8192 x 8192 on a GPU). Memory grows with it, the result does not depend on it beyond rounding."""
+    """Rows refined at a time, written at a time, and lost at most when a job is killed; also the upper bound of the
+    edges of a block of scores. Memory grows with it, the result does not depend on it beyond rounding."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the weights, the mini-batches, and the lists or landmarks of the sparse forms."""
 
@@ -259,9 +263,9 @@ class Runtime(Section):
     model_name: str = "crane"
     """Name of the registered model."""
     device: str = "cpu"
-    """Where training runs: `cpu` or `cuda`. Refining, kNN and ranking run on the CPU so far."""
+    """Where refining and training run: `cpu` or `cuda`. kNN and ranking run on the CPU so far."""
     world_size: int = Field(1, ge=1)
-    """Training processes on this machine."""
+    """Refining and training processes on this machine."""
     num_threads: int | None = Field(None, ge=1)
     """Threads per process for torch and faiss; the library's choice when absent."""
     spark_master: str = "local[*]"

@@ -1,9 +1,14 @@
-"""Recursive cross-modal attention (arXiv 2601.11151, section 3.3): in tiles, never rows x items in memory."""
+"""Recursive cross-modal attention (arXiv 2601.11151, section 3.3): never rows x items in memory.
+
+Softmax is PyTorch's fused kernel, on a CPU and on CUDA. Tanh runs in tiles on a CPU; on CUDA it, and the softmax over
+inverted lists, are the Triton kernels of `crane_core.rca_triton`. No CUDA path has been measured on a GPU yet.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +18,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crane_core.config import Phi
+from crane_core.config import Phi, Precision
 
-_CPU_TILE = (512, 256)
+_TILE = (512, 256)
 """Largest block of scores per thread, queries x keys: 512 KiB in float32, so that two stay in an L2 cache."""
-_GPU_TILE = (8192, 8192)
 _KEYS_SEEN = 8
 """Multiple of sqrt(m) keys that a query of the sparse forms attends to by default: O(n sqrt(m)) instead of O(n m)."""
-_SAFE_SCORE = 40
-"""Scores below this need no shift in softmax: exp(40) = 2e17 is far from the end of float32 for any catalog."""
-_CLUSTER_SAMPLE = 256
+_CLUSTER_SAMPLE = 64
 """Keys per list that the centres are fitted on, at most."""
 _CLUSTER_STEPS = 10
+_CHUNK_ROWS = 512
+"""Rows compared with all centres at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Correlation:
         num_probes: lists each query of `block` attends to; as many as there are when that is less.
         num_landmarks: keys in the sample of `landmark`; None is 8 sqrt(m), all keys when that is less.
         seed: of the clustering and of the sample.
+        precision: what queries and keys are rounded to before their products, which are summed in float32. `linear`
+            ignores it. A CPU computes in float32 all the same.
     """
 
     phi: Phi = "softmax"
@@ -46,23 +52,30 @@ class Correlation:
     num_probes: int = _KEYS_SEEN
     num_landmarks: int | None = None
     seed: int = 0
+    precision: Precision = "float32"
 
-    def prepare(self, keys: Tensor) -> Keys:
+    def prepare(self, keys: Tensor, agree: Callable[[Tensor], object] | None = None) -> Keys:
         """What the attention to these keys needs whoever asks: computed once per recursion.
 
         Args:
             keys: float [m, d], m >= 1; also the values. Gradients reach them through `Keys.attend`.
+            agree: overwrites a tensor by that of rank 0, where several ranks prepare the same keys: rounding cannot
+                then make them attend to different lists.
         """
         if self.phi == "linear":
-            return GramKeys(keys)
+            return GramKeys(keys.T @ keys, len(keys))
         if self.phi == "block":
-            return ListedKeys(keys, self.num_lists or math.ceil(len(keys) ** 0.5), self.num_probes, self.seed)
+            num_lists = min(self.num_lists or math.ceil(len(keys) ** 0.5), len(keys))
+            cells = cluster(keys.detach(), num_lists, self.seed)
+            if agree:
+                agree(cells)
+            return ListedKeys(keys, cells, self.num_probes, self.precision)
         if self.phi == "landmark":
             num_landmarks = min(self.num_landmarks or math.ceil(_KEYS_SEEN * len(keys) ** 0.5), len(keys))
             generator = torch.Generator().manual_seed(self.seed)
             picked = torch.randperm(len(keys), generator=generator)[:num_landmarks].sort().values
-            return DenseKeys(keys[picked.to(keys.device)], "softmax")
-        return DenseKeys(keys, self.phi)
+            return DenseKeys(keys[picked.to(keys.device)], "softmax", self.precision)
+        return DenseKeys(keys, self.phi, self.precision)
 
 
 def attend(queries: Tensor, keys: Tensor, correlation: Correlation, chunk_size: int = 4096) -> Tensor:
@@ -90,10 +103,15 @@ class Keys(ABC):
 
 
 class GramKeys(Keys):
-    """`linear`: `(Q E^T) E = Q (E^T E)`, exact through a d x d matrix."""
+    """`linear`: `(Q E^T) E = Q (E^T E)`, exact through a d x d matrix.
 
-    def __init__(self, keys: Tensor) -> None:
-        self.gram = keys.T @ keys * (keys.shape[1] ** -0.5 / len(keys))
+    Args:
+        products: `E^T E`, float [d, d]; that of shards of the keys is the sum.
+        num_keys: m.
+    """
+
+    def __init__(self, products: Tensor, num_keys: int) -> None:
+        self.gram = products * (len(products) ** -0.5 / num_keys)
 
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
         return queries @ self.gram
@@ -102,20 +120,21 @@ class GramKeys(Keys):
 class DenseKeys(Keys):
     """`softmax` and `tanh`: every query attends to every key."""
 
-    def __init__(self, keys: Tensor, phi: Phi) -> None:
-        self.keys = keys
+    def __init__(self, keys: Tensor, phi: Phi, precision: Precision = "float32") -> None:
+        self.keys = _rounded(keys, precision)
         self.phi: Phi = phi
+        self.precision: Precision = precision
 
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
-        if self.phi == "softmax" and queries.device.type == "cpu" and len(queries):
-            # The fused kernel; its memory depends on neither the rows nor the keys. Were it refused, torch raises.
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                heads = F.scaled_dot_product_attention(
-                    queries[None, None], self.keys[None, None], self.keys[None, None]
-                )
-            return heads[0, 0]
-        everything = [(slice(0, len(queries)), slice(0, len(self.keys)))]
-        return _TiledAttention.apply(queries, self.keys, everything, self.phi, chunk_size)
+        if len(queries) == 0:
+            return queries.clone()
+        rounded = _rounded(queries, self.precision)
+        if self.phi == "softmax":
+            attended = _fused_softmax(rounded, self.keys)
+        else:
+            form = _FusedTanh if queries.device.type == "cuda" else _TiledTanh
+            attended = form.apply(rounded, self.keys, chunk_size)
+        return attended.to(queries.dtype)
 
 
 class ListedKeys(Keys):
@@ -126,23 +145,24 @@ class ListedKeys(Keys):
 
     Args:
         keys: float [m, d].
-        num_lists: k-means centres, m when that is less.
+        cells: int64 [m], the k-means centre of each key.
         num_probes: lists per query.
-        seed: of the clustering.
+        precision: as in `Correlation`.
 
     Attributes:
         order: int64 [m], the keys list by list.
+        keys: float [m, d], in that order.
         bounds: first position of every list in `order`, and m; [num_lists + 1].
         means: float64 [num_lists, d], mean key of every list.
     """
 
-    def __init__(self, keys: Tensor, num_lists: int, num_probes: int, seed: int) -> None:
-        cells = cluster(keys.detach(), min(num_lists, len(keys)), seed)
+    def __init__(self, keys: Tensor, cells: Tensor, num_probes: int, precision: Precision = "float32") -> None:
         self.order = torch.argsort(cells, stable=True)
+        self.keys = _rounded(keys[self.order], precision)
+        self.precision: Precision = precision
         sizes = torch.bincount(cells)
-        self.keys = keys[self.order]
         sums = torch.zeros(len(sizes), keys.shape[1], dtype=torch.float64, device=keys.device)
-        for rows in _slices(len(keys), _CPU_TILE[0]):
+        for rows in _slices(len(keys), _CHUNK_ROWS):
             sums.index_add_(0, cells[rows], keys.detach()[rows].double())
         filled = sizes > 0
         self.means = sums[filled] / sizes[filled, None]
@@ -150,150 +170,205 @@ class ListedKeys(Keys):
         self.num_probes = min(num_probes, len(self.means))
 
     def nearest(self, queries: Tensor) -> Tensor:
-        """int64 [n, num_probes], the lists each query attends to, nearest first.
+        """int64 [n, num_probes], the lists each query attends to.
 
         In float64, so that how the queries are cut into chunks decides nothing.
         """
         nearest = torch.empty(len(queries), self.num_probes, dtype=torch.int64, device=queries.device)
-        for rows in _slices(len(queries), _CPU_TILE[0]):
+        for rows in _slices(len(queries), _CHUNK_ROWS):
             scores = queries.detach()[rows].double() @ self.means.T
-            nearest[rows] = scores.float().topk(self.num_probes).indices
+            nearest[rows] = scores.float().topk(self.num_probes, sorted=False).indices
         return nearest
 
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
-        # Queries by list, so that every list is one dense product with those that look at it.
-        probes = self.nearest(queries).flatten()
-        rows = torch.argsort(probes, stable=True) // self.num_probes
-        ends = [0, *torch.bincount(probes, minlength=len(self.means)).cumsum(0).tolist()]
-        groups = [
-            (rows[ends[cell] : ends[cell + 1]], slice(self.bounds[cell], self.bounds[cell + 1]))
-            for cell in range(len(self.means))
-            if ends[cell] < ends[cell + 1]
-        ]
-        return _TiledAttention.apply(queries, self.keys, groups, "softmax", chunk_size)
+        if len(queries) == 0:
+            return queries.clone()
+        # Every row is held num_probes times, sorted by list, so the rows go in chunks.
+        parts = [_rounded(part, self.precision) for part in queries.split(chunk_size)]
+        attended = [_ListedSoftmax.apply(part, self.keys, self.nearest(part), self.bounds) for part in parts]
+        return torch.cat(attended).to(queries.dtype)
 
 
-Groups = list[tuple[slice, slice]] | list[tuple[Tensor, slice]]
-"""Which rows attend to which keys; rows are distinct within a group, and a row's groups share no key."""
+def _rounded(rows: Tensor, precision: Precision) -> Tensor:
+    """Rows in a precision; where no fused kernel takes it, rounded and back."""
+    if precision == "float32":
+        return rows
+    rounded = rows.to(torch.bfloat16)
+    return rounded if rows.device.type == "cuda" else rounded.to(rows.dtype)
 
 
-class _TiledAttention(torch.autograd.Function):
-    """Softmax and tanh attention in tiles of scores; the backward pass computes each tile again."""
+def _fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
+    """PyTorch's fused attention, whose memory depends on neither the rows nor the keys; refused, it raises."""
+    fused = [SDPBackend.FLASH_ATTENTION]
+    if queries.device.type == "cuda":
+        fused += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused):
+        heads = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None])
+    return heads[0, 0]
+
+
+class _FusedTanh(torch.autograd.Function):
+    """Tanh attention in one Triton kernel each way."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, groups: Groups, phi: Phi, chunk_size: int) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
+        from crane_core import rca_triton
+
+        ctx.save_for_backward(queries, keys)
+        everything = [(0, len(queries), 0, len(keys))]
+        return rca_triton.attend(queries, keys, everything, "tanh")[0].div_(len(keys))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        from crane_core import rca_triton
+
+        queries, keys = ctx.saved_tensors
+        everything = [(0, len(queries), 0, len(keys))]
+        incoming = gradients[0] / len(keys)
+        return *rca_triton.attend_backward(queries, keys, incoming, None, everything, "tanh"), None
+
+
+class _TiledTanh(torch.autograd.Function):
+    """Tanh attention in tiles of scores, in two buffers that stay in the cache; backward computes each tile again."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
+        ctx.save_for_backward(queries, keys)
+        ctx.chunk_size = chunk_size
         output = torch.zeros_like(queries)
-        tiles = _Tiles(queries, keys, phi, chunk_size)
-        # Where no score can leave the range of exp, the largest of each row need not be known.
-        bounded = _largest_norm(queries) * _largest_norm(keys) * tiles.scale < _SAFE_SCORE
-        top = queries.new_full((len(queries), 1), 0 if bounded else -torch.inf)
-        mass = queries.new_zeros((len(queries), 1))
-        for rows, columns in tiles.of(groups):
-            block, total, row_top, row_mass = (_take(source, rows) for source in (queries, output, top, mass))
-            block = block * tiles.scale
-            for part in columns:
-                scores = tiles.scores(block, keys[part])
-                if phi == "tanh":
-                    total.addmm_(tiles.tanh_(scores), keys[part])
-                    continue
-                if not bounded:
-                    new_top = torch.maximum(row_top, scores.amax(1, keepdim=True))
-                    shrink = torch.exp(row_top - new_top)
-                    scores, row_mass, total = scores.sub_(new_top), row_mass * shrink, total * shrink
-                    row_top = new_top
-                weights = scores.exp_()
-                row_mass = row_mass + weights.sum(1, keepdim=True)
-                total.addmm_(weights, keys[part])
-            for target, source in ((output, total), (top, row_top), (mass, row_mass)):
-                _put(target, rows, source)
-        if phi == "tanh":
-            output /= len(keys)
-        else:
-            output /= mass
-        ctx.save_for_backward(queries, keys, output, top + mass.log())
-        ctx.groups, ctx.phi, ctx.chunk_size = groups, phi, chunk_size
+        tiles = _Tiles(queries, keys, chunk_size)
+        for rows in tiles.rows:
+            block, total = queries[rows] * tiles.doubled, output[rows]
+            for columns in tiles.columns:
+                total.addmm_(tiles.tanh(block, keys[columns]), keys[columns])
+        return output.div_(len(keys))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        queries, keys = ctx.saved_tensors
+        scale = queries.shape[1] ** -0.5
+        incoming = gradients[0] / len(keys)
+        query_gradient, key_gradient = torch.zeros_like(queries), torch.zeros_like(keys)
+        tiles = _Tiles(queries, keys, ctx.chunk_size)
+        for rows in tiles.rows:
+            block, own = queries[rows] * tiles.doubled, queries[rows] * scale
+            for columns in tiles.columns:
+                weights = tiles.tanh(block, keys[columns])
+                key_gradient[columns].addmm_(weights.T, incoming[rows])
+                slope = weights.square_().neg_().add_(1)
+                score_gradient = slope.mul_(tiles.products(incoming[rows], keys[columns]))
+                query_gradient[rows].addmm_(score_gradient, keys[columns], alpha=scale)
+                key_gradient[columns].addmm_(score_gradient.T, own)
+        return query_gradient, key_gradient, None
+
+
+class _Tiles:
+    """The blocks of scores of some queries with some keys, in two buffers that are allocated once.
+
+    Attributes:
+        rows, columns: slices of the queries and of the keys; every pair of them is a tile.
+        doubled: twice the scale of the scores, what `tanh` takes.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor, chunk_size: int) -> None:
+        num_rows = min(_TILE[0] * torch.get_num_threads(), chunk_size, len(queries))
+        num_columns = min(_TILE[1], chunk_size, len(keys))
+        self.rows = _slices(len(queries), num_rows)
+        self.columns = _slices(len(keys), num_columns)
+        self.doubled = 2 * queries.shape[1] ** -0.5
+        self._buffers = queries.new_empty((2, num_rows * num_columns))
+
+    def tanh(self, doubled: Tensor, keys: Tensor) -> Tensor:
+        """`tanh(x)` of 2x, as `e / (e + 2)` with `e = exp(2x) - 1`: half the time of torch's, as exact."""
+        scores = torch.mm(doubled, keys.T, out=self._buffer(0, len(doubled), len(keys)))
+        grown = scores.clamp_max_(60).expm1_()
+        return grown.div_(torch.add(grown, 2, out=self._buffer(1, *grown.shape)))
+
+    def products(self, rows: Tensor, keys: Tensor) -> Tensor:
+        return torch.mm(rows, keys.T, out=self._buffer(1, len(rows), len(keys)))
+
+    def _buffer(self, number: int, num_rows: int, num_columns: int) -> Tensor:
+        return self._buffers[number, : num_rows * num_columns].view(num_rows, num_columns)
+
+
+Group = tuple[int, int, int, int]
+"""Queries [start, stop) that attend to keys [start, stop)."""
+
+
+class _ListedSoftmax(torch.autograd.Function):
+    """Softmax over the keys of a query's lists: fused attention to each list, merged by the mass of each.
+
+    Sorted by list, the queries of a list are one dense product with its keys.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, nearest: Tensor, bounds: list[int]) -> Tensor:
+        num_probes = nearest.shape[1]
+        probes = nearest.flatten()
+        order = torch.argsort(probes, stable=True)
+        ends = [0, *torch.bincount(probes, minlength=len(bounds) - 1).cumsum(0).tolist()]
+        edges = zip(ends, ends[1:], bounds, bounds[1:], strict=False)
+        groups = [(start, stop, first, last) for start, stop, first, last in edges if start < stop]
+        partial, mass = _attend_groups(queries.index_select(0, order // num_probes), keys, groups)
+        # Back into the order of the queries, a row of num_probes results for each.
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        mass = mass.index_select(0, place).view_as(nearest)
+        normaliser = mass.logsumexp(1)
+        shares = torch.exp(mass - normaliser[:, None])[:, None].to(partial.dtype)
+        output = torch.bmm(shares, partial.index_select(0, place).view(*nearest.shape, -1))[:, 0]
+        ctx.save_for_backward(queries, keys, output, normaliser, order // num_probes, place)
+        ctx.groups = groups
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (gradient,) = gradients
-        queries, keys, output, normaliser = ctx.saved_tensors
-        scale = queries.shape[1] ** -0.5
-        if ctx.phi == "tanh":
-            gradient = gradient / len(keys)
-        dot = (gradient * output).sum(1, keepdim=True)
-        query_gradient, key_gradient = torch.zeros_like(queries), torch.zeros_like(keys)
-        tiles = _Tiles(queries, keys, ctx.phi, ctx.chunk_size)
-        for rows, columns in tiles.of(ctx.groups):
-            own, incoming, row_gradient = (_take(source, rows) for source in (queries, gradient, query_gradient))
-            row_normaliser, row_dot = _take(normaliser, rows), _take(dot, rows)
-            block, own = own * tiles.scale, own * scale
-            for part in columns:
-                scores = tiles.scores(block, keys[part])
-                if ctx.phi == "tanh":
-                    weights = tiles.tanh_(scores)
-                    key_gradient[part].addmm_(weights.T, incoming)
-                    score_gradient = weights.square_().neg_().add_(1).mul_(incoming @ keys[part].T)
-                else:
-                    weights = scores.sub_(row_normaliser).exp_()
-                    key_gradient[part].addmm_(weights.T, incoming)
-                    score_gradient = weights.mul_((incoming @ keys[part].T).sub_(row_dot))
-                row_gradient.addmm_(score_gradient, keys[part], alpha=scale)
-                key_gradient[part].addmm_(score_gradient.T, own)
-            _put(query_gradient, rows, row_gradient)
-        return query_gradient, key_gradient, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        queries, keys, output, normaliser, rows, place = ctx.saved_tensors
+        # With the normaliser of the whole row, each list's share of the gradient stands for itself.
+        own, incoming, attended, masses = (
+            source.index_select(0, rows) for source in (queries, gradients[0], output, normaliser)
+        )
+        partial, key_gradient = _attend_groups_backward(own, incoming, attended, masses, keys, ctx.groups)
+        query_gradient = partial.index_select(0, place).view(len(queries), -1, queries.shape[1]).sum(1)
+        return query_gradient, key_gradient, None, None
 
 
-class _Tiles:
-    """Tiles of scores in two buffers that are allocated once."""
+def _attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each group: [n, d], and the logarithm of the sum of the exponentials, [n]."""
+    if queries.device.type == "cuda":
+        from crane_core import rca_triton
 
-    def __init__(self, queries: Tensor, keys: Tensor, phi: Phi, chunk_size: int) -> None:
-        largest = _GPU_TILE
-        if queries.device.type == "cpu":
-            largest = (_CPU_TILE[0] * torch.get_num_threads(), _CPU_TILE[1])
-        self.num_rows, self.num_columns = (min(edge, chunk_size) for edge in largest)
-        size = min(self.num_rows, len(queries)) * min(self.num_columns, len(keys))
-        self.buffers = queries.new_empty((2 if phi == "tanh" else 1, size))
-        self.scale = queries.shape[1] ** -0.5 * (2 if phi == "tanh" else 1)
-
-    def of(self, groups: Groups) -> Any:
-        """Rows of a tile, and the slices of keys they meet."""
-        for rows, columns in groups:
-            parts = _slices(columns.stop, self.num_columns, columns.start)
-            if isinstance(rows, slice):
-                for part in _slices(rows.stop, self.num_rows, rows.start):
-                    yield part, parts
-            else:
-                for part in rows.split(self.num_rows):
-                    yield part, parts
-
-    def scores(self, block: Tensor, keys: Tensor) -> Tensor:
-        return torch.mm(block, keys.T, out=self._buffer(0, len(block), len(keys)))
-
-    def tanh_(self, doubled: Tensor) -> Tensor:
-        """`tanh(x)` of 2x in place, as `e / (e + 2)` with `e = exp(2x) - 1`: half the time of torch's, as exact."""
-        grown = doubled.clamp_max_(60).expm1_()
-        return grown.div_(torch.add(grown, 2, out=self._buffer(1, *grown.shape)))
-
-    def _buffer(self, number: int, num_rows: int, num_columns: int) -> Tensor:
-        return self.buffers[number, : num_rows * num_columns].view(num_rows, num_columns)
+        return rca_triton.attend(queries, keys, groups, "softmax")
+    output, mass = torch.empty_like(queries), queries.new_empty(len(queries))
+    for start, stop, first, last in groups:
+        heads, part = queries[None, None, start:stop], keys[None, None, first:last]
+        # What scaled_dot_product_attention calls; it alone would keep the mass to itself.
+        attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads, part, part)
+        output[start:stop], mass[start:stop] = attended[0, 0], logsumexp.flatten()
+    return output, mass
 
 
-def _take(source: Tensor, rows: slice | Tensor) -> Tensor:
-    """The rows of a group; several times faster than indexing when they are listed."""
-    return source[rows] if isinstance(rows, slice) else source.index_select(0, rows)
+def _attend_groups_backward(
+    queries: Tensor, incoming: Tensor, output: Tensor, normaliser: Tensor, keys: Tensor, groups: list[Group]
+) -> tuple[Tensor, Tensor]:
+    if queries.device.type == "cuda":
+        from crane_core import rca_triton
 
-
-def _put(target: Tensor, rows: slice | Tensor, source: Tensor) -> None:
-    if isinstance(rows, slice):
-        target[rows] = source
-    else:
-        target.index_copy_(0, rows, source)
-
-
-def _largest_norm(rows: Tensor) -> float:
-    return float(torch.linalg.vector_norm(rows, dim=1).max()) if len(rows) else 0.0
+        delta = (incoming.float() * output.float()).sum(1)
+        return rca_triton.attend_backward(queries, keys, incoming, (normaliser, delta), groups, "softmax")
+    query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
+    for start, stop, first, last in groups:
+        rows, part = slice(start, stop), keys[None, None, first:last]
+        own, as_keys, as_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            incoming[None, None, rows], queries[None, None, rows], part, part, output[None, None, rows],
+            normaliser[None, rows, None], 0.0, False,
+        )  # fmt: skip
+        query_gradient[rows] = own[0, 0]
+        key_gradient[first:last] += as_keys[0, 0] + as_values[0, 0]
+    return query_gradient, key_gradient
 
 
 def cluster(keys: Tensor, num_lists: int, seed: int) -> Tensor:
@@ -317,12 +392,12 @@ def _assign(rows: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre of each row: int64 [n]."""
     lengths = centres.square().sum(1) / 2
     return torch.cat(
-        [torch.addmm(lengths, rows[part], centres.T, alpha=-1).argmin(1) for part in _slices(len(rows), _CPU_TILE[0])]
+        [torch.addmm(lengths, rows[part], centres.T, alpha=-1).argmin(1) for part in _slices(len(rows), _CHUNK_ROWS)]
     )
 
 
-def _slices(stop: int, size: int, start: int = 0) -> list[slice]:
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+def _slices(stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(0, stop, size)]
 
 
 class Recursion(nn.Module):

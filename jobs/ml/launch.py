@@ -1,10 +1,11 @@
-"""Training on one or many ranks: what `ml.behaviour` and `ml.train` share."""
+"""Work on one or many ranks, and the training that `ml.behaviour` and `ml.train` share."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from crane_core.config import RunConfig
+from crane_core.config import RunConfig, Runtime
 from crane_core.dataset import Interactions, load_interactions
 from crane_core.model import LightGCN
 from crane_core.store import Artifact, ArtifactStore
@@ -39,27 +40,49 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     Returns:
         The trainer's summary, and the final rows of users [num_users, d] and items [num_items, d].
     """
-    runtime = job.config.runtime
-    arguments = (job.store.storage.uri, job.run_id, job.config, job.work, build)
-    if runtime.world_size == 1:
-        _train_rank(*arguments)
-    else:
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=runtime.world_size,
-            run_id=job.run_id,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=1,
-            start_method="spawn",
-        )
-        elastic_launch(launch, _train_rank)(*arguments)
+    on_ranks(_train_rank, job, build)
     summary = json.loads((job.work / "summary.json").read_text())
     (job.out / "curve.json").write_text(json.dumps(summary.pop("curve")))
     save_file(load_file(job.work / "best.safetensors"), job.out / "weights.safetensors")
     rows = load_file(job.work / "rows.safetensors")
     return summary, rows["users"], rows["items"]
+
+
+def on_ranks(work: Callable[..., None], job: Job, *arguments: Any) -> None:
+    """Call `work(store URI, run id, configuration, job.work, *arguments)` on every rank and wait for all.
+
+    One rank is this process; more than one run under torchrun's elastic agent, and `work` must be importable.
+    """
+    given = (job.store.storage.uri, job.run_id, job.config, job.work, *arguments)
+    world_size = job.config.runtime.world_size
+    if world_size == 1:
+        work(*given)
+        return
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=job.run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        start_method="spawn",
+    )
+    elastic_launch(launch, work)(*given)
+
+
+@contextlib.contextmanager
+def rank(runtime: Runtime) -> Iterator[torch.device]:
+    """What every rank begins and ends with: logging, its device, the process group."""
+    start_logging()
+    device = use_device(runtime)
+    if runtime.world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            logging.getLogger().setLevel(logging.WARNING)
+    yield device
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
@@ -76,20 +99,13 @@ def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
 
 def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
     """What every rank does; rank 0 leaves the results in `work`."""
-    start_logging()
-    device = use_device(config.runtime)
-    if config.runtime.world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if dist.get_rank() > 0:
-            logging.getLogger().setLevel(logging.WARNING)
-    store = open_store(store_uri)
-    interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
-    model = build(store, run_id, interactions, config, device)
-    trainer = Trainer(model, interactions, config.train, work, device)
-    summary = trainer.run()
-    if trainer.rank == 0:
-        users, items = trainer.best_rows()
-        save_file({"users": users.contiguous(), "items": items.contiguous()}, work / "rows.safetensors")
-        (work / "summary.json").write_text(json.dumps(summary | {"curve": trainer.progress.curve}))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with rank(config.runtime) as device:
+        store = open_store(store_uri)
+        interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
+        model = build(store, run_id, interactions, config, device)
+        trainer = Trainer(model, interactions, config.train, work, device)
+        summary = trainer.run()
+        if trainer.rank == 0:
+            users, items = trainer.best_rows()
+            save_file({"users": users.contiguous(), "items": items.contiguous()}, work / "rows.safetensors")
+            (work / "summary.json").write_text(json.dumps(summary | {"curve": trainer.progress.curve}))

@@ -228,6 +228,28 @@ def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path:
     assert contents[0] == contents[1]
 
 
+@pytest.mark.slow
+def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(finished: Path, tmp_path: Path) -> None:
+    plant(tmp_path / "store", tmp_path / "scratch")
+    extra = ("runtime.world_size=2", "refine.chunk_size=16384")
+    command = [sys.executable, "-m", "jobs.ml.refine", *flags(tmp_path / "store", "planted", "", extra)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    work = tmp_path / "store" / ".scratch" / "ml.refine"
+    while not list(work.glob("*.work/fit.json")):
+        assert process.poll() is None, "the job ended before it was killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "resume the fit is done" in ended.stderr
+    one, two = (open_store(str(path)).artifact("planted", "ml.refine") for path in (finished, tmp_path / "store"))
+    two.verify()
+    assert sorted(two.manifest["files"]) == sorted(one.manifest["files"])
+    for name in ("items", "users", "fused_items", "fused_users"):
+        found, expected = (np.load(artifact.file(f"{name}.npy")) for artifact in (two, one))
+        assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
 def test_a_damaged_input_of_the_right_size_is_never_used(finished: Path) -> None:
     store = open_store(str(finished))
     extra = ("evaluate.seed=5",)

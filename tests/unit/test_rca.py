@@ -240,6 +240,22 @@ def test_float32_in_tiles_stays_within_1e_5_of_float64(correlation: Correlation)
     assert relative_error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("phi", ["softmax", "tanh", "block", "landmark"])
+def test_bfloat16_rounds_the_inputs_and_sums_in_float32(phi: str) -> None:
+    queries, keys = rows(24, 50, 64).float(), rows(25, 400, 64).float()
+    found = attend(queries, keys, Correlation(phi, precision="bfloat16"))
+    if phi == "block":
+        # The lists are those of the keys as they came.
+        lists = Correlation(phi).prepare(keys)
+        lists.keys = lists.keys.bfloat16().float()
+        expected = lists.attend(queries.bfloat16().float())
+    else:
+        expected = attend(queries.bfloat16().float(), keys.bfloat16().float(), Correlation(phi))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, attend(queries, keys, Correlation(phi)))
+
+
 def test_no_recursion_leaves_rows_alone() -> None:
     rca = RecursiveCrossModalAttention(2, 3, 0, Correlation("softmax"), torch.Generator())
     items, users = torch.ones(4, 2, 3), torch.ones(5, 2, 3)
