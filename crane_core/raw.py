@@ -11,14 +11,26 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from crane_core.config import RunConfig, Window
+from crane_core.config import Etl, RunConfig, Window
 from crane_core.errors import ConfigError, DataError
-from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, TITLE, USER_ID, VECTOR, WEIGHT
+from crane_core.schema import (
+    EVENT_TIME,
+    EVENT_TYPE,
+    INTERACTIONS,
+    ITEM_ID,
+    ITEMS,
+    LABEL,
+    TITLE,
+    USER_ID,
+    VECTOR,
+    WEIGHT,
+)
 
 INTERACTIONS_FOLDER = "interactions"
 ITEMS_FOLDER = "items"
@@ -87,14 +99,14 @@ def raw_root(config: RunConfig, store_uri: str) -> Path:
     return root
 
 
-def list_interactions(root: Path, window: Window, history_days: int | None) -> list[RawFile]:
-    """Files of the daily partitions a run reads: arrival day in `[end - history_days, end)`.
+def list_interactions(root: Path, window: Window, etl: Etl) -> list[RawFile]:
+    """Files of the daily partitions a run reads: those of days that overlap `[end - etl.history_days, end)`.
 
     Raises:
         DataError: a folder that is no daily partition, or no partition within the days read.
     """
     folder = root / INTERACTIONS_FOLDER
-    first = window.end - timedelta(days=history_days) if history_days is not None else None
+    first = etl.first_instant(window)
     files: list[RawFile] = []
     days = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -102,14 +114,14 @@ def list_interactions(root: Path, window: Window, history_days: int | None) -> l
             continue
         day = _day(entry)
         days.append(day)
-        midnight = datetime.combine(day, time(), UTC)
-        if midnight < window.end and (first is None or midnight >= first):
+        begin, end = day_bounds(day, etl.time_zone)
+        if begin < window.end and (first is None or end > first):
             files += _files(root, entry, day)
     if not files:
         found = f"{len(days)} daily partitions, {min(days)} to {max(days)}" if days else "no daily partition"
         raise DataError(
             f"{folder} has nothing to read before {window.end:%Y-%m-%d %H:%M} UTC (0 rows): it holds {found}"
-            + (f" and etl.history_days is {history_days}." if history_days is not None else "."),
+            + (f" and etl.history_days is {etl.history_days}." if first is not None else "."),
             "Move the window to days that have data, or deliver the missing partitions dt=YYYY-MM-DD.",
         )
     return files
@@ -169,18 +181,19 @@ def list_features(root: Path, modalities: Sequence[str]) -> dict[str, list[RawFi
     return listed
 
 
-def check_interactions(files: Sequence[RawFile], window: Window, needs_label: bool) -> list[Footer]:
+def check_interactions(files: Sequence[RawFile], window: Window, etl: Etl) -> list[Footer]:
     """Read and check the footers of interaction files.
 
     Args:
         files: from `list_interactions`.
         window: some partition that arrived within it must hold rows.
-        needs_label: whether the column `label` is required.
+        etl: tells the zone of the days, and whether the column `label` is required.
 
     Raises:
         DataError: a file is no Parquet, lacks a column or has one of a wrong type; or the window is empty.
     """
     footers = _footers(files)
+    needs_label = etl.split == "label"
     for footer in footers:
         _expect(footer, USER_ID, _is_text, "string", "Cast the ids to string when writing the file.")
         _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
@@ -193,7 +206,8 @@ def check_interactions(files: Sequence[RawFile], window: Window, needs_label: bo
         )
         _expect(footer, WEIGHT, _is_number, "float32", "Write the weights as float32.", required=False)
         _expect(footer, LABEL, pt.is_integer, "int8", "Write the labels as int8: 0, 1 or 2.", required=needs_label)
-    rows = sum(footer.num_rows for footer in footers if arrives_within(footer.file, window))
+        _expect(footer, EVENT_TYPE, _is_text, "string", "Write the event types as strings.", required=False)
+    rows = sum(footer.num_rows for footer in footers if arrives_within(footer.file, window, etl.time_zone))
     if rows == 0:
         days = [footer.file.day for footer in footers if footer.file.day]
         raise DataError(
@@ -234,11 +248,29 @@ def check_features(files: Sequence[RawFile]) -> list[Footer]:
     return footers
 
 
-def arrives_within(file: RawFile, window: Window) -> bool:
+def arrives_within(file: RawFile, window: Window, time_zone: str) -> bool:
     """Whether the arrival day of the file overlaps the window."""
     assert file.day is not None
-    midnight = datetime.combine(file.day, time(), UTC)
-    return midnight < window.end and midnight + timedelta(days=1) > window.start
+    begin, end = day_bounds(file.day, time_zone)
+    return begin < window.end and end > window.start
+
+
+def day_bounds(day: date, time_zone: str) -> tuple[datetime, datetime]:
+    """First instant of a day and of the next one in a zone, as UTC."""
+    zone = ZoneInfo(time_zone)
+    begin, end = (datetime.combine(each, time(), zone) for each in (day, day + timedelta(days=1)))
+    return begin.astimezone(UTC), end.astimezone(UTC)
+
+
+def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:
+    """Columns that are in the files and not in the schema, with the names of the files that have them."""
+    found: dict[str, list[str]] = {}
+    for footer in footers:
+        known = ITEMS if footer.file.day is None else INTERACTIONS
+        for name in footer.types:
+            if name not in known.names:
+                found.setdefault(name, []).append(footer.file.name)
+    return dict(sorted(found.items()))
 
 
 def _files(root: Path, folder: Path, day: date | None = None) -> list[RawFile]:

@@ -21,10 +21,11 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from crane_core.config import Features, RunConfig
+from crane_core.dataset import load_ids
 from crane_core.errors import DataError
 from crane_core.matrix import RowWriter, open_matrix
 from crane_core.raw import FEATURES_FOLDER, Footer, check_features, list_features, raw_root
-from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, VECTOR
+from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
 from crane_core.standardisation import fit_standardisation, standardised
 from crane_core.store import ArtifactStore
 from jobs.etl.session import open_session, readable, unreadable
@@ -122,7 +123,7 @@ def run(job: Job) -> Result:
     footers = {name: check_features(files) for name, files in listed.items()}
     read = {name: sum(footer.num_rows for footer in files) for name, files in footers.items()}
     interactions = job.input("etl.interactions")
-    num_items, num_train_items = (interactions.facts[name] for name in ("num_items", "num_train_items"))
+    num_items = interactions.facts["num_items"]
     logger.info("read %s", " ".join(f"{name}={rows}" for name, rows in read.items()))
     spark = open_session(config.runtime, scratch(job.store.storage.uri), sum(read.values()))
 
@@ -141,7 +142,8 @@ def run(job: Job) -> Result:
     quarantine_sum = tally(spark.read.parquet(str(job.out / "quarantine"))).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
-    kind, is_train = config.features.standardise, np.arange(num_items) < num_train_items
+    kind = config.features.standardise
+    is_train = load_ids(interactions, "items", STATE).to_numpy() == TRAINED
     facts: dict[str, Any] = {}
     for name, dim in dims.items():
         folder = job.out / name

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crane_core.config import Window
+from crane_core.config import Etl, Window
 from crane_core.errors import DataError
 from crane_core.importers import import_mmrec, import_movielens
 from crane_core.raw import check_features, check_interactions, check_items, list_features, list_interactions, list_items
@@ -54,7 +54,8 @@ def table(raw: Path, name: str) -> pa.Table:
 def check(raw: Path, start: date, end: date, needs_label: bool) -> None:
     """What an importer writes passes the checks of the ETL."""
     window = Window.model_validate({"start": start, "end": end})
-    check_interactions(list_interactions(raw, window, None), window, needs_label)
+    etl = Etl(split="label" if needs_label else "temporal")
+    check_interactions(list_interactions(raw, window, etl), window, etl)
     check_items(list_items(raw))
     for files in list_features(raw, ()).values():
         check_features(files)

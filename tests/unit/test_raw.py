@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crane_core.config import RunConfig, Window
+from crane_core.config import Etl, RunConfig, Window
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw import (
     check_features,
@@ -46,14 +46,14 @@ def raw(tmp_path: Path) -> Path:
         ("2026-01-06", 1, [5]),
         ("2026-01-05", None, [3, 4]),
         ("2026-01-05T00:00:01", None, [3, 4, 5]),
-        ("2026-01-05T12:00", 1, [5]),
+        ("2026-01-05T12:00", 1, [4, 5]),
         ("2026-02-01", None, [3, 4, 5, 6]),
     ],
 )
 def test_partitions_of_the_days_before_the_end_are_read(
     raw: Path, end: str, history: int | None, expected: list[int]
 ) -> None:
-    files = list_interactions(raw, window("2026-01-01", end), history)
+    files = list_interactions(raw, window("2026-01-01", end), Etl(history_days=history))
     assert [file.day for file in files] == [date(2026, 1, day) for day in expected]
 
 
@@ -64,7 +64,7 @@ def test_identity_names_size_and_time_of_every_file(raw: Path) -> None:
     (path.parent / ".b.parquet.crc").touch()
     (raw / "interactions" / ".staging").mkdir()
     (raw / "interactions" / ".staging" / "c.parquet").touch()
-    files = list_interactions(raw, window("2026-01-05", "2026-01-06"), 1)
+    files = list_interactions(raw, window("2026-01-05", "2026-01-06"), Etl(history_days=1))
     assert [file.name for file in files] == [
         f"interactions/dt=2026-01-05/{name}" for name in ("b.parquet", "part-0.parquet")
     ]
@@ -77,29 +77,29 @@ def test_identity_names_size_and_time_of_every_file(raw: Path) -> None:
 def test_folders_that_are_no_day_are_refused(raw: Path, name: str) -> None:
     (raw / "interactions" / name).mkdir()
     with pytest.raises(DataError, match=rf"{name} \(a folder, row count unknown\) is no daily partition.*Remedy: Move"):
-        list_interactions(raw, window("2026-01-05", "2026-01-06"), None)
+        list_interactions(raw, window("2026-01-05", "2026-01-06"), Etl())
 
 
 def test_stray_files_are_refused(raw: Path) -> None:
     (raw / "interactions" / "dt=2026-01-01").write_text("12345")
     with pytest.raises(DataError, match=r"dt=2026-01-01 \(5 bytes, row count unknown\) is no daily partition"):
-        list_interactions(raw, window("2026-01-05", "2026-01-06"), None)
+        list_interactions(raw, window("2026-01-05", "2026-01-06"), Etl())
 
 
 def test_nothing_before_the_end_is_an_error(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(DataError, match="it holds 4 daily partitions, 2026-01-03 to 2026-01-06"):
-        list_interactions(raw, window("2025-01-05", "2025-01-06"), None)
+        list_interactions(raw, window("2025-01-05", "2025-01-06"), Etl())
     with pytest.raises(DataError, match="it holds no daily partition"):
-        list_interactions(tmp_path_factory.mktemp("empty"), window("2026-01-05", "2026-01-06"), None)
+        list_interactions(tmp_path_factory.mktemp("empty"), window("2026-01-05", "2026-01-06"), Etl())
 
 
 def test_window_without_a_row_is_an_error(raw: Path) -> None:
     checked = window("2026-01-07", "2026-01-09")
     write_day(raw, "2026-01-08", [])
     with pytest.raises(DataError, match=r"is empty: 0 rows arrived in it; .* holds data of 2026-01-03 to 2026-01-08"):
-        check_interactions(list_interactions(raw, checked, None), checked, needs_label=False)
+        check_interactions(list_interactions(raw, checked, Etl()), checked, Etl())
     part_of_a_day = window("2026-01-06T18:00", "2026-01-09")
-    footers = check_interactions(list_interactions(raw, part_of_a_day, None), part_of_a_day, needs_label=False)
+    footers = check_interactions(list_interactions(raw, part_of_a_day, Etl()), part_of_a_day, Etl())
     assert sum(footer.num_rows for footer in footers) == 4
 
 
@@ -131,24 +131,24 @@ def test_types_that_lose_nothing_are_accepted(tmp_path: Path, column: str, kind:
     values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values
     pq.write_table(table.set_column(index, pa.field(column, values.type), values), path)
     checked = window("2026-01-05", "2026-01-06")
-    files = list_interactions(tmp_path, checked, None)
+    files = list_interactions(tmp_path, checked, Etl())
     if is_fine:
-        assert check_interactions(files, checked, needs_label=True)[0].num_rows == 1
+        assert check_interactions(files, checked, Etl(split="label"))[0].num_rows == 1
     else:
         with pytest.raises(DataError, match=rf"part-0\.parquet \(1 rows\).*{column!r}.*Remedy: "):
-            check_interactions(files, checked, needs_label=True)
+            check_interactions(files, checked, Etl(split="label"))
 
 
 def test_optional_columns_may_be_absent(tmp_path: Path) -> None:
     schema = pa.schema(list(INTERACTIONS)[:3])
     write_day(tmp_path, "2026-01-05", [("a", "x", at("2026-01-05"))], schema)
     checked = window("2026-01-05", "2026-01-06")
-    files = list_interactions(tmp_path, checked, None)
-    assert set(check_interactions(files, checked, needs_label=False)[0].types) == set(schema.names)
+    files = list_interactions(tmp_path, checked, Etl())
+    assert set(check_interactions(files, checked, Etl())[0].types) == set(schema.names)
     with pytest.raises(
         DataError, match=r"\(1 rows\) has no column 'label', expected int8; it has user_id, item_id, event_time"
     ):
-        check_interactions(files, checked, needs_label=True)
+        check_interactions(files, checked, Etl(split="label"))
 
 
 def test_catalog_is_optional_but_must_be_right(tmp_path: Path) -> None:
