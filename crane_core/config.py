@@ -28,6 +28,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def known_zone(name: str) -> str:
+    """The name, if the IANA database has it; a ValueError otherwise."""
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError("not a time zone of the IANA database") from error
+    return name
+
+
 class Window(Section):
     start: datetime
     """First instant whose data is new to this run, UTC."""
@@ -96,11 +105,7 @@ class Etl(Section):
     @field_validator("time_zone")
     @classmethod
     def _known_zone(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ValueError, OSError) as error:
-            raise ValueError("not a time zone of the IANA database") from error
-        return name
+        return known_zone(name)
 
     @field_validator("event_weights")
     @classmethod
