@@ -44,6 +44,7 @@ CODED_COLUMNS = (USER_KEY, ITEM_KEY, EVENT_TIME, WEIGHT, LABEL, EVENT_CODE, DAY)
 MALFORMED = (
     "null_id",
     "empty_id",
+    "invalid_utf8",
     "null_event_time",
     "non_finite_weight",
     "negative_weight",
@@ -89,6 +90,7 @@ def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
     checks = [
         ("null_id", F.col(USER_ID).isNull() | F.col(ITEM_ID).isNull()),
         ("empty_id", (F.trim(USER_ID) == "") | (F.trim(ITEM_ID) == "")),
+        ("invalid_utf8", ~(F.is_valid_utf8(USER_ID) & F.is_valid_utf8(ITEM_ID))),
         ("null_event_time", F.col(EVENT_TIME).isNull()),
         ("non_finite_weight", F.isnan(weight) | (F.abs(weight) == float("inf"))),
         ("negative_weight", weight < 0),
@@ -99,10 +101,10 @@ def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
     ]
     if etl.split == "label":
         known = F.coalesce(F.col(LABEL).isin(TRAIN, VALIDATION, TEST), F.lit(False))
-        checks.insert(5, ("bad_label", ~known))
+        checks.insert(6, ("bad_label", ~known))
     if etl.event_weights:
         known = F.col(EVENT_TYPE).isNull() | F.col(EVENT_TYPE).isin(*etl.event_weights)
-        checks.insert(5, ("unknown_event_type", ~known))
+        checks.insert(6, ("unknown_event_type", ~known))
     first = etl.first_instant(window)
     if first is not None:
         checks.append(("before_history", F.col(EVENT_TIME) < F.lit(first)))
@@ -110,6 +112,11 @@ def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
     for name, applies in reversed(checks):
         reason = F.when(applies, name).otherwise(reason)
     return rows.withColumn(REASON, reason)
+
+
+def readable_text(rows: DataFrame) -> DataFrame:
+    """Rows whose text every reader can decode: invalid bytes become the replacement character."""
+    return rows.withColumns({name: F.make_valid_utf8(name) for name in (USER_ID, ITEM_ID, EVENT_TYPE)})
 
 
 def counted_weight(etl: Etl) -> Column:

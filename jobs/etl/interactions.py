@@ -65,6 +65,7 @@ from jobs.etl.events import (
     mark_excess,
     mark_repeats,
     read_interactions,
+    readable_text,
     with_codes,
 )
 from jobs.etl.ids import base_artifact, first_seen, number_ids
@@ -117,7 +118,7 @@ def run(job: Job) -> Result:
     with readable():
         marked = mark_bad(read_interactions(spark, str(root), footers), config.window, etl)
         valid = marked.where(F.col(REASON).isNull())
-        write_parts(marked.where(F.col(REASON).isNotNull()), job.work / "bad")
+        write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
         bad = spark.read.parquet(str(job.work / "bad"))
         _stop_if_malformed(bad, footers, config, root)
         seen_users, seed = first_seen(valid, USER_ID, USER_KEY, config)
