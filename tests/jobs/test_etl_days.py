@@ -29,7 +29,7 @@ from jobs.commands.demo import wheel
 from jobs.commands.steps import Steps
 from jobs.etl import features, interactions, profiles
 from jobs.runner import open_store
-from tests.raw_data import at, write_day, write_items, write_log
+from tests.raw_data import at, write_day, write_items, write_log, write_vectors
 
 pytestmark = pytest.mark.spark
 
