@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ import pyarrow.types as pt
 
 from crane_core.config import Etl, RunConfig, Window
 from crane_core.errors import ConfigError, DataError
+from crane_core.location import Location
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,
@@ -50,7 +50,7 @@ class RawFile:
         day: arrival day, None outside `interactions`.
     """
 
-    path: Path
+    path: Location
     name: str
     size: int
     mtime_ns: int
@@ -79,39 +79,31 @@ class Footer:
     types: dict[str, pa.DataType]
 
 
-def raw_root(config: RunConfig, store_uri: str) -> Path:
-    """Local folder of the raw data.
+def raw_root(config: RunConfig, store_uri: str) -> Location:
+    """Folder of the raw data, on a local disk that all Spark workers see or in an S3 bucket.
 
     Raises:
-        ConfigError: it is not a local path.
+        ConfigError: it is neither.
         DataError: there is no such folder.
     """
-    uri = config.runtime.raw or f"{store_uri}/raw"
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file"):
-        raise ConfigError(
-            f"Raw data at {uri!r}: only local paths can be read, found the scheme {parts.scheme!r}.",
-            "Mount or copy the raw data to a path that all Spark workers see, and set runtime.raw to it.",
-        )
-    root = Path(parts.path if parts.scheme else uri).absolute()
+    root = Location.at(config.runtime.raw or f"{store_uri}/raw")
     if not root.is_dir():
         raise DataError(f"There is no raw data at {root}, 0 rows.", "Import a dataset, or set runtime.raw.")
     return root
 
 
-def list_interactions(root: Path, window: Window, etl: Etl) -> list[RawFile]:
+def list_interactions(root: Location | Path, window: Window, etl: Etl) -> list[RawFile]:
     """Files of the daily partitions a run reads: those of days that overlap `[end - etl.history_days, end)`.
 
     Raises:
         DataError: a folder that is no daily partition, or no partition within the days read.
     """
+    root = Location.at(root)
     folder = root / INTERACTIONS_FOLDER
     first = etl.first_instant(window)
     files: list[RawFile] = []
     days = []
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if _hidden(entry):
-            continue
+    for entry in folder.children():
         day = _day(entry)
         days.append(day)
         begin, end = day_bounds(day, etl.time_zone)
@@ -127,12 +119,13 @@ def list_interactions(root: Path, window: Window, etl: Etl) -> list[RawFile]:
     return files
 
 
-def list_items(root: Path) -> list[RawFile]:
+def list_items(root: Location | Path) -> list[RawFile]:
     """Files of the catalog; empty when there is none."""
+    root = Location.at(root)
     return _files(root, root / ITEMS_FOLDER)
 
 
-def check_modality(name: str, path: Path) -> None:
+def check_modality(name: str, path: Location | Path) -> None:
     """Refuse a name that other files of the pipeline need.
 
     Raises:
@@ -145,7 +138,7 @@ def check_modality(name: str, path: Path) -> None:
         )
 
 
-def list_features(root: Path, modalities: Sequence[str]) -> dict[str, list[RawFile]]:
+def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str, list[RawFile]]:
     """Files of each modality, by name.
 
     Args:
@@ -156,9 +149,9 @@ def list_features(root: Path, modalities: Sequence[str]) -> dict[str, list[RawFi
         ConfigError: a modality is asked for that is not there.
         DataError: there is no modality at all, or one without a file.
     """
+    root = Location.at(root)
     folder = root / FEATURES_FOLDER
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = {entry.name: entry for entry in entries if entry.is_dir() and not _hidden(entry)}
+    found = {entry.name: entry for entry in folder.children() if not entry.info.is_file}
     if not found:
         raise DataError(
             f"{folder} holds no modality, 0 rows of item features.",
@@ -212,7 +205,7 @@ def check_interactions(files: Sequence[RawFile], window: Window, etl: Etl) -> li
         days = [footer.file.day for footer in footers if footer.file.day]
         raise DataError(
             f"The window [{window.start:%Y-%m-%d %H:%M}, {window.end:%Y-%m-%d %H:%M}) is empty: 0 rows arrived in it; "
-            f"{files[0].path.parents[1]} holds data of {min(days)} to {max(days)}.",
+            f"{files[0].path.parent.parent} holds data of {min(days)} to {max(days)}.",
             "Move the window to days that have data, or deliver the missing partitions dt=YYYY-MM-DD.",
         )
     return footers
@@ -273,27 +266,21 @@ def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
-def _files(root: Path, folder: Path, day: date | None = None) -> list[RawFile]:
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(_hidden(part) for part in (path, *path.relative_to(folder).parents)):
-            stat = path.stat()
-            found.append(RawFile(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, day))
-    return found
+def _files(root: Location, folder: Location, day: date | None = None) -> list[RawFile]:
+    return [
+        RawFile(entry, entry.path.relative_to(root.path).as_posix(), entry.info.size, entry.info.mtime_ns or 0, day)
+        for entry in folder.files()
+    ]
 
 
-def _hidden(path: Path) -> bool:
-    return path.name.startswith((".", "_"))
-
-
-def _day(entry: Path) -> date:
+def _day(entry: Location) -> date:
     try:
         day = date.fromisoformat(entry.name.removeprefix(DAY_PREFIX))
-        if not entry.is_dir() or entry.name != f"{DAY_PREFIX}{day.isoformat()}":
+        if entry.info.is_file or entry.name != f"{DAY_PREFIX}{day.isoformat()}":
             raise ValueError(entry.name)
         return day
     except ValueError as error:
-        size = f"{entry.stat().st_size} bytes" if entry.is_file() else "a folder"
+        size = f"{entry.info.size} bytes" if entry.info.is_file else "a folder"
         raise DataError(
             f"{entry} ({size}, row count unknown) is no daily partition.",
             "Move it into a folder dt=YYYY-MM-DD, the day it arrived.",
@@ -307,7 +294,7 @@ def _footers(files: Sequence[RawFile]) -> list[Footer]:
 
 def _footer(file: RawFile) -> Footer:
     try:
-        with pq.ParquetFile(file.path) as parquet:
+        with pq.ParquetFile(str(file.path.path), filesystem=file.path.filesystem) as parquet:
             schema = parquet.schema_arrow
             return Footer(
                 file,

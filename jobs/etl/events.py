@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from crane_core.config import Etl, RunConfig
 from crane_core.config import Window as RunWindow
-from crane_core.raw import INTERACTIONS_FOLDER, Footer
+from crane_core.raw import Footer, RawFile
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,
@@ -31,7 +31,7 @@ from crane_core.schema import (
     VALIDATION,
     WEIGHT,
 )
-from jobs.etl.session import glob_escaped
+from jobs.etl.reading import read_files
 
 logger = logging.getLogger(__name__)
 
@@ -56,22 +56,22 @@ MALFORMED = (
 """Reasons that speak of broken data and count towards `etl.max_quarantine_share`."""
 
 
-def read_interactions(spark: SparkSession, root: str, footers: Sequence[Footer]) -> DataFrame:
+def read_interactions(spark: SparkSession, footers: Sequence[Footer]) -> DataFrame:
     """The raw rows of the files, in common types: weight float (null kept), label bigint, dt date.
 
     Files are grouped by the physical types of their footers, each group is read as it is stored and then cast.
     """
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str, str], list[RawFile]] = {}
     for footer in footers:
         event_time, weight, label = (_stored(footer.types.get(name)) for name in (EVENT_TIME, WEIGHT, LABEL))
         event_type = "string" if EVENT_TYPE in footer.types else ""
-        groups.setdefault((event_time, weight, label, event_type), []).append(glob_escaped(footer.file.path))
+        groups.setdefault((event_time, weight, label, event_type), []).append(footer.file)
     tables = []
-    for (event_time, weight, label, event_type), paths in sorted(groups.items()):
+    for (event_time, weight, label, event_type), files in sorted(groups.items()):
         optional = {WEIGHT: (weight, "float"), LABEL: (label, "bigint"), EVENT_TYPE: (event_type, "string")}
-        schema = f"{USER_ID} string, {ITEM_ID} string, {EVENT_TIME} {event_time}, {DAY} date"
+        schema = f"{USER_ID} string, {ITEM_ID} string, {EVENT_TIME} {event_time}"
         schema += "".join(f", {name} {stored}" for name, (stored, _) in optional.items() if stored)
-        rows = spark.read.schema(schema).option("basePath", f"{root}/{INTERACTIONS_FOLDER}").parquet(*paths)
+        rows = read_files(spark, files, schema, DAY)
         if event_time == "bigint":
             rows = rows.withColumn(EVENT_TIME, F.timestamp_micros(F.floor(F.col(EVENT_TIME) / 1000)))
         cast = [

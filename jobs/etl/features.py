@@ -23,6 +23,7 @@ from pyspark.sql import functions as F
 from crane_core.config import Features, RunConfig
 from crane_core.dataset import load_ids
 from crane_core.errors import DataError
+from crane_core.location import Location
 from crane_core.matrix import RowWriter, open_matrix
 from crane_core.raw import FEATURES_FOLDER, Footer, check_features, list_features, raw_root
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
@@ -92,7 +93,7 @@ def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> Data
     return marked.withColumn("_spread", spread).withColumn(REASON, repeated).drop("_spread")
 
 
-def choose_dims(rows: DataFrame, folder: Path) -> dict[str, int]:
+def choose_dims(rows: DataFrame, folder: Location) -> dict[str, int]:
     """The length that most vectors of each modality have.
 
     Raises:
@@ -166,7 +167,8 @@ def _scan_row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBat
     for batch in batches:
         for piece in batch.to_pylist():
             try:
-                with pq.ParquetFile(piece["path"]) as parquet:
+                location = Location.at(piece["path"])
+                with pq.ParquetFile(str(location.path), filesystem=location.filesystem) as parquet:
                     for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
                         yield _describe(piece[MODALITY], rows)
             except (pa.ArrowException, OSError) as error:
@@ -202,7 +204,7 @@ def _count_reasons(marked: DataFrame, read: Mapping[str, int]) -> dict[str, dict
     return counts
 
 
-def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Features, folder: Path) -> None:
+def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Features, folder: Location) -> None:
     for name, found in counts.items():
         total = sum(found.values())
         malformed = {reason: found[reason] for reason in MALFORMED if reason in found}

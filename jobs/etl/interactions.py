@@ -12,7 +12,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession, Window
@@ -21,6 +20,7 @@ from pyspark.storagelevel import StorageLevel
 
 from crane_core.config import RunConfig
 from crane_core.errors import DataError
+from crane_core.location import Location
 from crane_core.raw import (
     INTERACTIONS_FOLDER,
     Footer,
@@ -70,7 +70,8 @@ from jobs.etl.events import (
 )
 from jobs.etl.ids import base_artifact, first_seen, number_ids
 from jobs.etl.quality import distribution, heed_drift, measure_drift
-from jobs.etl.session import glob_escaped, open_session, readable
+from jobs.etl.reading import read_files
+from jobs.etl.session import open_session, readable
 from jobs.etl.tables import tally, write_balanced, write_parts, write_table
 from jobs.runner import Job, Result, run_stage, scratch
 
@@ -116,7 +117,7 @@ def run(job: Job) -> Result:
     spark = open_session(config.runtime, scratch(job.store.storage.uri), num_read)
 
     with readable():
-        marked = mark_bad(read_interactions(spark, str(root), footers), config.window, etl)
+        marked = mark_bad(read_interactions(spark, footers), config.window, etl)
         valid = marked.where(F.col(REASON).isNull())
         write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
         bad = spark.read.parquet(str(job.work / "bad"))
@@ -152,7 +153,7 @@ def run(job: Job) -> Result:
     train = kept.where(F.col(SPLIT) == TRAIN)
     trained_users, trained_items = (train.select(key).distinct() for key in (USER_KEY, ITEM_KEY))
 
-    catalog, catalog_bad = _read_catalog(spark, root, catalog_footers)
+    catalog, catalog_bad = _read_catalog(spark, catalog_footers)
     users = number_ids(
         seen_users, trained_users, USER_ID, USER_KEY, USER_IDX, config, base=_base_ids(spark, base, "users")
     )
@@ -257,12 +258,12 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int, drif
     return Result(facts, {name: entry.checksum for name, entry in found.items()})
 
 
-def _read_catalog(spark: SparkSession, root: Path, footers: Sequence[Footer]) -> tuple[DataFrame, DataFrame]:
+def _read_catalog(spark: SparkSession, footers: Sequence[Footer]) -> tuple[DataFrame, DataFrame]:
     schema = f"{ITEM_ID} string, {TITLE} string"
     if not footers:
         return clean_catalog(spark.createDataFrame([], schema))
     with readable():
-        rows = spark.read.schema(schema).parquet(*(glob_escaped(footer.file.path) for footer in footers))
+        rows = read_files(spark, [footer.file for footer in footers], schema)
         return clean_catalog(rows.localCheckpoint(eager=True))
 
 
@@ -277,7 +278,7 @@ def _cutoffs(config: RunConfig) -> dict[str, str | None]:
     }
 
 
-def _stop_if_malformed(bad: DataFrame, footers: Sequence[Footer], config: RunConfig, root: Path) -> None:
+def _stop_if_malformed(bad: DataFrame, footers: Sequence[Footer], config: RunConfig, root: Location) -> None:
     """Judge all rows read, and apart from them those that arrived in the window: years of good rows hide a bad day."""
     by_day = bad.where(F.col(REASON).isin(*MALFORMED)).groupBy(DAY, REASON).count().collect()
     new = [footer for footer in footers if arrives_within(footer.file, config.window, config.etl.time_zone)]
@@ -301,7 +302,7 @@ def _stop_if_malformed(bad: DataFrame, footers: Sequence[Footer], config: RunCon
         )
 
 
-def _no_training_rows(num_read: int, config: RunConfig, root: Path) -> DataError:
+def _no_training_rows(num_read: int, config: RunConfig, root: Location) -> DataError:
     validation = _cutoffs(config)["validation"]
     before = f" before the validation period starts at {validation}" if validation else ""
     return DataError(

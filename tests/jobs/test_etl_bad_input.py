@@ -39,8 +39,8 @@ SETTINGS = {
     "etl.event_weights": "{view: 1, buy: 4, look: 0.5}",
 }
 IDS = st.one_of(
-    st.sampled_from(["a", "b", "c", "d", "", " ", "\t", "\x00", "\u00a0", "ä", "x" * 300, "null", "NaN", "-1"]),
-    st.none(),
+    st.sampled_from(["a", "b", "c", "d", "", " ", "\t", "\x00", "\u00a0", "ä", "x" * 300, "null", "NaN", "-1", None]),
+    st.sampled_from(["a", "b", "c"]),
     st.text(max_size=4),
 )
 MIDNIGHT = datetime(2026, 1, 18, tzinfo=UTC)
@@ -75,21 +75,25 @@ KINDS: dict[str, list[pa.DataType]] = {
 SOUND = {name: kinds[0] for name, kinds in KINDS.items()}
 
 
+DAMAGE = st.tuples(st.floats(0, 1), st.integers(0, 255))
+"""Which byte of the file, and its new value."""
+
+
 @st.composite
 def bad_files(draw: st.DrawFn) -> dict[str, Any]:
     """A file: its rows, the day it arrives on, the types it is written with, and what happens to its bytes."""
     kinds = dict(SOUND)
-    # One or two odd types at most, or nothing but wrong types would be looked at.
-    for name in draw(st.lists(st.sampled_from(COLUMNS), max_size=2, unique=True)):
+    # Few odd types, or nothing but wrong types would be looked at.
+    for name in draw(st.sampled_from([(), (), *((name,) for name in COLUMNS)])):
         kinds[name] = draw(st.sampled_from(KINDS[name]))
     return {
         "rows": draw(ROWS),
         "day": FIRST + timedelta(days=draw(st.integers(0, (LAST - FIRST).days))),
         "kinds": kinds,
-        "drop": draw(st.one_of(st.just(()), st.lists(st.sampled_from(COLUMNS), max_size=1).map(tuple))),
+        "drop": draw(st.sampled_from([*[()] * 8, *((name,) for name in COLUMNS)])),
         "extra": draw(st.sampled_from([(), (), ("price",), ("dt",), ("USER_ID",), ("reason", "user_key")])),
-        "damage": draw(st.one_of(st.none(), st.none(), st.none(), st.tuples(st.floats(0, 1), st.integers(0, 255)))),
-        "cut": draw(st.sampled_from([None, None, None, None, 0.0, 0.3, 0.99])),
+        "damage": draw(st.sampled_from([False, False, False, False, True])) and draw(DAMAGE),
+        "cut": draw(st.sampled_from([*[None] * 17, 0.0, 0.3, 0.99])),
     }
 
 
@@ -259,7 +263,7 @@ def test_every_bad_input_is_an_error_or_counted(
         path.rename(raw / name)
 
     examine()
-    assert outcome["files"] >= 200 and outcome["refused"] > 30 and outcome["accepted"] > 50, outcome
+    assert outcome["files"] >= 200 and min(outcome["refused"], outcome["accepted"]) > 50, outcome
     files = sorted(raw.glob("interactions/*/*.parquet"))
     expected = expected_counts(files, config)
     assert len(expected) > 10, expected

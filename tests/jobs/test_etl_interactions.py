@@ -283,7 +283,7 @@ def test_files_of_different_types_are_read_into_one_table(spark: SparkSession, t
     write_day(raw, "2026-01-20", [("a", "5", instant, None)], schema("us", pa.null(), None), "e.parquet")
     config = configure()
     footers = check_interactions(list_interactions(raw, config.window, config.etl), config.window, config.etl)
-    rows = read_interactions(spark, raw, footers).orderBy("item_id").collect()
+    rows = read_interactions(spark, footers).orderBy("item_id").collect()
     assert [(row["item_id"], row["weight"], row["label"]) for row in rows] == [
         ("1", 2.0, 1),
         ("2", 2.5, 2),
