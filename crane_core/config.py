@@ -129,6 +129,13 @@ class Features(Section):
     """Modalities to use, by folder name; all that are found when empty."""
     standardise: Literal["zscore", "l2", "none"] = "l2"
     """`zscore` per column, fitted on items with training interactions; `l2` per row; or as they are."""
+    max_dim: int | None = Field(None, ge=1)
+    """Modalities that are wider are projected to this width once they are standardised. User profiles are sums, so
+    they are taken over the narrow rows."""
+    projection: Literal["pca", "svd"] = "pca"
+    """How: onto the principal axes of the items with training interactions, around their mean or around the origin."""
+    binary: Literal["float16", "float32", "float64"] = "float32"
+    """Number type of vectors that are delivered as fixed-size binary, little-endian."""
     max_quarantine_share: float = Field(0.5, gt=0, le=1)
     """The run stops when a larger share of a modality's rows is malformed."""
 

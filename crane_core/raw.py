@@ -5,13 +5,15 @@ Footers are read with pyarrow before an engine starts, so that a wrong file cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
@@ -36,6 +38,9 @@ INTERACTIONS_FOLDER = "interactions"
 ITEMS_FOLDER = "items"
 FEATURES_FOLDER = "features"
 DAY_PREFIX = "dt="
+MATRIX = ".npy"
+GROUP_ROWS = 262_144
+"""Rows of a matrix that one task reads."""
 
 
 @dataclass(frozen=True)
@@ -224,21 +229,52 @@ def check_items(files: Sequence[RawFile]) -> list[Footer]:
     return footers
 
 
-def check_features(files: Sequence[RawFile]) -> list[Footer]:
-    """Read and check the footers of the files of one modality.
+def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Footer]:
+    """Read and check the footers of the files of one modality, and the headers of its `.npy` matrices.
+
+    Args:
+        files: from `list_features`; those with the ids of a matrix are read with it.
+        binary: number type of vectors in fixed-size binary.
 
     Raises:
-        DataError: a file is no Parquet, lacks a column or has one of a wrong type; or there is no row.
+        DataError: a file is neither Parquet nor a matrix, lacks a column or has one of a wrong type; a matrix and its
+            ids do not fit; or there is no row.
     """
-    footers = _footers(files)
+    matrices = [file for file in files if file.path.path.suffix == MATRIX]
+    ids = {str(_ids_of(file.path)) for file in matrices}
+    footers = _footers([file for file in files if file not in matrices and str(file.path) not in ids])
     for footer in footers:
+        kind = footer.types.get(VECTOR)
+        if kind is not None and pt.is_fixed_size_binary(kind) and kind.byte_width % np.dtype(binary).itemsize:
+            raise DataError(
+                f"{footer.file.path} ({footer.num_rows} rows): column {VECTOR!r} is {kind}, which is no row of "
+                f"{binary}.",
+                "Correct features.binary, or write each item's vector as a list of float32.",
+            )
         _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
         _expect(footer, VECTOR, _is_vector, "list of float32", "Write each item's vector as a list of float32.")
+    footers += [_matrix_header(file, files) for file in matrices]
     if not any(footer.num_rows for footer in footers):
         raise DataError(
             f"{files[0].path.parent} has 0 rows in {len(files)} files.", "Deliver the features or remove the folder."
         )
     return footers
+
+
+def read_matrix_rows(path: Location, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """One group of `GROUP_ROWS` rows of a matrix under the columns of `schema.FEATURES`, in batches."""
+    ids = _read_ids(_ids_of(path))
+    with path.filesystem.open_input_file(str(path.path)) as file:
+        shape, kind = _read_header(file)
+        begin = file.tell()
+        for first in range(group * GROUP_ROWS, min(shape[0], (group + 1) * GROUP_ROWS), batch_rows):
+            count = min(batch_rows, shape[0] - first, (group + 1) * GROUP_ROWS - first)
+            row_bytes = shape[1] * kind.itemsize
+            file.seek(begin + first * row_bytes)
+            data = file.read(count * row_bytes)
+            values = np.frombuffer(data, kind, count * shape[1]).astype(np.float32)
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), shape[1])
+            yield pa.record_batch([ids.slice(first, count), vectors], names=[ITEM_ID, VECTOR])
 
 
 def arrives_within(file: RawFile, window: Window, time_zone: str) -> bool:
@@ -285,6 +321,50 @@ def _day(entry: Location) -> date:
             f"{entry} ({size}, row count unknown) is no daily partition.",
             "Move it into a folder dt=YYYY-MM-DD, the day it arrived.",
         ) from error
+
+
+def _ids_of(path: Location) -> Location:
+    return path.parent / f"{path.path.stem}.ids.txt"
+
+
+def _read_ids(path: Location) -> pa.Array:
+    with path.filesystem.open_input_file(str(path.path)) as file:
+        lines = file.read().decode().split("\n")
+    return pa.array(lines[:-1] if lines[-1] == "" else lines, pa.string())
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, is_fortran, kind = read(file)
+    if is_fortran or len(shape) != 2 or kind.kind != "f" or shape[1] == 0:
+        raise ValueError(f"shape {list(shape)} of {kind}{', column by column' if is_fortran else ''}")
+    return shape, kind
+
+
+def _matrix_header(file: RawFile, files: Sequence[RawFile]) -> Footer:
+    try:
+        with file.path.filesystem.open_input_file(str(file.path.path)) as handle:
+            shape, kind = _read_header(handle)
+            if handle.tell() + shape[0] * shape[1] * kind.itemsize != file.size:
+                raise ValueError(f"{file.size} bytes are not what shape {list(shape)} of {kind} takes")
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(
+            f"{file.path} ({file.size} bytes, row count unknown) is no complete matrix of floating numbers: {error}.",
+            "Save it again with numpy.save, one row per item.",
+        ) from error
+    ids = _ids_of(file.path)
+    try:
+        found = len(_read_ids(ids)) if str(ids) in {str(each.path) for each in files} else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{ids} cannot be read: {error}.", "Write one item id a line, in UTF-8.") from error
+    if found != shape[0]:
+        raise DataError(
+            f"{file.path} ({shape[0]} rows) has {'no' if found is None else found} ids in {ids}.",
+            "Deliver the item of each row, one id a line.",
+        )
+    groups = -(-shape[0] // GROUP_ROWS)
+    return Footer(file, shape[0], groups, {ITEM_ID: pa.string(), VECTOR: pa.list_(pa.float32())})
 
 
 def _footers(files: Sequence[RawFile]) -> list[Footer]:
@@ -346,4 +426,4 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _is_vector(kind: pa.DataType) -> bool:
     listed = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-    return listed and pt.is_floating(kind.value_type)
+    return pt.is_fixed_size_binary(kind) or (listed and pt.is_floating(kind.value_type))

@@ -47,4 +47,5 @@ ITEMS = pa.schema([pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(TITL
 FEATURES = pa.schema(
     [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]
 )
-"""`vector` may be a list of float16, float32 or float64 of one length per modality."""
+"""`vector` may be a list of float16, float32 or float64 of one length per modality, or fixed-size binary
+(`features.binary`). A matrix `NAME.npy` beside `NAME.ids.txt`, one item a line, is read as well."""

@@ -40,6 +40,7 @@ SETTINGS = {
     "etl.event_weights": "{view: 1, cart: 3, purchase: 5}",
     "etl.repeats": "sum",
     "features.standardise": "zscore",
+    "features.max_dim": "3",
 }
 
 

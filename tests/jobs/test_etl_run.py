@@ -402,6 +402,19 @@ def test_every_kind_of_vector_is_read(spark: SparkSession, kind: pa.DataType, tm
     ]
 
 
+@pytest.mark.parametrize(("binary", "width"), [("float16", 4), ("float32", 8), ("float64", 16)])
+def test_binary_vectors_are_read(binary: str, width: int, tmp_path: Path) -> None:
+    rows = [np.array(row, dtype=binary).tobytes() for row in ([1.5, 2.0], [0.5, float("inf")])]
+    path = write_vectors(tmp_path, "text", [("a", rows[0]), ("n", None), ("b", rows[1])], pa.binary(width))
+    batch = next(pq.ParquetFile(path).iter_batches())
+    for part in (batch, pa.concat_batches([batch, batch]).slice(3)):
+        assert features._describe("text", part, binary).to_pylist() == [
+            {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
+            {"modality": "text", "item_id": "n", "vector": None, "dim": 0, "is_finite": True},
+            {"modality": "text", "item_id": "b", "vector": [0.5, float("inf")], "dim": 2, "is_finite": False},
+        ]
+
+
 @pytest.mark.spark
 @pytest.mark.parametrize(
     ("rows", "expected"),

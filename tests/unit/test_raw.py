@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,7 @@ from crane_core.raw import (
     list_interactions,
     list_items,
     raw_root,
+    read_matrix_rows,
 )
 from crane_core.schema import INTERACTIONS
 from tests.raw_data import at, write_day, write_items, write_vectors
@@ -196,3 +199,58 @@ def test_raw_data_are_on_a_disk_or_on_s3(tmp_path: Path) -> None:
         raw_root(config("hdfs://name/raw"), "/somewhere")
     with pytest.raises(DataError, match=r"There is no raw data at .*absent, 0 rows"):
         raw_root(config(str(tmp_path / "absent")), "/somewhere")
+
+
+def write_matrix(folder: Path, name: str, rows: Any, ids: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{name}.npy", rows)
+    (folder / f"{name}.ids.txt").write_text("".join(f"{item}\n" for item in ids))
+    return folder / f"{name}.npy"
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_matrices_with_ids_are_features(tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crane_core.raw.GROUP_ROWS", 3)
+    rows = np.arange(14, dtype=kind).reshape(7, 2)
+    write_matrix(tmp_path / "features" / "image", "a", rows, list("abcdefg"))
+    write_vectors(tmp_path, "image", [("z", [1.0, 2.0])])
+    footers = check_features(list_features(tmp_path, ())["image"])
+    assert [(footer.file.path.name, footer.num_rows, footer.num_row_groups) for footer in footers] == [
+        ("part-0.parquet", 1, 1),
+        ("a.npy", 7, 3),
+    ]
+    batches = [batch for group in range(3) for batch in read_matrix_rows(footers[1].file.path, group, 2)]
+    assert [batch.num_rows for batch in batches] == [2, 1, 2, 1, 1]
+    assert [item for batch in batches for item in batch.column(0).to_pylist()] == list("abcdefg")
+    assert [vector for batch in batches for vector in batch.column(1).to_pylist()] == rows.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "damage", "expected"),
+    [
+        (np.ones((2, 2)), ["a"], None, r"\(2 rows\) has 1 ids"),
+        (np.ones((2, 2)), ["a", "b"], "ids", r"\(2 rows\) has no ids"),
+        (np.ones((2, 2)), ["a", "b"], "cut", "no complete matrix of floating numbers: .* bytes are not what"),
+        (np.ones((2, 2)), ["a", "b"], "garbage", "no complete matrix"),
+        (np.ones((2, 2), dtype=int), ["a", "b"], None, "no complete matrix .* of int64"),
+        (np.ones(4), list("abcd"), None, "no complete matrix"),
+        (np.asfortranarray(np.ones((2, 3))), ["a", "b"], None, "column by column"),
+        (np.array([[object()]]), ["a"], None, "no complete matrix"),
+    ],
+)
+def test_wrong_matrices_are_errors(tmp_path: Path, rows: Any, ids: list[str], damage: str, expected: str) -> None:
+    path = write_matrix(tmp_path / "features" / "image", "a", rows, ids)
+    if damage == "ids":
+        (path.parent / "a.ids.txt").unlink()
+    elif damage:
+        path.write_bytes(path.read_bytes()[:-3] if damage == "cut" else b"\x93NUMPY\x09\x09 nonsense")
+    with pytest.raises(DataError, match=expected):
+        check_features(list_features(tmp_path, ())["image"])
+
+
+def test_binary_vectors_must_be_whole_numbers_of_numbers(tmp_path: Path) -> None:
+    write_vectors(tmp_path, "text", [("a", b"123456")], pa.binary(6))
+    files = list_features(tmp_path, ())["text"]
+    assert check_features(files, "float16")[0].num_rows == 1
+    with pytest.raises(DataError, match="no row of float32"):
+        check_features(files)
