@@ -109,6 +109,7 @@ _UNREADABLE = re.compile(r"Encountered error while reading file (\S+?)\.?\s")
 
 _SQL = {
     "spark.sql.adaptive.enabled": "true",
+    "spark.sql.caseSensitive": "true",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
     "spark.sql.files.openCostInBytes": "131072",
     "spark.sql.legacy.parquet.nanosAsLong": "true",
