@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from pyspark.sql import Column, DataFrame
@@ -10,13 +11,26 @@ from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
-from crane_core.schema import COLD, EVENT_TIME, GONE, STATE, TITLE, TRAIN, TRAINED
+from crane_core.schema import COLD, EVENT_TIME, GONE, ITEM_ID, STATE, TITLE, TRAIN, TRAINED, USER_ID
 from crane_core.store import Artifact, ArtifactStore
-from jobs.etl.events import DAY, key_of, temporal_split
+from jobs.etl.events import DAY, ITEM_KEY, USER_KEY, key_of, temporal_split
 from jobs.etl.tables import number_rows
 
 WHOLE_NUMBER = "^(0|[1-9][0-9]{0,17})$"
 NUM_SEEDS = 8
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The ids of one kind in the log.
+
+    Attributes:
+        ids: the id, its key, and `entered`, the day it entered training.
+        seed: of the keys, under which no two of these ids share one.
+    """
+
+    ids: DataFrame
+    seed: int
 
 
 def base_artifact(config: RunConfig, store: ArtifactStore) -> Artifact | None:
@@ -40,20 +54,15 @@ def base_artifact(config: RunConfig, store: ArtifactStore) -> Artifact | None:
     return base
 
 
-def first_seen(valid: DataFrame, column: str, key: str, config: RunConfig) -> tuple[DataFrame, int]:
-    """Every id of the usable rows, once, with its key and the day it entered training.
+def first_seen(valid: DataFrame, config: RunConfig) -> tuple[Seen, Seen]:
+    """Every user and every item of the usable rows, once, with the day it entered training: one pass over the log.
 
     That day is the first on which a daily run of this configuration would have had the id in training; null when no
     event of the id lies in the training period of a temporal split.
 
     Args:
         valid: usable rows, `RAW_COLUMNS`.
-        column: `user_id` or `item_id`.
-        key: name of the key.
         config: the run.
-
-    Returns:
-        The id, `key`, `entered`; and the seed under which no two of these ids share a key.
     """
     etl = config.etl
     held_out = etl.validation_days + etl.test_days if etl.split == "temporal" else 0
@@ -61,11 +70,20 @@ def first_seen(valid: DataFrame, column: str, key: str, config: RunConfig) -> tu
     entered: Column = F.greatest(DAY, F.date_add(event_day, held_out))
     if etl.split == "temporal":
         entered = F.when(temporal_split(config) == TRAIN, entered)
-    seen = valid.groupBy(column).agg(F.min(entered).alias("entered")).localCheckpoint(eager=True)
+    both = valid.select(
+        entered.alias("entered"), F.expr(f"stack(2, true, {USER_ID}, false, {ITEM_ID}) as (is_user, id)")
+    )
+    both = both.groupBy("is_user", "id").agg(F.min("entered").alias("entered")).localCheckpoint(eager=True)
+    users, items = both.where("is_user"), both.where("not is_user")
+    return _keyed(users, USER_ID, USER_KEY), _keyed(items, ITEM_ID, ITEM_KEY)
+
+
+def _keyed(seen: DataFrame, column: str, key: str) -> Seen:
+    seen = seen.select(F.col("id").alias(column), "entered")
     for seed in range(NUM_SEEDS):
         keyed = seen.withColumn(key, key_of(column, seed))
         if keyed.groupBy(key).count().where("count > 1").isEmpty():
-            return keyed, seed
+            return Seen(keyed, seed)
     raise AssertionError(f"{column}: no seed of {NUM_SEEDS} tells the ids apart")
 
 
@@ -87,7 +105,7 @@ def number_ids(
     to them in this order.
 
     Args:
-        seen: from `first_seen`.
+        seen: the ids from `first_seen`.
         trained: the keys that have training rows.
         column: `user_id` or `item_id`.
         key: name of the key.

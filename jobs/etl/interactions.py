@@ -122,9 +122,8 @@ def run(job: Job) -> Result:
         write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
         bad = spark.read.parquet(str(job.work / "bad"))
         _stop_if_malformed(bad, footers, config, root)
-        seen_users, seed = first_seen(valid, USER_ID, USER_KEY, config)
-        seen_items, item_seed = first_seen(valid, ITEM_ID, ITEM_KEY, config)
-        coded = with_codes(valid, etl, seed, item_seed).repartition(
+        seen_users, seen_items = first_seen(valid, config)
+        coded = with_codes(valid, etl, seen_users.seed, seen_items.seed).repartition(
             max(2, -(-num_read // ROWS_PER_PARTITION)), USER_KEY
         )
         capped = mark_excess(coded, etl)
@@ -134,7 +133,7 @@ def run(job: Job) -> Result:
     heed_drift(drift, etl)
     kept = events.where(F.col(REASON).isNull()).drop(REASON)
     if etl.split == "leave_last":
-        kept = kept.join(seen_items.select(ITEM_KEY, ITEM_ID), ITEM_KEY)
+        kept = kept.join(seen_items.ids.select(ITEM_KEY, ITEM_ID), ITEM_KEY)
     kept = assign_split(kept, config).drop(ITEM_ID)
     set_aside = [events.where(F.col(REASON).isNotNull())]
     if etl.max_events_per_day is not None:
@@ -155,10 +154,10 @@ def run(job: Job) -> Result:
 
     catalog, catalog_bad = _read_catalog(spark, catalog_footers)
     users = number_ids(
-        seen_users, trained_users, USER_ID, USER_KEY, USER_IDX, config, base=_base_ids(spark, base, "users")
+        seen_users.ids, trained_users, USER_ID, USER_KEY, USER_IDX, config, base=_base_ids(spark, base, "users")
     )
     items = number_ids(
-        seen_items, trained_items, ITEM_ID, ITEM_KEY, ITEM_IDX, config, catalog, _base_ids(spark, base, "items")
+        seen_items.ids, trained_items, ITEM_ID, ITEM_KEY, ITEM_IDX, config, catalog, _base_ids(spark, base, "items")
     )
     if users.where(F.col(STATE) == TRAINED).isEmpty():
         raise _no_training_rows(num_read, config, root)
@@ -169,8 +168,8 @@ def run(job: Job) -> Result:
     unknown = F.when(F.col(USER_IDX).isNull(), "unknown_user").otherwise("unknown_item")
 
     def with_ids(rows: DataFrame) -> DataFrame:
-        named = rows.join(seen_users.select(USER_KEY, USER_ID), USER_KEY)
-        return named.join(seen_items.select(ITEM_KEY, ITEM_ID), ITEM_KEY)
+        named = rows.join(seen_users.ids.select(USER_KEY, USER_ID), USER_KEY)
+        return named.join(seen_items.ids.select(ITEM_KEY, ITEM_ID), ITEM_KEY)
 
     out = job.out
     interactions = placed.where(known).select(USER_IDX, ITEM_IDX, EVENT_TIME, WEIGHT, SPLIT)

@@ -68,16 +68,18 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
     def add(name: str, is_day: bool, value: Any, count: int) -> None:
         figures.setdefault(name, (Counter(), Counter()))[is_day][str(value)] += count
 
-    for row in sided.groupBy("is_day", "hour", "weight", EVENT_CODE).count().collect():
+    rows = F.count(F.lit(1)).alias("rows")
+    days = 1
+    for row in sided.groupBy("is_day", "hour", "weight", EVENT_CODE).agg(rows, F.min("day").alias("first")).collect():
+        days = max(days, -row["first"])
         for name in ("hour", "weight", EVENT_CODE):
-            add(name.removesuffix("_code"), row["is_day"], row[name], row["count"])
+            add(name.removesuffix("_code"), row["is_day"], row[name], row["rows"])
     for name, key in (("user_activity", USER_KEY), ("item_activity", ITEM_KEY)):
         daily = sided.groupBy("is_day", "day", key).count()
         octaves = daily.groupBy("is_day", F.floor(F.log2("count")).alias("octave")).agg(F.sum("count").alias("rows"))
         for row in octaves.collect():
             add(name, row["is_day"], row["octave"], row["rows"])
     reference, found = (sum(counts.values()) for counts in figures.get("hour", (Counter(), Counter())))
-    days = max(1, min(etl.drift_days, _days_of(sided)))
     result: dict[str, Any] = {"rows": found, "reference_rows": reference, "reference_days": days}
     if min(reference, found) < etl.drift_min_rows:
         return {**result, "status": "unknown"}
@@ -105,9 +107,3 @@ def heed_drift(drift: dict[str, Any], etl: Etl) -> None:
         )
     if drift["status"] == "warn":
         logger.warning("drift status=warn threshold=%s index=%s", etl.drift_warn, told)
-
-
-def _days_of(sided: DataFrame) -> int:
-    first = sided.agg(F.min("day").alias("first")).first()
-    assert first is not None
-    return -int(first["first"] or 0)

@@ -16,9 +16,11 @@ from crane_core.config import RunConfig
 from crane_core.raw import check_interactions, list_interactions
 from jobs.etl.events import (
     assign_split,
+    find_bots,
     find_core,
     key_of,
     mark_bad,
+    mark_excess,
     mark_repeats,
     read_interactions,
     with_codes,
@@ -133,6 +135,77 @@ def test_the_first_event_of_a_pair_is_kept(spark: SparkSession) -> None:
     }
 
 
+def test_types_weigh_what_the_configuration_says(spark: SparkSession) -> None:
+    config = configure(event_weights={"view": 1, "buy": 4, "look": 0}, min_weight=0.5)
+    day = "2026-01-10"
+    rows = [
+        ("a", "1", day, None, 0, day, "view"),
+        ("a", "2", day, 2.5, 0, day, "buy"),
+        ("a", "3", day, 3.0, 0, day, None),
+        ("a", "4", day, 1.0, 0, day, "look"),
+        ("a", "5", day, 1.0, 0, day, "BUY"),
+    ]
+    marked = mark_bad(events(spark, rows), config.window, config.etl).collect()
+    assert [row["reason"] for row in marked] == [None, None, None, "below_min_weight", "unknown_event_type"]
+    weighed = {row["item_id"]: (row["weight"], row["event_code"]) for row in coded(spark, rows[:3], config).collect()}
+    assert weighed == {"1": (1.0, 2), "2": (10.0, 0), "3": (3.0, None)}
+
+
+@pytest.mark.parametrize(
+    ("repeats", "expected"),
+    [("first", {"x": 1.0, "y": 5.0}), ("sum", {"x": 6.0, "y": 5.0}), ("max", {"x": 3.0, "y": 5.0})],
+)
+def test_repeats_weigh_into_the_first_of_their_period(
+    spark: SparkSession, repeats: str, expected: dict[str, float]
+) -> None:
+    """A duplicate counts once; what happens after the cutoff of training says nothing about a training row."""
+    config = configure(repeats=repeats, validation_days=2, test_days=2)
+    rows = coded(
+        spark,
+        [
+            ("a", "x", "2026-01-10", 1.0),
+            ("a", "x", "2026-01-11", 2.0),
+            ("a", "x", "2026-01-12", 3.0),
+            ("a", "x", "2026-01-12", 0.5),
+            ("a", "x", "2026-01-18", 50.0),
+            ("a", "y", "2026-01-18", 5.0),
+            ("a", "y", "2026-01-20", 70.0),
+        ],
+        config,
+    )
+    marked = mark_repeats(rows, config).collect()
+    assert {row["item_id"]: row["weight"] for row in marked if row["reason"] is None} == expected
+    assert sorted(row["reason"] for row in marked if row["reason"]) == ["duplicate", *["repeat"] * 4]
+
+
+def test_a_user_has_so_many_events_a_day(spark: SparkSession) -> None:
+    """The first of the day are kept, in the zone of the days; another user has a cap of its own."""
+    config = configure(max_events_per_day=2, time_zone="Europe/Berlin")
+    rows = coded(
+        spark,
+        [
+            ("a", "1", "2026-01-10 22:59"),
+            ("a", "2", "2026-01-10 10:00"),
+            ("a", "3", "2026-01-09 23:00"),
+            ("a", "4", "2026-01-10 23:00"),
+            ("b", "1", "2026-01-10 22:59"),
+        ],
+        config,
+    )
+    over = [row["item_id"] for row in mark_excess(rows, config.etl).collect() if row["reason"] == "over_daily_cap"]
+    assert over == ["1"]
+    assert mark_excess(rows, configure().etl).where("reason is not null").isEmpty()
+
+
+def test_bots_are_users_with_more_training_rows_than_the_most(spark: SparkSession) -> None:
+    rows = coded(
+        spark, [(user, str(item), "2026-01-10") for user, n in (("a", 3), ("b", 4)) for item in range(n)], configure()
+    )
+    bots = rows.join(find_bots(rows, 3), "user_key", "left_semi")
+    assert {row["user_id"] for row in bots.collect()} == {"b"}
+    assert find_bots(rows, None).isEmpty()
+
+
 def splits(rows: DataFrame, config: RunConfig) -> dict[tuple[str, str], int]:
     return {(row["user_id"], row["item_id"]): row["split"] for row in assign_split(rows, config).collect()}
 
@@ -208,8 +281,9 @@ def numbered(
     key = column.replace("_id", "_key")
     trained = assign_split(kept, config).where("split = 0").select(key).distinct()
     table = spark.createDataFrame(catalog, "item_id string, title string") if catalog else None
-    seen, _ = first_seen(valid, column, key, config)
-    return number_ids(seen, trained, column, key, "idx", config, table, base)
+    users, items = first_seen(valid, config)
+    seen = users if column == "user_id" else items
+    return number_ids(seen.ids, trained, column, key, "idx", config, table, base)
 
 
 def numbers(*arguments: Any) -> list[str]:
