@@ -44,6 +44,8 @@ DIRT = (
 )
 """The kinds of dirt, named as `etl.interactions` names its reasons."""
 LATENT_DIM = 8
+DRAWS = 5
+"""How often an item is drawn again while it is not launched yet."""
 FEATURE_ROWS = 65_536
 FILE_GROUP_ROWS = 262_144
 DAY_MICROS = 86_400_000_000
@@ -233,9 +235,15 @@ def _draw_events(
     place = np.searchsorted(np.cumsum(CATEGORY_SHARES), rng.random(count), side="right")
     category = world.user_categories[users, np.minimum(place, 2)]
     category = np.where(place == 3, rng.integers(0, plan.num_categories, count), category)
-    sizes = np.diff(world.starts)[category]
-    items = world.members[world.starts[category] + _power_law(rng.random(count), sizes, plan.item_exponent)]
-    items = np.where(world.item_launch[items] > day, world.members[world.starts[category]], items)
+    sizes = np.diff(world.starts)
+    items = np.full(count, -1)
+    absent = np.arange(count)
+    for _ in range(DRAWS):
+        chosen = category[absent]
+        places = _power_law(rng.random(len(absent)), sizes[chosen], plan.item_exponent)
+        items[absent] = world.members[world.starts[chosen] + places]
+        absent = absent[world.item_launch[items[absent]] > day]
+    items[absent] = world.members[world.starts[category[absent]]]
     hours = np.searchsorted(np.cumsum(HOUR_WEIGHTS / HOUR_WEIGHTS.sum()), rng.random(count), side="right")
     within = np.minimum(hours, 23) * 3_600_000_000 + rng.integers(0, 3_600_000_000, count)
     events = np.searchsorted(np.cumsum(list(EVENT_SHARES.values()))[:-1], rng.random(count), side="right")
