@@ -72,7 +72,7 @@ from jobs.etl.ids import base_artifact, first_seen, number_ids
 from jobs.etl.quality import distribution, heed_drift, measure_drift
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
-from jobs.etl.tables import tally, write_balanced, write_parts, write_table
+from jobs.etl.tables import lookup, tally, write_balanced, write_parts, write_table
 from jobs.runner import Job, Result, run_stage, scratch
 
 logger = logging.getLogger(__name__)
@@ -133,13 +133,14 @@ def run(job: Job) -> Result:
     heed_drift(drift, etl)
     kept = events.where(F.col(REASON).isNull()).drop(REASON)
     if etl.split == "leave_last":
-        kept = kept.join(seen_items.ids.select(ITEM_KEY, ITEM_ID), ITEM_KEY)
+        kept = kept.join(lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID)), ITEM_KEY)
     kept = assign_split(kept, config).drop(ITEM_ID)
     set_aside = [events.where(F.col(REASON).isNotNull())]
     if etl.max_events_per_day is not None:
         set_aside.append(capped.where(F.col(REASON).isNotNull()))
     if etl.max_interactions is not None:
         bots = find_bots(kept.where(F.col(SPLIT) == TRAIN), etl.max_interactions).localCheckpoint(eager=True)
+        bots = lookup(bots)
         set_aside.append(kept.join(bots, USER_KEY, "left_semi").withColumn(REASON, F.lit("bot")))
         kept = kept.join(bots, USER_KEY, "left_anti")
     if etl.k_core > 1:
@@ -161,15 +162,17 @@ def run(job: Job) -> Result:
     )
     if users.where(F.col(STATE) == TRAINED).isEmpty():
         raise _no_training_rows(num_read, config, root)
-    placed = kept.join(users.where(F.col(USER_KEY).isNotNull()).select(USER_KEY, USER_IDX), USER_KEY, "left").join(
-        items.where(F.col(ITEM_KEY).isNotNull()).select(ITEM_KEY, ITEM_IDX), ITEM_KEY, "left"
-    )
+    user_numbers = lookup(users.where(F.col(USER_KEY).isNotNull()).select(USER_KEY, USER_IDX))
+    item_numbers = lookup(items.where(F.col(ITEM_KEY).isNotNull()).select(ITEM_KEY, ITEM_IDX))
+    placed = kept.join(user_numbers, USER_KEY, "left").join(item_numbers, ITEM_KEY, "left")
     known = F.col(USER_IDX).isNotNull() & F.col(ITEM_IDX).isNotNull()
     unknown = F.when(F.col(USER_IDX).isNull(), "unknown_user").otherwise("unknown_item")
 
+    user_ids = lookup(seen_users.ids.select(USER_KEY, USER_ID))
+    item_ids = lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID))
+
     def with_ids(rows: DataFrame) -> DataFrame:
-        named = rows.join(seen_users.ids.select(USER_KEY, USER_ID), USER_KEY)
-        return named.join(seen_items.ids.select(ITEM_KEY, ITEM_ID), ITEM_KEY)
+        return rows.join(user_ids, USER_KEY).join(item_ids, ITEM_KEY)
 
     out = job.out
     interactions = placed.where(known).select(USER_IDX, ITEM_IDX, EVENT_TIME, WEIGHT, SPLIT)

@@ -25,7 +25,7 @@ from crane_core.matrix import RowWriter, blocks, open_matrix, rows_per_block
 from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX
 from crane_core.store import Artifact
 from jobs.etl.session import open_session
-from jobs.etl.tables import write_balanced, write_parts
+from jobs.etl.tables import lookup, write_balanced, write_parts
 from jobs.runner import Job, Result, run_stage, scratch
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def run(job: Job) -> Result:
         write_balanced(stale, job.work / "stale")
         stale = spark.read.parquet(str(job.work / "stale"))
         logger.info("base run=%s stale_users=%d changed_items=%d", earlier.run, stale.count(), changed.sum())
-        train = train.join(stale, USER_IDX, "left_semi")
+        train = train.join(lookup(stale), USER_IDX, "left_semi")
     profiles = sum_profiles(train, paths, job.config.profiles.aggregate == "mean", partitions)
     # The ranges are in the order of the users and so are the rows within: the files need no further sort.
     write_parts(profiles, job.work / "profiles")

@@ -16,6 +16,8 @@ from pyspark.sql import functions as F
 logger = logging.getLogger(__name__)
 
 FILE_BYTES = 128 * 1024 * 1024
+BROADCAST_ROWS = 1_000_000
+"""About 60 MB on the driver and on every worker."""
 _ROW_BITS = 33
 _SEEDS = ("first", "second")
 
@@ -50,6 +52,17 @@ def number_rows(rows: DataFrame, order: Sequence[Column | str], name: str, parti
     place = F.col("_place").bitwiseAND(F.lit((1 << _ROW_BITS) - 1))
     offset = F.element_at(F.array(*map(F.lit, offsets)), part + 1)
     return ranged.withColumn(name, (place + offset).cast("int")).drop("_place")
+
+
+def lookup(rows: DataFrame) -> DataFrame:
+    """A table to join a log with: sent whole to every worker where it is small, so that the log stays where it is.
+
+    Adaptive execution would find out too, but only once it has shuffled the log.
+
+    Args:
+        rows: cheap to evaluate twice.
+    """
+    return F.broadcast(rows) if rows.count() <= BROADCAST_ROWS else rows
 
 
 def write_table(rows: DataFrame, folder: Path, num_rows: int, order: Sequence[str] = (), row_bytes: int = 32) -> None:
