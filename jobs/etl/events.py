@@ -153,7 +153,7 @@ def with_codes(rows: DataFrame, etl: Etl, user_seed: int = 0, item_seed: int = 0
 
 
 def key_of(column: str, seed: int) -> Column:
-    """A 64-bit key of an id; nothing that is written depends on it."""
+    """A 64-bit key of an id. Of what is written only the drift over groups of items depends on it."""
     return F.xxhash64(F.lit(seed), F.col(column))
 
 

@@ -19,6 +19,7 @@ from jobs.etl.events import EVENT_CODE, ITEM_KEY, USER_KEY
 
 logger = logging.getLogger(__name__)
 
+ITEM_GROUPS = 16
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -39,8 +40,8 @@ def distribution(rows: DataFrame, column: str) -> dict[str, float]:
 def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, Any]:
     """Compare the last day before `window.end` with the `etl.drift_days` before it.
 
-    Compared are the hour, the event type and the weight (in steps of a factor of about 1.4) of the events, and how
-    the events spread over users and over items: by the number that the user or item has on that day, in octaves.
+    Compared are the hour, the event type and the weight (in steps of a factor of about 1.4) of the events, how many
+    events their users have on that day, in octaves, and how they spread over a fixed random grouping of the items.
 
     Args:
         events: usable events, repeats included.
@@ -74,11 +75,12 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
         days = max(days, -row["first"])
         for name in ("hour", "weight", EVENT_CODE):
             add(name.removesuffix("_code"), row["is_day"], row[name], row["rows"])
-    for name, key in (("user_activity", USER_KEY), ("item_activity", ITEM_KEY)):
-        daily = sided.groupBy("is_day", "day", key).count()
-        octaves = daily.groupBy("is_day", F.floor(F.log2("count")).alias("octave")).agg(F.sum("count").alias("rows"))
-        for row in octaves.collect():
-            add(name, row["is_day"], row["octave"], row["rows"])
+    daily = sided.groupBy("is_day", "day", USER_KEY).count()
+    octaves = daily.groupBy("is_day", F.floor(F.log2("count")).alias("value")).agg(F.sum("count").alias("rows"))
+    groups = sided.groupBy("is_day", F.pmod(ITEM_KEY, F.lit(ITEM_GROUPS)).alias("value")).agg(rows)
+    for name, table in (("user_activity", octaves), ("items", groups)):
+        for row in table.collect():
+            add(name, row["is_day"], row["value"], row["rows"])
     reference, found = (sum(counts.values()) for counts in figures.get("hour", (Counter(), Counter())))
     result: dict[str, Any] = {"rows": found, "reference_rows": reference, "reference_days": days}
     if min(reference, found) < etl.drift_min_rows:
