@@ -11,6 +11,7 @@ import importlib.resources
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +27,15 @@ class Section(BaseModel):
     """Base of every part of the configuration: frozen, and a misspelt field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def known_zone(name: str) -> str:
+    """The name, if the IANA database has it; a ValueError otherwise."""
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError("not a time zone of the IANA database") from error
+    return name
 
 
 class Window(Section):
@@ -63,12 +73,51 @@ class Etl(Section):
     """Days before `window.end` that are read; all when absent."""
     lookback_days: int = Field(3, ge=0)
     """An event may arrive in a daily partition up to this many days after it happened."""
+    time_zone: str = "UTC"
+    """Zone whose midnights cut the daily partitions `dt=` and the days of reports and caps. Events are instants."""
+    event_weights: dict[str, float] = {}
+    """Event type to the factor on its rows' weights, for example `{view: 1, cart: 3, purchase: 5}`. Rows of a type that
+    is not named are set aside (`unknown_event_type`), rows without a type count once. Types are not read when empty."""
+    repeats: Literal["first", "sum", "max"] = "first"
+    """Weight of an interaction with several events: that of the first, or the sum or maximum of those that lie in the
+    split period of the first."""
+    max_events_per_day: int | None = Field(None, ge=1)
+    """Later events of a user on the same day are set aside (`over_daily_cap`)."""
+    max_interactions: int | None = Field(None, ge=1)
+    """Users with more training interactions are taken for bots and set aside (`bot`)."""
+    base_run: str | None = None
+    """Run of an earlier window whose ids keep their numbers; new ids are appended to them, and those no longer in
+    use stay as tombstones. Its content enters the fingerprint. Without it, ids are numbered by this run alone."""
     min_weight: float = 0.0
     """Events with a smaller weight are set aside (quarantine reason `below_min_weight`)."""
     k_core: int = Field(1, ge=1)
     """Users and items with fewer training interactions are set aside, repeatedly until none is left."""
     max_quarantine_share: float = Field(0.5, gt=0, le=1)
     """The run stops when a larger share of the rows read is malformed."""
+    drift_days: int = Field(28, ge=1)
+    """Days before the last one that it is compared with in `quality.json`."""
+    drift_min_rows: int = Field(1000, ge=1)
+    """With fewer rows on either side nothing is compared."""
+    drift_warn: float = Field(0.25, gt=0)
+    """A population stability index above this is a warning in the log and in `quality.json`."""
+    drift_stop: float | None = Field(None, gt=0)
+    """The run stops when one is above this."""
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        return known_zone(name)
+
+    @field_validator("event_weights")
+    @classmethod
+    def _usable_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if len(weights) > 100 or any(not name or not 0 <= value < float("inf") for name, value in weights.items()):
+            raise ValueError("at most 100 event types with names and finite weights of 0 or more")
+        return dict(sorted(weights.items()))
+
+    def first_instant(self, window: Window) -> datetime | None:
+        """Events before it are not read: `history_days` before the end of the window."""
+        return None if self.history_days is None else window.end - timedelta(days=self.history_days)
 
     def cutoffs(self, window: Window) -> tuple[datetime, datetime]:
         """First instants of the validation and of the test period of a temporal split."""
@@ -81,6 +130,13 @@ class Features(Section):
     """Modalities to use, by folder name; all that are found when empty."""
     standardise: Literal["zscore", "l2", "none"] = "l2"
     """`zscore` per column, fitted on items with training interactions; `l2` per row; or as they are."""
+    max_dim: int | None = Field(None, ge=1)
+    """Modalities that are wider are projected to this width once they are standardised. User profiles are sums, so
+    they are taken over the narrow rows."""
+    projection: Literal["pca", "svd"] = "pca"
+    """How: onto the principal axes of the items with training interactions, around their mean or around the origin."""
+    binary: Literal["float16", "float32", "float64"] = "float32"
+    """Number type of vectors that are delivered as fixed-size binary, little-endian."""
     max_quarantine_share: float = Field(0.5, gt=0, le=1)
     """The run stops when a larger share of a modality's rows is malformed."""
 

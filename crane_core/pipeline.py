@@ -46,7 +46,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("etl.interactions", 1, (), ("window", "etl")),
+        Stage("etl.interactions", 2, (), ("window", "etl")),
         Stage("etl.features", 1, ("etl.interactions",), ("features",)),
         Stage("etl.profiles", 1, ("etl.interactions", "etl.features"), ("profiles",)),
         Stage("ml.refine", 1, ("etl.interactions", "etl.features", "etl.profiles"), ("refine",)),

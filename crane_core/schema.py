@@ -16,14 +16,18 @@ ITEM_ID = "item_id"
 EVENT_TIME = "event_time"
 WEIGHT = "weight"
 LABEL = "label"
+EVENT_TYPE = "event_type"
 TITLE = "title"
 VECTOR = "vector"
 REASON = "reason"
 USER_IDX = "user_idx"
 ITEM_IDX = "item_idx"
 SPLIT = "split"
+STATE = "state"
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
+TRAINED, COLD, GONE = "trained", "cold", "tombstone"
+"""States of an id: it has training rows; it has none; or an earlier run numbered it and nothing speaks of it now."""
 
 INTERACTIONS = pa.schema(
     [
@@ -32,13 +36,16 @@ INTERACTIONS = pa.schema(
         pa.field(EVENT_TIME, pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field(WEIGHT, pa.float32()),
         pa.field(LABEL, pa.int8()),
+        pa.field(EVENT_TYPE, pa.string()),
     ]
 )
-"""`weight` (default 1) and `label` (needed by `etl.split=label`: 0 train, 1 validation, 2 test) are optional."""
+"""Optional: `weight` (default 1), `label` (needed by `etl.split=label`: 0 train, 1 validation, 2 test) and
+`event_type` (what `etl.event_weights` looks up). Further columns are ignored and named in the log and the manifest."""
 
 ITEMS = pa.schema([pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(TITLE, pa.string())])
 
 FEATURES = pa.schema(
     [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]
 )
-"""`vector` may be a list of float16, float32 or float64 of one length per modality."""
+"""`vector` may be a list of float16, float32 or float64 of one length per modality, or fixed-size binary
+(`features.binary`). A matrix `NAME.npy` beside `NAME.ids.txt`, one item a line, is read as well."""

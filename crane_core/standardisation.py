@@ -1,8 +1,9 @@
-"""Standardise feature matrices in bounded memory."""
+"""Standardise feature matrices, and project wide ones, in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,3 +57,51 @@ def standardised(
             rows = rows / np.where(norms > 0, norms, 1)
         rows[~present[block]] = 0
         yield block, rows
+
+
+def fit_projection(
+    rows: Iterable[tuple[slice, NDArray[np.float64]]], used: NDArray[np.bool_], width: int, kind: str
+) -> dict[str, NDArray]:
+    """The principal axes of some rows.
+
+    Args:
+        rows: blocks of rows of one width, from `standardised`.
+        used: bool [num_items], the rows to fit on.
+        width: number of axes, at most that of the rows.
+        kind: `features.projection`.
+
+    Returns:
+        `axes` float64 [width, dim], by falling variance, the largest entry of each positive; `centre` float64 [dim],
+        zero for `svd`; `explained`, the share of the variance (for `svd` of the squared norm) that the axes keep.
+    """
+    products: Any = 0.0
+    total: Any = 0.0
+    count = 0
+    for block, values in rows:
+        chosen = values[used[block]]
+        products = products + chosen.T @ chosen
+        total = total + chosen.sum(axis=0)
+        count += len(chosen)
+    moments = products / max(1, count)
+    centre = total / max(1, count)
+    if kind == "pca":
+        moments = moments - np.outer(centre, centre)
+    else:
+        centre = np.zeros_like(centre)
+    variances, axes = np.linalg.eigh(moments)
+    order = np.argsort(variances)[::-1][:width]
+    chosen_axes = axes[:, order].T
+    largest = np.abs(chosen_axes).argmax(axis=1)
+    chosen_axes *= np.where(chosen_axes[np.arange(width), largest] < 0, -1, 1)[:, None]
+    kept = np.maximum(variances, 0)
+    return {"axes": chosen_axes, "centre": centre, "explained": np.array(kept[order].sum() / max(kept.sum(), 1e-300))}
+
+
+def projected(
+    rows: Iterable[tuple[slice, NDArray[np.float64]]], present: NDArray[np.bool_], fitted: dict[str, NDArray]
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Yield blocks of rows along the axes of `fit_projection`; rows without features stay zero."""
+    for block, values in rows:
+        narrow = (values - fitted["centre"]) @ fitted["axes"].T
+        narrow[~present[block]] = 0
+        yield block, narrow

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +140,32 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from crane_core.importers import import_mmrec, import_movielens
+    from crane_core import importers
+    from crane_core.importers import Imported
 
-    importer = {"mmrec": import_mmrec, "movielens": import_movielens}[arguments.format]
-    imported = importer(arguments.source, arguments.raw)
+    importer: dict[str, Callable[[Path, Path], Imported]] = {
+        "amazon": importers.import_amazon,
+        "mapped": importers.import_mapped,
+        "mmrec": importers.import_mmrec,
+        "movielens": importers.import_movielens,
+    }
+    return _imported(arguments, importer[arguments.format](arguments.source, arguments.raw))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from crane_core.generator import Plan, generate
+
+    plan = Plan(
+        num_rows=arguments.rows,
+        num_users=arguments.users or max(100, arguments.rows // 20),
+        num_items=arguments.items or max(50, arguments.rows // 100),
+        num_days=arguments.days,
+        seed=arguments.seed,
+    )
+    return _imported(arguments, generate(plan, arguments.raw))
+
+
+def _imported(arguments: argparse.Namespace, imported: Any) -> int:
     answer = {**vars(imported), "start": str(imported.start), "end": str(imported.end)}
     _result(arguments, answer, [f"{key:<17} {value}" for key, value in answer.items()])
     return EXIT_OK
@@ -293,9 +315,22 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--threads", type=int, default=1, help="threads of torch and faiss (default: %(default)s)")
 
     importing = command("import", _import, "Bring a dataset into the raw layout.")
-    importing.add_argument("format", choices=("mmrec", "movielens"))
-    importing.add_argument("source", type=Path, help="folder, or the wheel that carries MovieLens")
+    importing.add_argument("format", choices=("amazon", "mapped", "mmrec", "movielens"))
+    importing.add_argument(
+        "source",
+        type=Path,
+        help="reviews of an Amazon category, its metadata beside them; mapping file of CSV, TSV, JSON lines or "
+        "Parquet files; folder in MMRec layout, or the wheel that carries MovieLens",
+    )
     importing.add_argument("raw", type=Path, help="folder to make")
+
+    generating = command("generate", _generate, "Generate a log and features with a known truth, at any size.")
+    generating.add_argument("raw", type=Path, help="folder to make")
+    generating.add_argument("--rows", type=int, default=1_000_000, help="rows of the log (default: %(default)s)")
+    generating.add_argument("--users", type=int, help="a twentieth of the rows when absent")
+    generating.add_argument("--items", type=int, help="a hundredth of the rows when absent")
+    generating.add_argument("--days", type=int, default=30, help="arrival days (default: %(default)s)")
+    generating.add_argument("--seed", type=int, default=0)
     return parser
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,21 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from crane_core.config import Features, RunConfig
+from crane_core.dataset import load_ids
 from crane_core.errors import DataError
+from crane_core.location import Location
 from crane_core.matrix import RowWriter, open_matrix
-from crane_core.raw import FEATURES_FOLDER, Footer, check_features, list_features, raw_root
-from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, VECTOR
-from crane_core.standardisation import fit_standardisation, standardised
+from crane_core.raw import (
+    FEATURES_FOLDER,
+    MATRIX,
+    Footer,
+    check_features,
+    list_features,
+    raw_root,
+    read_matrix_rows,
+)
+from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
+from crane_core.standardisation import fit_projection, fit_standardisation, projected, standardised
 from crane_core.store import ArtifactStore
 from jobs.etl.session import open_session, readable, unreadable
 from jobs.etl.tables import tally, write_table
@@ -48,10 +59,11 @@ def source(config: RunConfig, store: ArtifactStore) -> dict[str, list[list[str |
     return {name: [file.identity for file in files] for name, files in listed.items()}
 
 
-def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]]) -> DataFrame:
+def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]], binary: str = "float32") -> DataFrame:
     """All vectors of all modalities as float32, with their length and whether they are finite.
 
-    The workers read the row groups with pyarrow, so that half-precision and fixed-size lists are understood.
+    The workers read the row groups with pyarrow, so that half-precision and fixed-size lists are understood, and
+    fixed-size binary is read as numbers of the type `binary`.
     """
     pieces = [
         (name, str(footer.file.path), group)
@@ -60,7 +72,7 @@ def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]]) -> DataFr
         for group in range(footer.num_row_groups)
     ]
     tasks = spark.createDataFrame(pieces, f"{MODALITY} string, path string, row_group int")
-    return tasks.repartition(min(len(pieces), 1024)).mapInArrow(_scan_row_groups, SCANNED)
+    return tasks.repartition(min(len(pieces), 1024)).mapInArrow(partial(_scan_row_groups, binary), SCANNED)
 
 
 def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> DataFrame:
@@ -91,7 +103,7 @@ def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> Data
     return marked.withColumn("_spread", spread).withColumn(REASON, repeated).drop("_spread")
 
 
-def choose_dims(rows: DataFrame, folder: Path) -> dict[str, int]:
+def choose_dims(rows: DataFrame, folder: Location) -> dict[str, int]:
     """The length that most vectors of each modality have.
 
     Raises:
@@ -119,15 +131,15 @@ def run(job: Job) -> Result:
     config = job.config
     root = raw_root(config, job.store.storage.uri)
     listed = list_features(root, config.features.modalities)
-    footers = {name: check_features(files) for name, files in listed.items()}
+    footers = {name: check_features(files, config.features.binary) for name, files in listed.items()}
     read = {name: sum(footer.num_rows for footer in files) for name, files in footers.items()}
     interactions = job.input("etl.interactions")
-    num_items, num_train_items = (interactions.facts[name] for name in ("num_items", "num_train_items"))
+    num_items = interactions.facts["num_items"]
     logger.info("read %s", " ".join(f"{name}={rows}" for name, rows in read.items()))
     spark = open_session(config.runtime, scratch(job.store.storage.uri), sum(read.values()))
 
     with readable():
-        rows = scan(spark, footers).localCheckpoint(eager=True)
+        rows = scan(spark, footers, config.features.binary).localCheckpoint(eager=True)
     dims = choose_dims(rows, root / FEATURES_FOLDER)
     items = spark.read.parquet(str(interactions.file("items"))).select(ITEM_ID, ITEM_IDX)
     marked = mark_bad(rows, items, dims).localCheckpoint(eager=True)
@@ -141,38 +153,60 @@ def run(job: Job) -> Result:
     quarantine_sum = tally(spark.read.parquet(str(job.out / "quarantine"))).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
-    kind, is_train = config.features.standardise, np.arange(num_items) < num_train_items
+    kind = config.features.standardise
+    is_train = load_ids(interactions, "items", STATE).to_numpy() == TRAINED
     facts: dict[str, Any] = {}
     for name, dim in dims.items():
         folder = job.out / name
         folder.mkdir()
         raw = open_matrix(job.work / f"{name}.npy")
         fitted = fit_standardisation(raw, masks[name], is_train, kind)
-        with RowWriter(folder / "matrix.npy", num_items, dim) as writer:
-            for block, values in standardised(raw, masks[name], kind, fitted):
-                writer.write(np.arange(block.start, block.stop), values)
-        np.save(folder / "mask.npy", masks[name])
+        written = standardised(raw, masks[name], kind, fitted)
         np.savez(folder / "standardisation.npz", allow_pickle=False, kind=np.array(kind), **fitted)
         present = int(masks[name].sum())
         facts[name] = {"dim": dim, "present": present, "missing": num_items - present, "num_rows_read": read[name]}
+        most = config.features.max_dim
+        if most is not None and dim > most:
+            axes = fit_projection(
+                standardised(raw, masks[name], kind, fitted), masks[name] & is_train, most, config.features.projection
+            )
+            np.savez(folder / "projection.npz", allow_pickle=False, **axes)
+            written = projected(written, masks[name], axes)
+            facts[name] |= {"dim": most, "delivered_dim": dim, "explained": float(axes["explained"])}
+            dim = most
+        with RowWriter(folder / "matrix.npy", num_items, dim) as writer:
+            for block, values in written:
+                writer.write(np.arange(block.start, block.stop), values)
+        np.save(folder / "mask.npy", masks[name])
         logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)
     quarantine = {name: {reason: n for reason, n in found.items() if reason} for name, found in counts.items()}
     return Result({"modalities": facts, "quarantine": quarantine}, {"quarantine": quarantine_sum})
 
 
-def _scan_row_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _scan_row_groups(binary: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         for piece in batch.to_pylist():
+            location = Location.at(piece["path"])
             try:
-                with pq.ParquetFile(piece["path"]) as parquet:
-                    for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
+                if location.path.suffix == MATRIX:
+                    for rows in read_matrix_rows(location, piece["row_group"], BATCH_ROWS):
                         yield _describe(piece[MODALITY], rows)
-            except (pa.ArrowException, OSError) as error:
+                    continue
+                with pq.ParquetFile(str(location.path), filesystem=location.filesystem) as parquet:
+                    for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
+                        yield _describe(piece[MODALITY], rows, binary)
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise unreadable(piece["path"]) from error
 
 
-def _describe(modality: str, rows: pa.RecordBatch) -> pa.RecordBatch:
+def _describe(modality: str, rows: pa.RecordBatch, binary: str = "float32") -> pa.RecordBatch:
     vectors = rows.column(VECTOR)
+    if pa.types.is_fixed_size_binary(vectors.type):
+        kind, width = np.dtype(binary).newbyteorder("<"), vectors.type.byte_width
+        first = vectors.offset * width
+        numbers = np.frombuffer(vectors.buffers()[1], kind, len(vectors) * width // kind.itemsize, first)
+        lists = pa.FixedSizeListArray.from_arrays(pa.array(numbers), width // kind.itemsize)
+        vectors = pc.if_else(vectors.is_valid(), lists, pa.scalar(None, lists.type))
     if pa.types.is_fixed_size_list(vectors.type):
         vectors = vectors.cast(pa.list_(vectors.type.value_type))
     lengths = pc.fill_null(pc.list_value_length(vectors), 0).cast(pa.int32())
@@ -200,7 +234,7 @@ def _count_reasons(marked: DataFrame, read: Mapping[str, int]) -> dict[str, dict
     return counts
 
 
-def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Features, folder: Path) -> None:
+def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Features, folder: Location) -> None:
     for name, found in counts.items():
         total = sum(found.values())
         malformed = {reason: found[reason] for reason in MALFORMED if reason in found}

@@ -1,7 +1,8 @@
 """Read the interaction log: quarantine bad rows, split by time, number users and items, count everything.
 
 The fingerprint covers the files read; nothing that arrived or happened at or after `window.end` is used, and ids
-come from training rows, so what lies behind the cutoff cannot move a row number.
+come from training rows, so what lies behind the cutoff cannot move a row number. The log is shuffled once, by user;
+what is carried over it is keys, and the ids come back with the row numbers.
 """
 
 from __future__ import annotations
@@ -11,211 +12,80 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.types as pt
-from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.storagelevel import StorageLevel
 
-from crane_core.config import Etl, RunConfig
-from crane_core.config import Window as RunWindow
+from crane_core.config import RunConfig
 from crane_core.errors import DataError
+from crane_core.location import Location
 from crane_core.raw import (
     INTERACTIONS_FOLDER,
     Footer,
+    arrives_within,
     check_interactions,
     check_items,
+    ignored_columns,
     list_interactions,
     list_items,
     raw_root,
 )
 from crane_core.schema import (
     EVENT_TIME,
+    EVENT_TYPE,
+    GONE,
     ITEM_ID,
     ITEM_IDX,
-    LABEL,
     REASON,
     SPLIT,
+    STATE,
     TEST,
     TITLE,
     TRAIN,
+    TRAINED,
     USER_ID,
     USER_IDX,
     VALIDATION,
     WEIGHT,
 )
-from crane_core.store import ArtifactStore
-from jobs.etl.session import glob_escaped, open_session, readable
-from jobs.etl.tables import number_rows, tally, write_table
+from crane_core.store import Artifact, ArtifactStore
+from jobs.etl.events import (
+    CODED_COLUMNS,
+    DAY,
+    EVENT_CODE,
+    ITEM_KEY,
+    MALFORMED,
+    USER_KEY,
+    assign_split,
+    find_bots,
+    find_core,
+    mark_bad,
+    mark_excess,
+    mark_repeats,
+    read_interactions,
+    readable_text,
+    with_codes,
+)
+from jobs.etl.ids import base_artifact, first_seen, number_ids
+from jobs.etl.quality import distribution, heed_drift, measure_drift
+from jobs.etl.reading import read_files
+from jobs.etl.session import open_session, readable
+from jobs.etl.tables import lookup, tally, write_balanced, write_parts, write_table
 from jobs.runner import Job, Result, run_stage, scratch
 
 logger = logging.getLogger(__name__)
 
-DAY = "dt"
-RAW_COLUMNS = (USER_ID, ITEM_ID, EVENT_TIME, WEIGHT, LABEL, DAY)
-MALFORMED = (
-    "null_id",
-    "empty_id",
-    "null_event_time",
-    "non_finite_weight",
-    "negative_weight",
-    "bad_label",
-    "after_arrival",
-    "too_late",
-)
-"""Reasons that speak of broken data and count towards `etl.max_quarantine_share`."""
-WHOLE_NUMBER = "^(0|[1-9][0-9]{0,17})$"
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+ROWS_PER_PARTITION = 2_000_000
 
 
-def source(config: RunConfig, store: ArtifactStore) -> list[list[str | int]]:
-    """Identity of the raw files the run reads."""
+def source(config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    """Identity of what the run reads besides its configuration: the raw files, and the ids it goes on from."""
     root = raw_root(config, store.storage.uri)
-    files = list_interactions(root, config.window, config.etl.history_days) + list_items(root)
-    return [file.identity for file in files]
-
-
-def read_interactions(spark: SparkSession, root: str, footers: Sequence[Footer]) -> DataFrame:
-    """The raw rows of the files, in common types: weight float (null kept), label bigint, dt date.
-
-    Files are grouped by the physical types of their footers, each group is read as it is stored and then cast.
-    """
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for footer in footers:
-        event_time, weight, label = (_stored(footer.types.get(name)) for name in (EVENT_TIME, WEIGHT, LABEL))
-        groups.setdefault((event_time, weight, label), []).append(glob_escaped(footer.file.path))
-    tables = []
-    for (event_time, weight, label), paths in sorted(groups.items()):
-        schema = f"{USER_ID} string, {ITEM_ID} string, {EVENT_TIME} {event_time}, {DAY} date"
-        schema += f", {WEIGHT} {weight}" if weight else ""
-        schema += f", {LABEL} {label}" if label else ""
-        rows = spark.read.schema(schema).option("basePath", f"{root}/{INTERACTIONS_FOLDER}").parquet(*paths)
-        if event_time == "bigint":
-            rows = rows.withColumn(EVENT_TIME, F.timestamp_micros(F.floor(F.col(EVENT_TIME) / 1000)))
-        tables.append(
-            rows.select(
-                USER_ID,
-                ITEM_ID,
-                EVENT_TIME,
-                (F.col(WEIGHT) if weight else F.lit(None)).cast("float").alias(WEIGHT),
-                (F.col(LABEL) if label else F.lit(None)).cast("bigint").alias(LABEL),
-                DAY,
-            )
-        )
-    return reduce(DataFrame.unionByName, tables)
-
-
-def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
-    """Add `reason`: why a row by itself cannot be used, null when it can. The first that applies counts."""
-    weight = F.col(WEIGHT)
-    arrival = F.col(DAY).cast("timestamp")
-    checks = [
-        ("null_id", F.col(USER_ID).isNull() | F.col(ITEM_ID).isNull()),
-        ("empty_id", (F.trim(USER_ID) == "") | (F.trim(ITEM_ID) == "")),
-        ("null_event_time", F.col(EVENT_TIME).isNull()),
-        ("non_finite_weight", F.isnan(weight) | (F.abs(weight) == float("inf"))),
-        ("negative_weight", weight < 0),
-        ("after_cutoff", F.col(EVENT_TIME) >= F.lit(window.end)),
-        ("after_arrival", F.col(EVENT_TIME) >= arrival + F.expr("interval 1 day")),
-        ("too_late", F.col(EVENT_TIME) < arrival - F.expr(f"interval {etl.lookback_days} day")),
-        ("below_min_weight", F.coalesce(weight, F.lit(1.0)) < etl.min_weight),
-    ]
-    if etl.split == "label":
-        known = F.coalesce(F.col(LABEL).isin(TRAIN, VALIDATION, TEST), F.lit(False))
-        checks.insert(5, ("bad_label", ~known))
-    reason = F.lit(None).cast("string")
-    for name, applies in reversed(checks):
-        reason = F.when(applies, name).otherwise(reason)
-    return rows.withColumn(REASON, reason)
-
-
-def mark_repeats(rows: DataFrame) -> DataFrame:
-    """Keep the first event of every user and item; `reason` becomes `duplicate` or `repeat` for the others.
-
-    A duplicate has the time of the event before it. Of equal events the one that arrived first is kept, then the
-    one with the largest weight, then the smallest label.
-    """
-    pair = Window.partitionBy(USER_ID, ITEM_ID).orderBy(EVENT_TIME, DAY, F.desc(WEIGHT), LABEL)
-    same = F.col(EVENT_TIME) == F.lag(EVENT_TIME).over(pair)
-    reason = F.when(F.row_number().over(pair) > 1, F.when(same, "duplicate").otherwise("repeat"))
-    return rows.withColumn(REASON, reason.cast("string"))
-
-
-def assign_split(rows: DataFrame, config: RunConfig) -> DataFrame:
-    """Add `split` (tinyint) to rows with one event per user and item."""
-    if config.etl.split == "label":
-        split = F.col(LABEL)
-    elif config.etl.split == "temporal":
-        split = _temporal(config)
-    else:
-        backwards = Window.partitionBy(USER_ID).orderBy(F.desc(EVENT_TIME), F.desc(ITEM_ID))
-        place = F.row_number().over(backwards)
-        enough = F.count(F.lit(1)).over(Window.partitionBy(USER_ID)) >= 3
-        split = F.when(enough & (place == 1), TEST).when(enough & (place == 2), VALIDATION).otherwise(TRAIN)
-    return rows.withColumn(SPLIT, split.cast("tinyint"))
-
-
-def find_core(train: DataFrame, k: int) -> DataFrame:
-    """The training rows whose user and item both keep at least k rows: the largest such set.
-
-    Args:
-        train: one row per user and item.
-        k: 1 keeps all.
-    """
-    if k == 1:
-        return train
-    core, count = train.localCheckpoint(eager=True), -1
-    while count != (count := core.count()):
-        for column in (USER_ID, ITEM_ID):
-            strong = core.groupBy(column).count().where(F.col("count") >= k).select(column)
-            core = core.join(strong, column, "left_semi")
-        core = core.select(train.columns).localCheckpoint(eager=True)
-        logger.info("core k=%d rows=%d", k, count)
-    return core
-
-
-def number_ids(
-    valid: DataFrame, core: DataFrame, column: str, name: str, config: RunConfig, catalog: DataFrame | None = None
-) -> DataFrame:
-    """Number the ids of one kind: those with training rows first, by the day they entered training, then by id.
-
-    The day is the first on which a daily run of this configuration would have had the id in training. With a
-    temporal split, `k_core=1` and whole days, the numbers of ids that a run has are therefore those of every later
-    run; new ids are appended. Ids without training rows follow, by id. With `etl.split=label` the order is by id
-    alone, as numbers if all are.
-
-    Args:
-        valid: usable rows before repeats are dropped.
-        core: training rows.
-        column: `user_id` or `item_id`.
-        name: of the number.
-        config: the run.
-        catalog: ids that belong whether seen or not, one row per id, further columns are kept.
-
-    Returns:
-        The id, `name` (int), `is_cold` (no training row), and the further columns of the catalog.
-    """
-    etl = config.etl
-    held_out = etl.validation_days + etl.test_days if etl.split == "temporal" else 0
-    entered = F.greatest(DAY, F.date_add(F.col(EVENT_TIME).cast("date"), held_out))
-    seen = valid.where(_temporal(config) == TRAIN) if etl.split == "temporal" else valid
-    seen = seen.groupBy(column).agg(F.min(entered).alias("entered"))
-    trained = core.select(column).distinct().withColumn("trained", F.lit(True))
-    ids = seen.join(trained, column, "left")
-    if etl.split != "label":
-        ids = ids.where("trained")
-    if catalog is not None:
-        ids = ids.join(catalog, column, "full")
-    cold = F.col("trained").isNull()
-    ids = ids.withColumn("is_cold", cold).withColumn("entered", F.when(~cold, F.col("entered"))).drop("trained")
-    order: list[Column] = [F.col("is_cold"), F.col("entered"), F.col(column)]
-    if etl.split == "label":
-        ids = ids.localCheckpoint(eager=True)
-        numeric = ids.where(~F.col(column).rlike(WHOLE_NUMBER)).isEmpty()
-        order = [order[0], F.col(column).cast("bigint") if numeric else F.col(column)]
-    return number_rows(ids, order, name, partitions=4).drop("entered")
+    files = list_interactions(root, config.window, config.etl) + list_items(root)
+    base = base_artifact(config, store)
+    return {"files": [file.identity for file in files], "base": base and base.manifest["content"]}
 
 
 def clean_catalog(items: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -232,75 +102,115 @@ def clean_catalog(items: DataFrame) -> tuple[DataFrame, DataFrame]:
 
 def run(job: Job) -> Result:
     """Run the stage; see the module docstring."""
-    config = job.config
+    config, etl = job.config, job.config.etl
     root = raw_root(config, job.store.storage.uri)
-    files = list_interactions(root, config.window, config.etl.history_days)
-    footers = check_interactions(files, config.window, needs_label=config.etl.split == "label")
+    base = base_artifact(config, job.store)
+    if base is not None:
+        base.verify()
+    footers = check_interactions(list_interactions(root, config.window, etl), config.window, etl)
     catalog_footers = check_items(list_items(root))
     num_read = sum(footer.num_rows for footer in footers)
+    ignored = ignored_columns([*footers, *catalog_footers])
+    for name, found in ignored.items():
+        logger.warning("ignored column=%s files=%d first=%s", name, len(found), found[0])
     logger.info("read files=%d rows=%d catalog_files=%d", len(footers), num_read, len(catalog_footers))
     spark = open_session(config.runtime, scratch(job.store.storage.uri), num_read)
 
     with readable():
-        rows = mark_bad(read_interactions(spark, str(root), footers), config.window, config.etl)
-        rows = rows.localCheckpoint(eager=True)
-    valid, bad = rows.where(F.col(REASON).isNull()), rows.where(F.col(REASON).isNotNull())
-    _stop_if_malformed(bad, num_read, config, root)
-    events = mark_repeats(valid).localCheckpoint(eager=True)
-    kept = assign_split(events.where(F.col(REASON).isNull()), config).localCheckpoint(eager=True)
+        marked = mark_bad(read_interactions(spark, footers), config.window, etl)
+        valid = marked.where(F.col(REASON).isNull())
+        write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
+        bad = spark.read.parquet(str(job.work / "bad"))
+        _stop_if_malformed(bad, footers, config, root)
+        seen_users, seen_items = first_seen(valid, config)
+        coded = with_codes(valid, etl, seen_users.seed, seen_items.seed).repartition(
+            max(2, -(-num_read // ROWS_PER_PARTITION)), USER_KEY
+        )
+        capped = mark_excess(coded, etl)
+        usable = mark_repeats(capped.where(F.col(REASON).isNull()).drop(REASON), config)
+        events = usable.persist(StorageLevel.MEMORY_AND_DISK)
+        drift = measure_drift(events, config.window, etl)
+    heed_drift(drift, etl)
+    kept = events.where(F.col(REASON).isNull()).drop(REASON)
+    if etl.split == "leave_last":
+        kept = kept.join(lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID)), ITEM_KEY)
+    kept = assign_split(kept, config).drop(ITEM_ID)
+    set_aside = [events.where(F.col(REASON).isNotNull())]
+    if etl.max_events_per_day is not None:
+        set_aside.append(capped.where(F.col(REASON).isNotNull()))
+    if etl.max_interactions is not None:
+        bots = find_bots(kept.where(F.col(SPLIT) == TRAIN), etl.max_interactions).localCheckpoint(eager=True)
+        bots = lookup(bots)
+        set_aside.append(kept.join(bots, USER_KEY, "left_semi").withColumn(REASON, F.lit("bot")))
+        kept = kept.join(bots, USER_KEY, "left_anti")
+    if etl.k_core > 1:
+        pair = [USER_KEY, ITEM_KEY]
+        train = kept.where(F.col(SPLIT) == TRAIN)
+        core = find_core(train, etl.k_core)
+        set_aside.append(train.join(core, pair, "left_anti").withColumn(REASON, F.lit("k_core")))
+        held_out = kept.where(F.col(SPLIT) != TRAIN)
+        kept = train.join(core, pair, "left_semi").unionByName(held_out)
     train = kept.where(F.col(SPLIT) == TRAIN)
-    core = find_core(train, config.etl.k_core)
-    if core.isEmpty():
-        raise _no_training_rows(num_read, config, root)
+    trained_users, trained_items = (train.select(key).distinct() for key in (USER_KEY, ITEM_KEY))
 
-    catalog, catalog_bad = _read_catalog(spark, root, catalog_footers)
-    users = number_ids(valid, core, USER_ID, USER_IDX, config)
-    items = number_ids(valid, core, ITEM_ID, ITEM_IDX, config, catalog)
-    placed = (
-        kept.withColumn(WEIGHT, F.coalesce(WEIGHT, F.lit(1.0).cast("float")))
-        .join(users.select(USER_ID, USER_IDX), USER_ID, "left")
-        .join(items.select(ITEM_ID, ITEM_IDX), ITEM_ID, "left")
+    catalog, catalog_bad = _read_catalog(spark, catalog_footers)
+    users = number_ids(
+        seen_users.ids, trained_users, USER_ID, USER_KEY, USER_IDX, config, base=_base_ids(spark, base, "users")
     )
-    pair = [USER_ID, ITEM_ID]
-    weak = train.join(core.select(pair), pair, "left_anti").withColumn(REASON, F.lit("k_core"))
-    if config.etl.k_core > 1:
-        placed = placed.join(weak.select(pair), pair, "left_anti")
-    placed = placed.localCheckpoint(eager=True)
+    items = number_ids(
+        seen_items.ids, trained_items, ITEM_ID, ITEM_KEY, ITEM_IDX, config, catalog, _base_ids(spark, base, "items")
+    )
+    if users.where(F.col(STATE) == TRAINED).isEmpty():
+        raise _no_training_rows(num_read, config, root)
+    user_numbers = lookup(users.where(F.col(USER_KEY).isNotNull()).select(USER_KEY, USER_IDX))
+    item_numbers = lookup(items.where(F.col(ITEM_KEY).isNotNull()).select(ITEM_KEY, ITEM_IDX))
+    placed = kept.join(user_numbers, USER_KEY, "left").join(item_numbers, ITEM_KEY, "left")
     known = F.col(USER_IDX).isNotNull() & F.col(ITEM_IDX).isNotNull()
     unknown = F.when(F.col(USER_IDX).isNull(), "unknown_user").otherwise("unknown_item")
-    quarantine = [bad, events.where(F.col(REASON).isNotNull())]
-    if config.etl.k_core > 1:
-        quarantine.append(weak)
+
+    user_ids = lookup(seen_users.ids.select(USER_KEY, USER_ID))
+    item_ids = lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID))
+
+    def with_ids(rows: DataFrame) -> DataFrame:
+        return rows.join(user_ids, USER_KEY).join(item_ids, ITEM_KEY)
 
     out = job.out
-    write_table(
-        placed.where(known).select(USER_IDX, ITEM_IDX, EVENT_TIME, WEIGHT, SPLIT),
-        out / "interactions",
-        num_read,
-        (USER_IDX, ITEM_IDX),
-    )
-    write_table(users.select(USER_IDX, USER_ID), out / "users", num_read, (USER_IDX,))
-    write_table(items.select(ITEM_IDX, ITEM_ID, TITLE), out / "items", num_read, (ITEM_IDX,))
+    interactions = placed.where(known).select(USER_IDX, ITEM_IDX, EVENT_TIME, WEIGHT, SPLIT)
+    write_parts(interactions.sortWithinPartitions(USER_IDX, ITEM_IDX), out / "interactions")
+    write_table(users.select(USER_IDX, USER_ID, STATE), out / "users", num_read, (USER_IDX,))
+    write_table(items.select(ITEM_IDX, ITEM_ID, TITLE, STATE), out / "items", num_read, (ITEM_IDX,))
     held = (USER_ID, ITEM_ID, EVENT_TIME, WEIGHT, SPLIT, USER_IDX, ITEM_IDX)
-    write_table(placed.where(~known).select(*held, unknown.alias(REASON)), out / "cold", num_read)
-    write_table(
-        reduce(DataFrame.unionByName, [part.select(*RAW_COLUMNS, REASON) for part in quarantine]),
-        out / "quarantine",
-        num_read,
-    )
+    cold = with_ids(placed.where(~known))
+    write_balanced(cold.select(*held, unknown.alias(REASON)), out / "cold")
+    event_type = F.element_at(F.array(*map(F.lit, sorted(etl.event_weights) or [""])), F.col(EVENT_CODE) + 1)
+    later = reduce(DataFrame.unionByName, [part.select(*CODED_COLUMNS, REASON) for part in set_aside])
+    later = with_ids(later).withColumn(EVENT_TYPE, event_type)
+    write_balanced(bad.unionByName(later.select(bad.columns)), out / "quarantine")
     write_table(catalog_bad, out / "quarantine_items", num_read)
-    return _report(job, spark, num_read, sum(footer.num_rows for footer in catalog_footers))
+    result = _report(job, spark, num_read, sum(footer.num_rows for footer in catalog_footers), drift)
+    result.facts |= {"base": base and base.fingerprint, "ignored_columns": ignored}
+    events.unpersist()
+    return result
 
 
-def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> Result:
+def _base_ids(spark: SparkSession, base: Artifact | None, table: str) -> DataFrame | None:
+    return None if base is None else spark.read.parquet(str(base.file(table))).drop(STATE)
+
+
+def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int, drift: dict[str, Any]) -> Result:
     """Read back what was written, check that every row read is somewhere, and describe it in `quality.json`."""
     tables = {path.name: spark.read.parquet(str(path)) for path in sorted(job.out.iterdir())}
-    split, day, reason = F.col(SPLIT), F.to_date(EVENT_TIME), F.col(REASON)
+    # The day a row arrived on is no part of the content: late and punctual deliveries agree.
+    tables["quarantine"] = tables["quarantine"].drop(DAY)
+    zone = job.config.etl.time_zone
+    split, day, reason = F.col(SPLIT), F.to_date(F.from_utc_timestamp(EVENT_TIME, zone)), F.col(REASON)
     groups = {
         "interactions": {"split": split, "day": day},
         "cold": {"split": split, "day": day, "reason": reason},
         "quarantine": {"reason": reason},
         "quarantine_items": {"reason": reason},
+        "users": {"state": F.col(STATE)},
+        "items": {"state": F.col(STATE)},
     }
     found = {name: tally(table, **groups.get(name, {})) for name, table in tables.items()}
     splits, quarantine = found["interactions"].by(0), found["quarantine"].by(0)
@@ -310,7 +220,7 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> R
     assert str(TRAIN) not in cold_splits, f"training rows without an index: {cold_splits}"
 
     train = tables["interactions"].where(split == TRAIN)
-    per_user, per_item = (_distribution(train, column) for column in (USER_IDX, ITEM_IDX))
+    per_user, per_item = (distribution(train, column) for column in (USER_IDX, ITEM_IDX))
     num_train = splits.get(str(TRAIN), 0)
     days = Counter(found["interactions"].by(1))
     days.update(found["cold"].by(1))
@@ -319,6 +229,7 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> R
         "num_items": found["items"].total,
         "num_train_users": per_user["count"],
         "num_train_items": per_item["count"],
+        "num_tombstones": {name: found[name].by(0).get(GONE, 0) for name in ("users", "items")},
         "num_rows_read": num_read,
         "num_train": num_train,
         "num_validation": splits.get(str(VALIDATION), 0),
@@ -336,6 +247,7 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> R
         "interactions_per_item": per_item,
         "density": num_train / max(1, per_user["count"] * per_item["count"]),
         "cold_per_split": cold_splits,
+        "drift": drift,
     }
     (job.out / "quality.json").write_text(json.dumps(quality, indent=1))
     logger.info(
@@ -348,19 +260,13 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int) -> R
     return Result(facts, {name: entry.checksum for name, entry in found.items()})
 
 
-def _read_catalog(spark: SparkSession, root: Path, footers: Sequence[Footer]) -> tuple[DataFrame, DataFrame]:
+def _read_catalog(spark: SparkSession, footers: Sequence[Footer]) -> tuple[DataFrame, DataFrame]:
     schema = f"{ITEM_ID} string, {TITLE} string"
     if not footers:
         return clean_catalog(spark.createDataFrame([], schema))
     with readable():
-        rows = spark.read.schema(schema).parquet(*(glob_escaped(footer.file.path) for footer in footers))
+        rows = read_files(spark, [footer.file for footer in footers], schema)
         return clean_catalog(rows.localCheckpoint(eager=True))
-
-
-def _temporal(config: RunConfig) -> Column:
-    validation, test = config.etl.cutoffs(config.window)
-    time = F.col(EVENT_TIME)
-    return F.when(time < F.lit(validation), TRAIN).when(time < F.lit(test), VALIDATION).otherwise(TEST)
 
 
 def _cutoffs(config: RunConfig) -> dict[str, str | None]:
@@ -374,40 +280,31 @@ def _cutoffs(config: RunConfig) -> dict[str, str | None]:
     }
 
 
-def _counts(rows: DataFrame, column: str) -> dict[str, int]:
-    return {str(row[column]): row["count"] for row in rows.groupBy(column).count().orderBy(column).collect()}
+def _stop_if_malformed(bad: DataFrame, footers: Sequence[Footer], config: RunConfig, root: Location) -> None:
+    """Judge all rows read, and apart from them those that arrived in the window: years of good rows hide a bad day."""
+    by_day = bad.where(F.col(REASON).isin(*MALFORMED)).groupBy(DAY, REASON).count().collect()
+    new = [footer for footer in footers if arrives_within(footer.file, config.window, config.etl.time_zone)]
+    for what, judged in (("rows", list(footers)), ("rows that arrived in the window", new)):
+        days = {footer.file.day for footer in judged}
+        counts: dict[str, Counter[Any]] = {DAY: Counter(), REASON: Counter()}
+        for row in by_day:
+            if row[DAY] in days:
+                counts[DAY][row[DAY]] += row["count"]
+                counts[REASON][row[REASON]] += row["count"]
+        malformed, num_read = counts[REASON].total(), sum(footer.num_rows for footer in judged)
+        if malformed <= config.etl.max_quarantine_share * num_read:
+            continue
+        worst = ", ".join(f"{DAY}={day} ({count} rows)" for day, count in counts[DAY].most_common(3))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts[REASON].items()))
+        raise DataError(
+            f"{root / INTERACTIONS_FOLDER}: {malformed} of {num_read} {what} are malformed ({reasons}), most of them "
+            f"in {worst}; etl.max_quarantine_share is {config.etl.max_quarantine_share}.",
+            "Correct the deliveries; after_arrival and too_late mean that dt is not the day of arrival, or that "
+            "etl.lookback_days is too short. Or raise etl.max_quarantine_share.",
+        )
 
 
-def _distribution(rows: DataFrame, column: str) -> dict[str, float]:
-    count = F.col("count")
-    row = (
-        rows.groupBy(column)
-        .count()
-        .agg(F.count(count).alias("ids"), F.avg(count).alias("mean"), F.percentile(count, list(QUANTILES)).alias("at"))
-        .first()
-    )
-    assert row is not None
-    quantiles = {f"p{round(100 * share)}": value for share, value in zip(QUANTILES, row["at"] or (), strict=False)}
-    return {"count": row["ids"], "mean": row["mean"], **quantiles}
-
-
-def _stop_if_malformed(bad: DataFrame, num_read: int, config: RunConfig, root: Path) -> None:
-    counts = {reason: count for reason, count in _counts(bad, REASON).items() if reason in MALFORMED}
-    malformed = sum(counts.values())
-    if malformed <= config.etl.max_quarantine_share * num_read:
-        return
-    days = bad.where(F.col(REASON).isin(list(counts))).groupBy(DAY).count().orderBy(F.desc("count"), DAY).limit(3)
-    worst = ", ".join(f"{DAY}={row[DAY]} ({row['count']} rows)" for row in days.collect())
-    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.items())
-    raise DataError(
-        f"{root / INTERACTIONS_FOLDER}: {malformed} of {num_read} rows are malformed ({reasons}), most of them in "
-        f"{worst}; etl.max_quarantine_share is {config.etl.max_quarantine_share}.",
-        "Correct the deliveries; after_arrival and too_late mean that dt is not the day of arrival, or that "
-        "etl.lookback_days is too short. Or raise etl.max_quarantine_share.",
-    )
-
-
-def _no_training_rows(num_read: int, config: RunConfig, root: Path) -> DataError:
+def _no_training_rows(num_read: int, config: RunConfig, root: Location) -> DataError:
     validation = _cutoffs(config)["validation"]
     before = f" before the validation period starts at {validation}" if validation else ""
     return DataError(
@@ -415,29 +312,6 @@ def _no_training_rows(num_read: int, config: RunConfig, root: Path) -> DataError
         f"(etl.k_core={config.etl.k_core}, etl.min_weight={config.etl.min_weight}).",
         "Read more history, shorten etl.validation_days and etl.test_days, or lower k_core and min_weight.",
     )
-
-
-def _stored(kind: pa.DataType | None) -> str:
-    """How Spark must read a column to get it as it is stored; "" when it is absent."""
-    if kind is None:
-        return ""
-    if pt.is_timestamp(kind):
-        return "bigint" if kind.unit == "ns" else "timestamp"
-    return _SPARK_TYPES[str(kind)]
-
-
-_SPARK_TYPES = {
-    "float": "float",
-    "double": "double",
-    "int8": "tinyint",
-    "int16": "smallint",
-    "int32": "int",
-    "int64": "bigint",
-    "uint8": "smallint",
-    "uint16": "int",
-    "uint32": "bigint",
-    "uint64": "decimal(20,0)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,8 +83,12 @@ def readable() -> Iterator[None]:
         found = _UNREADABLE.search(str(error))
         if found is None:
             raise
-        path = Path("/" + unquote(found.group(1)).removeprefix("file:").lstrip("/"))
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "no longer there"
+        named = unquote(found.group(1))
+        if re.match("s3a?://", named):
+            path, size = named.replace("s3a://", "s3://"), "on S3"
+        else:
+            path = "/" + named.removeprefix("file:").lstrip("/")
+            size = f"{Path(path).stat().st_size} bytes" if Path(path).is_file() else "no longer there"
         raise DataError(
             f"{path} ({size}, row count unknown) has an intact footer but its pages cannot be read.",
             "The file is damaged or was removed meanwhile: deliver it again, or remove it for good.",
@@ -96,15 +100,16 @@ def unreadable(path: str) -> OSError:
     return OSError(f"Encountered error while reading file {quote(path)} .")
 
 
-def glob_escaped(path: Path) -> str:
+def glob_escaped(path: str) -> str:
     """A path as Spark's readers take it, who would expand brackets and stars."""
-    return re.sub(r"([\[\]{}*?,])", r"\\\1", str(path))
+    return re.sub(r"([\[\]{}*?,])", r"\\\1", path)
 
 
 _UNREADABLE = re.compile(r"Encountered error while reading file (\S+?)\.?\s")
 
 _SQL = {
     "spark.sql.adaptive.enabled": "true",
+    "spark.sql.caseSensitive": "true",
     "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",
     "spark.sql.files.openCostInBytes": "131072",
     "spark.sql.legacy.parquet.nanosAsLong": "true",

@@ -14,21 +14,25 @@ from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
 from crane_core.raw import check_interactions, list_interactions
-from jobs.etl.interactions import (
+from jobs.etl.events import (
     assign_split,
-    clean_catalog,
+    find_bots,
     find_core,
+    key_of,
     mark_bad,
+    mark_excess,
     mark_repeats,
-    number_ids,
     read_interactions,
+    with_codes,
 )
+from jobs.etl.ids import first_seen, number_ids
+from jobs.etl.interactions import clean_catalog
 from jobs.etl.tables import number_rows, tally, write_table
 from tests.raw_data import at, write_day
 
 pytestmark = pytest.mark.spark
 
-EVENTS = "user_id string, item_id string, event_time timestamp, weight float, label bigint, dt date"
+EVENTS = "user_id string, item_id string, event_time timestamp, weight float, label bigint, event_type string, dt date"
 
 
 def configure(start: str = "2026-01-20", end: str = "2026-01-21", **etl: Any) -> RunConfig:
@@ -36,13 +40,22 @@ def configure(start: str = "2026-01-20", end: str = "2026-01-21", **etl: Any) ->
 
 
 def events(spark: SparkSession, rows: list[tuple[Any, ...]]) -> DataFrame:
-    """Rows of (user, item, time[, weight[, label[, dt]]]); `dt` is the day of the event unless given."""
+    """Rows of (user, item, time[, weight[, label[, dt[, type]]]]); `dt` is the day of the event unless given."""
     full = []
     for user, item, time, *rest in rows:
-        weight, label, day = (*rest, *(None,) * (3 - len(rest)))
+        weight, label, day, kind = (*rest, *(None,) * (4 - len(rest)))
         instant = at(time) if time else None
-        full.append((user, item, instant, weight, label, date.fromisoformat(day or time[:10])))
+        full.append((user, item, instant, weight, label, kind, date.fromisoformat(day or time[:10])))
     return spark.createDataFrame(full, EVENTS)
+
+
+def coded(spark: SparkSession, rows: list[tuple[Any, ...]], config: RunConfig) -> DataFrame:
+    """The same rows as the log is carried, with the ids beside the keys."""
+    found = events(spark, rows)
+    carried = with_codes(found, config.etl)
+    for column, key in (("user_id", "user_key"), ("item_id", "item_key")):
+        carried = carried.join(found.select(column, key_of(column, 0).alias(key)).distinct(), key)
+    return carried
 
 
 def test_bad_rows_are_marked_with_the_first_reason_that_applies(spark: SparkSession) -> None:
@@ -97,7 +110,8 @@ def test_labels_are_only_checked_when_the_split_uses_them(spark: SparkSession) -
 
 
 def test_the_first_event_of_a_pair_is_kept(spark: SparkSession) -> None:
-    rows = events(
+    config = configure()
+    rows = coded(
         spark,
         [
             ("a", "x", "2026-01-10 12:00", 2.0, 0, "2026-01-12"),
@@ -107,8 +121,10 @@ def test_the_first_event_of_a_pair_is_kept(spark: SparkSession) -> None:
             ("a", "y", "2026-01-10 12:00", 1.0, 0, "2026-01-11"),
             ("b", "x", "2026-01-12 12:00", 1.0, 0, "2026-01-12"),
         ],
+        config,
     )
-    found = {(row["user_id"], row["item_id"], row["weight"]): row["reason"] for row in mark_repeats(rows).collect()}
+    marked = mark_repeats(rows, config).collect()
+    found = {(row["user_id"], row["item_id"], row["weight"]): row["reason"] for row in marked}
     assert found == {
         ("a", "x", 9.0): None,
         ("a", "x", 3.0): "duplicate",
@@ -119,12 +135,84 @@ def test_the_first_event_of_a_pair_is_kept(spark: SparkSession) -> None:
     }
 
 
+def test_types_weigh_what_the_configuration_says(spark: SparkSession) -> None:
+    config = configure(event_weights={"view": 1, "buy": 4, "look": 0}, min_weight=0.5)
+    day = "2026-01-10"
+    rows = [
+        ("a", "1", day, None, 0, day, "view"),
+        ("a", "2", day, 2.5, 0, day, "buy"),
+        ("a", "3", day, 3.0, 0, day, None),
+        ("a", "4", day, 1.0, 0, day, "look"),
+        ("a", "5", day, 1.0, 0, day, "BUY"),
+    ]
+    marked = mark_bad(events(spark, rows), config.window, config.etl).collect()
+    assert [row["reason"] for row in marked] == [None, None, None, "below_min_weight", "unknown_event_type"]
+    weighed = {row["item_id"]: (row["weight"], row["event_code"]) for row in coded(spark, rows[:3], config).collect()}
+    assert weighed == {"1": (1.0, 2), "2": (10.0, 0), "3": (3.0, None)}
+
+
+@pytest.mark.parametrize(
+    ("repeats", "expected"),
+    [("first", {"x": 1.0, "y": 5.0}), ("sum", {"x": 6.0, "y": 5.0}), ("max", {"x": 3.0, "y": 5.0})],
+)
+def test_repeats_weigh_into_the_first_of_their_period(
+    spark: SparkSession, repeats: str, expected: dict[str, float]
+) -> None:
+    """A duplicate counts once; what happens after the cutoff of training says nothing about a training row."""
+    config = configure(repeats=repeats, validation_days=2, test_days=2)
+    rows = coded(
+        spark,
+        [
+            ("a", "x", "2026-01-10", 1.0),
+            ("a", "x", "2026-01-11", 2.0),
+            ("a", "x", "2026-01-12", 3.0),
+            ("a", "x", "2026-01-12", 0.5),
+            ("a", "x", "2026-01-18", 50.0),
+            ("a", "y", "2026-01-18", 5.0),
+            ("a", "y", "2026-01-20", 70.0),
+        ],
+        config,
+    )
+    marked = mark_repeats(rows, config).collect()
+    assert {row["item_id"]: row["weight"] for row in marked if row["reason"] is None} == expected
+    assert sorted(row["reason"] for row in marked if row["reason"]) == ["duplicate", *["repeat"] * 4]
+
+
+def test_a_user_has_so_many_events_a_day(spark: SparkSession) -> None:
+    """The first of the day are kept, in the zone of the days; another user has a cap of its own."""
+    config = configure(max_events_per_day=2, time_zone="Europe/Berlin")
+    rows = coded(
+        spark,
+        [
+            ("a", "1", "2026-01-10 22:59"),
+            ("a", "2", "2026-01-10 10:00"),
+            ("a", "3", "2026-01-09 23:00"),
+            ("a", "4", "2026-01-10 23:00"),
+            ("b", "1", "2026-01-10 22:59"),
+        ],
+        config,
+    )
+    over = [row["item_id"] for row in mark_excess(rows, config.etl).collect() if row["reason"] == "over_daily_cap"]
+    assert over == ["1"]
+    assert mark_excess(rows, configure().etl).where("reason is not null").isEmpty()
+
+
+def test_bots_are_users_with_more_training_rows_than_the_most(spark: SparkSession) -> None:
+    rows = coded(
+        spark, [(user, str(item), "2026-01-10") for user, n in (("a", 3), ("b", 4)) for item in range(n)], configure()
+    )
+    bots = rows.join(find_bots(rows, 3), "user_key", "left_semi")
+    assert {row["user_id"] for row in bots.collect()} == {"b"}
+    assert find_bots(rows, None).isEmpty()
+
+
 def splits(rows: DataFrame, config: RunConfig) -> dict[tuple[str, str], int]:
     return {(row["user_id"], row["item_id"]): row["split"] for row in assign_split(rows, config).collect()}
 
 
 def test_temporal_split_cuts_at_two_instants_for_everybody(spark: SparkSession) -> None:
-    rows = events(
+    config = configure(validation_days=5, test_days=2)
+    rows = coded(
         spark,
         [
             ("a", "train", "2026-01-13 23:59"),
@@ -132,8 +220,9 @@ def test_temporal_split_cuts_at_two_instants_for_everybody(spark: SparkSession) 
             ("a", "still validation", "2026-01-18 23:59"),
             ("b", "test", "2026-01-19 00:00"),
         ],
+        config,
     )
-    assert splits(rows, configure(validation_days=5, test_days=2)) == {
+    assert splits(rows, config) == {
         ("a", "train"): 0,
         ("a", "validation"): 1,
         ("a", "still validation"): 1,
@@ -142,7 +231,8 @@ def test_temporal_split_cuts_at_two_instants_for_everybody(spark: SparkSession) 
 
 
 def test_leave_last_tests_on_the_last_item_and_breaks_ties_by_item(spark: SparkSession) -> None:
-    rows = events(
+    config = configure(split="leave_last")
+    rows = coded(
         spark,
         [
             ("a", "1", "2026-01-10"),
@@ -151,8 +241,9 @@ def test_leave_last_tests_on_the_last_item_and_breaks_ties_by_item(spark: SparkS
             ("b", "1", "2026-01-10"),
             ("b", "2", "2026-01-11"),
         ],
+        config,
     )
-    assert splits(rows, configure(split="leave_last")) == {
+    assert splits(rows, config) == {
         ("a", "1"): 0,
         ("a", "2"): 1,
         ("a", "3"): 2,
@@ -162,27 +253,43 @@ def test_leave_last_tests_on_the_last_item_and_breaks_ties_by_item(spark: SparkS
 
 
 def test_label_split_is_the_label(spark: SparkSession) -> None:
-    rows = events(spark, [("a", str(label), "2026-01-10", 1.0, label) for label in (0, 1, 2)])
-    assert splits(rows, configure(split="label")) == {("a", "0"): 0, ("a", "1"): 1, ("a", "2"): 2}
+    config = configure(split="label")
+    rows = coded(spark, [("a", str(label), "2026-01-10", 1.0, label) for label in (0, 1, 2)], config)
+    assert splits(rows, config) == {("a", "0"): 0, ("a", "1"): 1, ("a", "2"): 2}
 
 
 def test_core_is_the_largest_set_in_which_everybody_has_k_rows(spark: SparkSession) -> None:
     """c falls first, which pulls z below 2, which pulls d: three rounds."""
     square = [(user, item, "2026-01-10") for user in "ab" for item in "xy"]
     chain = [("c", "z", "2026-01-10"), ("d", "z", "2026-01-10"), ("d", "x", "2026-01-10")]
-    core = find_core(events(spark, square + chain), 2).collect()
+    rows = coded(spark, square + chain, configure())
+    core = rows.join(find_core(rows, 2), ["user_key", "item_key"], "left_semi").collect()
     assert {(row["user_id"], row["item_id"]) for row in core} == {(user, item) for user in "ab" for item in "xy"}
-    assert find_core(events(spark, chain), 3).isEmpty()
+    assert find_core(coded(spark, chain, configure()), 3).isEmpty()
 
 
-def numbers(spark: SparkSession, rows: list[tuple[Any, ...]], column: str, config: RunConfig, catalog: Any = None):
+def numbered(
+    spark: SparkSession,
+    rows: list[tuple[Any, ...]],
+    column: str,
+    config: RunConfig,
+    catalog: Any = None,
+    base: DataFrame | None = None,
+) -> DataFrame:
     valid = mark_bad(events(spark, rows), config.window, config.etl).where("reason is null").drop("reason")
-    kept = mark_repeats(valid).where("reason is null").drop("reason")
-    core = assign_split(kept, config).where("split = 0")
+    kept = mark_repeats(with_codes(valid, config.etl), config).where("reason is null").drop("reason")
+    key = column.replace("_id", "_key")
+    trained = assign_split(kept, config).where("split = 0").select(key).distinct()
     table = spark.createDataFrame(catalog, "item_id string, title string") if catalog else None
-    found = number_ids(valid, core, column, "idx", config, table).orderBy("idx").collect()
+    users, items = first_seen(valid, config)
+    seen = users if column == "user_id" else items
+    return number_ids(seen.ids, trained, column, key, "idx", config, table, base)
+
+
+def numbers(*arguments: Any) -> list[str]:
+    found = numbered(*arguments).orderBy("idx").collect()
     assert [row["idx"] for row in found] == list(range(len(found)))
-    return [row[column] for row in found]
+    return [row[arguments[2]] for row in found]
 
 
 def test_numbers_are_appended_as_days_move_on(spark: SparkSession) -> None:
@@ -249,8 +356,8 @@ def test_files_of_different_types_are_read_into_one_table(spark: SparkSession, t
     write_day(raw, "2026-01-20", [("a", "4", instant)], schema("ns", None, None), "d.parquet")
     write_day(raw, "2026-01-20", [("a", "5", instant, None)], schema("us", pa.null(), None), "e.parquet")
     config = configure()
-    footers = check_interactions(list_interactions(raw, config.window, None), config.window, needs_label=False)
-    rows = read_interactions(spark, raw, footers).orderBy("item_id").collect()
+    footers = check_interactions(list_interactions(raw, config.window, config.etl), config.window, config.etl)
+    rows = read_interactions(spark, footers).orderBy("item_id").collect()
     assert [(row["item_id"], row["weight"], row["label"]) for row in rows] == [
         ("1", 2.0, 1),
         ("2", 2.5, 2),

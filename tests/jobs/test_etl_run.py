@@ -101,12 +101,15 @@ def reference(spark: SparkSession, given: Path) -> Path:
 @pytest.mark.spark
 def test_a_run_leaves_exactly_these_rows(reference: Path) -> None:
     found = artifact(reference, "interactions")
-    assert rows_of(found, "users") == [{"user_idx": n, "user_id": name} for n, name in enumerate(("ann", "bob", "cat"))]
+    assert rows_of(found, "users") == [
+        {"user_idx": n, "user_id": name, "state": "trained"} for n, name in enumerate(("ann", "bob", "cat"))
+    ]
     assert rows_of(found, "items") == [
-        {"item_idx": n - 1, "item_id": f"i{n}", "title": f"Item {n}"} for n in (1, 2, 3, 4)
+        {"item_idx": n - 1, "item_id": f"i{n}", "title": f"Item {n}", "state": "cold" if n == 4 else "trained"}
+        for n in (1, 2, 3, 4)
     ]
     placed = [(row["user_idx"], row["item_idx"], row["split"], row["weight"]) for row in rows_of(found, "interactions")]
-    assert placed == [
+    assert sorted(placed) == [
         (0, 0, 0, 1.0),
         (0, 1, 0, 1.0),
         (0, 2, 1, 1.0),
@@ -191,6 +194,7 @@ def test_a_planted_future_row_changes_nothing_before_the_cutoff(reference: Path,
         train = [row for row in rows_of(log, "interactions") if row["split"] == 0]
         files = [sums.file(f"{name}.npy").read_bytes() for name in ("text", "image")]
         files += [matrices.file(f"text/{name}").read_bytes() for name in ("matrix.npy", "standardisation.npz")]
+        train = sorted(train, key=lambda row: (row["user_idx"], row["item_idx"]))
         return [rows_of(log, "users"), rows_of(log, "items"), train, files]
 
     assert before_cutoff(tmp_path / "planted") == before_cutoff(reference)
@@ -396,6 +400,19 @@ def test_every_kind_of_vector_is_read(spark: SparkSession, kind: pa.DataType, tm
         {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
         {"modality": "text", "item_id": "b", "vector": [0.5, 4.0], "dim": 2, "is_finite": True},
     ]
+
+
+@pytest.mark.parametrize(("binary", "width"), [("float16", 4), ("float32", 8), ("float64", 16)])
+def test_binary_vectors_are_read(binary: str, width: int, tmp_path: Path) -> None:
+    rows = [np.array(row, dtype=binary).tobytes() for row in ([1.5, 2.0], [0.5, float("inf")])]
+    path = write_vectors(tmp_path, "text", [("a", rows[0]), ("n", None), ("b", rows[1])], pa.binary(width))
+    batch = next(pq.ParquetFile(path).iter_batches())
+    for part in (batch, pa.concat_batches([batch, batch]).slice(3)):
+        assert features._describe("text", part, binary).to_pylist() == [
+            {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
+            {"modality": "text", "item_id": "n", "vector": None, "dim": 0, "is_finite": True},
+            {"modality": "text", "item_id": "b", "vector": [0.5, float("inf")], "dim": 2, "is_finite": False},
+        ]
 
 
 @pytest.mark.spark

@@ -289,8 +289,30 @@ def test_doctor_answers_as_json(
     assert registry["status"] == "absent"
 
 
+def test_a_log_is_generated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(tmp_path / "raw"), "--rows", "500", "--days", "4", "--seed", "7", "--json"]
+    assert cli.main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["num_interactions"], answer["start"], answer["end"]) == (500, "2026-01-04", "2026-01-05")
+    assert len(list((tmp_path / "raw" / "interactions").iterdir())) == 4
+    assert cli.main(["generate", str(tmp_path / "none"), "--rows", "0"]) == 2
+
+
 @pytest.mark.parametrize(
-    "command", ["demo", "run", "runs", "recommend", "similar", "promote", "rollback", "experiments", "doctor", "import"]
+    "command",
+    [
+        "demo",
+        "run",
+        "runs",
+        "recommend",
+        "similar",
+        "promote",
+        "rollback",
+        "experiments",
+        "doctor",
+        "import",
+        "generate",
+    ],
 )
 def test_every_command_explains_itself_and_knows_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -32,6 +32,8 @@ def test_window_is_utc_however_it_is_written(text: str) -> None:
         (["train.learning_rate=-1"], "train.learning_rate: Input should be greater than 0, found -1"),
         (["trains.k=1"], "trains: Extra inputs are not permitted"),
         (["etl.split=random"], "etl.split: Input should be 'temporal', 'leave_last' or 'label', found 'random'"),
+        (["etl.time_zone=Mars/Base"], "etl.time_zone: Value error, not a time zone of the IANA database"),
+        (["etl.event_weights={view: -1}"], "finite weights of 0 or more"),
         (["window.end=2026-01-05"], "must lie before window.end"),
         (["evaluate.ks=[5, 10]"], "evaluate.ks must hold positive numbers, 20 among them"),
         (["train"], "'train' is not of the form section.field=value"),

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import gzip
+import json
 import zipfile
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crane_core.config import Window
-from crane_core.errors import DataError
-from crane_core.importers import import_mmrec, import_movielens
+from crane_core.config import Etl, Window
+from crane_core.errors import ConfigError, DataError
+from crane_core.importers import import_amazon, import_mapped, import_mmrec, import_movielens
 from crane_core.raw import check_features, check_interactions, check_items, list_features, list_interactions, list_items
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -54,7 +57,8 @@ def table(raw: Path, name: str) -> pa.Table:
 def check(raw: Path, start: date, end: date, needs_label: bool) -> None:
     """What an importer writes passes the checks of the ETL."""
     window = Window.model_validate({"start": start, "end": end})
-    check_interactions(list_interactions(raw, window, None), window, needs_label)
+    etl = Etl(split="label" if needs_label else "temporal")
+    check_interactions(list_interactions(raw, window, etl), window, etl)
     check_items(list_items(raw))
     for files in list_features(raw, ()).values():
         check_features(files)
@@ -247,3 +251,136 @@ def test_shared_folders_are_imported(name: str, modalities: dict[str, int], tmp_
     if not (DATA / name).is_dir():
         pytest.skip(f"{DATA / name} is absent: research data is not part of the project")
     assert import_mmrec(DATA / name, tmp_path / "raw").modalities == modalities
+
+
+REVIEWS = [
+    {"rating": 5.0, "user_id": "A1", "parent_asin": "B1", "asin": "B1x", "timestamp": 1588687728923, "text": "good"},
+    {"rating": 1.0, "user_id": "A2", "parent_asin": "B1", "timestamp": 1588687728923, "verified_purchase": True},
+    {"rating": 4.0, "user_id": "A1", "parent_asin": "B2", "timestamp": 1609459199999},
+    {"rating": 4.0, "user_id": None, "parent_asin": "B2", "timestamp": None},
+]
+PRODUCTS = [
+    {
+        "parent_asin": f"B{n}",
+        "title": f"Blue kettle {n}",
+        "average_rating": 4.9,
+        "features": ["steel", "cordless"],
+        "description": ["boils water"],
+        "categories": ["Kitchen", "Kettles"],
+        "details": {"x": "y"},
+    }
+    for n in (1, 2, 3)
+]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_amazon_reviews_become_raw_data(tmp_path: Path, suffix: str) -> None:
+    write_lines(tmp_path / f"Kitchen.jsonl{suffix}", REVIEWS)
+    write_lines(tmp_path / f"meta_Kitchen.jsonl{suffix}", PRODUCTS)
+    raw = tmp_path / "raw"
+    imported = import_amazon(tmp_path / f"Kitchen.jsonl{suffix}", raw)
+    assert (imported.num_users, imported.num_items, imported.num_interactions) == (2, 3, 4)
+    assert (imported.start, imported.end) == (date(2020, 12, 31), date(2021, 1, 1))
+    days = {path.name: table(raw, f"interactions/{path.name}") for path in (raw / "interactions").iterdir()}
+    assert {name: rows.num_rows for name, rows in days.items()} == {
+        "dt=2020-05-05": 2,
+        "dt=2020-12-31": 1,
+        "dt=1970-01-01": 1,
+    }
+    rows = days["dt=2020-05-05"].select(["user_id", "item_id", "weight"]).to_pylist()
+    assert rows == [
+        {"user_id": "A1", "item_id": "B1", "weight": 5.0},
+        {"user_id": "A2", "item_id": "B1", "weight": 1.0},
+    ]
+    assert days["dt=2020-12-31"]["event_time"][0].as_py().microsecond == 999000
+    check(raw, imported.start, imported.end, needs_label=False)
+    assert table(raw, "items")["title"].to_pylist() == ["Blue kettle 1", "Blue kettle 2", "Blue kettle 3"]
+    check_features(list_features(raw, ())["text"])
+    assert not import_amazon(tmp_path / f"Kitchen.jsonl{suffix}", raw).is_new
+
+
+def test_broken_amazon_files_are_errors(tmp_path: Path) -> None:
+    reviews = tmp_path / "Kitchen.jsonl"
+    with pytest.raises(DataError, match="There is no file"):
+        import_amazon(reviews, tmp_path / "raw")
+    write_lines(tmp_path / "meta_Kitchen.jsonl", PRODUCTS)
+    reviews.write_text('{"user_id": "A1", "rating": \n')
+    with pytest.raises(DataError, match="cannot be read after 0 rows"):
+        import_amazon(reviews, tmp_path / "raw")
+    write_lines(reviews, [{"user_id": "A1"}])
+    with pytest.raises(DataError, match="no review with a time"):
+        import_amazon(reviews, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+MAPPING = """
+dataset: shop
+interactions:
+  files: [events/*.csv]
+  columns: {user_id: customer, item_id: sku, event_time: at, weight: quantity, event_type: kind}
+  zone: Europe/Berlin
+items:
+  files: [products.tsv]
+  columns: {item_id: sku, title: name}
+features:
+  text: {files: [text.parquet], columns: {item_id: sku, vector: embedding}}
+  image: {files: [image.npy], ids: image_ids.txt}
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    (tmp_path / "events").mkdir()
+    (tmp_path / "events" / "a.csv").write_text(
+        "at,customer,sku,quantity,kind,note\n2026-01-05 23:30:00,c1,00017,2,view,x\n"
+        '2026-01-05T23:30:00Z,c2,"a,b",,purchase,y\n'
+    )
+    (tmp_path / "products.tsv").write_text("sku\tname\tprice\n00017\tKettle\t9\nz\tCup\t1\n")
+    pq.write_table(pa.table({"sku": ["00017"], "embedding": [[1.0, 2.0]]}), tmp_path / "text.parquet")
+    np.save(tmp_path / "image.npy", np.ones((2, 3), dtype=np.float16))
+    (tmp_path / "image_ids.txt").write_text("00017\nz\n")
+    (tmp_path / "mapping.yaml").write_text(MAPPING)
+    return tmp_path
+
+
+def test_mapped_files_become_raw_data(shop: Path) -> None:
+    raw = shop / "raw"
+    imported = import_mapped(shop / "mapping.yaml", raw)
+    assert (imported.num_users, imported.num_items, imported.num_interactions) == (2, 3, 2)
+    assert imported.modalities == {"image": 3, "text": 2}
+    rows = table(raw, "interactions/dt=2026-01-05").to_pylist()
+    found = [
+        (row["user_id"], row["item_id"], row["event_time"].isoformat(), row["weight"], row["event_type"])
+        for row in rows
+    ]
+    assert found == [
+        ("c1", "00017", "2026-01-05T22:30:00+00:00", 2.0, "view"),
+        ("c2", "a,b", "2026-01-05T23:30:00+00:00", None, "purchase"),
+    ]
+    check(raw, imported.start, imported.end, needs_label=False)
+    assert not import_mapped(shop / "mapping.yaml", raw).is_new
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error", "expected"),
+    [
+        ("event_time: at, ", "", ConfigError, "must name event_time"),
+        ("zone: Europe/Berlin", "zone: Mars", ConfigError, "IANA"),
+        ("dataset: shop", "datasets: shop", ConfigError, "dataset"),
+        ("customer", "client", DataError, "no column client|client"),
+        ("events/*.csv", "events/*.xls", DataError, "no file 'events/.\\\\*.xls'"),
+        ("zone: Europe/Berlin", "time: s", DataError, "cannot be read"),
+        ("ids: image_ids.txt", "ids: products.tsv", DataError, "3 ids"),
+        ("vector: embedding", "vector: vec", DataError, "cannot be read|no column"),
+    ],
+)
+def test_wrong_mappings_are_errors(shop: Path, before: str, after: str, error: type[Exception], expected: str) -> None:
+    (shop / "mapping.yaml").write_text(MAPPING.replace(before, after))
+    with pytest.raises(error, match=expected):
+        import_mapped(shop / "mapping.yaml", shop / "raw")
+    assert not (shop / "raw").exists()

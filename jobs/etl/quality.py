@@ -1,0 +1,111 @@
+"""What `quality.json` says: distributions of what was kept, and how far the last day has drifted from those before."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from crane_core.config import Etl
+from crane_core.config import Window as RunWindow
+from crane_core.drift import population_stability_index
+from crane_core.errors import DataError
+from crane_core.schema import EVENT_TIME, WEIGHT
+from jobs.etl.events import EVENT_CODE, ITEM_KEY, USER_KEY
+
+logger = logging.getLogger(__name__)
+
+ITEM_GROUPS = 16
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def distribution(rows: DataFrame, column: str) -> dict[str, float]:
+    """Number of values of a column, and mean and quantiles of their rows."""
+    count = F.col("count")
+    row = (
+        rows.groupBy(column)
+        .count()
+        .agg(F.count(count).alias("ids"), F.avg(count).alias("mean"), F.percentile(count, list(QUANTILES)).alias("at"))
+        .first()
+    )
+    assert row is not None
+    quantiles = {f"p{round(100 * share)}": value for share, value in zip(QUANTILES, row["at"] or (), strict=False)}
+    return {"count": row["ids"], "mean": row["mean"], **quantiles}
+
+
+def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, Any]:
+    """Compare the last day before `window.end` with the `etl.drift_days` before it.
+
+    Compared are the hour, the event type and the weight (in steps of a factor of about 1.4) of the events, how many
+    events their users have on that day, in octaves, and how they spread over a fixed random grouping of the items.
+
+    Args:
+        events: usable events, repeats included.
+        window: its end is the end of the day.
+        etl: thresholds.
+
+    Returns:
+        Rows on both sides, rows of the day over those of a day of the reference, the index of each figure, and
+        `status`: `ok`, `warn`, `stop`, or `unknown` with too few rows.
+    """
+    cut = window.end - timedelta(days=1)
+    recent = events.where(F.col(EVENT_TIME) >= F.lit(cut - timedelta(days=etl.drift_days)))
+    local = F.from_utc_timestamp(EVENT_TIME, etl.time_zone)
+    sided = recent.select(
+        (F.col(EVENT_TIME) >= F.lit(cut)).alias("is_day"),
+        F.floor((F.unix_micros(EVENT_TIME) - F.unix_micros(F.lit(cut))) / 86_400_000_000).alias("day"),
+        F.hour(local).alias("hour"),
+        F.floor(2 * F.log2(1 + F.col(WEIGHT))).alias("weight"),
+        EVENT_CODE,
+        USER_KEY,
+        ITEM_KEY,
+    )
+    figures: dict[str, tuple[Counter[str], Counter[str]]] = {}
+
+    def add(name: str, is_day: bool, value: Any, count: int) -> None:
+        figures.setdefault(name, (Counter(), Counter()))[is_day][str(value)] += count
+
+    rows = F.count(F.lit(1)).alias("rows")
+    days = 1
+    for row in sided.groupBy("is_day", "hour", "weight", EVENT_CODE).agg(rows, F.min("day").alias("first")).collect():
+        days = max(days, -row["first"])
+        for name in ("hour", "weight", EVENT_CODE):
+            add(name.removesuffix("_code"), row["is_day"], row[name], row["rows"])
+    daily = sided.groupBy("is_day", "day", USER_KEY).count()
+    octaves = daily.groupBy("is_day", F.floor(F.log2("count")).alias("value")).agg(F.sum("count").alias("rows"))
+    groups = sided.groupBy("is_day", F.pmod(ITEM_KEY, F.lit(ITEM_GROUPS)).alias("value")).agg(rows)
+    for name, table in (("user_activity", octaves), ("items", groups)):
+        for row in table.collect():
+            add(name, row["is_day"], row["value"], row["rows"])
+    reference, found = (sum(counts.values()) for counts in figures.get("hour", (Counter(), Counter())))
+    result: dict[str, Any] = {"rows": found, "reference_rows": reference, "reference_days": days}
+    if min(reference, found) < etl.drift_min_rows:
+        return {**result, "status": "unknown"}
+    indices = {name: round(population_stability_index(*counts), 4) for name, counts in sorted(figures.items())}
+    worst = max(indices.values())
+    status = "ok" if worst <= etl.drift_warn else "warn"
+    status = "stop" if etl.drift_stop is not None and worst > etl.drift_stop else status
+    return {**result, "volume": round(found * days / reference, 4), "index": indices, "status": status}
+
+
+def heed_drift(drift: dict[str, Any], etl: Etl) -> None:
+    """Warn of a drifted day.
+
+    Raises:
+        DataError: an index is above `etl.drift_stop`.
+    """
+    indices = drift.get("index", {})
+    told = ", ".join(f"{name} {value}" for name, value in indices.items())
+    if drift["status"] == "stop":
+        raise DataError(
+            f"The last day ({drift['rows']} events) has drifted from the {drift['reference_days']} days before it "
+            f"({drift['reference_rows']} events): population stability index {told}; etl.drift_stop is "
+            f"{etl.drift_stop}.",
+            "Look at what the day delivered. If it is right, raise etl.drift_stop or leave it out.",
+        )
+    if drift["status"] == "warn":
+        logger.warning("drift status=warn threshold=%s index=%s", etl.drift_warn, told)
