@@ -30,7 +30,7 @@ NONE = torch.iinfo(torch.int64).max
 
 _SPARE = 4
 """Candidates beyond k + 1, so that a near tie seldom calls for the full comparison."""
-_QUERY_BLOCK = 32_768
+QUERY_BLOCK = 32_768
 """Most queries at a time: what a kill costs at most."""
 _GROUP = 32
 """Keys of which the torch search looks at the best first."""
@@ -106,7 +106,7 @@ def search(
     Raises:
         ArtifactError: a row is not finite.
     """
-    top = _top_faiss if device.type == "cpu" else _top_torch
+    top = top_faiss if device.type == "cpu" else top_torch
     return unpack(nearest(rows, queries, k, keys=keys, memory=memory, device=device, work=work, top=top))
 
 
@@ -146,32 +146,33 @@ def nearest(
     dim = rows.shape[1]
     block = max(1, memory // (4 * (12 * dim + 48 * (k + 1 + _SPARE))))
     starts = [
-        (first, key) for first in range(0, len(queries), min(block, _QUERY_BLOCK)) for key in range(0, num_keys, block)
+        (first, key) for first in range(0, len(queries), min(block, QUERY_BLOCK)) for key in range(0, num_keys, block)
     ]
-    kept: dict[int, _Keys] = {}
+    kept: dict[int, Keys] = {}
     keep = 4 * num_keys * dim <= memory // 4
     for first, key in track(starts, len(starts), "knn", logger):
-        part = queries[first : first + min(block, _QUERY_BLOCK)]
+        part = queries[first : first + min(block, QUERY_BLOCK)]
         done = work / f"{first}.npy" if work else None
         if done is not None and done.exists():
             found[first : first + len(part)] = np.load(done)
             continue
         if key == 0:
-            unit = unit_rows(_take(rows, part))
-            leaders, follows = np.unique(_first_equal(unit), return_inverse=True)
+            unit = unit_rows(take(rows, part))
+            leaders, follows = np.unique(first_equal(unit), return_inverse=True)
             distinct = torch.from_numpy(unit[leaders]).to(device)
             best = torch.full((len(leaders), k + 1), NONE, device=device)
         if key not in kept:
-            each = _key_block(rows, keys[key : key + block], k + 1, device)
+            some = keys[key : key + block]
+            each = key_block(unit_rows(take(rows, some)), some, device)
             if keep:
                 kept[key] = each
         else:
             each = kept[key]
-        best = _improve(best, distinct, each, memory // 4, top)
+        best = improve(best, distinct, each, memory // 4, top)
         if key + block >= num_keys:
-            found[first : first + len(part)] = _without_self(best.cpu().numpy()[follows], np.asarray(part), k)
+            found[first : first + len(part)] = without_self(best.cpu().numpy()[follows], np.asarray(part), k)
             if done is not None:
-                _save(done, found[first : first + len(part)])
+                save_whole(done, found[first : first + len(part)])
     return found
 
 
@@ -211,12 +212,12 @@ Top = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 """(queries, keys, width, memory) to the float32 scores [q, width], descending, and the positions of the keys."""
 
 
-def _top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
+def top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
     values, found = faiss.knn(queries.numpy(), keys.numpy(), width, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(values), torch.from_numpy(found)
 
 
-def _top_torch(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
+def top_torch(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
     """Written for CUDA, right on any device. The best `width` keys lie in the `width` groups with the best maxima, so
     one pass over the scores takes maxima and the selection sees a small part of them."""
     num_groups = -(-len(keys) // _GROUP)
@@ -237,13 +238,13 @@ def _top_torch(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[
 
 
 @dataclass(frozen=True)
-class _Keys:
+class Keys:
     """A block of keys, equal rows once.
 
     Attributes:
         rows: float32 [m, d], distinct unit rows in the order of their first row numbers.
-        bounds: int64 [m + 1], where the row numbers of each begin.
-        ids: int64, row numbers, ascending for each distinct row; no more of them than a list of neighbours has room.
+        bounds: int64 [m + 1], where the row numbers of each begin in `ids`.
+        ids: int64, row numbers, ascending for each distinct row.
     """
 
     rows: Tensor
@@ -251,7 +252,7 @@ class _Keys:
     ids: Tensor
 
 
-def _improve(best: Tensor, queries: Tensor, keys: _Keys, memory: int, top: Top | None) -> Tensor:
+def improve(best: Tensor, queries: Tensor, keys: Keys, memory: int, top: Top | None) -> Tensor:
     """Merge the neighbours among a block of keys into the best so far.
 
     Args:
@@ -263,27 +264,43 @@ def _improve(best: Tensor, queries: Tensor, keys: _Keys, memory: int, top: Top |
     """
     width = best.shape[1]
     if top is None or len(keys.rows) <= 2 * (width + _SPARE):
-        return _compare_all(best, queries, keys, memory)
-    rounding = _rounding(queries)
+        return compare_all(best, queries, keys, memory)
     values, found = top(queries, keys.rows, width + _SPARE, memory)
+    merged, doubtful = rescore(best, queries, keys, values, found, values[:, -1])
+    if len(doubtful):
+        merged[doubtful] = compare_all(best[doubtful], queries[doubtful], keys, memory)
+    return merged
+
+
+def rescore(
+    best: Tensor, queries: Tensor, keys: Keys, values: Tensor, found: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge candidates into the best so far by their exact similarities.
+
+    Args:
+        best, queries, keys: as in `improve`.
+        values: float32 [q, c], scores of the candidates, descending.
+        found: int64 [q, c], their positions among the keys.
+        others: float32 [q], the score that no other key exceeds.
+
+    Returns:
+        The best after, and the positions of queries for which another key may belong there.
+    """
+    rounding = _rounding(queries)
+    width = best.shape[1]
     # The last of the best will be at least this: what is certainly below needs no exact similarity.
     least = torch.maximum(_worst(best), values[:, width - 1] - rounding)
     row, column = (values >= least[:, None] - rounding).nonzero(as_tuple=True)
     key = found[row, column]
-    step = max(1, memory // (32 * queries.shape[1]))
     similarities = [
         torch.einsum("nd,nd->n", queries[i].double(), keys.rows[j].double()).float()
-        for i, j in zip(row.split(step), key.split(step), strict=True)
+        for i, j in zip(row.split(QUERY_BLOCK), key.split(QUERY_BLOCK), strict=True)
     ]
     merged = _merge(best, row, key, torch.cat(similarities), keys)
-    # Keys that were no candidates score at most the last one. Where that is not clearly less, compare them all.
-    doubtful = (values[:, -1] >= _worst(merged) - rounding).nonzero()[:, 0]
-    if len(doubtful):
-        merged[doubtful] = _compare_all(best[doubtful], queries[doubtful], keys, memory)
-    return merged
+    return merged, (others >= _worst(merged) - rounding).nonzero()[:, 0]
 
 
-def _compare_all(best: Tensor, queries: Tensor, keys: _Keys, memory: int) -> Tensor:
+def compare_all(best: Tensor, queries: Tensor, keys: Keys, memory: int) -> Tensor:
     columns, first = keys.rows.double().T, keys.ids[keys.bounds[:-1]]
     width = min(best.shape[1], len(first))
     merged = torch.empty_like(best)
@@ -296,9 +313,9 @@ def _compare_all(best: Tensor, queries: Tensor, keys: _Keys, memory: int) -> Ten
     return merged
 
 
-def _merge(best: Tensor, row: Tensor, key: Tensor, similarity: Tensor, keys: _Keys) -> Tensor:
-    """Merge pairs of a row of `best`, ascending, and a key, which stands for all its row numbers."""
-    counts = keys.bounds.diff()[key]
+def _merge(best: Tensor, row: Tensor, key: Tensor, similarity: Tensor, keys: Keys) -> Tensor:
+    """Merge pairs of a row of `best`, ascending, and a key, which stands for all its row numbers: as many as fit."""
+    counts = (keys.bounds[key + 1] - keys.bounds[key]).clamp(max=best.shape[1])
     pair = torch.arange(len(key), device=key.device).repeat_interleave(counts)
     ids = keys.ids[keys.bounds[key][pair] + _ranks(counts)]
     sizes = torch.zeros(len(best), dtype=torch.int64, device=key.device).index_add_(0, row, counts)
@@ -330,20 +347,17 @@ def _rounding(rows: Tensor) -> float:
     return (rows.shape[1] + 4) * 2.0**-24
 
 
-def _key_block(rows: np.ndarray, keys: Rows, copies: int, device: torch.device) -> _Keys:
-    unit = unit_rows(_take(rows, keys))
-    first = _first_equal(unit)
+def key_block(unit: np.ndarray, rows: Rows, device: torch.device = CPU) -> Keys:
+    """Keys of unit rows float32 [m, d] and their row numbers, on a device."""
+    first = first_equal(unit)
     leaders, counts = np.unique(first, return_counts=True)
-    kept = np.minimum(counts, copies)
-    order = np.argsort(first, kind="stable")
-    order = order[np.repeat(np.cumsum(counts) - counts, kept) + _ranks(torch.from_numpy(kept)).numpy()]
-    ids = np.asarray(keys, dtype=np.int64)[order]
-    bounds = np.concatenate([[0], np.cumsum(kept)])
+    ids = np.asarray(rows, dtype=np.int64)[np.argsort(first, kind="stable")]
+    bounds = np.concatenate([[0], np.cumsum(counts)])
     distinct = unit if len(leaders) == len(unit) else unit[leaders]
-    return _Keys(*(torch.from_numpy(each).to(device) for each in (distinct, bounds, ids)))
+    return Keys(*(torch.from_numpy(each).to(device) for each in (distinct, bounds, ids)))
 
 
-def _first_equal(unit: np.ndarray) -> np.ndarray:
+def first_equal(unit: np.ndarray) -> np.ndarray:
     """Position of the first row with the same content: int64 [n]."""
     words = (unit + 0.0).view(np.uint32)
     factors = np.random.default_rng(0).integers(1 << 63, size=unit.shape[1], dtype=np.uint64) * 2 + 1
@@ -359,14 +373,14 @@ def _first_equal(unit: np.ndarray) -> np.ndarray:
     return first
 
 
-def _without_self(packed: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+def without_self(packed: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """The first k of each line that are not the query itself: int64 [q, k + 1] -> [q, k]."""
     itself = (packed & 0x7FFFFFFF) == queries[:, None]
     itself[:, -1] |= ~itself.any(axis=1)
     return packed[~itself].reshape(len(packed), k)
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_whole(path: Path, array: np.ndarray) -> None:
     """Write so that a kill leaves the whole file or none."""
     part = path.with_suffix(".part")
     with part.open("wb") as file:
@@ -374,5 +388,5 @@ def _save(path: Path, array: np.ndarray) -> None:
     part.replace(path)
 
 
-def _take(rows: np.ndarray, which: Rows) -> np.ndarray:
+def take(rows: np.ndarray, which: Rows) -> np.ndarray:
     return rows[which.start : which.stop] if isinstance(which, range) else rows[which]

@@ -46,7 +46,7 @@ ALONE = os.environ | {"PYTHONPATH": str(Path(knn.__file__).parents[1]), "OMP_NUM
 KINDS = ["random", "clustered", "near_ties", "duplicates", "some_duplicates", "zeros"]
 
 
-@pytest.mark.parametrize("top", [knn._top_faiss, knn._top_torch])
+@pytest.mark.parametrize("top", [knn.top_faiss, knn.top_torch])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_sharding_equals_brute_force(kind: str, top: knn.Top) -> None:
     rows = make_rows(kind)
@@ -62,8 +62,8 @@ def test_any_sharding_equals_brute_force(kind: str, top: knn.Top) -> None:
 
 def test_few_rows_are_compared_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    everything = knn._compare_all
-    monkeypatch.setattr(knn, "_compare_all", lambda *given: compared.append(len(given[1])) or everything(*given))
+    everything = knn.compare_all
+    monkeypatch.setattr(knn, "compare_all", lambda *given: compared.append(len(given[1])) or everything(*given))
     for kind, most in (("random", 0), ("duplicates", 0), ("some_duplicates", 0), ("zeros", 1)):
         rows = np.concatenate([make_rows(kind), 1 + np.random.default_rng(1).normal(size=(100, 8))])
         compared.clear()
@@ -89,7 +89,7 @@ def test_packed_neighbours_keep_similarity_and_row_and_sort_by_both() -> None:
     assert values.tolist() == [1.0, 0.5, 0.5, 0.0, 0.0, -0.25, -1.0]
 
 
-@pytest.mark.parametrize("top", [knn._top_faiss, knn._top_torch])
+@pytest.mark.parametrize("top", [knn.top_faiss, knn.top_torch])
 def test_candidates_are_the_best_scores(top: knn.Top) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(size, 8, generator=generator) for size in (70, 333))
@@ -108,7 +108,7 @@ def test_queries_and_keys_may_be_some_rows() -> None:
     for line, query, values in zip(neighbours, queries, similarity, strict=True):
         order = keys[np.lexsort((keys, -values))]
         assert line.tolist() == order[order != query][:4].tolist()
-    halves = [nearest(rows, range(150), 6, keys=part, top=knn._top_faiss) for part in (range(70, 150), range(70))]
+    halves = [nearest(rows, range(150), 6, keys=part, top=knn.top_faiss) for part in (range(70, 150), range(70))]
     merged = unpack(np.sort(np.concatenate(halves, axis=1), axis=1)[:, :6])
     np.testing.assert_array_equal(merged, search(rows, range(150), 6))
 

@@ -1,0 +1,208 @@
+"""Approximate nearest neighbours: rows in inverted lists, every query compared with those of the nearest lists.
+
+As in faiss's IVF indexes, but the queries that probe a list are multiplied with it at once, which in a search for the
+neighbours of every row is several times faster than one query at a time. Among the rows of the lists it probes a query
+finds its neighbours exactly, and k-means runs in exact arithmetic: the result depends on the rows, the sizes and the
+seed alone, not on shards, threads or the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane_core.knn import (
+    MEMORY,
+    NONE,
+    QUERY_BLOCK,
+    Keys,
+    compare_all,
+    improve,
+    key_block,
+    rescore,
+    save_whole,
+    top_faiss,
+    unit_rows,
+    unpack,
+    without_self,
+)
+from crane_core.progress import track
+
+logger = logging.getLogger(__name__)
+
+_ITERATIONS = 8
+_SAMPLE = 48
+"""Rows for each list that k-means sees."""
+_SPARE = 1
+"""Candidates beyond k + 1 that a list gives."""
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Rows in inverted lists, equal rows next to each other.
+
+    Attributes:
+        centroids: float32 [num_lists, d], unit rows.
+        keys: every distinct row, sorted by list, and its row numbers; on disk where a folder was given.
+        bounds: int64 [num_lists + 1], where the lists begin among the distinct rows.
+    """
+
+    centroids: np.ndarray
+    keys: Keys
+    bounds: np.ndarray
+
+    def keys_of(self, number: int) -> Keys:
+        """The keys in a list."""
+        start, stop = self.bounds[number : number + 2]
+        return Keys(self.keys.rows[start:stop], self.keys.bounds[start : stop + 1], self.keys.ids)
+
+
+def build_lists(
+    rows: np.ndarray, num_lists: int | None, seed: int, memory: int = MEMORY, work: Path | None = None
+) -> Lists:
+    """Cluster rows by cosine and sort them by cluster.
+
+    Args:
+        rows: float [n, d], not yet scaled; may be a memory map larger than the memory.
+        num_lists: clusters; 2 sqrt(n) when None. Fewer where there are fewer rows.
+        seed: of the sample k-means starts with and learns on.
+        memory: bytes for blocks of rows.
+        work: folder for the sorted rows; in memory when None.
+    """
+    num_rows, dim = rows.shape
+    num_lists = min(num_lists or max(1, round(2 * num_rows**0.5)), num_rows)
+    generator = np.random.default_rng(seed)
+    # In random order: the first so many are where k-means starts.
+    sample = generator.choice(num_rows, size=min(num_rows, _SAMPLE * num_lists), replace=False)
+    points = unit_rows(rows[sample])
+    centroids = points[:num_lists]
+    for _ in track(range(_ITERATIONS), _ITERATIONS, "fit_lists", logger):
+        # Multiples of 2^-25 below 2^28 in all: the sums are exact.
+        sums = np.zeros((num_lists, dim))
+        np.add.at(sums, _nearest_lists(points, centroids, 1, memory)[:, 0], points.astype(np.float64))
+        centroids = np.where((sums != 0).any(axis=1, keepdims=True), unit_rows(sums), centroids)
+    block = max(1, min(QUERY_BLOCK, memory // (64 * dim)))
+    starts = range(0, num_rows, block)
+    labels = np.concatenate(
+        [
+            _nearest_lists(unit_rows(rows[start : start + block]), centroids, 1, memory)[:, 0]
+            for start in track(starts, len(starts), "assign_lists", logger)
+        ]
+    )
+    ids = np.argsort(labels, kind="stable")
+    distinct = (
+        np.lib.format.open_memmap(work / "distinct.npy", "w+", np.float32, rows.shape)
+        if work
+        else np.empty(rows.shape, dtype=np.float32)
+    )
+    counts, sizes, num_distinct = [], np.zeros(num_lists, dtype=np.int64), 0
+    for start in track(starts, len(starts), "sort_by_list", logger):
+        some = ids[start : start + block]
+        keys = key_block(unit_rows(rows[some]), some)
+        counts.append(keys.bounds.diff())
+        ids[start : start + block] = keys.ids.numpy()
+        distinct[num_distinct : num_distinct + len(keys.rows)] = keys.rows.numpy()
+        num_distinct += len(keys.rows)
+        sizes += np.bincount(labels[keys.ids[keys.bounds[:-1]].numpy()], minlength=num_lists)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
+    keys = Keys(torch.from_numpy(distinct[:num_distinct]), bounds, torch.from_numpy(ids))
+    return Lists(centroids, keys, np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def search_lists(
+    lists: Lists, queries: range, k: int, num_probes: int, *, memory: int = MEMORY, work: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k most similar other rows of some rows among those in their nearest lists.
+
+    A query whose lists hold fewer than k others is compared with every row.
+
+    Args:
+        lists: every row.
+        queries: rows to search for.
+        k: neighbours; n - 1 when that is less.
+        num_probes: nearest lists to search.
+        memory: bytes for blocks of scores. What is held beyond is the result, and the rows of the lists at work.
+        work: folder for the blocks of queries that are done; the next attempt with the same arguments goes on there.
+
+    Returns:
+        int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities, ordered as by `knn.search`.
+    """
+    ids = lists.keys.ids.numpy()
+    k = min(k, len(ids) - 1)
+    found = np.empty((len(queries), max(k, 0)), dtype=np.int64)
+    if k <= 0 or len(queries) == 0:
+        return unpack(found)
+    num_probes = min(num_probes, len(lists.centroids))
+    row_bytes = 16 * lists.keys.rows.shape[1] + 48 * num_probes * (k + 1 + _SPARE)
+    block = max(1, min(QUERY_BLOCK, memory // row_bytes))
+    # In the order of the lists, so that the queries of a block probe the same ones.
+    places = np.flatnonzero((ids >= queries.start) & (ids < queries.stop))
+    starts = range(0, len(places), block)
+    for start in track(starts, len(starts), "knn", logger):
+        part = places[start : start + block]
+        done = work / f"{start}.npy" if work else None
+        if done is not None and done.exists():
+            found[ids[part] - queries.start] = np.load(done)
+            continue
+        key = np.searchsorted(lists.keys.bounds.numpy(), part, side="right") - 1
+        distinct, follows = np.unique(key, return_inverse=True)
+        best = _search_block(lists, lists.keys.rows[torch.from_numpy(distinct)], k + 1, num_probes, memory)
+        packed = without_self(best.numpy()[follows], ids[part], k)
+        found[ids[part] - queries.start] = packed
+        if done is not None:
+            save_whole(done, packed)
+    return unpack(found)
+
+
+def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, memory: int) -> Tensor:
+    """int64 [q, width], packed neighbours of unit rows, themselves included."""
+    probes = _nearest_lists(queries.numpy(), lists.centroids, num_probes, memory)
+    shape = (len(queries), num_probes, width + _SPARE)
+    values, found = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int64)
+    others = torch.full((len(queries),), -torch.inf)
+    for number, query, probe in _by_list(probes):
+        keys = lists.keys_of(number).rows
+        count = min(shape[2], len(keys))
+        if count == 0:
+            continue
+        scores, position = top_faiss(queries[query], keys, count, memory)
+        values[query, probe, :count] = scores
+        found[query, probe, :count] = position + int(lists.bounds[number])
+        if count < len(keys):
+            others[query] = torch.maximum(others[query], scores[:, -1])
+    ranked = values.flatten(1).sort(dim=1, descending=True)
+    candidates = found.flatten(1).gather(1, ranked.indices)
+    best = torch.full((len(queries), width), NONE)
+    best, doubtful = rescore(best, queries, lists.keys, ranked.values, candidates, others)
+    few = (best[:, -1] == NONE).nonzero()[:, 0]
+    best[doubtful] = best[few] = NONE
+    for number, query, _ in _by_list(probes[doubtful.numpy()]):
+        which = doubtful[query]
+        best[which] = compare_all(best[which], queries[which], lists.keys_of(number), memory)
+    best[few] = NONE
+    for number in range(len(lists.centroids) if len(few) else 0):
+        best[few] = compare_all(best[few], queries[few], lists.keys_of(number), memory)
+    return best
+
+
+def _nearest_lists(unit: np.ndarray, centroids: np.ndarray, num_probes: int, memory: int) -> np.ndarray:
+    """Numbers of the lists whose centroids are nearest, in that order: int32 [n, num_probes]."""
+    none = torch.full((len(unit), num_probes), NONE)
+    keys = key_block(centroids, range(len(centroids)))
+    return unpack(improve(none, torch.from_numpy(unit), keys, memory, top_faiss).numpy())[0]
+
+
+def _by_list(probes: np.ndarray) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each list that is probed, the queries that do, and as their how-manieth: int64 tensors."""
+    order = np.argsort(probes, axis=None, kind="stable")
+    numbers = probes.ravel()[order]
+    cuts = np.flatnonzero(np.diff(numbers)) + 1
+    for some in np.split(order, cuts) if len(order) else ():
+        query, probe = np.divmod(some, probes.shape[1])
+        yield int(probes[query[0], probe[0]]), torch.from_numpy(query), torch.from_numpy(probe)
