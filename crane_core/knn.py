@@ -32,6 +32,8 @@ _SPARE = 4
 """Candidates beyond k + 1, so that a near tie seldom calls for the full comparison."""
 QUERY_BLOCK = 32_768
 """Most queries at a time: what a kill costs at most."""
+_PAIRS = 4096
+"""Candidates compared at a time, so that their rows stay in the cache."""
 _GROUP = 32
 """Keys of which the torch search looks at the best first."""
 _HNSW_FROM = 50_000
@@ -294,7 +296,7 @@ def rescore(
     key = found[row, column]
     similarities = [
         torch.einsum("nd,nd->n", queries[i].double(), keys.rows[j].double()).float()
-        for i, j in zip(row.split(QUERY_BLOCK), key.split(QUERY_BLOCK), strict=True)
+        for i, j in zip(row.split(_PAIRS), key.split(_PAIRS), strict=True)
     ]
     merged = _merge(best, row, key, torch.cat(similarities), keys)
     return merged, (others >= _worst(merged) - rounding).nonzero()[:, 0]
@@ -304,7 +306,7 @@ def compare_all(best: Tensor, queries: Tensor, keys: Keys, memory: int) -> Tenso
     columns, first = keys.rows.double().T, keys.ids[keys.bounds[:-1]]
     width = min(best.shape[1], len(first))
     merged = torch.empty_like(best)
-    for part in torch.arange(len(queries), device=best.device).split(max(1, memory // (40 * len(first)))):
+    for part in torch.arange(len(queries), device=best.device).split(max(1, memory // (40 * max(1, len(first))))):
         similarity = (queries[part].double() @ columns).float()
         # So many distinct rows suffice: each is a neighbour at least.
         key = pack(similarity, first).topk(width, dim=1, largest=False).indices

@@ -8,6 +8,7 @@ seed alone, not on shards, threads or the machine.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crane_core.config import Knn
 from crane_core.knn import (
+    CPU,
     MEMORY,
     NONE,
     QUERY_BLOCK,
@@ -27,6 +30,7 @@ from crane_core.knn import (
     key_block,
     rescore,
     save_whole,
+    search,
     top_faiss,
     unit_rows,
     unpack,
@@ -41,6 +45,27 @@ _SAMPLE = 48
 """Rows for each list that k-means sees."""
 _SPARE = 1
 """Candidates beyond k + 1 that a list gives."""
+
+
+def find_neighbours(
+    rows: np.ndarray, queries: range, config: Knn, device: torch.device = CPU, work: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbours of some rows, searched exactly or approximately as the configuration says.
+
+    Args:
+        rows: float [n, d], not yet scaled; may be a memory map larger than the memory.
+        queries: rows to search for.
+        config: how.
+        device: of an exact search; the lists are searched on the CPU.
+        work: folder in which an interrupted search goes on.
+
+    Returns:
+        int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities, ordered as by `knn.search`.
+    """
+    if not config.approximate(len(rows)):
+        return search(rows, queries, config.k, memory=config.memory, device=device, work=work)
+    lists = build_lists(rows, config.num_lists, 0, config.memory, work)
+    return search_lists(lists, queries, config.k, config.num_probes, memory=config.memory, work=work)
 
 
 @dataclass(frozen=True)
@@ -163,27 +188,35 @@ def search_lists(
 def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, memory: int) -> Tensor:
     """int64 [q, width], packed neighbours of unit rows, themselves included."""
     probes = _nearest_lists(queries.numpy(), lists.centroids, num_probes, memory)
-    shape = (len(queries), num_probes, width + _SPARE)
+    pairs = np.argsort(probes, axis=None, kind="stable")
+    shape = (len(pairs), width + _SPARE)
     values, found = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int64)
-    others = torch.full((len(queries),), -torch.inf)
-    for number, query, probe in _by_list(probes):
+    hidden = torch.full((len(pairs),), -torch.inf)
+    for number, pair in _by_list(probes, pairs):
         keys = lists.keys_of(number).rows
-        count = min(shape[2], len(keys))
+        count = min(shape[1], len(keys))
         if count == 0:
             continue
-        scores, position = top_faiss(queries[query], keys, count, memory)
-        values[query, probe, :count] = scores
-        found[query, probe, :count] = position + int(lists.bounds[number])
+        query = torch.from_numpy(pairs[pair] // num_probes)
+        scores, position = top_faiss(queries.index_select(0, query), keys, count, memory)
+        values[pair, :count], found[pair, :count] = scores, position + int(lists.bounds[number])
         if count < len(keys):
-            others[query] = torch.maximum(others[query], scores[:, -1])
-    ranked = values.flatten(1).sort(dim=1, descending=True)
-    candidates = found.flatten(1).gather(1, ranked.indices)
+            hidden[pair] = scores[:, -1]
+    back = torch.from_numpy(np.argsort(pairs))
+    values, found = (each.index_select(0, back).view(len(queries), -1) for each in (values, found))
+    others = hidden[back].view(len(queries), -1).amax(1)
+    ranked = values.topk(min(width + 4, values.shape[1]), dim=1)
+    if ranked.values.shape[1] < values.shape[1]:
+        others = torch.maximum(others, ranked.values[:, -1])
+    candidates = found.gather(1, ranked.indices)
     best = torch.full((len(queries), width), NONE)
     best, doubtful = rescore(best, queries, lists.keys, ranked.values, candidates, others)
     few = (best[:, -1] == NONE).nonzero()[:, 0]
     best[doubtful] = best[few] = NONE
-    for number, query, _ in _by_list(probes[doubtful.numpy()]):
-        which = doubtful[query]
+    probes = probes[doubtful.numpy()]
+    pairs = np.argsort(probes, axis=None, kind="stable")
+    for number, pair in _by_list(probes, pairs):
+        which = doubtful[torch.from_numpy(pairs[pair] // num_probes)]
         best[which] = compare_all(best[which], queries[which], lists.keys_of(number), memory)
     best[few] = NONE
     for number in range(len(lists.centroids) if len(few) else 0):
@@ -198,11 +231,9 @@ def _nearest_lists(unit: np.ndarray, centroids: np.ndarray, num_probes: int, mem
     return unpack(improve(none, torch.from_numpy(unit), keys, memory, top_faiss).numpy())[0]
 
 
-def _by_list(probes: np.ndarray) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each list that is probed, the queries that do, and as their how-manieth: int64 tensors."""
-    order = np.argsort(probes, axis=None, kind="stable")
-    numbers = probes.ravel()[order]
-    cuts = np.flatnonzero(np.diff(numbers)) + 1
-    for some in np.split(order, cuts) if len(order) else ():
-        query, probe = np.divmod(some, probes.shape[1])
-        yield int(probes[query[0], probe[0]]), torch.from_numpy(query), torch.from_numpy(probe)
+def _by_list(probes: np.ndarray, pairs: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """The lists that are probed, and where the pairs of a query and a probe that do stand in their order by list."""
+    numbers = probes.ravel()[pairs]
+    cuts = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
+    for start, stop in itertools.pairwise(cuts):
+        yield int(numbers[start]), slice(start, stop)

@@ -158,7 +158,7 @@ def test_every_stage_is_found_the_second_time(finished: Path, capsys: pytest.Cap
 
 def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
     store = open_store(str(finished))
-    extra = ("knn.num_shards=5", "knn.key_block=7")
+    extra = ("knn.num_shards=5", "knn.memory=1048576")
     store.start_run("sharded", load_config(None, [*SETTINGS, *extra]))
     for stage in ("etl.interactions", "etl.features", "etl.profiles"):
         store.record("sharded", stage, "", {"fingerprint": "planted"})
