@@ -133,8 +133,8 @@ class Knn(Section):
     exact_items: int = Field(100_000, ge=0)
     """Most items that `auto` searches exactly; the time grows with their square."""
     num_lists: int | None = Field(None, ge=1)
-    """Inverted lists of the approximate search; 2 sqrt(number of items) when absent."""
-    num_probes: int = Field(12, ge=1)
+    """Inverted lists of the approximate search; sqrt(number of items) when absent."""
+    num_probes: int = Field(8, ge=1)
     """Nearest lists an item is compared with; more find more and take longer. Four times as many are tried once where
     the certified recall is below `min_recall`."""
     memory: int = Field(1 << 30, ge=1 << 20)

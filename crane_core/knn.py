@@ -144,7 +144,7 @@ def nearest(
     k = min(k, num_keys - int(np.isin(queries, keys).any()))
     found = np.empty((len(queries), max(k, 0)), dtype=np.int64)
     if k <= 0 or len(queries) == 0:
-        return found[:, :0]
+        return found
     dim = rows.shape[1]
     block = max(1, memory // (4 * (12 * dim + 48 * (k + 1 + _SPARE))))
     starts = [
@@ -215,7 +215,12 @@ Top = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
-    values, found = faiss.knn(queries.numpy(), keys.numpy(), width, metric=faiss.METRIC_INNER_PRODUCT)
+    # By default faiss multiplies 4096 queries with 1024 keys at a time: 16 MB of scores, which no core's cache holds.
+    shared, faiss.cvar.distance_compute_blas_query_bs = faiss.cvar.distance_compute_blas_query_bs, 512
+    try:
+        values, found = faiss.knn(queries.numpy(), keys.numpy(), width, metric=faiss.METRIC_INNER_PRODUCT)
+    finally:
+        faiss.cvar.distance_compute_blas_query_bs = shared
     return torch.from_numpy(values), torch.from_numpy(found)
 
 
@@ -281,7 +286,7 @@ def rescore(
 
     Args:
         best, queries, keys: as in `improve`.
-        values: float32 [q, c], scores of the candidates, descending.
+        values: float32 [q, c], scores of the candidates, descending; -inf for none.
         found: int64 [q, c], their positions among the keys.
         others: float32 [q], the score that no other key exceeds.
 
@@ -292,7 +297,7 @@ def rescore(
     width = best.shape[1]
     # The last of the best will be at least this: what is certainly below needs no exact similarity.
     least = torch.maximum(_worst(best), values[:, width - 1] - rounding)
-    row, column = (values >= least[:, None] - rounding).nonzero(as_tuple=True)
+    row, column = ((values >= least[:, None] - rounding) & (values > -torch.inf)).nonzero(as_tuple=True)
     key = found[row, column]
     similarities = [
         torch.einsum("nd,nd->n", queries[i].double(), keys.rows[j].double()).float()

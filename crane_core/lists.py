@@ -95,13 +95,13 @@ def build_lists(
 
     Args:
         rows: float [n, d], not yet scaled; may be a memory map larger than the memory.
-        num_lists: clusters; 2 sqrt(n) when None. Fewer where there are fewer rows.
+        num_lists: clusters; sqrt(n) when None. Fewer where there are fewer rows.
         seed: of the sample k-means starts with and learns on.
         memory: bytes for blocks of rows.
         work: folder for the sorted rows; in memory when None.
     """
     num_rows, dim = rows.shape
-    num_lists = min(num_lists or max(1, round(2 * num_rows**0.5)), num_rows)
+    num_lists = min(num_lists or max(1, round(num_rows**0.5)), num_rows)
     generator = np.random.default_rng(seed)
     # In random order: the first so many are where k-means starts.
     sample = generator.choice(num_rows, size=min(num_rows, _SAMPLE * num_lists), replace=False)

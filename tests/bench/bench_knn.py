@@ -21,6 +21,7 @@ one JSON object:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-lists", type=int)
-    parser.add_argument("--num-probes", type=int, nargs="+", default=[12])
+    parser.add_argument("--num-probes", type=int, nargs="+", default=[8])
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=["pynndescent"])
     parser.add_argument("--min-recall", type=float, default=0.95)
     parser.add_argument("--sample", type=int, default=300, help="rows compared with brute force")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = write_rows(folder / "rows.npy", args.items, args.dim)
     num_queries = args.queries or args.items
     cuts = [num_queries * i // args.shards for i in range(args.shards + 1)]
-    shards = [range(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+    shards = [range(*cut) for cut in itertools.pairwise(cuts)]
     sample = np.sort(np.random.default_rng(1).choice(num_queries, min(args.sample, num_queries), replace=False))
     truth = brute_force(rows, sample, args.k)
     memory = args.memory_mb << 20
