@@ -265,7 +265,7 @@ class Runtime(Section):
     model_name: str = "crane"
     """Name of the registered model."""
     device: str = "cpu"
-    """Where training runs: `cpu` or `cuda`. Refining, kNN and ranking run on the CPU so far."""
+    """Where training and the exact kNN run: `cpu` or `cuda`. Refining, approximate kNN and ranking run on the CPU."""
     world_size: int = Field(1, ge=1)
     """Training processes on this machine."""
     num_threads: int | None = Field(None, ge=1)

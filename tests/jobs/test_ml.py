@@ -169,6 +169,30 @@ def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
     assert first.manifest["content"] == second.manifest["content"]
 
 
+def test_too_low_a_recall_raises_the_probes_once_and_then_stops(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(finished))
+    extra = ("knn.mode=approx", "knn.num_lists=8", "knn.num_probes=2", "knn.min_recall=0.99")
+    store.start_run("approx", load_config(None, [*SETTINGS, *extra]))
+    for stage in ("etl.interactions", "etl.features", "etl.profiles"):
+        store.record("approx", stage, "", {"fingerprint": "planted"})
+    for job, part in JOBS[:3]:
+        assert job.main(flags(finished, "approx", part, extra)) == EXIT_OK
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "RAISE", 1)
+        assert graph.main(flags(finished, "approx", "", extra)) == EXIT_ARTIFACT
+    assert store.entry("approx", "ml.graph") is None
+    assert graph.main(flags(finished, "approx", "", extra)) == EXIT_OK
+    exact, raised = (store.artifact(run, "ml.graph") for run in ("planted", "approx"))
+    attempts = raised.facts["certificate"]["attempts"]
+    assert [attempt["num_probes"] for attempt in attempts] == [2, 8]
+    assert attempts[0]["recall"]["low"] < 0.99 <= raised.facts["certificate"]["recall"]["low"]
+    assert exact.facts["certificate"]["attempts"] == []
+    for name in ("neighbours.npy", "similarities.npy", "indices.npy"):
+        np.testing.assert_array_equal(np.load(raised.file(name)), np.load(exact.file(name)), "all lists were probed")
+
+
 def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
     choose = train.choose_trust
