@@ -60,7 +60,9 @@ def run(job: Job) -> Result:
             certificate["recall"]["low"],
             config.min_recall,
         )
-        neighbours, similarities = find_neighbours(rows, range(len(rows)), more, work=job.work)
+        work = job.work / f"probes-{more.num_probes}"
+        work.mkdir(exist_ok=True)
+        neighbours, similarities = find_neighbours(rows, range(len(rows)), more, work=work)
         certificate = certify(neighbours, exact, seed=0)
         attempts.append({"num_probes": more.num_probes, "recall": certificate["recall"]})
     certificate |= {
