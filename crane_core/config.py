@@ -195,12 +195,26 @@ class Knn(Section):
     """Neighbours per item, the item itself excluded."""
     num_shards: int = Field(2, ge=1)
     """Query shards, each a task of its own."""
-    key_block: int = Field(65536, ge=1)
-    """Keys searched at a time; bounds the memory of the search."""
+    mode: Literal["exact", "approx", "auto"] = "auto"
+    """`exact`: every item is compared with every other. `approx`: with those in the nearest inverted lists. `auto`:
+    exact up to `exact_items` items."""
+    exact_items: int = Field(100_000, ge=0)
+    """Most items that `auto` searches exactly; the time grows with their square."""
+    num_lists: int | None = Field(None, ge=1)
+    """Inverted lists of the approximate search; sqrt(number of items) when absent."""
+    num_probes: int = Field(8, ge=1)
+    """Nearest lists an item is compared with; more find more and take longer. Four times as many are tried once where
+    the certified recall is below `min_recall`."""
+    memory: int = Field(1 << 30, ge=1 << 20)
+    """Bytes for blocks of rows and scores, whatever the number of items; the rows themselves stay on disk."""
     certificate_sample: int = Field(1000, ge=1)
     """Items whose neighbours are checked against brute force."""
     min_recall: float = Field(0.95, ge=0, le=1)
-    """The run stops when the certified recall is below."""
+    """The run stops when the lower bound of the certified recall is below."""
+
+    def approximate(self, num_items: int) -> bool:
+        """Whether so many items are searched approximately."""
+        return self.mode == "approx" or (self.mode == "auto" and num_items > self.exact_items)
 
 
 class Train(Section):
@@ -319,7 +333,7 @@ class Runtime(Section):
     model_name: str = "crane"
     """Name of the registered model."""
     device: str = "cpu"
-    """Where refining and training run: `cpu` or `cuda`. kNN and ranking run on the CPU so far."""
+    """Where refining, training and the exact kNN run: `cpu` or `cuda`. Approximate kNN and ranking run on the CPU."""
     world_size: int = Field(1, ge=1)
     """Refining and training processes on this machine."""
     num_threads: int | None = Field(None, ge=1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crane_core.config import Knn, Refine, Train
 from crane_core.graph import build_graph
-from crane_core.knn import search, unit_rows
+from crane_core.knn import search
 from crane_core.matrix import open_matrix
 from crane_core.propagation import SymmetricGraph
 from crane_core.refine import Modality, Refiner, profile_scales
@@ -126,9 +126,8 @@ class JointContent(nn.Module):
     def _find_neighbours(self) -> None:
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if rank == 0:
-            fused = self.refiner.fuse(self._refined([])[0])
-            unit = unit_rows(fused.cpu().numpy())
-            neighbours, _ = search(unit, 0, len(unit), self.k)
+            fused = self.refiner.fuse(self._refined([])[0]).cpu().numpy()
+            neighbours, _ = search(fused, range(len(fused)), self.k)
             self.neighbours.copy_(torch.from_numpy(neighbours))
         if num_ranks > 1:
             # One rank searches: no rounding can then make the ranks train on different graphs.

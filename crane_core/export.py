@@ -12,7 +12,7 @@ import torch
 
 from crane_core.dataset import ItemLists
 from crane_core.evaluation import dot_product, rank_blocks
-from crane_core.knn import search, unit_rows
+from crane_core.knn import search
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
 
@@ -96,15 +96,15 @@ def write_similar(
         The number of rows.
     """
     order = np.argsort(item_ids)
-    ids, unit = item_ids[order], unit_rows(item_embeddings[order])
-    starts = range(0, len(unit), block)
+    ids, rows = item_ids[order], item_embeddings[order]
+    starts = range(0, len(rows), block)
     num_rows = 0
     with pq.ParquetWriter(path, SIMILAR) as writer:
         for start in track(starts, len(starts), "similar", logger):
-            stop = min(start + block, len(unit))
-            neighbours, similarities = search(unit, start, stop, num_similar)
-            rows, width = neighbours.shape
-            ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), rows)
+            stop = min(start + block, len(rows))
+            neighbours, similarities = search(rows, range(start, stop), num_similar)
+            count, width = neighbours.shape
+            ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), count)
             columns = [np.repeat(ids[start:stop], width), ranks, ids[neighbours.ravel()], similarities.ravel()]
             writer.write_table(_table(columns, SIMILAR))
             num_rows += neighbours.size

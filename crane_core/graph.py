@@ -102,6 +102,12 @@ def stratified_sample(train_counts: np.ndarray, size: int, seed: int) -> dict[st
     }
 
 
+def split_sample(sample: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Give every stratum its lines of the true neighbours [n, k] of all sampled rows in ascending order."""
+    every = np.unique(np.concatenate(list(sample.values())))
+    return {name: (rows, truth[np.searchsorted(every, rows)]) for name, rows in sample.items()}
+
+
 def certify(neighbours: np.ndarray, exact: dict[str, tuple[np.ndarray, np.ndarray]], seed: int) -> dict[str, Any]:
     """Recall of the graph's neighbours against brute force.
 

@@ -51,9 +51,9 @@ STAGES: dict[str, Stage] = {
         Stage("etl.profiles", 1, ("etl.interactions", "etl.features"), ("profiles",)),
         Stage("ml.refine", 1, ("etl.interactions", "etl.features", "etl.profiles"), ("refine",)),
         Stage(
-            "ml.knn", 1, ("ml.refine",), ("knn",), parts=lambda config: [str(i) for i in range(config.knn.num_shards)]
+            "ml.knn", 2, ("ml.refine",), ("knn",), parts=lambda config: [str(i) for i in range(config.knn.num_shards)]
         ),
-        Stage("ml.graph", 1, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
+        Stage("ml.graph", 2, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
         Stage("ml.behaviour", 1, ("etl.interactions",), ("train",)),
         Stage(
             "ml.train",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from crane_core.config import Section, Train
 from crane_core.graph import normalise
-from crane_core.knn import search, unit_rows
+from crane_core.knn import search
 from crane_core.model import Batch, LightGCN, Views, info_nce
 from crane_core.propagation import DirectedGraph, SymmetricGraph, propagate
 
@@ -220,7 +220,7 @@ def modality_graph(features: NDArray[np.float32], k: int, weighted: bool) -> sp.
         float32 CSR [num_items, num_items], not symmetric.
     """
     num_items = len(features)
-    found, similarities = search(unit_rows(features), 0, num_items, k - 1)
+    found, similarities = search(features, range(num_items), k - 1)
     rows = np.repeat(np.arange(num_items), found.shape[1])
     kept = similarities.ravel() > 0
     values = similarities.ravel()[kept] if weighted else np.ones(int(kept.sum()), dtype=np.float32)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
 from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.fusion import choose_trust
 from crane_core.graph import build_graph
-from crane_core.knn import search, unit_rows
+from crane_core.knn import search
 from crane_core.model import Crane, LightGCN, Rows
 from crane_core.monitors import profile_spreads
 from crane_core.propagation import SymmetricGraph
@@ -312,9 +311,9 @@ def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str
     refiner, _ = fit(modalities, dataset.interactions.train, recipe.profiles.aggregate, recipe.refine)
     items, users, _ = refine_catalog(refiner, modalities, recipe.refine.chunk_size)
     with torch.no_grad():
-        unit = unit_rows(refiner.fuse(items).numpy())
-    neighbours, _ = search(unit, 0, len(unit), recipe.knn.k)
-    graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), CPU)
+        fused = refiner.fuse(items).numpy()
+    neighbours, _ = search(fused, range(len(fused)), recipe.knn.k)
+    graph = SymmetricGraph(build_graph(neighbours), CPU)
     items, users = (F.normalize(rows, dim=2) for rows in (items, users))
     return Content(items, graph, users), refiner.state_dict(), profile_spreads(modalities)
 

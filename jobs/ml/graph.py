@@ -1,7 +1,8 @@
 """Merge and certify the item graph: `python -m jobs.ml.graph --store URI --run RUN_ID`.
 
-Leaves the symmetric normalised CSR graph `indptr.npy` int64, `indices.npy` int32, `values.npy` float32, and
-`certificate.json`: recall against brute force with its interval, and the co-interaction lift over random pairs.
+Leaves `neighbours.npy` int32 and `similarities.npy` float32 [num_items, k], the symmetric normalised CSR graph of them
+`indptr.npy` int64, `indices.npy` int32, `values.npy` float32, and `certificate.json`: recall against brute force with
+its interval, how often the search was repeated for it, and the co-interaction lift over random pairs.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ import numpy as np
 
 from crane_core.dataset import load_interactions
 from crane_core.errors import ArtifactError
-from crane_core.graph import build_graph, certify, co_interaction_lift, merge_shards, stratified_sample
-from crane_core.knn import brute_force, unit_rows
+from crane_core.graph import build_graph, certify, co_interaction_lift, merge_shards, split_sample, stratified_sample
+from crane_core.knn import brute_force, use_threads
+from crane_core.lists import find_neighbours
 from crane_core.matrix import open_matrix
+from jobs.ml.device import use_device
 from jobs.runner import Job, Result, run_stage
 
 logger = logging.getLogger(__name__)
 
 MIN_LIFT = 1.2
+RAISE = 4
+"""Times the probes when the certified recall is too low."""
 
 
 def run(job: Job) -> Result:
+    use_device(job.config.runtime)
+    use_threads(job.config.runtime.num_threads)
     config = job.config.knn
     for part in job.input_parts("ml.knn").values():
         part.verify()
@@ -37,35 +44,53 @@ def run(job: Job) -> Result:
         )
         for part in job.input_parts("ml.knn").values()
     ]
-    unit = unit_rows(open_matrix(job.input("ml.refine").file("fused_items.npy")))
-    neighbours, similarities = merge_shards(shards, len(unit))
+    rows = open_matrix(job.input("ml.refine").file("fused_items.npy"))
+    neighbours, similarities = merge_shards(shards, len(rows))
     interactions = load_interactions(job.input("etl.interactions"))
     sample = stratified_sample(interactions.item_counts(), config.certificate_sample, seed=0)
-    exact = {stratum: (rows, brute_force(unit, rows, config.k)) for stratum, rows in sample.items()}
+    truth = brute_force(rows, np.unique(np.concatenate(list(sample.values()))), config.k, config.memory)
+    exact = split_sample(sample, truth)
     certificate = certify(neighbours, exact, seed=0)
+    attempts = [{"num_probes": config.num_probes, "recall": certificate["recall"]}]
+    if certificate["recall"]["low"] < config.min_recall and config.approximate(len(rows)):
+        more = config.model_copy(update={"num_probes": RAISE * config.num_probes})
+        logger.warning(
+            "raise num_probes=%d recall_low=%.4f min_recall=%.4f",
+            more.num_probes,
+            certificate["recall"]["low"],
+            config.min_recall,
+        )
+        work = job.work / f"probes-{more.num_probes}"
+        work.mkdir(exist_ok=True)
+        neighbours, similarities = find_neighbours(rows, range(len(rows)), more, work=work)
+        certificate = certify(neighbours, exact, seed=0)
+        attempts.append({"num_probes": more.num_probes, "recall": certificate["recall"]})
     certificate |= {
         "k": neighbours.shape[1],
         "mean_similarity": float(similarities.mean()) if similarities.size else 0.0,
+        "attempts": attempts if config.approximate(len(rows)) else [],
     }
-    certificate["co_interaction"] = co_interaction_lift(neighbours, interactions.train, len(unit), seed=0)
+    certificate["co_interaction"] = co_interaction_lift(neighbours, interactions.train, len(rows), seed=0)
     recall, lift = certificate["recall"], certificate["co_interaction"]["lift"]
     logger.info("certificate recall=%.4f low=%.4f lift=%.2f", recall["mean"], recall["low"], lift)
     if recall["low"] < config.min_recall:
         raise ArtifactError(
             f"The item graph has a certified recall@{config.k} of {recall['mean']:.3f} (at least {recall['low']:.3f}), "
-            f"knn.min_recall is {config.min_recall}.",
-            "Search more exactly or lower knn.min_recall.",
+            f"knn.min_recall is {config.min_recall}; tried with {attempts[-1]['num_probes']} probes.",
+            "Raise knn.num_probes, set knn.mode=exact or lower knn.min_recall.",
         )
     if lift < MIN_LIFT:
         logger.warning(
             "graph_on_garbage lift=%.2f expected>%.1f: the features say little about behaviour", lift, MIN_LIFT
         )
     graph = build_graph(neighbours)
+    np.save(job.out / "neighbours.npy", neighbours)
+    np.save(job.out / "similarities.npy", similarities)
     np.save(job.out / "indptr.npy", graph.indptr.astype(np.int64))
     np.save(job.out / "indices.npy", graph.indices.astype(np.int32))
     np.save(job.out / "values.npy", graph.data)
     (job.out / "certificate.json").write_text(json.dumps(certificate))
-    return Result({"num_items": len(unit), "num_edges": int(graph.nnz), "certificate": certificate})
+    return Result({"num_items": len(rows), "num_edges": int(graph.nnz), "certificate": certificate})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

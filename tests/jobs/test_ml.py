@@ -22,6 +22,7 @@ from crane_core.content import load_graph
 from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
 from crane_core.graph import build_graph
+from crane_core.knn import brute_force
 from crane_core.pipeline import STAGES
 from crane_core.store import ArtifactStore
 from jobs.ml import behaviour, evaluate, graph, knn, refine, train
@@ -158,7 +159,7 @@ def test_every_stage_is_found_the_second_time(finished: Path, capsys: pytest.Cap
 
 def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
     store = open_store(str(finished))
-    extra = ("knn.num_shards=5", "knn.key_block=7")
+    extra = ("knn.num_shards=5", "knn.memory=1048576")
     store.start_run("sharded", load_config(None, [*SETTINGS, *extra]))
     for stage in ("etl.interactions", "etl.features", "etl.profiles"):
         store.record("sharded", stage, "", {"fingerprint": "planted"})
@@ -167,6 +168,35 @@ def test_another_number_of_shards_gives_the_same_graph(finished: Path) -> None:
     first, second = (store.artifact(run, "ml.graph") for run in ("planted", "sharded"))
     assert first.fingerprint != second.fingerprint
     assert first.manifest["content"] == second.manifest["content"]
+
+
+def test_too_low_a_recall_raises_the_probes_once_and_then_stops(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(finished))
+    extra = ("knn.mode=approx", "knn.k=2", "knn.num_lists=8", "knn.num_probes=1", "knn.min_recall=0.9")
+    store.start_run("approx", load_config(None, [*SETTINGS, *extra]))
+    # Noise, whose lists cut neighbours apart.
+    rows = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    np.save(tmp_path / "fused_items.npy", rows)
+    publish(store, "approx", "ml.refine", tmp_path, {})
+    store.record("approx", "etl.interactions", "", {"fingerprint": "planted"})
+    for part in ("0", "1"):
+        assert knn.main(flags(finished, "approx", part, extra)) == EXIT_OK
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "RAISE", 1)
+        assert graph.main(flags(finished, "approx", "", extra)) == EXIT_ARTIFACT
+    assert store.entry("approx", "ml.graph") is None
+    assert graph.main(flags(finished, "approx", "", extra)) == EXIT_OK
+    raised = store.artifact("approx", "ml.graph")
+    certificate = raised.facts["certificate"]
+    assert [attempt["num_probes"] for attempt in certificate["attempts"]] == [1, 4]
+    assert certificate["attempts"][0]["recall"]["low"] < 0.9 <= certificate["recall"]["low"]
+    assert certificate["attempts"][1]["recall"] == certificate["recall"]
+    truth = brute_force(rows, np.arange(32), 2)
+    found = (np.load(raised.file("neighbours.npy"))[:, :, None] == truth[:, None, :]).any(axis=2)
+    assert found.mean() == pytest.approx(certificate["recall"]["mean"]), "every item is in the sample"
+    assert store.artifact("planted", "ml.graph").facts["certificate"]["attempts"] == []
 
 
 def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

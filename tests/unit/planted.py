@@ -10,7 +10,7 @@ import torch
 from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.graph import build_graph
-from crane_core.knn import search, unit_rows
+from crane_core.knn import search
 from crane_core.propagation import SymmetricGraph
 
 
@@ -38,7 +38,7 @@ def checkerboard_content(seed: int = 0) -> Content:
             (np.arange(40) // 10, generator.normal(size=(40, 2, 5))),
         )
     )
-    neighbours, _ = search(unit_rows(items.flatten(1).numpy()), 0, 32, 4)
+    neighbours, _ = search(items.flatten(1).numpy(), range(32), 4)
     graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), torch.device("cpu"))
     return Content(items, graph, users)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from crane_core import content as content_module
 from crane_core.config import Knn, Refine, Train
 from crane_core.content import Content, JointContent, joint_content, neighbour_graph
-from crane_core.knn import brute_force, unit_rows
+from crane_core.knn import brute_force
 from crane_core.model import Batch, Crane
 from crane_core.refine import Modality, Refiner, fit, refine_catalog
 from crane_core.training import Trainer
@@ -161,8 +161,8 @@ def test_with_frozen_weights_joint_is_staged_bit_for_bit(form: dict, tmp_path: P
     modalities = planted_modalities()
     refiner = fitted(modalities)
     items, users, _ = refine_catalog(refiner, modalities, REFINE.chunk_size)
-    unit = unit_rows(refiner.fuse(items).detach().numpy())
-    graph = neighbour_graph(torch.from_numpy(brute_force(unit, np.arange(len(unit)), KNN.k)))
+    fused = refiner.fuse(items).detach().numpy()
+    graph = neighbour_graph(torch.from_numpy(brute_force(fused, np.arange(len(fused)), KNN.k)))
     frozen = Content(torch.nn.functional.normalize(items, dim=2), graph, torch.nn.functional.normalize(users, dim=2))
     ended = []
     config = TRAIN.model_copy(update=form)
@@ -225,8 +225,8 @@ def test_the_graph_is_that_of_the_rows_and_moves_when_it_is_due(tmp_path: Path) 
     def expected() -> Tensor:
         items, _, _ = refine_catalog(content.refiner, modalities, REFINE.chunk_size)
         with torch.no_grad():
-            unit = unit_rows(content.refiner.fuse(items).numpy())
-        return torch.from_numpy(brute_force(unit, np.arange(len(unit)), KNN.k))
+            fused = content.refiner.fuse(items).numpy()
+        return torch.from_numpy(brute_force(fused, np.arange(len(fused)), KNN.k))
 
     first = expected()
     assert torch.equal(content.neighbours, first)
