@@ -18,7 +18,8 @@ its model but moves no alias and announces nothing.
 says what was found and what to do. Everything else is retried with growing pauses; training goes on from its last
 checkpoint. Mend the cause, clear the failed task.
 
-**Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`.
+**Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`,
+`crane_notifiers` (`notices.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from airflow.sdk import DAG, Asset, AssetAlias, Context, CronDataIntervalTimetab
 from airflow.sdk.exceptions import AirflowFailException
 from deployment import DEFAULT_ARGS, job, mapped_job
 from local_job import PROJECT, setting
+from notices import Notice
 from windows import (
     INSTANT_PATTERN,
     OVERRIDE_PATTERN,
@@ -65,6 +67,7 @@ with DAG(
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
+    on_failure_callback=Notice("failure"),
     tags=["crane", "train"],
     params={
         "store": Param(None, type=["null", "string"], minLength=1, maxLength=1024, description="Artifact store URI"),

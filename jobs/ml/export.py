@@ -20,11 +20,10 @@ from crane_core.config import RunConfig
 from crane_core.dataset import load_ids, load_interactions
 from crane_core.export import write_popular, write_recommendations, write_similar
 from crane_core.knn import write_index
-from crane_core.ledger import Ledger, settle
 from crane_core.pipeline import STAGES
-from crane_core.registry import open_registry
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import ArtifactStore
+from jobs.ml.desk import take_desk
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job
 
@@ -33,12 +32,13 @@ logger = logging.getLogger(__name__)
 
 def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Find the champion and its run, and make or find the artifact."""
-    registry = open_registry(config.runtime, store.storage.uri)
-    champion = settle(Ledger(store.storage, registry.name), registry)
-    if champion is None:
+    # Under the lease nobody is between moving the alias and testing through it.
+    with take_desk(config.runtime, store, f"export run={arguments.run}") as desk:
+        champion = desk.champion
+        run_id = desk.registry.version(champion).run_id if champion else None
+    if run_id is None:
         logger.info("skipped reason=no_champion")
         return {"status": "skipped", "reason": "There is no champion.", "version": None}
-    run_id = registry.version(champion).run_id
     recorded = store.run(run_id)["config"]
     own = RunConfig.model_validate({**recorded, "runtime": config.runtime.model_dump()})
     entry = produce(STAGES["ml.export"], run_id, "", own, store, run) | {"version": champion, "champion_run": run_id}
