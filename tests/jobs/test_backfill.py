@@ -36,7 +36,7 @@ class Backfill:
         events = [
             (f"u{user}", f"i{(user * 3 + step) % 12}", f"2026-01-{9 + step:02d} 10:00")
             for user in range(12)
-            for step in range(12)
+            for step in range(13)
         ]
         write_log(raw, events)
         write_items(raw, [(f"i{n}", f"Item {n}") for n in range(12)])
@@ -50,7 +50,13 @@ class Backfill:
     def job(self, module, argv: list[str], code: int = EXIT_OK) -> dict:
         self._capsys.readouterr()
         assert module.main(argv) == code
-        lines = self._capsys.readouterr().out.splitlines()
+        captured = self._capsys.readouterr()
+        lines = captured.out.splitlines()
+        self.planned = [
+            dict(word.split("=", 1) for word in line.partition(" plan ")[2].split())
+            for line in captured.err.splitlines()
+            if " plan day=" in line
+        ]
         return json.loads(lines[-1]) if lines else {}
 
     def content(self) -> dict[str, bytes]:
@@ -68,19 +74,17 @@ def backfill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Backfill:
 
 
 @pytest.mark.spark
-def test_what_a_dry_run_says_is_what_a_run_makes(spark: SparkSession, backfill: Backfill, caplog) -> None:
+def test_what_a_dry_run_says_is_what_a_run_makes(spark: SparkSession, backfill: Backfill) -> None:
     # A scheduled run has been over the first day already: its artifact is found, whatever the run is called.
     window = ["--set", "window.start=2026-01-20", "--set", "window.end=2026-01-21"]
     scheduled = ["--store", str(backfill.root), "--run", "scheduled", *backfill.settings, *window]
     assert interactions.main(scheduled) == EXIT_OK
     before = backfill.content()
-    caplog.clear()
     argv = backfill.flags("ml.graph")
     dry = backfill.job(plan, [*argv, "--dry-run"])
     assert (dry["found"], dry["make"], dry["days"]) == (1, 13, [])
     assert backfill.content() == before
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("plan ")]
-    planned = [dict(word.split("=", 1) for word in line.split()[1:]) for line in lines]
+    planned = backfill.planned
     stages = ["etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.graph"]
     assert [(step["day"], step["stage"]) for step in planned] == [(day, stage) for day in DAYS for stage in stages]
     assert [step["part"] for step in planned if step["stage"] == "ml.knn"] == ["0", "1"] * 2
@@ -110,10 +114,9 @@ def test_what_a_dry_run_says_is_what_a_run_makes(spark: SparkSession, backfill: 
     assert backfill.job(etl, [*argv, "--part", DAYS[0]])["done"] == 0
 
 
-def test_a_stage_brings_along_what_it_reads(backfill: Backfill, caplog) -> None:
+def test_a_stage_brings_along_what_it_reads(backfill: Backfill) -> None:
     backfill.job(plan, [*backfill.flags("etl.profiles"), "--dry-run", "--train"])
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("plan day")]
-    stages = [(line.split()[1][4:], line.split()[3][6:]) for line in lines]
+    stages = [(step["day"], step["stage"]) for step in backfill.planned]
     daily = ["etl.interactions", "etl.features", "etl.profiles"]
     assert [stage for day, stage in stages if day == DAYS[0]] == daily
     # Training is for the last day alone.
