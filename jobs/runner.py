@@ -266,6 +266,7 @@ def produce(
     return {
         "status": status,
         "fingerprint": fingerprint,
+        "inputs": found.manifest["inputs"],
         "content": found.manifest["content"],
         "seconds": seconds,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

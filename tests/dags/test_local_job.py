@@ -40,6 +40,24 @@ def test_it_returns_the_plain_values_of_the_last_line(play):
     assert operator(job="ml.promote").execute({}) == {"stage": "ml.promote", "decision": "promoted"}
 
 
+def test_lineage_names_what_was_read_and_made(play):
+    answer = {"fingerprint": "f3", "inputs": {"ml.refine": "f1", "ml.knn.0": "f2a", "ml.knn.1": "f2b"}, "content": "c"}
+    play.act({"ml.graph": {"answer": answer}})
+    made = operator(job="ml.graph", flags='["--store", "/data/a store", "--run", "r"]')
+    assert "inputs" not in made.execute({})
+    told = made.get_openlineage_facets_on_complete(None)
+    named = [[(each.namespace, each.name) for each in datasets] for datasets in (told.inputs, told.outputs)]
+    store = "file:///data/a store"
+    assert named == [[(store, "ml.knn/f2a"), (store, "ml.knn/f2b"), (store, "ml.refine/f1")], [(store, "ml.graph/f3")]]
+
+
+def test_jobs_without_an_artifact_have_no_lineage(play):
+    made = operator(job="plan", flags='["--store", "s3://b/p"]', returns="ml.knn")
+    made.execute({})
+    told = made.get_openlineage_facets_on_complete(None)
+    assert (told.inputs, told.outputs) == ([], [])
+
+
 def test_it_returns_one_value_whole(play):
     assert operator(job="plan", returns="ml.knn").execute({}) == ["0", "1", "2"]
 

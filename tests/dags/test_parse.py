@@ -9,7 +9,7 @@ import pytest
 from conftest import DAGS
 
 SECONDS = 2.0
-OF_AIRFLOW = ("airflow.sdk", "airflow.providers.standard.")
+OF_AIRFLOW = ("airflow.sdk", "airflow.providers.standard.", "airflow.providers.openlineage.", "openlineage.")
 FILES = sorted(DAGS.glob("*.py"))
 
 PROGRAM = """

@@ -48,6 +48,11 @@ def dag_policy(dag):
         today = datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
         dag.start_date = today - timedelta(days={days})
         dag.catchup = True
+        for task in dag.tasks:
+            if hasattr(task, "partial_kwargs"):
+                task.partial_kwargs["start_date"] = dag.start_date
+            else:
+                task.start_date = dag.start_date
 '''
 
 _outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
@@ -189,4 +194,7 @@ def deployment() -> Iterator[Deployment]:
     finally:
         for stop in reversed(stops):
             stop()
-        shutil.rmtree(root, ignore_errors=True)
+        if _outcomes["failed"]:
+            print(f"kept for inspection: {root}")
+        else:
+            shutil.rmtree(root, ignore_errors=True)

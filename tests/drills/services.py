@@ -424,6 +424,16 @@ class Airflow:
         folders = (self.home / "logs" / f"dag_id={dag_id}" / f"run_id={run_id}").glob(f"task_id={task}/**/*.log")
         return "".join(path.read_text() for path in sorted(folders))
 
+    def why(self, dag_id: str, run_id: str) -> str:
+        """What went wrong in a run, for the message of an assertion."""
+        failed = [
+            task
+            for task, states in self.states(dag_id, run_id).items()
+            if {"failed", "up_for_retry"} & {str(state) for state in states}
+        ]
+        logs = "".join(f"\n-- {task}\n{self.log(dag_id, run_id, task)[-3000:]}" for task in failed)
+        return f"{dag_id} {run_id}: {self.states(dag_id, run_id)}{logs}"
+
     def wait(self, dag_id: str, run_id: str, patience: float = PATIENCE) -> str:
         """The state a run ends in."""
 

@@ -26,6 +26,8 @@ def test_three_scheduled_days(deployment: Deployment) -> None:
     airflow, store = deployment.airflow, deployment.store
     airflow.unpause("crane_retrain", "crane_promote")
     runs = ended(deployment, "crane_retrain", SCHEDULED_DAYS)
+    for run in runs:
+        assert run["state"] == "success", airflow.why("crane_retrain", run["dag_run_id"])
     assert [(run["run_type"], run["state"]) for run in runs] == [("scheduled", "success")] * SCHEDULED_DAYS
     for before, run in zip(range(SCHEDULED_DAYS, 0, -1), runs, strict=True):
         start, end = (f"{deployment.day(before - later)}T00:00:00Z" for later in (0, 1))

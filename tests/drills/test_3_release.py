@@ -46,10 +46,14 @@ class Releases:
         assert register.main(argv) == 0
         return argv
 
-    def promote(self, run: str, **more: object) -> tuple[str, str]:
-        """Through Airflow: id and end of the run of `crane_promote`."""
+    def champion(self, run: str, **quality: float) -> None:
+        """A run that is registered and promoted on the spot."""
+        assert promote.main(self.register(run, **quality)) == 0
+
+    def start(self, run: str, **more: object) -> str:
+        """A run of `crane_promote`; its id."""
         conf = {"store": str(self.root), "run": run, "overrides": list(self.runtime), **more}
-        return self.deployment.airflow.do("crane_promote", conf)
+        return self.deployment.airflow.trigger("crane_promote", conf)
 
     def history(self) -> list[tuple[str, str, str | None]]:
         return [(entry.action, entry.version, entry.champion) for entry in self.ledger.history()]
@@ -95,15 +99,14 @@ def test_thirty_promotions_at_once(deployment: Deployment) -> None:
 
 def test_a_broken_smoke_test_brings_the_champion_back_in_the_same_task(deployment: Deployment) -> None:
     releases = Releases(deployment, "smoke")
-    releases.register("run-1", noise=1.0)
+    releases.champion("run-1", noise=1.0)
     releases.register("run-2", noise=0.1)
-    assert releases.promote("run-1")[1] == "success"
     moves = len(deployment.proxy.alias_moves())
     # Whoever loads the model by its alias gets no answer; nothing else is wrong.
     deployment.proxy.fails = lambda method, path, _: method == "GET" and path.endswith("/registered-models/alias")
-    run_id, state = releases.promote("run-2")
+    run_id = releases.start("run-2")
+    assert deployment.airflow.wait("crane_promote", run_id) == "failed"
     deployment.proxy.fails = lambda *_: False
-    assert state == "failed"
     (task,) = deployment.airflow.tasks("crane_promote", run_id)["promote"]
     assert (task["state"], task["try_number"]) == ("failed", 1)
     assert "the champion is 1 again" in deployment.airflow.log("crane_promote", run_id, "promote")
@@ -122,9 +125,8 @@ def test_a_broken_smoke_test_brings_the_champion_back_in_the_same_task(deploymen
 def test_the_model_registry_answers_500(deployment: Deployment) -> None:
     """Down for every request from the first alias move on, until the first attempt has failed."""
     releases = Releases(deployment, "outage")
-    releases.register("run-1", noise=1.0)
+    releases.champion("run-1", noise=1.0)
     releases.register("run-2", noise=0.1)
-    assert releases.promote("run-1")[1] == "success"
     seen = len(deployment.proxy.requests)
 
     def down(method: str, path: str, before: list) -> bool:
@@ -133,8 +135,7 @@ def test_the_model_registry_answers_500(deployment: Deployment) -> None:
         )
 
     deployment.proxy.fails = down
-    conf = {"store": str(releases.root), "run": "run-2", "overrides": list(releases.runtime)}
-    run_id = deployment.airflow.trigger("crane_promote", conf)
+    run_id = releases.start("run-2")
     deployment.airflow.wait_for_task("crane_promote", run_id, "promote", ["up_for_retry", "failed"])
     deployment.proxy.fails = lambda *_: False
     assert "INTERNAL_ERROR" in deployment.airflow.log("crane_promote", run_id, "promote")
@@ -148,17 +149,17 @@ def test_the_model_registry_answers_500(deployment: Deployment) -> None:
 def test_a_rollback_through_airflow(deployment: Deployment) -> None:
     releases = Releases(deployment, "back")
     for number, noise in enumerate((1.5, 0.6, 0.1), start=1):
-        releases.register(f"run-{number}", noise=noise)
-        assert releases.promote(f"run-{number}")[1] == "success"
+        releases.champion(f"run-{number}", noise=noise)
     conf = {"store": str(releases.root), "overrides": list(releases.runtime)}
-    for to, champion in (("previous", "2"), ("previous", "1"), ("3", "3")):
+    for to, champion in (("previous", "2"), ("1", "1")):
         run_id, state = deployment.airflow.do("crane_rollback", conf | {"to": to})
-        assert state == "success"
+        assert state == "success", deployment.airflow.why("crane_rollback", run_id)
         assert releases.registry.holder("champion") == champion
         assert deployment.airflow.result("crane_rollback", run_id, "export")["version"] == champion
     run_id, state = deployment.airflow.do("crane_rollback", conf | {"to": "9"})
     assert state == "failed"
     assert "has no version '9'" in deployment.airflow.log("crane_rollback", run_id, "rollback")
+    assert releases.history()[3:] == [("rollback", "2", "2"), ("rollback", "1", "1")]
     releases.assert_whole()
 
 
@@ -166,8 +167,7 @@ def test_a_person_is_asked_and_says_no_then_yes(deployment: Deployment) -> None:
     releases, airflow = Releases(deployment, "approval"), deployment.airflow
     releases.register("run-1", noise=0.5)
     for answer, champion in (("Reject", None), ("Approve", "1")):
-        conf = {"store": str(releases.root), "run": "run-1", "overrides": list(releases.runtime), "approval": True}
-        run_id = airflow.trigger("crane_promote", conf)
+        run_id = releases.start("run-1", approval=True)
         airflow.wait_for_task("crane_promote", run_id, "approve", ["deferred", "awaiting_input"])
         assert releases.ledger.size() == 0
         path = f"/dags/crane_promote/dagRuns/{run_id}/taskInstances/approve/-1/hitlDetails"
