@@ -1,14 +1,24 @@
 """Write what the champion recommends: `python -m jobs.ml.export --store URI --run RUN_ID`.
 
-The champion is looked up once, and exported from its own run: `recommendations/` and `similar/` (Parquet, external
-ids), `popular.parquet` for unknown users, `ann.faiss` (inner product over the item embeddings) and `items.parquet`,
-whose row number is the id in the index. Without a champion there is nothing to export, and the job says so.
+The champion is looked up once, and exported from its own run. The artifact is the contract with whoever serves:
+
+    recommendations/*.parquet   user_id, rank (from 1), item_id, score; at most `export.k` unseen items per user
+    similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
+    popular.parquet             rank, item_id, score (training interactions): for users without recommendations
+    embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
+                                score = dot product
+    users.parquet, items.parquet  external ids (and titles); row number = row of the embeddings
+    ann.faiss                   inner product over the item embeddings; id in the index = row of items.parquet
+
+Names, types and meanings stay; what is added gets a new name. Without a champion there is nothing to export, and the
+job says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +64,8 @@ def run(job: Job) -> Result:
     source, trained = job.input("etl.interactions"), job.input("ml.train")
     trained.verify()
     train = load_interactions(source).train
-    user_ids = load_ids(source, "users", USER_ID).to_numpy()
+    user_column = load_ids(source, "users", USER_ID)
+    user_ids = user_column.to_numpy()
     item_column = load_ids(source, "items", ITEM_ID)
     item_ids = item_column.to_numpy()
     rows = load_file(trained.file("embeddings.safetensors"))
@@ -69,6 +80,8 @@ def run(job: Job) -> Result:
     write_index(job.out / "ann.faiss", items)
     titles = load_ids(source, "items", TITLE)
     pq.write_table(pa.table({ITEM_ID: item_column, TITLE: titles}), job.out / "items.parquet")
+    pq.write_table(pa.table({USER_ID: user_column}), job.out / "users.parquet")
+    shutil.copyfile(trained.file("embeddings.safetensors"), job.out / "embeddings.safetensors")
     logger.info("exported users=%d recommendations=%d similar=%d", len(users), num_recommendations, num_similar)
     return Result(
         {

@@ -492,6 +492,12 @@ def test_export_of_the_champion_by_external_ids(place):
     order = np.argsort(-(rows["item_embeddings"] @ rows["user_embeddings"][user]))
     assert found[0].tolist() == order.tolist()
     assert pq.read_table(artifact.file("items.parquet")).column("item_id").to_pylist() == item_ids()
+    assert pq.read_table(artifact.file("users.parquet")).column("user_id").to_pylist() == user_ids()
+    exported = load_file(artifact.file("embeddings.safetensors"))
+    assert {name: np.array_equal(values, rows[name]) for name, values in exported.items()} == {
+        "user_embeddings": True,
+        "item_embeddings": True,
+    }
     assert len(pq.read_table(artifact.file("similar"))) == NUM_ITEMS * 5
 
 
