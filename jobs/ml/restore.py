@@ -1,7 +1,8 @@
 """Take the promotion of a run back: `python -m jobs.ml.restore --store URI --run RUN_ID`.
 
 For a scheduler, when something that had to follow a promotion has failed for good. The former champion is back, with
-one line in the ledger. Nothing happens when the run's version is not champion, or somebody has moved the alias since.
+one line in the ledger. Nothing happens when the run's version is not champion, somebody has moved the alias since, or
+the version has been exported already: what fails when it is done again is no reason to take back what is served.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def restore(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
     with take_desk(config.runtime, store, f"restore run={arguments.run}") as desk:
         moves = [entry for entry in desk.ledger.history() if entry.action != "refuse"]
         last = moves[-1] if moves else None
-        mine = last is not None and last.action == "promote" and last.run_id == arguments.run
+        exported = (store.entry(arguments.run, "ml.export") or {}).get("version")
+        mine = (
+            last is not None and (last.action, last.run_id) == ("promote", arguments.run) and last.version != exported
+        )
         if last is not None and mine:
             desk.take_back(last, f"what had to follow the promotion of version {last.version} failed")
         champion = desk.champion

@@ -49,10 +49,7 @@ def dag_policy(dag):
         dag.start_date = today - timedelta(days={days})
         dag.catchup = True
         for task in dag.tasks:
-            if hasattr(task, "partial_kwargs"):
-                task.partial_kwargs["start_date"] = dag.start_date
-            else:
-                task.start_date = dag.start_date
+            task.start_date = dag.start_date
 '''
 
 _outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
@@ -129,6 +126,13 @@ class Deployment:
         """So many days before today."""
         return self.today - timedelta(days=before)
 
+    def lineage(self, dag_id: str, task: str) -> list[dict[str, Any]]:
+        """The OpenLineage events of a task's successful runs."""
+        lines = (self.root / "lineage.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines if line]
+        name = f"{dag_id}.{task}"
+        return [each for each in events if each["job"]["name"] == name and each["eventType"] == "COMPLETE"]
+
     def assert_whole(self, store: ArtifactStore | None = None) -> int:
         """Every artifact of the store is complete and unchanged, the alias is where a whole ledger says; how many."""
         store = store or self.store
@@ -179,6 +183,9 @@ def deployment() -> Iterator[Deployment]:
             {
                 "AIRFLOW_VAR_CRANE_STORE": str(root / "store"),
                 "AIRFLOW_VAR_CRANE_CONFIG": str(root / "config.yaml"),
+                "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps(
+                    {"type": "file", "log_file_path": str(root / "lineage.jsonl"), "append": True}
+                ),
                 # Half a minute of silence is enough to know a server that is down.
                 "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
                 "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -12,6 +12,7 @@ from crane_core.registry import Registry
 from jobs.ml import promote, register
 from jobs.runner import open_store
 from tests.drills.conftest import Deployment
+from tests.drills.services import until
 from tests.jobs.release_runs import make_run
 
 NUM_PROMOTIONS = 30
@@ -160,6 +161,12 @@ def test_a_rollback_through_airflow(deployment: Deployment) -> None:
     assert state == "failed"
     assert "has no version '9'" in deployment.airflow.log("crane_rollback", run_id, "rollback")
     assert releases.history()[3:] == [("rollback", "2", "2"), ("rollback", "1", "1")]
+    # Lineage tells which artifacts were made of which.
+    exports = until("lineage of two exports", lambda: deployment.lineage("crane_rollback", "export")[1:] or None)
+    made = {output["name"] for event in deployment.lineage("crane_rollback", "export") for output in event["outputs"]}
+    store = open_store(str(releases.root))
+    assert made == {f"ml.export/{store.artifact(run, 'ml.export').fingerprint}" for run in ("run-1", "run-2")}
+    assert {each["name"].partition("/")[0] for each in exports[0]["inputs"]} == {"etl.interactions", "ml.train"}
     releases.assert_whole()
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.numpy import load_file, save_file
 
 from crane_core.config import Runtime
@@ -265,6 +266,22 @@ def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
     assert place.ledger.size() == 2
 
 
+def test_a_registry_that_fails_at_the_alias_is_tried_again(place, monkeypatch):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+
+    def fail(*arguments):
+        raise MlflowException("500 Internal Server Error")
+
+    monkeypatch.setattr(Registry, "set_alias", fail)
+    place.job(promote, argv, code=1)
+    assert (place.ledger.champion(), place.registry.holder("champion")) == ("2", "1")
+    monkeypatch.undo()
+    done = place.job(promote, argv)
+    assert (done["status"], done["champion"], place.registry.holder("champion")) == ("found", "2", "2")
+    assert place.ledger.size() == 2
+
+
 def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
     place.job(promote, place.run("run-1", noise=1.0))
     argv = place.run("run-2", noise=0.1)
@@ -343,6 +360,9 @@ def test_a_failure_after_a_promotion_takes_it_back(place):
     assert "what had to follow the promotion of version 2 failed" in last.reason
     assert place.job(restore, argv)["status"] == "skipped"
     assert place.job(promote, argv)["champion"] == place.registry.holder("champion") == "2"
+    place.job(export, argv)
+    assert place.job(restore, argv)["status"] == "skipped"
+    assert place.registry.holder("champion") == "2"
     assert place.ledger.size() == 4
 
 

@@ -247,6 +247,23 @@ def test_a_promotion_is_taken_back(ledger):
     assert recover(ledger, registry, lambda entry: pytest.fail("tested already"), 0) is None
 
 
+def test_a_disk_without_room_leaves_the_ledger_as_it_was(ledger):
+    """The kernel refuses to write more than 300 bytes into a file, as it would on a full disk."""
+    promote(ledger, "1")
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from crane_core.ledger import Ledger\n"
+        "from crane_core.storage.local import LocalStorage\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "Ledger(LocalStorage(Path(sys.argv[1])), 'crane').append(1, 'promote', '2', '2', 'run-2', 'x' * 400)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(ledger.storage.root)], capture_output=True, text=True)
+    assert ended.returncode == 1 and "OSError: [Errno 27]" in ended.stderr
+    assert [path.name for path in (ledger.storage.root / FOLDER).iterdir()] == ["00000001.json"]
+    assert ledger.verify() == 1
+    promote(ledger, "2")
+
+
 def test_processes_that_race_end_in_one_order(tmp_path):
     program = (
         "import sys; from pathlib import Path; from crane_core.lease import LeaseLost\n"
