@@ -274,7 +274,8 @@ def test_doctor_answers_as_json(
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "run", "runs", "recommend", "similar", "promote", "rollback", "experiments", "doctor", "import"]
+    "command",
+    ["demo", "run", "runs", "recommend", "similar", "promote", "rollback", "ledger", "experiments", "doctor", "import"],
 )
 def test_every_command_explains_itself_and_knows_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
