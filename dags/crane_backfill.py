@@ -22,7 +22,7 @@ and `train` queue for the accelerator with everybody else.
 backfill again: what is there is found.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`,
-`crane_notifiers` (`notices.py`).
+`crane_registry`, `crane_notifiers` (`notices.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 from airflow.sdk import DAG, Param, chain, task
 from airflow.sdk.exceptions import AirflowFailException
 from deployment import DEFAULT_ARGS, job, mapped_job
-from local_job import PROJECT, setting
+from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
 from windows import DAY_PATTERN, OVERRIDE_PATTERN, backfill_flags, backfill_windows
 
@@ -90,7 +90,7 @@ with DAG(
             store=params["store"] or setting("store", str(PROJECT / ".crane" / "store")),
             windows=windows,
             config=params["config"] or setting("config", "") or None,
-            overrides=params["overrides"],
+            overrides=[*deployment_overrides(), *params["overrides"]],
             stages=params["stages"],
             train=params["train"],
             dry_run=params["dry_run"],

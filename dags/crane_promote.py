@@ -22,7 +22,7 @@ the version. Asset events of backfill runs are ignored.
 `promote` and what follows it once the cause is mended.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`, `crane_approval`,
-`crane_notifiers` (`notices.py`).
+`crane_registry`, `crane_notifiers` (`notices.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import DAG, Asset, Param, chain, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
 from deployment import DEFAULT_ARGS, job
-from local_job import PROJECT, setting
+from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
 from windows import OVERRIDE_PATTERN, RUN_ID_PATTERN, newest_candidate, promote_flags
 
@@ -74,7 +74,8 @@ with DAG(
         """Which run to judge: the one given, else the newest candidate that no backfill announced."""
         if params["run"]:
             store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
-            return {"flags": promote_flags(store=store, run=params["run"], overrides=params["overrides"])}
+            overrides = [*deployment_overrides(), *params["overrides"]]
+            return {"flags": promote_flags(store=store, run=params["run"], overrides=overrides)}
         events = [event for announced in triggering_asset_events.values() for event in announced]
         if not events:
             raise AirflowFailException("No asset event started this run: give the parameter run.")

@@ -13,7 +13,7 @@ does not: it finishes what it began.
 are not what was registered. Nothing has changed then. A failed `export` is cleared; the alias is right already.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`,
-`crane_notifiers` (`notices.py`).
+`crane_registry`, `crane_notifiers` (`notices.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from airflow.sdk import DAG, Param, chain, task
 from deployment import DEFAULT_ARGS, job
-from local_job import PROJECT, setting
+from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
 from windows import OVERRIDE_PATTERN, VERSION_PATTERN, crane_run_id, promote_flags, rollback_flags
 
@@ -59,14 +59,15 @@ with DAG(
         """Flags of the rollback; this run's id tells a retry from a second wish."""
         store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
         request = crane_run_id(dag_run.run_id)
-        flags = rollback_flags(store=store, to=params["to"], request=request, overrides=params["overrides"])
-        return {"store": store, "flags": flags}
+        overrides = [*deployment_overrides(), *params["overrides"]]
+        flags = rollback_flags(store=store, to=params["to"], request=request, overrides=overrides)
+        return {"store": store, "overrides": overrides, "flags": flags}
 
     @task(task_id="champion")
-    def champion(resolved: dict[str, Any], gone_back: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    def champion(resolved: dict[str, Any], gone_back: dict[str, Any]) -> dict[str, Any]:
         """Flags of the champion's export: it is made from the champion's own run."""
-        run = gone_back["champion_run"]
-        return {"flags": promote_flags(store=resolved["store"], run=run, overrides=params["overrides"])}
+        run, overrides = gone_back["champion_run"], resolved["overrides"]
+        return {"flags": promote_flags(store=resolved["store"], run=run, overrides=overrides)}
 
     resolved = resolve()
     rollback = job("ml.rollback", flags=FLAGS % "resolve", on_success_callback=Notice("decision"))

@@ -25,6 +25,12 @@ def setting(name: str, default: str) -> str:
     return Variable.get(f"crane_{name}", default=None) or default
 
 
+def deployment_overrides() -> list[str]:
+    """What this deployment says of every run: the Variable `crane_registry`, a URI, is `runtime.registry`."""
+    registry = setting("registry", "")
+    return [f"runtime.registry={registry}"] if registry else []
+
+
 def jobs_python(project: Path) -> Path:
     """The interpreter of the jobs environment that `make setup` makes."""
     return project / ".venv" / "bin" / "python"

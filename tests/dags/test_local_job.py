@@ -173,6 +173,14 @@ def test_a_timeout_ends_the_job(play):
     assert [pid for pid in _wait_for(play.folder / "pids") if _is_running(pid)] == []
 
 
+def test_a_deployment_names_its_registry_once(monkeypatch):
+    monkeypatch.delenv("AIRFLOW_VAR_CRANE_REGISTRY", raising=False)
+    monkeypatch.setattr(local_job.Variable, "get", lambda key, default: os.environ.get(f"AIRFLOW_VAR_{key.upper()}"))
+    assert local_job.deployment_overrides() == []
+    monkeypatch.setenv("AIRFLOW_VAR_CRANE_REGISTRY", "http://mlflow:5000")
+    assert local_job.deployment_overrides() == ["runtime.registry=http://mlflow:5000"]
+
+
 def test_killing_before_the_start_does_nothing():
     operator().on_kill()
 

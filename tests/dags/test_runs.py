@@ -127,6 +127,13 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database
     assert answer[failed]["tasks"]["profiles"] == ["upstream_failed"]
     assert [call["job"] for call in play.calls()].count("etl.features") == 1
 
+    # Registered elsewhere than in the store: whoever judges must be told where.
+    told = "1998-05-03T00:00:00+00:00"
+    play.act({"ml.register": {"answer": {"alias": "candidate", "version": "9", "registry": "http://mlflow"}}})
+    answer = run(play, ["crane_retrain", told, RETRAIN])
+    assert answer["events"][-1]["extra"]["overrides"] == ["runtime.device=cpu", "runtime.registry=http://mlflow"]
+    before += 1
+
     play.act({"ml.register": {"answer": {"alias": None, "version": "8"}}})
     answer = run(play, ["crane_retrain", silent, RETRAIN])
     assert answer[silent]["state"] == "success"
