@@ -1,5 +1,5 @@
 # What a person would type. DATA=<folder in MMRec layout> makes the demo use that data.
-.PHONY: help setup demo test lint format dags doctor clean
+.PHONY: help setup demo test drill lint format dags doctor clean
 
 JOBS := .venv/bin/python -m
 AIRFLOW := .venv-airflow/bin/python -m
@@ -16,6 +16,9 @@ demo: setup ## build, judge, serve a recommender through Airflow: MovieLens 100K
 test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow
 	$(JOBS) pytest --ignore=tests/dags
 	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
+
+drill: setup ## the long drills: real scheduler, PostgreSQL, MLflow; kills, outages, crowds (apt-get install postgresql)
+	$(JOBS) pytest -q tests/drills "tests/jobs/test_ml.py::test_a_training_job_killed_with_signal_9_ends_with_the_same_result"
 
 lint: setup ## ruff, mypy, import contracts, shellcheck
 	$(JOBS) ruff check .

@@ -2,7 +2,8 @@
 
 One object per entry, `{store}/ledger/{seq:08d}.json`, made only if it does not exist, and chained: each entry
 carries the hash of the one before and its own. The ledger is the truth about the champion: an entry is written
-first, the alias follows, and after a crash in between the alias is set to what the ledger says.
+first, the alias follows, and after a crash in between the alias is set to what the ledger says. Whoever writes holds
+the lease of the store (`crane_core.lease`); the entry carries its token, and no entry follows one with a higher token.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from crane_core.errors import ArtifactError, CraneError
+from crane_core.lease import lost
 from crane_core.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "ledger"
 GENESIS = "0" * 64
 CHAMPION = "champion"
+MAX_MOVES = 10
 ANCHOR_TAG = "crane.ledger."
 SMOKE_TAG = "crane.smoke"
 
@@ -39,13 +42,14 @@ class Entry:
         at: when, ISO 8601 UTC.
         model: registered model.
         action: `promote` and `rollback` make `version` champion; `refuse` leaves the champion alone; `restore`
-            takes a promotion or rollback back whose smoke test failed.
+            takes a promotion or rollback back whose smoke test failed, or what had to follow it.
         version: the version the decision is about.
         champion_before: champion until now, None when there was none.
         champion: champion from now on, None when there is none.
         run_id: run that asked.
         reason: one sentence.
         numbers: everything the decision rests on, JSON values.
+        fence: token of the lease it was written under, 0 without one.
         hash: sha256 of all of the above.
     """
 
@@ -60,11 +64,15 @@ class Entry:
     run_id: str
     reason: str
     numbers: dict[str, Any] = field(default_factory=dict)
+    fence: int = 0
     hash: str = ""
 
     def computed_hash(self) -> str:
         """sha256 over every field but `hash`."""
         content = {name: value for name, value in asdict(self).items() if name != "hash"}
+        # Entries from before there were leases were hashed without the field.
+        if not self.fence:
+            del content["fence"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def encode(self) -> bytes:
@@ -156,19 +164,22 @@ class Ledger:
         run_id: str,
         reason: str,
         numbers: dict[str, Any] | None = None,
-    ) -> Entry | None:
+        fence: int = 0,
+    ) -> Entry:
         """Add an entry, if nobody has since the caller looked.
 
         Args:
             seen: number of entries the decision was made on.
-            action, version, champion, run_id, reason, numbers: see `Entry`.
+            action, version, champion, run_id, reason, numbers, fence: see `Entry`.
 
-        Returns:
-            The entry; None when another one took the place, and the caller must read and decide again.
+        Raises:
+            LeaseLost: another entry took the place, or a later holder of the lease has written: the caller must read
+                and decide again.
         """
         entries = self.entries()
-        if len(entries) != seen:
-            return None
+        newest = max((entry.fence for entry in entries), default=0)
+        if len(entries) != seen or newest > fence:
+            raise lost(fence, newest)
         before = next((entry.champion for entry in reversed(entries) if entry.model == self.model), None)
         entry = Entry(
             seq=seen + 1,
@@ -182,10 +193,11 @@ class Ledger:
             run_id=run_id,
             reason=reason,
             numbers=json.loads(json.dumps(numbers or {})),
+            fence=fence,
         )
         entry = Entry(**{**asdict(entry), "hash": entry.computed_hash()})
         if not self.storage.create(f"{FOLDER}/{_name(entry.seq)}", entry.encode()):
-            return None
+            raise lost(fence, fence)
         logger.info(
             "ledger seq=%d action=%s version=%s champion=%s before=%s", entry.seq, action, version, champion, before
         )
@@ -221,19 +233,21 @@ class Aliases(Protocol):
     def tag(self, number: str, tags: Mapping[str, str]) -> None:
         """Note something on a version."""
 
+    def noted(self, number: str, tag: str) -> str | None:
+        """What was noted on a version under a tag."""
+
 
 def settle(ledger: Ledger, aliases: Aliases) -> str | None:
-    """Make the alias follow the ledger, whoever died or raced in between.
-
-    Whoever moves the alias last has read the ledger after its own move, so the alias ends at the newest entry.
+    """Make the alias follow the ledger, whoever died or raced in between; read both again after every move.
 
     Returns:
-        The champion.
+        The champion, who carries the alias.
 
     Raises:
-        ArtifactError: the registry has a champion and the ledger no entry, or the chain is broken.
+        ArtifactError: the registry has a champion and the ledger no entry, the chain is broken, or somebody else keeps
+            moving the alias.
     """
-    while True:
+    for _ in range(MAX_MOVES):
         history = ledger.history()
         holder = aliases.holder(CHAMPION)
         if not history:
@@ -245,37 +259,65 @@ def settle(ledger: Ledger, aliases: Aliases) -> str | None:
                 )
             return None
         champion = history[-1].champion
-        if holder != champion:
-            logger.info("alias %s from=%s to=%s ledger_seq=%d", CHAMPION, holder, champion, history[-1].seq)
-            aliases.set_alias(CHAMPION, champion)
-        if ledger.champion() == champion:
+        if holder == champion:
             return champion
+        logger.info("alias %s from=%s to=%s ledger_seq=%d", CHAMPION, holder, champion, history[-1].seq)
+        aliases.set_alias(CHAMPION, champion)
+    raise ArtifactError(
+        f"The alias {CHAMPION!r} of model {ledger.model!r} does not stay where the ledger puts it.",
+        "Find out who else moves it: only the jobs of the pipeline may.",
+    )
 
 
-def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[], object]) -> bool:
+def recover(ledger: Ledger, aliases: Aliases, smoke: Callable[[Entry], object], fence: int) -> Entry | None:
+    """Finish what a holder of the lease that died has left: a stale alias, or a champion that nobody has tested.
+
+    Args:
+        ledger, aliases: whose.
+        smoke: tests the version of an entry through the alias and raises when its answers are wrong.
+        fence: token of the lease that is held.
+
+    Returns:
+        The entry whose test was made up for and passed, None when there was none. The champion is tested either way.
+    """
+    settle(ledger, aliases)
+    moves = [entry for entry in ledger.history() if entry.action != "refuse"]
+    if not moves or is_confirmed(moves[-1], aliases):
+        return None
+    logger.warning("unfinished ledger_seq=%d version=%s: testing it now", moves[-1].seq, moves[-1].version)
+    try:
+        hand_over(ledger, aliases, moves[-1], lambda: smoke(moves[-1]), fence)
+    except ArtifactError as error:
+        logger.warning("%s", error.found)
+        settle(ledger, aliases)
+        return None
+    return moves[-1]
+
+
+def is_confirmed(entry: Entry, aliases: Aliases) -> bool:
+    """Whether the smoke test of an entry has passed; what is restored was confirmed when it was promoted."""
+    return entry.action == "restore" or aliases.noted(entry.version, SMOKE_TAG) == str(entry.seq)
+
+
+def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[], object], fence: int) -> None:
     """Carry out an entry that makes a version champion: move the alias, test through it, confirm or take it back.
 
     Args:
         ledger: holds the entry already.
         aliases: the registry.
-        entry: a `promote` or `rollback`.
+        entry: a `promote` or `rollback`, the newest entry that moves the champion.
         smoke: loads the model through the alias and raises when its answers are wrong.
-
-    Returns:
-        True when confirmed; False when another entry came after it and the alias is not ours any more.
+        fence: token of the lease that is held.
 
     Raises:
-        CraneError: the smoke test failed; the alias is back where it was and the ledger says so.
+        ArtifactError: the smoke test failed; the alias is back where it was and the ledger says so.
     """
     aliases.tag(entry.version, {f"{ANCHOR_TAG}{entry.seq}": entry.hash})
-    if settle(ledger, aliases) != entry.version:
-        return False
+    settle(ledger, aliases)
     try:
         smoke()
     except Exception as error:
-        restored = _restore(ledger, aliases, entry, error)
-        if restored is None:
-            return False
+        restored = restore(ledger, aliases, entry, f"version {entry.version} failed its smoke test ({error})", fence)
         remedy = error.remedy if isinstance(error, CraneError) else "Look at the model's files and register it again."
         raise ArtifactError(
             f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is "
@@ -283,17 +325,22 @@ def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[]
             remedy,
         ) from error
     aliases.tag(entry.version, {SMOKE_TAG: str(entry.seq)})
-    return True
 
 
-def _restore(ledger: Ledger, aliases: Aliases, entry: Entry, error: Exception) -> Entry | None:
-    restored = None
-    while restored is None:
-        seen = ledger.size()
-        if ledger.champion() != entry.version:
-            return None
-        reason = f"Restored: version {entry.version} failed its smoke test ({error})."
-        restored = ledger.append(seen, "restore", entry.version, entry.champion_before, entry.run_id, reason)
+def restore(ledger: Ledger, aliases: Aliases, entry: Entry, why: str, fence: int) -> Entry:
+    """Take the newest move of the champion back: one line in the ledger, then the alias.
+
+    Args:
+        ledger, aliases: whose.
+        entry: the `promote` or `rollback`.
+        why: half a sentence.
+        fence: token of the lease that is held.
+    """
+    reason = f"Restored: {why}."
+    before = entry.champion_before
+    restored = ledger.append(
+        ledger.size(), "restore", entry.version, before, entry.run_id, reason, {"restores": entry.seq}, fence
+    )
     settle(ledger, aliases)
     aliases.tag(entry.version, {f"{ANCHOR_TAG}{restored.seq}": restored.hash})
     return restored

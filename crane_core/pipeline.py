@@ -65,6 +65,6 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("ml.evaluate", 4, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
         Stage("ml.register", 1, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
-        Stage("ml.export", 1, ("etl.interactions", "ml.train"), ("export",)),
+        Stage("ml.export", 2, ("etl.interactions", "ml.train"), ("export",)),
     )
 }

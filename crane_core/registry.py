@@ -268,6 +268,10 @@ class Registry:
         for key, value in _clipped(tags).items():
             self._client.set_model_version_tag(self.name, number, key, value)
 
+    def noted(self, number: str, tag: str) -> str | None:
+        """What was noted on a version under a tag."""
+        return self.version(number).tags.get(tag)
+
     def ledger_anchors(self) -> dict[int, str]:
         """Ledger entries the versions remember: seq to hash."""
         return {

@@ -18,7 +18,8 @@ its model but moves no alias and announces nothing.
 says what was found and what to do. Everything else is retried with growing pauses; training goes on from its last
 checkpoint. Mend the cause, clear the failed task.
 
-**Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`.
+**Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`,
+`crane_registry`, `crane_notifiers` (`notices.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from typing import Any
 from airflow.sdk import DAG, Asset, AssetAlias, Context, CronDataIntervalTimetable, Param, chain, task
 from airflow.sdk.exceptions import AirflowFailException
 from deployment import DEFAULT_ARGS, job, mapped_job
-from local_job import PROJECT, setting
+from local_job import PROJECT, deployment_overrides, setting
+from notices import Notice
 from windows import (
     INSTANT_PATTERN,
     OVERRIDE_PATTERN,
@@ -52,8 +54,13 @@ def announce(context: Context, registered: dict[str, Any]) -> None:
     if registered["alias"] != "candidate":
         return
     resolved = context["ti"].xcom_pull(task_ids="resolve")
-    extra = {key: resolved[key] for key in ("store", "run", "run_type", "overrides")}
-    context["outlet_events"][ANNOUNCEMENT].add(CANDIDATE, extra=extra | {"version": registered["version"]})
+    extra = {key: resolved[key] for key in ("store", "run", "run_type", "overrides")} | {
+        "version": registered["version"]
+    }
+    if registered.get("registry"):
+        # It may stand in the configuration file alone, which the judging jobs do not read.
+        extra["overrides"] = [*resolved["overrides"], f"runtime.registry={registered['registry']}"]
+    context["outlet_events"][ANNOUNCEMENT].add(CANDIDATE, extra=extra)
 
 
 with DAG(
@@ -65,6 +72,7 @@ with DAG(
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
+    on_failure_callback=Notice("failure"),
     tags=["crane", "train"],
     params={
         "store": Param(None, type=["null", "string"], minLength=1, maxLength=1024, description="Artifact store URI"),
@@ -100,14 +108,15 @@ with DAG(
         store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
         config = params["config"] or setting("config", "") or None
         run = params["run"] or crane_run_id(dag_run.run_id)
+        overrides = [*deployment_overrides(), *params["overrides"]]
         flags = retrain_flags(
-            store=store, run=run, window=window, config=config, overrides=params["overrides"], run_type=run_type
+            store=store, run=run, window=window, config=config, overrides=overrides, run_type=run_type
         )
         return {
             "store": store,
             "run": run,
             "run_type": run_type,
-            "overrides": runtime_only(params["overrides"]),
+            "overrides": runtime_only(overrides),
             "flags": flags,
         }
 

@@ -47,6 +47,14 @@ JOBS = {
     "ml.promote": Job("cpu", "crane_promotion", 1),
     "ml.export": Job("gpu", "crane_gpu", 6),
     "ml.report": Job("cpu", "crane_compute", 1),
+    "ml.judge": Job("cpu", "crane_compute", 1),
+    "ml.restore": Job("cpu", "crane_promotion", 1),
+    "ml.rollback": Job("cpu", "crane_promotion", 1),
+    "backfill.plan": Job("cpu", "crane_compute", 0.5),
+    "backfill.etl": Job("spark", "crane_backfill", 12),
+    "backfill.content": Job("gpu", "crane_gpu", 24),
+    "backfill.train": Job("torchrun", "crane_gpu", 24),
+    "backfill.check": Job("cpu", "crane_compute", 0.5),
 }
 
 DEFAULT_ARGS: dict[str, Any] = {

@@ -25,6 +25,12 @@ def setting(name: str, default: str) -> str:
     return Variable.get(f"crane_{name}", default=None) or default
 
 
+def deployment_overrides() -> list[str]:
+    """What this deployment says of every run: the Variable `crane_registry`, a URI, is `runtime.registry`."""
+    registry = setting("registry", "")
+    return [f"runtime.registry={registry}"] if registry else []
+
+
 def jobs_python(project: Path) -> Path:
     """The interpreter of the jobs environment that `make setup` makes."""
     return project / ".venv" / "bin" / "python"
@@ -57,6 +63,7 @@ class LocalJobOperator(BaseOperator):
         self.part = part
         self.returns = returns
         self.process: subprocess.Popen[str] | None = None
+        self.result: dict[str, Any] = {}
 
     def execute(self, context: Context) -> Any:
         project = Path(setting("project", str(PROJECT)))
@@ -76,11 +83,23 @@ class LocalJobOperator(BaseOperator):
             raise AirflowException(f"jobs.{self.job} {ended}: {last_error}")
         if not lines:
             raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")
-        result = json.loads(lines[-1])
+        result = self.result = json.loads(lines[-1])
         if self.returns:
             return result[self.returns]
         # Tables of figures belong in the store, not in Airflow's database.
         return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        """The artifacts that the job has read and made or found; asked for only where OpenLineage is configured."""
+        from airflow.providers.openlineage.extractors import OperatorLineage
+        from openlineage.client.event_v2 import Dataset
+
+        flags = json.loads(self.flags)
+        store = flags[flags.index("--store") + 1]
+        namespace = store if "://" in store else f"file://{store}"
+        artifacts = lineage(self.result)
+        inputs, outputs = ([Dataset(namespace, name) for name in names] for names in artifacts)
+        return OperatorLineage(inputs=inputs, outputs=outputs)
 
     def on_kill(self) -> None:
         """End the whole process group of the job: SIGTERM, then SIGKILL for whatever is left."""
@@ -124,6 +143,17 @@ class LocalJobOperator(BaseOperator):
         except BaseException:
             self.on_kill()
             raise
+
+
+def lineage(result: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the artifacts, `<stage>/<fingerprint>`, that a job has read and made or found, from its JSON object."""
+    if not result.get("fingerprint"):
+        return [], []
+    # The parts of a mapped stage share its folder.
+    inputs = {
+        f"{'.'.join(name.split('.')[:2])}/{fingerprint}" for name, fingerprint in result.get("inputs", {}).items()
+    }
+    return sorted(inputs), [f"{result['stage']}/{result['fingerprint']}"]
 
 
 def job_environment(bin_folder: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 BACKFILL = "backfill"
@@ -12,6 +12,9 @@ DAY = timedelta(days=1)
 # Python's `$` also matches before a last line feed, which the lookahead refuses.
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$(?!\n)"
 OVERRIDE_PATTERN = r"^[a-z_]+\.[a-z_]+=[^\x00-\x1f]*$(?!\n)"
+DAY_PATTERN = r"^\d{4}-\d\d-\d\d$(?!\n)"
+VERSION_PATTERN = r"^(previous|[1-9]\d{0,8})$(?!\n)"
+MAX_WINDOWS = 100
 INSTANT_PATTERN = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?)?$(?!\n)"
 
 
@@ -87,6 +90,49 @@ def retrain_flags(
     if run_type == BACKFILL:
         settings.append("runtime.backfill=true")
     return [*_identity(store, run), *(["--config", config] if config else []), *_settings(settings)]
+
+
+def backfill_windows(first: str, last: str) -> list[tuple[datetime, datetime]]:
+    """The days from `first` to `last`, both included, each a window `[start, end)` in UTC, oldest first.
+
+    Raises:
+        ValueError: no such dates, the wrong order, or more than `MAX_WINDOWS` days.
+    """
+    start, end = (datetime.combine(date.fromisoformat(day), time(), UTC) for day in (first, last))
+    if start > end:
+        raise ValueError(f"The first day {first} lies after the last day {last}.")
+    num_days = (end - start) // DAY + 1
+    if num_days > MAX_WINDOWS:
+        raise ValueError(f"{first} to {last} are {num_days} days, at most {MAX_WINDOWS} are rebuilt at once.")
+    return [(start + day * DAY, start + (day + 1) * DAY) for day in range(num_days)]
+
+
+def backfill_flags(
+    *,
+    store: str,
+    windows: Sequence[tuple[datetime, datetime]],
+    config: str | None,
+    overrides: Sequence[str],
+    stages: Sequence[str],
+    train: bool,
+    dry_run: bool,
+) -> list[str]:
+    """The flags of every job of a backfill, the very same for all; none of them moves an alias."""
+    given = [f"{first.isoformat()}/{last.isoformat()}" for first, last in windows]
+    return [
+        *("--store", store),
+        *(["--config", config] if config else []),
+        *_settings([*overrides, "runtime.backfill=true"]),
+        *("--windows", *given),
+        *("--stages", *stages),
+        *(["--train"] if train else []),
+        *(["--dry-run"] if dry_run else []),
+    ]
+
+
+def rollback_flags(*, store: str, to: str, request: str, overrides: Sequence[str]) -> list[str]:
+    """The flags of the job that goes back; a retry carries the same `request` and does not go back twice."""
+    return ["--store", store, *_settings(runtime_only(overrides)), "--to", to, "--request", request]
 
 
 def promote_flags(*, store: str, run: str, overrides: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import Runtime, load_config
+from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.store import check_run_id
 from jobs.commands import place
@@ -195,29 +195,33 @@ def _experiments(arguments: argparse.Namespace) -> int:
 
 
 def _promote(arguments: argparse.Namespace) -> int:
-    return _judge(arguments, ("ml.promote", "ml.export", "ml.report"), [])
+    config = load_config(None, [], _store(arguments).run(arguments.run)["config"])
+    names = ("ml.promote", "ml.export", "ml.report")
+    return _move(arguments, names, config, ["--run", arguments.run], arguments.run)
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    from jobs.commands.query import served
-
-    if arguments.run is None:
-        arguments.run = served(_store(arguments), _runtime(arguments)).run_id
-    return _judge(arguments, ("ml.rollback",), ["--to", arguments.to])
+    return _move(arguments, ("ml.rollback",), None, ["--to", arguments.to], "rollback")
 
 
-def _judge(arguments: argparse.Namespace, names: Sequence[str], extra: list[str]) -> int:
+def _move(
+    arguments: argparse.Namespace, names: Sequence[str], config: RunConfig | None, flags: list[str], log: str
+) -> int:
     from jobs.commands.local import run_stages
     from jobs.commands.steps import Steps
 
-    store = _store(arguments)
-    config = load_config(None, [], store.run(arguments.run)["config"])
-    flags = ["--store", store.storage.uri, "--run", arguments.run, *extra]
+    flags = ["--store", _store(arguments).storage.uri, *flags]
     if arguments.registry:
         flags += ["--set", f"runtime.registry={arguments.registry}"]
-    log = place.HOME / "logs" / f"{arguments.run}.log"
-    results = run_stages(names, config, flags, log, Steps())
-    answer = {key: value for key, value in results[names[0]].items() if key != "numbers"}
+    results = run_stages(names, config, flags, place.HOME / "logs" / f"{log}.log", Steps())
+    _result(arguments, results[names[0]], [f"{key:<9} {value}" for key, value in results[names[0]].items()])
+    return EXIT_OK
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    from jobs.commands.query import verify_ledger
+
+    answer = verify_ledger(_store(arguments), _runtime(arguments))
     _result(arguments, answer, [f"{key:<9} {value}" for key, value in answer.items()])
     return EXIT_OK
 
@@ -292,8 +296,10 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("--run", required=True)
 
     rollback = command("rollback", _rollback, "Make an earlier version champion again.", stored)
-    rollback.add_argument("--run", help="run that is named in the ledger; the champion's when absent")
     rollback.add_argument("--to", default="previous", metavar="VERSION|previous")
+
+    ledger = command("ledger", _ledger, "Check the ledger of promotions against itself and the registry.", stored)
+    ledger.add_argument("what", choices=("verify",))
 
     doctor = command("doctor", _doctor, "What works on this machine, and how to mend the rest.", stored)
     doctor.add_argument("--deep", action="store_true", help="also start Spark")

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import RunConfig, load_config
+from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.pipeline import STAGES, Stage
 from crane_core.storage import open_storage
@@ -104,13 +104,48 @@ def run_job(
     argv: Sequence[str] | None = None,
     flags: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
-    """Entry point of every job: parse, log, record what `work` returns, turn errors into exit codes.
+    """Entry point of a job of one run: parse, log, record what `work` returns, turn errors into exit codes.
 
     Args:
         name: the stage.
         work: does it, and returns the entry of the run record.
         argv: flags, the process's own when None.
         flags: adds the job's own flags to the four of every job.
+    """
+
+    def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
+        check_run_id(arguments.run)
+        config = load_config(arguments.config, arguments.set, store.recorded_config(arguments.run))
+        store.start_run(arguments.run, config)
+        entry = work(arguments, config, store)
+        store.record(arguments.run, name, arguments.part, entry)
+        return {"part": arguments.part, "run": arguments.run, **entry}
+
+    def all_flags(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--run", required=True, help="run id: one window and one configuration")
+        parser.add_argument("--part", default="", help="which part of a mapped stage")
+        if flags:
+            flags(parser)
+
+    return run_command(name, of_the_run, argv, all_flags)
+
+
+def run_command(
+    name: str,
+    work: Callable[[argparse.Namespace, ArtifactStore], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    flags: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> int:
+    """Entry point of everything that works on a store: parse, log, print what `work` returns as the last line.
+
+    Args:
+        name: what runs, as the log and the last line tell it.
+        work: does it, and returns JSON values.
+        argv: flags, the process's own when None.
+        flags: adds flags to `--store`, `--config` and `--set`.
+
+    Returns:
+        The exit code.
     """
     start_logging()
     try:
@@ -119,12 +154,7 @@ def run_job(
             flags(parser)
         arguments = parser.parse_args(argv)
         store = open_store(arguments.store)
-        check_run_id(arguments.run)
-        config = load_config(arguments.config, arguments.set, store.recorded_config(arguments.run))
-        store.start_run(arguments.run, config)
-        entry = work(arguments, config, store)
-        store.record(arguments.run, name, arguments.part, entry)
-        print(json.dumps({"stage": name, "part": arguments.part, "run": arguments.run, **entry}))
+        print(json.dumps({"stage": name, **work(arguments, store)}))
         return EXIT_OK
     except CraneError as error:
         logger.error("failed stage=%s error=%s message=%s", name, type(error).__name__, error)
@@ -138,6 +168,12 @@ def open_store(uri: str) -> ArtifactStore:
     """The store at a URI, with its local scratch folder."""
     storage = open_storage(uri)
     return ArtifactStore(storage, scratch(storage.uri) / "cache")
+
+
+def load_runtime(arguments: argparse.Namespace) -> Runtime:
+    """Where a job works that is about no run in particular: the `runtime` of its flags."""
+    no_window = ["window.start=1970-01-01", "window.end=1970-01-02"]
+    return load_config(arguments.config, [*no_window, *arguments.set]).runtime
 
 
 def scratch(store_uri: str) -> Path:
@@ -159,10 +195,8 @@ def start_logging() -> None:
 def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}")
     parser.add_argument("--store", required=True, help="artifact store, a path or s3://bucket/prefix")
-    parser.add_argument("--run", required=True, help="run id: one window and one configuration")
     parser.add_argument("--config", help="YAML file or name of a preset; for a known run, what it was started with")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
-    parser.add_argument("--part", default="", help="which part of a mapped stage")
     return parser
 
 
@@ -232,6 +266,7 @@ def produce(
     return {
         "status": status,
         "fingerprint": fingerprint,
+        "inputs": found.manifest["inputs"],
         "content": found.manifest["content"],
         "seconds": seconds,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

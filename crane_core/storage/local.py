@@ -67,8 +67,13 @@ class LocalStorage:
         target = self.root / key
         target.parent.mkdir(parents=True, exist_ok=True)
         spooled = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-        spooled.write_bytes(data)
-        _sync(spooled)
+        try:
+            spooled.write_bytes(data)
+            _sync(spooled)
+        except OSError:
+            # A full disk must not be filled further.
+            spooled.unlink(missing_ok=True)
+            raise
         return spooled
 
 

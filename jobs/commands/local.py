@@ -23,13 +23,13 @@ ERRORS: dict[int, type[CraneError]] = {EXIT_CONFIG: ConfigError, EXIT_DATA: Data
 
 
 def run_stages(
-    names: Sequence[str], config: RunConfig, flags: Sequence[str], log: Path, steps: Steps
+    names: Sequence[str], config: RunConfig | None, flags: Sequence[str], log: Path, steps: Steps
 ) -> dict[str, dict[str, Any]]:
     """Run stages in order, every part of a mapped stage.
 
     Args:
         names: stages, `<group>.<stage>`.
-        config: tells the parts of mapped stages.
+        config: tells the parts of mapped stages; None where none of the names is a stage.
         flags: the four flags of every job.
         log: file that gets everything the jobs say.
         steps: where progress is shown.
@@ -42,7 +42,7 @@ def run_stages(
     """
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        for part in STAGES[name].parts(config) if name in STAGES else [""]:
+        for part in STAGES[name].parts(config) if config and name in STAGES else [""]:
             label = f"{name}.{part}" if part else name
             results[label] = run_job(name, [*flags, *(["--part", part] if part else [])], log, steps, label)
     return results

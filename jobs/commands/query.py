@@ -127,6 +127,29 @@ def runs(store: ArtifactStore, runtime: Runtime) -> list[dict[str, Any]]:
     )
 
 
+def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
+    """Check every entry, the chain, the entries that the registry remembers, and who carries the alias.
+
+    Raises:
+        ArtifactError: the ledger was tampered with, or the alias is not where it puts it.
+    """
+    from crane_core.ledger import CHAMPION, Ledger
+    from crane_core.registry import open_registry
+
+    registry = open_registry(runtime, store.storage.uri)
+    ledger = Ledger(store.storage, registry.name)
+    anchors = registry.ledger_anchors()
+    num_entries = ledger.verify(anchors)
+    champion, holder = ledger.champion(), registry.holder(CHAMPION)
+    if holder != champion:
+        raise ArtifactError(
+            f"The alias {CHAMPION!r} points to version {holder}, the ledger says {champion}.",
+            "Run crane promote or crane rollback: it puts the alias where the ledger says.",
+        )
+    last = ledger.entries()[-1].hash if num_entries else None
+    return {"status": "whole", "entries": num_entries, "anchored": len(anchors), "champion": champion, "last": last}
+
+
 def figures(store: ArtifactStore, run_id: str) -> dict[str, Any]:
     """`metrics.json` of a run's evaluation, empty before it.
 

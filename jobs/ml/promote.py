@@ -1,8 +1,9 @@
 """Judge a run's model and make it champion if it deserves it: `python -m jobs.ml.promote --store URI --run RUN_ID`.
 
 Reads the evidence again from the registry, lets the champion answer for the same users, asks the gate, writes the
-ledger, moves the alias `champion` and tests the model through it. A refusal is a result, not an error: exit code 0.
-A failed smoke test puts the former champion back and ends with exit code 4.
+ledger, moves the alias `champion` and tests the model through it, all under the lease of the store: promotions from any
+number of machines come one after the other. A refusal is a result, not an error: exit code 0. A failed smoke test puts
+the former champion back and ends with exit code 4.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -22,11 +24,12 @@ from crane_core.config import RunConfig
 from crane_core.dataset import load_ids, load_interactions
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.gate import PRIMARY, Decision, Standing, decide, measure
-from crane_core.ledger import ANCHOR_TAG, CHAMPION, SMOKE_TAG, Entry, Ledger, hand_over, settle
+from crane_core.ledger import ANCHOR_TAG, Action, Entry
 from crane_core.registry import Registry, Version, open_registry
 from crane_core.schema import ITEM_ID, USER_ID, USER_IDX
-from crane_core.serving import load_model, smoke_test
+from crane_core.serving import load_model
 from crane_core.store import ArtifactStore
+from jobs.ml.desk import take_desk
 from jobs.runner import peak_bytes, run_job
 
 logger = logging.getLogger(__name__)
@@ -39,51 +42,36 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
     started = time.monotonic()
     if config.runtime.backfill:
         raise ConfigError("A backfill moves no alias.", "Promote a run of crane_retrain, or drop runtime.backfill.")
-    registry = open_registry(config.runtime, store.storage.uri)
-    ledger = Ledger(store.storage, registry.name)
-    version = registry.version(_registered(store, arguments.run))
-    judge = _Judge(config, store, arguments.run, registry, version)
-    status = "done"
-    while True:
-        ledger.verify(registry.ledger_anchors())
-        settle(ledger, registry)
-        seen, history = ledger.size(), ledger.history()
-        entry = _standing_decision(history, version.number, judge.rule)
+    judge = Judge(config, store, arguments.run, open_registry(config.runtime, store.storage.uri))
+    number, status = judge.version.number, "done"
+    with take_desk(config.runtime, store, f"promote run={arguments.run} version={number}") as desk:
+        entry = _standing_decision(desk.ledger.history(), number, judge.rule)
         if entry:
             status = "found"
-            break
-        champion = history[-1].champion if history else None
-        decision, numbers = judge.decide(champion)
-        entry = ledger.append(
-            seen,
-            "promote" if decision.promoted else "refuse",
-            version.number,
-            version.number if decision.promoted else champion,
-            arguments.run,
-            decision.reason,
-            numbers,
+        else:
+            champion = desk.champion
+            decision, numbers = judge.decide(champion)
+            action: Action = "promote" if decision.promoted else "refuse"
+            becomes = number if decision.promoted else champion
+            entry = desk.write(action, number, becomes, arguments.run, decision.reason, numbers)
+        promoted = entry.action != "refuse"
+        if promoted:
+            desk.carry_out(entry)
+        desk.registry.tag(
+            number,
+            {
+                f"{ANCHOR_TAG}{entry.seq}": entry.hash,
+                "crane.decision": "promoted" if promoted else "refused",
+                "crane.decision_reason": entry.reason,
+                "crane.decision_numbers": json.dumps(entry.numbers),
+            },
         )
-        if entry:
-            break
-        logger.info("ledger_moved_on seen=%d: deciding again", seen)
-    promoted = entry.action != "refuse"
-    if promoted and version.tags.get(SMOKE_TAG) != str(entry.seq):
-        hand_over(ledger, registry, entry, lambda: smoke_through_alias(registry, version))
-    registry.tag(
-        version.number,
-        {
-            f"{ANCHOR_TAG}{entry.seq}": entry.hash,
-            "crane.decision": "promoted" if promoted else "refused",
-            "crane.decision_reason": entry.reason,
-            "crane.decision_numbers": json.dumps(entry.numbers),
-        },
-    )
-    logger.info("%s version=%s reason=%s", "promoted" if promoted else "refused", version.number, entry.reason)
+    logger.info("%s version=%s reason=%s", "promoted" if promoted else "refused", number, entry.reason)
     return {
         "status": status,
         "decision": "promoted" if promoted else "refused",
         "reason": entry.reason,
-        "version": version.number,
+        "version": number,
         "champion": entry.champion,
         "previous": entry.champion_before,
         "ledger": entry.seq,
@@ -92,33 +80,20 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
     }
 
 
-def smoke_through_alias(registry: Registry, version: Version) -> int:
-    """Load what the alias points to, as a serving process would, and compare its answers with the evaluation's.
+class Judge:
+    """Evidence of one challenger, and decisions against whichever champion there is.
 
-    Raises:
-        ArtifactError: it is not the version expected, was tampered with, or answers wrongly.
+    Args:
+        config: the gate's rule among it.
+        store: holds the judged window.
+        run_id: the challenger's run.
+        registry: holds challenger, champion and their evidence.
     """
-    probe = json.loads(registry.evidence(version, "probe.json").read_text())
-    registry.model_folder(version)
-    holder = registry.holder(CHAMPION)
-    if holder != version.number:
-        raise ArtifactError(
-            f"The alias {CHAMPION!r} points to version {holder}, expected {version.number}.", "Run the job again."
-        )
-    compared = smoke_test(registry.load(f"@{CHAMPION}").predict, probe)
-    logger.info("smoke_test version=%s users=%d passed", version.number, compared)
-    return compared
 
-
-class _Judge:
-    """Evidence of one challenger, and decisions against whichever champion there is."""
-
-    def __init__(
-        self, config: RunConfig, store: ArtifactStore, run_id: str, registry: Registry, version: Version
-    ) -> None:
+    def __init__(self, config: RunConfig, store: ArtifactStore, run_id: str, registry: Registry) -> None:
         self._config = config
         self._registry = registry
-        self._version = version
+        self.version = version = registry.version(_registered(store, run_id))
         self._source = store.artifact(run_id, "etl.interactions")
         self._interactions = load_interactions(self._source)
         self.rule = config.promote.model_dump(mode="json")
@@ -144,29 +119,22 @@ class _Judge:
 
     def _challenger(self) -> Standing:
         """The registered per-user evidence, which the registered model must reproduce."""
-        measured = self._standing(self._version)
+        measured = self._standing(self.version)
         metrics = {name: self._per_user.column(f"crane.{name}").to_numpy().astype(np.float64) for name in PRIMARY}
         for name, values in metrics.items():
             gap = abs(float(values.mean() - measured.metrics[name].mean()))
             if not gap <= EVIDENCE_TOLERANCE:
                 raise ArtifactError(
-                    f"Version {self._version.number} is registered with {name} {values.mean():.4f}, its model reaches "
+                    f"Version {self.version.number} is registered with {name} {values.mean():.4f}, its model reaches "
                     f"{measured.metrics[name].mean():.4f} on the same users.",
                     "Run ml.evaluate and ml.register again.",
                 )
-        return Standing(
-            measured.version,
-            measured.window_end,
-            metrics,
-            measured.coverage,
-            measured.popularity_bias,
-            measured.cold_recall,
-        )
+        return replace(measured, metrics=metrics)
 
     def _standing(self, version: Version) -> Standing:
         if version.number not in self._standings:
             window_end = datetime.fromisoformat(version.tags["crane.window_end"])
-            self._standings[version.number] = measure(
+            measured = measure(
                 load_model(self._registry.model_folder(version)),
                 version.number,
                 window_end,
@@ -176,6 +144,9 @@ class _Judge:
                 self._users,
                 self._config.evaluate.user_block,
             )
+            # As precise as the evidence: rounding must make nobody better than an equal.
+            rounded = {name: values.astype(np.float32).astype(np.float64) for name, values in measured.metrics.items()}
+            self._standings[version.number] = replace(measured, metrics=rounded)
         return self._standings[version.number]
 
 

@@ -57,6 +57,7 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         "version": version.number,
         "alias": alias,
         "model": registry.name,
+        "registry": config.runtime.registry,
         "seconds": round(time.monotonic() - started, 3),
         "peak_bytes": peak_bytes(),
     }

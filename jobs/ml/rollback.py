@@ -1,7 +1,7 @@
-"""Make an earlier version champion again: `python -m jobs.ml.rollback --store URI --run RUN_ID --to VERSION|previous`.
+"""Make an earlier version champion again: `python -m jobs.ml.rollback --store URI --to VERSION|previous`.
 
-`previous` is the champion before the current one; asked again, the one before that. One line in the ledger, the same
-smoke test through the alias as a promotion, and the champion stays where it was when that fails.
+`previous` is the champion before the current one; asked again, the one before that. The same lease, the same smoke test
+through the alias and one line in the ledger as for a promotion; the champion stays where it was when the test fails.
 """
 
 from __future__ import annotations
@@ -12,51 +12,59 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from crane_core.config import RunConfig
 from crane_core.errors import ArtifactError
-from crane_core.ledger import SMOKE_TAG, Entry, Ledger, hand_over, settle
-from crane_core.registry import Registry, open_registry
+from crane_core.ledger import Entry, Ledger
 from crane_core.store import ArtifactStore
-from jobs.ml.promote import smoke_through_alias
-from jobs.runner import peak_bytes, run_job
+from jobs.ml.desk import Desk, take_desk
+from jobs.runner import load_runtime, peak_bytes, run_command
 
 logger = logging.getLogger(__name__)
 
 PREVIOUS = "previous"
 
 
-def rollback(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+def rollback(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
     """Move the champion back and test it."""
     started = time.monotonic()
-    registry = open_registry(config.runtime, store.storage.uri)
-    ledger = Ledger(store.storage, registry.name)
-    entry, status = None, "done"
-    while entry is None:
-        ledger.verify(registry.ledger_anchors())
-        champion = settle(ledger, registry)
-        seen, history = ledger.size(), ledger.history()
-        unfinished = _unfinished(history, arguments.run, arguments.to, registry)
-        if unfinished:
-            entry = unfinished
-            break
-        target = registry.version(_target(ledger, arguments.to)).number
-        if target == champion:
-            status, entry = "found", history[-1]
-            break
-        reason = f"Rolled back from version {champion} to version {target}, asked for as {arguments.to!r}."
-        entry = ledger.append(seen, "rollback", target, target, arguments.run, reason, {"to": arguments.to})
-    if status == "done":
-        version = registry.version(entry.version)
-        hand_over(ledger, registry, entry, lambda: smoke_through_alias(registry, version))
+    with take_desk(load_runtime(arguments), store, f"rollback to={arguments.to}") as desk:
+        entry, status = _answered(desk, arguments.to, arguments.request), "found"
+        if entry is None:
+            version = desk.registry.version(_target(desk.ledger, arguments.to))
+            if version.number == desk.champion:
+                entry = next(each for each in reversed(desk.ledger.history()) if each.action != "refuse")
+            else:
+                reason = (
+                    f"Rolled back from version {desk.champion} to version {version.number}, "
+                    f"asked for as {arguments.to!r}."
+                )
+                wish = {"to": arguments.to, "request": arguments.request}
+                entry = desk.write("rollback", version.number, version.number, version.run_id, reason, wish)
+                desk.carry_out(entry)
+                status = "done"
+        champion = desk.champion
+        run = desk.registry.version(champion).run_id if champion else None
+    logger.info("%s champion=%s reason=%s", status, champion, entry.reason)
     return {
         "status": status,
-        "champion": entry.champion,
+        "champion": champion,
+        "champion_run": run,
         "previous": entry.champion_before,
         "reason": entry.reason,
         "ledger": entry.seq,
         "seconds": round(time.monotonic() - started, 3),
         "peak_bytes": peak_bytes(),
     }
+
+
+def _answered(desk: Desk, to: str, request: str) -> Entry | None:
+    """The entry that answers this wish already: a retry after a crash must not go back twice."""
+    wish = {"to": to, "request": request}
+    if desk.finished and desk.finished.numbers == wish:
+        return desk.finished
+    moves = [entry for entry in desk.ledger.history() if entry.action != "refuse"]
+    mine = [entry for entry in moves if request and entry.action == "rollback" and entry.numbers == wish]
+    taken_back = {entry.numbers.get("restores") for entry in moves}
+    return mine[-1] if mine and mine[-1].seq not in taken_back else None
 
 
 def _target(ledger: Ledger, to: str) -> str:
@@ -71,21 +79,15 @@ def _target(ledger: Ledger, to: str) -> str:
     return earlier[-1]
 
 
-def _unfinished(history: list[Entry], run_id: str, to: str, registry: Registry) -> Entry | None:
-    """The same request, written to the ledger and not confirmed: a retry after a crash must not go back twice."""
-    last = history[-1] if history else None
-    if last is None or last.action != "rollback" or (last.run_id, last.numbers.get("to")) != (run_id, to):
-        return None
-    confirmed = registry.version(last.version).tags.get(SMOKE_TAG) == str(last.seq)
-    return None if confirmed else last
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", default=PREVIOUS, metavar="VERSION|previous", help="version to go back to")
+    parser.add_argument(
+        "--request", default="", metavar="ID", help="who asks; asked again by the same, nothing is done"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job("ml.rollback", rollback, argv, flags=add_flags)
+    return run_command("ml.rollback", rollback, argv, flags=add_flags)
 
 
 if __name__ == "__main__":

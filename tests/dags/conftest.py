@@ -26,7 +26,8 @@ ALL_JOBS = (
     "plan",
     *(f"etl.{stage}" for stage in ("interactions", "features", "profiles")),
     *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "register")),
-    *(f"ml.{stage}" for stage in ("promote", "export", "report")),
+    *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore", "rollback")),
+    *(f"backfill.{stage}" for stage in ("plan", "etl", "content", "train", "check")),
 )
 
 PLAY_JOB = '''
@@ -59,6 +60,8 @@ ANSWERS = {
     "plan": {"ml.knn": ["0", "1", "2"]},
     "ml.register": {"alias": "candidate", "version": "7"},
     "ml.promote": {"decision": "refused", "numbers": {"a": 1}},
+    "ml.rollback": {"champion": "3", "champion_run": "r3"},
+    "backfill.plan": {"days": ["2026-03-01", "2026-03-02"], "make": 8},
 }
 
 

@@ -40,6 +40,24 @@ def test_it_returns_the_plain_values_of_the_last_line(play):
     assert operator(job="ml.promote").execute({}) == {"stage": "ml.promote", "decision": "promoted"}
 
 
+def test_lineage_names_what_was_read_and_made(play):
+    answer = {"fingerprint": "f3", "inputs": {"ml.refine": "f1", "ml.knn.0": "f2a", "ml.knn.1": "f2b"}, "content": "c"}
+    play.act({"ml.graph": {"answer": answer}})
+    made = operator(job="ml.graph", flags='["--store", "/data/a store", "--run", "r"]')
+    assert "inputs" not in made.execute({})
+    told = made.get_openlineage_facets_on_complete(None)
+    named = [[(each.namespace, each.name) for each in datasets] for datasets in (told.inputs, told.outputs)]
+    store = "file:///data/a store"
+    assert named == [[(store, "ml.knn/f2a"), (store, "ml.knn/f2b"), (store, "ml.refine/f1")], [(store, "ml.graph/f3")]]
+
+
+def test_jobs_without_an_artifact_have_no_lineage(play):
+    made = operator(job="plan", flags='["--store", "s3://b/p"]', returns="ml.knn")
+    made.execute({})
+    told = made.get_openlineage_facets_on_complete(None)
+    assert (told.inputs, told.outputs) == ([], [])
+
+
 def test_it_returns_one_value_whole(play):
     assert operator(job="plan", returns="ml.knn").execute({}) == ["0", "1", "2"]
 
@@ -153,6 +171,14 @@ def test_a_timeout_ends_the_job(play):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert [pid for pid in _wait_for(play.folder / "pids") if _is_running(pid)] == []
+
+
+def test_a_deployment_names_its_registry_once(monkeypatch):
+    monkeypatch.delenv("AIRFLOW_VAR_CRANE_REGISTRY", raising=False)
+    monkeypatch.setattr(local_job.Variable, "get", lambda key, default: os.environ.get(f"AIRFLOW_VAR_{key.upper()}"))
+    assert local_job.deployment_overrides() == []
+    monkeypatch.setenv("AIRFLOW_VAR_CRANE_REGISTRY", "http://mlflow:5000")
+    assert local_job.deployment_overrides() == ["runtime.registry=http://mlflow:5000"]
 
 
 def test_killing_before_the_start_does_nothing():

@@ -6,11 +6,15 @@ import subprocess
 from datetime import timedelta
 
 import pytest
-from airflow.sdk import Asset, CronDataIntervalTimetable
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import Asset, CronDataIntervalTimetable, CronTriggerTimetable
 from airflow.sdk.definitions.mappedoperator import MappedOperator
+from airflow.sdk.definitions.timetables.assets import AssetTriggeredTimetable
+from airflow.sdk.definitions.timetables.simple import NullTimetable
 from airflow.sdk.exceptions import ParamValidationError
 from conftest import DAGS, PROJECT
 from deployment import JOBS, PROFILES, job
+from notices import Notice
 
 RETRAIN_EDGES = {
     ("resolve", "plan"),
@@ -27,7 +31,35 @@ RETRAIN_EDGES = {
     ("train", "evaluate"),
     ("evaluate", "register"),
 }
-PROMOTE_EDGES = {("resolve", "promote"), ("promote", "export"), ("export", "report")}
+PROMOTE_EDGES = {
+    ("resolve", "ask"),
+    ("ask", "judge"),
+    ("judge", "approve"),
+    ("approve", "promote"),
+    ("ask", "promote"),
+    ("promote", "export"),
+    ("export", "report"),
+    ("export", "restore"),
+}
+BACKFILL_EDGES = {
+    ("resolve", "plan"),
+    ("plan", "etl"),
+    ("plan", "content"),
+    ("plan", "last_day"),
+    ("etl", "content"),
+    ("content", "last_day"),
+    ("last_day", "train"),
+    ("train", "check"),
+    ("etl", "check"),
+    ("content", "check"),
+}
+ROLLBACK_EDGES = {
+    ("resolve", "rollback"),
+    ("resolve", "champion"),
+    ("rollback", "champion"),
+    ("champion", "export"),
+}
+DAG_IDS = ["crane_backfill", "crane_promote", "crane_retrain", "crane_rollback"]
 POOLS = json.loads((PROJECT / "infra" / "local" / "pools.json").read_text())
 
 
@@ -44,45 +76,95 @@ def test_every_file_is_one_dag_of_its_name(dags):
     assert {path.stem for path in DAGS.glob("*.py") if path.name not in ignored} == set(dags)
 
 
-@pytest.mark.parametrize("dag_id", ["crane_retrain", "crane_promote"])
-def test_dag_policy(dags, dag_id):
-    dag = dags[dag_id]
-    assert dag.max_active_runs == 1
-    assert dag.catchup is False
-    assert "crane" in dag.tags
-    assert dag.description
-    assert dag.start_date.utcoffset() == timedelta(0)
-    for heading in ("What it does", "When it fails"):
-        assert f"**{heading}" in dag.doc_md
+def violations(dag):
+    """What a DAG and its tasks break of the house rules."""
+    rules = {
+        "one run at a time": dag.max_active_runs == 1,
+        "no catchup": dag.catchup is False,
+        "tags": "crane" in dag.tags,
+        "description": bool(dag.description),
+        "start in UTC": dag.start_date is not None and dag.start_date.utcoffset() == timedelta(0),
+        "runbook": all(f"**{heading}" in (dag.doc_md or "") for heading in ("What it does", "When it fails")),
+        "failure callback": any(isinstance(callback, Notice) for callback in _list(dag.on_failure_callback)),
+        "timetable": isinstance(dag.timetable, CronDataIntervalTimetable | AssetTriggeredTimetable | NullTimetable),
+    }
+    for task in dag.tasks:
+        delay, timeout = attribute(task, "retry_delay"), attribute(task, "execution_timeout")
+        rules |= {
+            f"owner of {task.task_id}": task.owner == "crane",
+            f"retries of {task.task_id}": (attribute(task, "retries") or 0) >= 1,
+            f"retry delay of {task.task_id}": delay >= timedelta(seconds=10),
+            f"backoff of {task.task_id}": attribute(task, "retry_exponential_backoff") > 1,
+            f"timeout of {task.task_id}": timeout and timedelta(minutes=1) <= timeout <= timedelta(days=1),
+            f"pool of {task.task_id}": attribute(task, "pool") in POOLS,
+            f"past of {task.task_id}": not task.depends_on_past,
+        }
+    return [name for name, holds in rules.items() if not holds]
 
 
-@pytest.mark.parametrize("dag_id", ["crane_retrain", "crane_promote"])
-def test_task_policy(dags, dag_id):
-    for task in dags[dag_id].tasks:
-        assert task.owner == "crane", task.task_id
-        assert attribute(task, "retries") >= 1, task.task_id
-        assert attribute(task, "retry_delay") >= timedelta(seconds=10), task.task_id
-        assert attribute(task, "retry_exponential_backoff") > 1, task.task_id
-        assert timedelta(minutes=1) <= attribute(task, "execution_timeout") <= timedelta(days=1), task.task_id
-        assert attribute(task, "pool") in POOLS, task.task_id
-        assert not task.depends_on_past, task.task_id
+def _list(value):
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.parametrize("dag_id", DAG_IDS)
+def test_policy(dags, dag_id):
+    assert violations(dags[dag_id]) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "where", "name", "value"),
+    [
+        ("one run at a time", "dag", "max_active_runs", 2),
+        ("no catchup", "dag", "catchup", True),
+        ("tags", "dag", "tags", {"other"}),
+        ("description", "dag", "description", None),
+        ("start in UTC", "dag", "start_date", None),
+        ("runbook", "dag", "doc_md", "**What it does.** Everything."),
+        ("failure callback", "dag", "on_failure_callback", None),
+        ("timetable", "dag", "timetable", CronTriggerTimetable("0 0 * * *", timezone="UTC")),
+        ("owner of etl", "etl", "owner", "airflow"),
+        ("retries of etl", "etl", "retries", 0),
+        ("retry delay of etl", "etl", "retry_delay", timedelta(seconds=1)),
+        ("backoff of etl", "etl", "retry_exponential_backoff", 0),
+        ("timeout of etl", "etl", "execution_timeout", None),
+        ("pool of etl", "etl", "pool", "default_pool"),
+        ("past of etl", "etl", "depends_on_past", True),
+        ("retries of plan", "plan", "retries", 0),
+        ("pool of plan", "plan", "pool", "default_pool"),
+    ],
+)
+def test_a_broken_rule_shows(rule, where, name, value):
+    """On a DAG of this test's own, read anew from its file."""
+    dag = DagBag(dag_folder=str(DAGS / "crane_backfill.py")).dags["crane_backfill"]
+    assert violations(dag) == []
+    setattr(dag if where == "dag" else dag.get_task(where), name, value)
+    assert violations(dag) == [rule]
 
 
 def test_scarce_things_have_one_slot(dags):
     assert {name: pool["slots"] for name, pool in POOLS.items()} == {
         "crane_compute": 1,
         "crane_gpu": 1,
+        "crane_backfill": 1,
         "crane_promotion": 1,
     }
-    pools = {task.task_id: attribute(task, "pool") for dag in dags.values() for task in dag.tasks}
-    assert pools["promote"] == "crane_promotion"
-    assert [name for name, pool in pools.items() if pool == "crane_promotion"] == ["promote"]
-    assert {pools[name] for name in ("behaviour", "refine", "knn", "train", "export")} == {"crane_gpu"}
+    pools = {(dag.dag_id, task.task_id): attribute(task, "pool") for dag in dags.values() for task in dag.tasks}
+    # Whoever may move the alias, and nobody else.
+    assert {task for (_, task), pool in pools.items() if pool == "crane_promotion"} == {
+        "promote",
+        "restore",
+        "rollback",
+    }
+    assert [key for key, pool in pools.items() if pool == "crane_backfill"] == [("crane_backfill", "etl")]
+    on_gpu = {task for (_, task), pool in pools.items() if pool == "crane_gpu"}
+    assert on_gpu == {"behaviour", "refine", "knn", "train", "evaluate", "export", "content"}
 
 
 def test_edges(dags):
     assert edges(dags["crane_retrain"]) == RETRAIN_EDGES
     assert edges(dags["crane_promote"]) == PROMOTE_EDGES
+    assert edges(dags["crane_backfill"]) == BACKFILL_EDGES
+    assert edges(dags["crane_rollback"]) == ROLLBACK_EDGES
 
 
 def test_every_stage_runs_after_the_stages_it_reads(dags):
@@ -108,17 +190,35 @@ def test_schedules(dags):
     assert (retrain.expression, str(retrain.timezone)) == ("0 0 * * *", "UTC")
     asset_condition = dags["crane_promote"].timetable.asset_condition
     assert list(asset_condition.objects) == [Asset("crane/candidate")]
+    for by_hand in ("crane_backfill", "crane_rollback"):
+        assert isinstance(dags[by_hand].timetable, NullTimetable)
+
+
+def test_only_a_failure_takes_a_promotion_back(dags):
+    rules = {task.task_id: task.trigger_rule.value for task in dags["crane_promote"].tasks}
+    assert rules.pop("restore") == "one_failed"
+    assert rules.pop("promote") == "none_failed_min_one_success"
+    assert set(rules.values()) == {"all_success"}
+
+
+def test_nobody_answering_is_a_no(dags):
+    approve = dags["crane_promote"].get_task("approve")
+    assert approve.defaults == ["Reject"] and approve.response_timeout <= timedelta(days=3)
 
 
 def test_mapped_tasks(dags):
-    mapped = {task.task_id for task in dags["crane_retrain"].tasks if isinstance(task, MappedOperator)}
-    assert mapped == {"knn"}
+    mapped = {
+        (dag.dag_id, task.task_id) for dag in dags.values() for task in dag.tasks if isinstance(task, MappedOperator)
+    }
+    assert mapped == {
+        ("crane_retrain", "knn"),
+        *(("crane_backfill", task) for task in ("etl", "content", "train")),
+    }
 
 
 def test_every_job_gets_the_same_flags(dags):
-    for dag in dags.values():
-        flags = {attribute(task, "flags") for task in dag.tasks if task.task_id != "resolve" and _is_job(task)}
-        assert len(flags) == 1
+    for dag_id in ("crane_retrain", "crane_promote", "crane_backfill"):
+        assert len({attribute(task, "flags") for task in dags[dag_id].tasks if _is_job(task)}) == 1
 
 
 def _is_job(task):
@@ -165,6 +265,44 @@ def test_an_unknown_profile_names_the_known_ones(monkeypatch):
 def test_params_refuse(dags, dag_id, name, value):
     with pytest.raises(ParamValidationError):
         dags[dag_id].params.get_param(name).resolve(value)
+
+
+@pytest.mark.parametrize(
+    ("dag_id", "name", "value"),
+    [
+        ("crane_backfill", "from", None),
+        ("crane_backfill", "from", "2026-13-01"),
+        ("crane_backfill", "from", "2026-03-01T00:00:00Z"),
+        ("crane_backfill", "to", "2026-03-01\n"),
+        ("crane_backfill", "to", 20260301),
+        ("crane_backfill", "stages", ["ml.train"]),
+        ("crane_backfill", "stages", ["etl.features", "etl.features"]),
+        ("crane_backfill", "stages", "etl.features"),
+        ("crane_backfill", "train", "yes"),
+        ("crane_backfill", "dry_run", None),
+        ("crane_rollback", "to", ""),
+        ("crane_rollback", "to", "0"),
+        ("crane_rollback", "to", "latest"),
+        ("crane_rollback", "to", "3\n"),
+        ("crane_rollback", "to", 3),
+        ("crane_promote", "approval", "true"),
+    ],
+)
+def test_params_of_the_others_refuse(dags, dag_id, name, value):
+    with pytest.raises(ParamValidationError):
+        dags[dag_id].params.get_param(name).resolve(value)
+
+
+def test_a_backfill_shows_its_plan_first(dags):
+    params = dags["crane_backfill"].params
+    assert params.get_param("dry_run").resolve() is True
+    assert params.get_param("train").resolve() is False
+    for name in ("from", "to"):
+        with pytest.raises(ParamValidationError):
+            params.get_param(name).resolve()
+        assert params.get_param(name).resolve("2026-02-28") == "2026-02-28"
+    assert dags["crane_rollback"].params.get_param("to").resolve() == "previous"
+    assert dags["crane_rollback"].params.get_param("to").resolve("12") == "12"
 
 
 @pytest.mark.parametrize("value", ["yesterday", "1998-04-23T00:00:00Z\n", "1998-04", "", 893289600])

@@ -1,4 +1,4 @@
-"""Both DAGs through Airflow itself, with jobs that only note how they were called."""
+"""The DAGs through Airflow itself, with jobs that only note how they were called."""
 
 import json
 import os
@@ -87,7 +87,10 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
     ]
     assert answer[promote] == {
         "state": "success",
-        "tasks": {"resolve": ["success"], "promote": ["success"], "export": ["success"], "report": ["success"]},
+        "tasks": {
+            **{task: ["success"] for task in ("resolve", "ask", "promote", "export", "report")},
+            **{task: ["skipped"] for task in ("judge", "approve", "restore")},
+        },
     }
 
     calls = play.calls()
@@ -124,7 +127,81 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database
     assert answer[failed]["tasks"]["profiles"] == ["upstream_failed"]
     assert [call["job"] for call in play.calls()].count("etl.features") == 1
 
+    # Registered elsewhere than in the store: whoever judges must be told where.
+    told = "1998-05-03T00:00:00+00:00"
+    play.act({"ml.register": {"answer": {"alias": "candidate", "version": "9", "registry": "http://mlflow"}}})
+    answer = run(play, ["crane_retrain", told, RETRAIN])
+    assert answer["events"][-1]["extra"]["overrides"] == ["runtime.device=cpu", "runtime.registry=http://mlflow"]
+    before += 1
+
     play.act({"ml.register": {"answer": {"alias": None, "version": "8"}}})
     answer = run(play, ["crane_retrain", silent, RETRAIN])
     assert answer[silent]["state"] == "success"
     assert len(answer["events"]) == before
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_failed_export_takes_the_promotion_back(airflow_database, tmp_path):
+    play = Play(tmp_path)
+    play.act({"ml.export": {"code": 4}})
+    date = "1998-06-01T00:00:00+00:00"
+    answer = run(play, ["crane_promote", date, {"store": "/data/a store", "run": "r1"}])
+    assert answer[date]["state"] == "failed"
+    assert answer[date]["tasks"]["restore"] == ["success"]
+    assert answer[date]["tasks"]["report"] == ["upstream_failed"]
+    calls = {call["job"]: call["argv"] for call in play.calls()}
+    assert calls["ml.restore"] == calls["ml.promote"] == ["--store", "/data/a store", "--run", "r1"]
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_backfill_maps_over_the_days_of_its_plan(airflow_database, tmp_path):
+    play = Play(tmp_path)
+    days = {"from": "2026-03-01", "to": "2026-03-03", "store": "/data/a store", "stages": ["ml.refine"]}
+    plain, trained = "1998-07-01T00:00:00+00:00", "1998-07-02T00:00:00+00:00"
+    answer = run(
+        play,
+        ["crane_backfill", plain, days | {"dry_run": False}],
+        ["crane_backfill", trained, days | {"dry_run": False, "train": True}],
+    )
+    assert answer[plain]["state"] == answer[trained]["state"] == "success"
+    assert answer[plain]["tasks"] == {
+        **{task: ["success"] for task in ("resolve", "plan", "last_day", "check")},
+        **{task: ["success"] * 2 for task in ("etl", "content")},
+        "train": ["skipped"],
+    }
+    assert answer[trained]["tasks"]["train"] == ["success"]
+    calls = play.calls()
+    flags = calls[0]["argv"]
+    assert flags[:4] == ["--store", "/data/a store", "--set", "runtime.backfill=true"]
+    assert [word for word in flags if "/2026" in word] == [
+        f"2026-03-0{day}T00:00:00+00:00/2026-03-0{day + 1}T00:00:00+00:00" for day in (1, 2, 3)
+    ]
+    assert [call["argv"][len(flags) :] for call in calls if call["job"] == "backfill.etl"][:2] == [
+        ["--part", "2026-03-01"],
+        ["--part", "2026-03-02"],
+    ]
+    assert [call["argv"][-2:] for call in calls if call["job"] == "backfill.train"] == [["--part", "2026-03-02"]]
+
+    # The plan of a dry run names no day to work on.
+    play.act({"backfill.plan": {"answer": {"days": []}}})
+    dry = "1998-07-03T00:00:00+00:00"
+    answer = run(play, ["crane_backfill", dry, days])
+    assert answer[dry]["state"] == "success"
+    skipped = {task for task, states in answer[dry]["tasks"].items() if states == ["skipped"]}
+    assert skipped == {"etl", "content", "train", "check"}
+    assert play.calls()[-1]["argv"][-1] == "--dry-run"
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_a_rollback_exports_the_champion(airflow_database, tmp_path):
+    play = Play(tmp_path)
+    date = "1998-08-01T00:00:00+00:00"
+    answer = run(play, ["crane_rollback", date, {"store": "s", "to": "3", "overrides": ["runtime.device=cpu"]}])
+    assert answer[date]["state"] == "success"
+    back, export = (call["argv"] for call in play.calls())
+    identity = ["--store", "s", "--set", "runtime.device=cpu", "--to", "3", "--request"]
+    assert back[:-1] == identity and back[-1].startswith("manual__")
+    assert export == ["--store", "s", "--run", "r3", "--set", "runtime.device=cpu"]

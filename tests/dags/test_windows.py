@@ -4,7 +4,17 @@ from datetime import UTC, datetime, timedelta, timezone
 from types import SimpleNamespace
 
 import pytest
-from windows import crane_run_id, newest_candidate, promote_flags, resolve_window, retrain_flags
+from windows import (
+    MAX_WINDOWS,
+    backfill_flags,
+    backfill_windows,
+    crane_run_id,
+    newest_candidate,
+    promote_flags,
+    resolve_window,
+    retrain_flags,
+    rollback_flags,
+)
 
 DAY = timedelta(days=1)
 AFTER = datetime(2026, 3, 2, 10, 30, tzinfo=UTC)
@@ -105,6 +115,41 @@ def test_only_a_backfill_says_so():
 def test_judging_takes_only_the_runtime():
     flags = promote_flags(store="s", run="r", overrides=["train.seed=1", "runtime.device=cuda"])
     assert flags == ["--store", "s", "--run", "r", "--set", "runtime.device=cuda"]
+
+
+def test_a_backfill_covers_whole_days_both_ends_included():
+    windows = backfill_windows("2024-02-28", "2024-03-01")
+    assert [start.isoformat() for start, _ in windows] == [
+        f"2024-{day}T00:00:00+00:00" for day in ("02-28", "02-29", "03-01")
+    ]
+    assert all(end - start == DAY for start, end in windows)
+    assert len(backfill_windows("2026-03-01", "2026-03-01")) == 1
+
+
+def test_backfills_over_nothing_or_too_much_are_refused():
+    with pytest.raises(ValueError, match="first day 2026-03-02 lies after the last day 2026-03-01"):
+        backfill_windows("2026-03-02", "2026-03-01")
+    assert len(backfill_windows("2026-01-01", "2026-04-10")) == MAX_WINDOWS
+    with pytest.raises(ValueError, match=f"are 101 days, at most {MAX_WINDOWS}"):
+        backfill_windows("2026-01-01", "2026-04-11")
+
+
+def test_backfill_flags():
+    arguments = {
+        "store": "s", "windows": [INTERVAL], "overrides": ["runtime.backfill=false"], "stages": ["etl.features"],
+    }  # fmt: skip
+    window = "2026-03-01T00:00:00+00:00/2026-03-02T00:00:00+00:00"
+    assert backfill_flags(**arguments, config="demo", train=True, dry_run=True) == [
+        *("--store", "s", "--config", "demo", "--set", "runtime.backfill=false", "--set", "runtime.backfill=true"),
+        *("--windows", window, "--stages", "etl.features", "--train", "--dry-run"),
+    ]
+    plain = backfill_flags(**arguments, config=None, train=False, dry_run=False)
+    assert {"--config", "--train", "--dry-run"}.isdisjoint(plain)
+
+
+def test_rollback_flags():
+    flags = rollback_flags(store="s", to="previous", request="r", overrides=["train.seed=1", "runtime.device=cuda"])
+    assert flags == ["--store", "s", "--set", "runtime.device=cuda", "--to", "previous", "--request", "r"]
 
 
 def event(hour, run, run_type="scheduled", source="scheduled__x"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def make_run(
     window_end: str = "2026-03-01",
     cold_noise: float | None = None,
     seed: int = 0,
+    edit: Callable[[dict[str, np.ndarray], np.ndarray, np.ndarray], None] | None = None,
 ) -> list[str]:
     """Publish `etl.interactions`, `ml.refine`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
 
@@ -45,6 +47,7 @@ def make_run(
         lightgcn_noise: the same for the baseline.
         cold_noise: noise on the rows of the cold items, `noise` when None.
         seed: of the noise; the data are the same for every run.
+        edit: changes the rows of the run's model in place, given the true embeddings of users and items.
 
     Returns:
         Flags of the run's jobs.
@@ -68,6 +71,8 @@ def make_run(
         }
         if cold_noise is not None and stage == "ml.train":
             rows["item_embeddings"][-NUM_COLD:] = cold_noise * generator.normal(size=(NUM_COLD, DIM)) - 5
+        if edit and stage == "ml.train":
+            edit(rows, users, items)
         folder = _folder(store)
         save_file({name: value.astype(np.float32) for name, value in rows.items()}, folder / "embeddings.safetensors")
         save_file({"scale": np.float32([scale])}, folder / "weights.safetensors")

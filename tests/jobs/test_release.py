@@ -1,5 +1,10 @@
 import json
 import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -7,14 +12,19 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.numpy import load_file, save_file
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
+from crane_core.lease import Lease
 from crane_core.ledger import Ledger
 from crane_core.registry import Registry, open_registry
 from crane_core.store import ArtifactStore
-from jobs.ml import export, promote, register, report, rollback
+from jobs.commands.query import verify_ledger
+from jobs.ml import desk, export, judge, promote, register, report, restore, rollback
 from jobs.runner import open_store
 from tests.jobs.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
 from tests.mlflow_tables import copy_tables
@@ -52,8 +62,16 @@ class Place:
     def registry(self) -> Registry:
         return open_registry(Runtime(), str(self.root))
 
+    def back(self, to: str = "previous", *extra: str, code: int = 0) -> dict:
+        """Roll back."""
+        return self.job(rollback, ["--store", str(self.root), "--to", to, *extra], code)
+
     def model_file(self, version: str, name: str) -> Path:
         return self.registry.model_folder(self.registry.version(version)) / name
+
+
+def mlflow_client(place: Place) -> MlflowClient:
+    return MlflowClient(place.registry.uri)
 
 
 @pytest.fixture
@@ -147,15 +165,30 @@ def test_the_champion_is_measured_as_it_was_evaluated(place):
     assert auc["item_knn"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
+def _lucky(rows, users, items):
+    """Sixteen of 120 users get perfect rows, everybody else a little more noise."""
+    noise = np.random.default_rng(5).normal(size=users.shape)
+    rows["user_embeddings"] += 0.2 * noise
+    rows["user_embeddings"][:16] = 4 * users[:16]
+
+
+def _equal(rows, users, items):
+    """Twice the length ranks the same: other files, the same metrics."""
+    rows["user_embeddings"] *= 2
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"noise": 1.5}, "not better than champion 1"),
-        ({"noise": 0.05, "cold_noise": 0.1}, "recall@20 of cold items"),
-        ({"noise": 0.05, "window_end": "2026-02-28"}, "before that of champion 1"),
+        pytest.param({"noise": 1.5}, "not better than champion 1 (ndcg@20 -", id="worse"),
+        pytest.param({"noise": 0.6, "edit": _equal}, "champion 1 (ndcg@20 +0.0000 [+0.0000, +0.0000]", id="equal"),
+        pytest.param({"noise": 0.6, "edit": _lucky}, "too uncertain to be better than champion 1", id="lucky"),
+        pytest.param({"noise": 0.05, "cold_noise": 0.1}, "recall@20 of cold items", id="cold items collapse"),
+        pytest.param({"noise": 0.05, "window_end": "2026-02-28"}, "before that of champion 1", id="older window"),
     ],
 )
 def test_a_challenger_that_does_not_deserve_it_is_refused(place, settings, reason):
+    """Every metric here comes from `ml.evaluate` over the challenger's own rows."""
     place.job(promote, place.run("run-1", noise=0.6))
     argv = place.run("run-2", **settings)
     done = place.job(promote, argv)
@@ -165,6 +198,21 @@ def test_a_challenger_that_does_not_deserve_it_is_refused(place, settings, reaso
     assert place.registry.version("2").tags["crane.decision"] == "refused"
     again = place.job(promote, argv)
     assert (again["status"], again["reason"], place.ledger.size()) == ("found", done["reason"], 2)
+
+
+def test_what_the_gate_cases_rest_on(place):
+    """The lucky one gains on average, the collapsing one gains in both metrics, the better one passes every check."""
+    place.job(promote, place.run("run-1", noise=0.6))
+    place.job(promote, place.run("run-2", noise=0.6, edit=_lucky))
+    place.job(promote, place.run("run-3", noise=0.05, cold_noise=0.1))
+    place.job(promote, place.run("run-4", noise=0.3))
+    lucky, collapsing, better = (entry.numbers for entry in place.ledger.history()[1:])
+    lucky_gain = lucky["differences"]["recall@20"]
+    assert lucky_gain["mean"] > 0 > lucky_gain["low"]
+    assert all(gain["low"] > 0 for gain in collapsing["differences"].values())
+    assert [check["name"] for check in collapsing["checks"] if not check["passed"]] == ["recall@20 of cold items"]
+    assert all(check["passed"] for check in better["checks"])
+    assert place.registry.holder("champion") == "4"
 
 
 def test_a_first_champion_below_lightgcn_is_refused_and_nothing_is_exported(place):
@@ -206,7 +254,7 @@ def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
     def crash(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(promote, "hand_over", crash)
+    monkeypatch.setattr(desk, "hand_over", crash)
     with pytest.raises(KeyboardInterrupt):
         promote.main(argv)
     monkeypatch.undo()
@@ -218,6 +266,22 @@ def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
     assert place.ledger.size() == 2
 
 
+def test_a_registry_that_fails_at_the_alias_is_tried_again(place, monkeypatch):
+    place.job(promote, place.run("run-1", noise=1.0))
+    argv = place.run("run-2", noise=0.1)
+
+    def fail(*arguments):
+        raise MlflowException("500 Internal Server Error")
+
+    monkeypatch.setattr(Registry, "set_alias", fail)
+    place.job(promote, argv, code=1)
+    assert (place.ledger.champion(), place.registry.holder("champion")) == ("2", "1")
+    monkeypatch.undo()
+    done = place.job(promote, argv)
+    assert (done["status"], done["champion"], place.registry.holder("champion")) == ("found", "2", "2")
+    assert place.ledger.size() == 2
+
+
 def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
     place.job(promote, place.run("run-1", noise=1.0))
     argv = place.run("run-2", noise=0.1)
@@ -225,7 +289,7 @@ def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
     def fail(*arguments):
         raise ArtifactError("The served model recommends something else.", "Look.")
 
-    monkeypatch.setattr(promote, "smoke_test", fail)
+    monkeypatch.setattr(desk, "smoke_test", fail)
     place.job(promote, argv, code=4)
     assert place.registry.holder("champion") == "1"
     assert [entry.action for entry in place.ledger.history()] == ["promote", "promote", "restore"]
@@ -233,45 +297,165 @@ def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
     assert place.job(promote, argv)["champion"] == "2"
 
 
+def test_a_promotion_during_another_waits_for_its_end(place, monkeypatch):
+    """Version 2 is being tested, and fails, while 3 is judged: 3 must be held against 1, not against 2."""
+    place.job(promote, place.run("run-1", noise=1.5))
+    second, third = place.run("run-2", noise=0.8), place.run("run-3", noise=0.1)
+    racers = []
+
+    def slow_failure(predict, probe):
+        if not racers:
+            racers.append(subprocess.Popen([sys.executable, "-m", "jobs.ml.promote", *third], stderr=subprocess.PIPE))
+            for line in racers[0].stderr:
+                if b"waiting for=lease" in line:
+                    break
+        raise ArtifactError("The served model recommends something else.", "Look.")
+
+    monkeypatch.setattr(desk, "smoke_test", slow_failure)
+    place.job(promote, second, code=4)
+    assert racers[0].communicate(timeout=120) and racers[0].returncode == 0
+    history = [(entry.action, entry.version, entry.champion_before, entry.champion) for entry in place.ledger.history()]
+    assert history == [
+        ("promote", "1", None, "1"),
+        ("promote", "2", "1", "2"),
+        ("restore", "2", "2", "1"),
+        ("promote", "3", "1", "3"),
+    ]
+    assert [entry.fence for entry in place.ledger.history()] == [1, 2, 2, 3]
+    assert place.registry.holder("champion") == "3"
+
+
+def test_a_promoter_that_is_killed_is_finished_by_the_next(place, monkeypatch):
+    """Killed with the alias moved and nothing tested: the next promotion of another run tests the champion first."""
+    place.job(promote, place.run("run-1", noise=1.5))
+    second, third = place.run("run-2", noise=0.8), place.run("run-3", noise=1.6)
+    program = (
+        "import os, signal; from jobs.ml import desk, promote\n"
+        "desk.smoke_test = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"promote.main({second!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
+    assert place.registry.holder("champion") == "2"
+    assert "crane.smoke" not in place.registry.version("2").tags
+    held = Lease(place.store.storage).newest()
+    assert held.token == 2 and not held.released
+    # Nobody waits a minute here.
+    place.store.storage.write(held.key, replace(held, expires_at=time.time()).encode())
+    done = place.job(promote, third)
+    assert (done["decision"], done["champion"], done["previous"]) == ("refused", "2", "2")
+    assert place.registry.version("2").tags["crane.smoke"] == "2"
+    assert place.job(promote, second)["status"] == "found"
+
+
+def test_a_failure_after_a_promotion_takes_it_back(place):
+    first = place.run("run-1", noise=1.0)
+    place.job(promote, first)
+    argv = place.run("run-2", noise=0.1)
+    place.job(promote, argv)
+    assert place.job(restore, first)["status"] == "skipped"
+    assert place.registry.holder("champion") == "2"
+    assert place.job(restore, argv)["champion"] == place.registry.holder("champion") == "1"
+    last = place.ledger.history()[-1]
+    assert (last.action, last.version, last.run_id) == ("restore", "2", "run-2")
+    assert "what had to follow the promotion of version 2 failed" in last.reason
+    assert place.job(restore, argv)["status"] == "skipped"
+    assert place.job(promote, argv)["champion"] == place.registry.holder("champion") == "2"
+    place.job(export, argv)
+    assert place.job(restore, argv)["status"] == "skipped"
+    assert place.registry.holder("champion") == "2"
+    assert place.ledger.size() == 4
+
+
+def test_judging_changes_nothing(place):
+    argv = place.run("run-1", noise=1.0)
+    before = place.registry.version("1")
+    done = place.job(judge, argv)
+    assert (done["decision"], done["version"], place.ledger.size()) == ("promoted", "1", 0)
+    assert place.registry.version("1") == before
+    promoted = place.job(promote, argv)
+    assert promoted["reason"] == done["reason"]
+
+
+def test_a_version_carries_what_it_was_made_of(place):
+    place.run("run-1")
+    version = place.registry.version("1")
+    folder = next(each for each in place.registry.model_folder(version).parents if (each / "MLmodel").exists())
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    assert [column["name"] for column in json.loads(described["signature"]["inputs"])] == ["user_id"]
+    assert json.loads(described["signature"]["params"])[0]["name"] == "k"
+    assert described["saved_input_example_info"]["artifact_path"] == "input_example.json"
+    run = mlflow_client(place).get_run(version.mlflow_run)
+    assert {each.dataset.name for each in run.inputs.dataset_inputs} == {"etl.interactions", "ml.train", "ml.evaluate"}
+    assert set(version.tags) >= {
+        *("crane.run", "crane.window_start", "crane.window_end", "crane.config_hash", "crane.fingerprint"),
+        *("crane.checksums", "crane.evidence.metrics.json", "crane.evidence.per_user.parquet"),
+        *(f"crane.artifact.{stage}" for stage in ("etl.interactions", "ml.train", "ml.evaluate")),
+    }
+    files = {path.name for path in place.root.joinpath("mlartifacts").rglob("*") if path.is_file()}
+    assert {"embeddings.safetensors", "weights.safetensors", "checksums.json"} <= files
+    assert [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib"))] == []
+
+
 def test_a_model_damaged_after_promotion_cannot_be_rolled_back_to(place):
     place.job(promote, place.run("run-1", noise=1.0))
     argv = place.run("run-2", noise=0.1)
     place.job(promote, argv)
     damage(place.model_file("1", "items.parquet"))
-    place.job(rollback, [*argv, "--to", "1"], code=4)
+    place.back("1", code=4)
     assert place.registry.holder("champion") == "2"
     assert [entry.action for entry in place.ledger.history()] == ["promote", "promote", "rollback", "restore"]
 
 
 def test_rollback_to_the_previous_and_to_a_version(place):
     place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
-    place.job(promote, argv)
-    done = place.job(rollback, [*argv, "--to", "previous"])
-    assert (done["status"], done["champion"], done["previous"]) == ("done", "1", "2")
+    place.job(promote, place.run("run-2", noise=0.1))
+    done = place.back("previous")
+    assert (done["status"], done["champion"], done["previous"], done["champion_run"]) == ("done", "1", "2", "run-1")
     assert place.registry.holder("champion") == "1"
-    place.job(rollback, argv, code=4)
-    assert place.job(rollback, [*argv, "--to", "1"])["status"] == "found"
-    place.job(rollback, [*argv, "--to", "99"], code=4)
+    place.back("previous", code=4)
+    assert place.back("1")["status"] == "found"
+    place.back("99", code=4)
     assert place.ledger.size() == 3
-    assert place.job(rollback, [*argv, "--to", "2"])["champion"] == "2"
+    assert place.back("2")["champion"] == "2"
+
+
+def test_a_wish_is_granted_once(place):
+    for number, noise in enumerate((1.5, 0.8, 0.1), start=1):
+        place.job(promote, place.run(f"run-{number}", noise=noise))
+    assert place.back("previous", "--request", "monday")["champion"] == "2"
+    assert place.back("previous", "--request", "monday")["status"] == "found"
+    assert place.registry.holder("champion") == "2"
+    assert place.back("previous", "--request", "tuesday")["champion"] == "1"
 
 
 def test_a_rollback_that_died_is_finished_and_not_repeated(place, monkeypatch):
     for number, noise in enumerate((1.5, 0.8, 0.1), start=1):
-        argv = place.run(f"run-{number}", noise=noise)
-        assert place.job(promote, argv)["champion"] == str(number)
+        assert place.job(promote, place.run(f"run-{number}", noise=noise))["champion"] == str(number)
 
     def crash(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rollback, "hand_over", crash)
+    monkeypatch.setattr(desk, "hand_over", crash)
     with pytest.raises(KeyboardInterrupt):
-        rollback.main(argv)
+        rollback.main(["--store", str(place.root)])
     monkeypatch.undo()
-    assert place.job(rollback, argv)["champion"] == "2"
+    assert place.back()["champion"] == "2"
     assert place.registry.holder("champion") == "2"
     assert place.ledger.size() == 4
+
+
+def test_the_ledger_is_checked_against_the_registry(place):
+    place.job(promote, place.run("run-1", noise=1.0))
+    place.job(promote, place.run("run-2", noise=0.1))
+    answer = verify_ledger(place.store, Runtime())
+    assert (answer["entries"], answer["anchored"], answer["champion"]) == (2, 2, "2")
+    assert answer["last"] == place.ledger.entries()[-1].hash
+    place.registry.set_alias("champion", "1")
+    with pytest.raises(ArtifactError, match="points to version 1, the ledger says 2"):
+        verify_ledger(place.store, Runtime())
+    (place.root / "ledger" / "00000002.json").unlink()
+    with pytest.raises(ArtifactError, match="entry 2 is not the one the registry remembers"):
+        verify_ledger(place.store, Runtime())
 
 
 def test_a_cut_ledger_stops_promotions(place):
@@ -328,6 +512,12 @@ def test_export_of_the_champion_by_external_ids(place):
     order = np.argsort(-(rows["item_embeddings"] @ rows["user_embeddings"][user]))
     assert found[0].tolist() == order.tolist()
     assert pq.read_table(artifact.file("items.parquet")).column("item_id").to_pylist() == item_ids()
+    assert pq.read_table(artifact.file("users.parquet")).column("user_id").to_pylist() == user_ids()
+    exported = load_file(artifact.file("embeddings.safetensors"))
+    assert {name: np.array_equal(values, rows[name]) for name, values in exported.items()} == {
+        "user_embeddings": True,
+        "item_embeddings": True,
+    }
     assert len(pq.read_table(artifact.file("similar"))) == NUM_ITEMS * 5
 
 

@@ -308,6 +308,7 @@ def test_a_log_is_generated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "similar",
         "promote",
         "rollback",
+        "ledger",
         "experiments",
         "doctor",
         "import",

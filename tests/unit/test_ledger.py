@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 
 from crane_core.errors import ArtifactError
-from crane_core.ledger import FOLDER, SMOKE_TAG, Ledger, hand_over, settle
+from crane_core.lease import LeaseLost
+from crane_core.ledger import FOLDER, SMOKE_TAG, Ledger, hand_over, recover, restore, settle
 from crane_core.storage.local import LocalStorage
 
 
@@ -26,6 +27,9 @@ class Registry:
     def tag(self, number: str, tags) -> None:
         self.tags.setdefault(number, {}).update(tags)
 
+    def noted(self, number: str, tag: str) -> str | None:
+        return self.tags.get(number, {}).get(tag)
+
 
 @pytest.fixture
 def ledger(tmp_path) -> Ledger:
@@ -33,9 +37,7 @@ def ledger(tmp_path) -> Ledger:
 
 
 def promote(ledger: Ledger, version: str, action="promote"):
-    entry = ledger.append(ledger.size(), action, version, version, f"run-{version}", "because", {"recall": 0.25})
-    assert entry is not None
-    return entry
+    return ledger.append(ledger.size(), action, version, version, f"run-{version}", "because", {"recall": 0.25})
 
 
 def test_entries_are_chained(ledger):
@@ -58,8 +60,32 @@ def test_models_share_the_chain_and_not_the_champion(ledger):
 def test_a_decision_on_an_old_view_is_not_written(ledger):
     seen = ledger.size()
     promote(ledger, "1")
-    assert ledger.append(seen, "promote", "2", "2", "run-2", "late") is None
+    with pytest.raises(LeaseLost):
+        ledger.append(seen, "promote", "2", "2", "run-2", "late")
     assert ledger.size() == 1
+
+
+def test_an_overtaken_holder_cannot_write(ledger):
+    """Token 2 has written: whoever still holds token 1, or none, is refused although it has read everything."""
+    ledger.append(0, "promote", "1", "1", "run-1", "because", fence=1)
+    ledger.append(1, "promote", "2", "2", "run-2", "because", fence=2)
+    for fence in (1, 0):
+        with pytest.raises(LeaseLost, match=f"token {fence} is held here, 2 is the newest"):
+            ledger.append(2, "promote", "3", "3", "run-3", "because", fence=fence)
+    assert ledger.append(2, "promote", "3", "3", "run-3", "because", fence=2).fence == 2
+    assert ledger.verify() == 3
+
+
+def test_entries_from_before_there_were_leases_stay_whole(ledger):
+    promote(ledger, "1")
+    path = ledger.storage.root / FOLDER / "00000001.json"
+    content = json.loads(path.read_text())
+    del content["fence"]
+    path.write_text(json.dumps(content))
+    assert ledger.verify() == 1
+    rewrite(ledger, 1, fence=3)
+    with pytest.raises(ArtifactError, match="does not match its own hash"):
+        ledger.verify()
 
 
 def rewrite(ledger: Ledger, seq: int, **changes) -> None:
@@ -154,7 +180,7 @@ def test_a_slow_mover_ends_at_the_newest_entry(ledger):
 def test_handing_over_tests_and_confirms(ledger):
     registry, seen = Registry(), []
     entry = promote(ledger, "1")
-    assert hand_over(ledger, registry, entry, lambda: seen.append(registry.champion))
+    hand_over(ledger, registry, entry, lambda: seen.append(registry.champion), 0)
     assert seen == ["1"]
     assert registry.tags["1"] == {"crane.ledger.1": entry.hash, SMOKE_TAG: "1"}
 
@@ -163,7 +189,7 @@ def test_handing_over_tests_and_confirms(ledger):
 def test_a_failed_smoke_test_puts_the_champion_back(ledger, before):
     registry = Registry()
     if before:
-        hand_over(ledger, registry, promote(ledger, before), lambda: None)
+        hand_over(ledger, registry, promote(ledger, before), lambda: None, 0)
     entry = promote(ledger, "2")
 
     def smoke() -> None:
@@ -171,7 +197,7 @@ def test_a_failed_smoke_test_puts_the_champion_back(ledger, before):
         raise ArtifactError("wrong answers", "look")
 
     with pytest.raises(ArtifactError, match=r"failed its smoke test \(wrong answers"):
-        hand_over(ledger, registry, entry, smoke)
+        hand_over(ledger, registry, entry, smoke, 0)
     assert registry.champion == before
     last = ledger.history()[-1]
     assert (last.action, last.version, last.champion) == ("restore", "2", before)
@@ -179,28 +205,75 @@ def test_a_failed_smoke_test_puts_the_champion_back(ledger, before):
     assert ledger.earlier_champions() == []
 
 
-def test_a_failure_after_being_overtaken_restores_nothing(ledger):
+def test_an_alias_that_does_not_stay_is_an_error(ledger):
+    class Stubborn(Registry):
+        def set_alias(self, alias, number):
+            self.champion = "9"
+
+    promote(ledger, "1")
+    with pytest.raises(ArtifactError, match="does not stay where the ledger puts it"):
+        settle(ledger, Stubborn())
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_champion_that_nobody_has_tested_is_tested_before_anything_else(ledger, works):
+    """Its promoter died after the ledger entry: the next holder of the lease confirms or restores."""
     registry = Registry()
-    entry = promote(ledger, "1")
+    hand_over(ledger, registry, promote(ledger, "1"), lambda: None, 0)
+    entry = promote(ledger, "2")
+    tested = []
 
-    def smoke() -> None:
-        promote(ledger, "2")
-        settle(ledger, registry)
-        raise ArtifactError("the alias is somebody else's", "none")
+    def smoke(of):
+        tested.append((of.version, registry.champion))
+        if not works:
+            raise ArtifactError("wrong answers", "look")
 
-    assert not hand_over(ledger, registry, entry, smoke)
-    assert registry.champion == "2"
-    assert [each.action for each in ledger.history()] == ["promote", "promote"]
+    assert recover(ledger, registry, smoke, 5) == (entry if works else None)
+    assert tested == [("2", "2")]
+    assert registry.champion == ledger.champion() == ("2" if works else "1")
+    assert [each.action for each in ledger.history()] == ["promote"] * 2 + ["restore"] * (not works)
+    # Once is enough.
+    assert recover(ledger, registry, smoke, 5) is None and len(tested) == 1
+
+
+def test_a_promotion_is_taken_back(ledger):
+    registry = Registry()
+    hand_over(ledger, registry, promote(ledger, "1"), lambda: None, 0)
+    entry = promote(ledger, "2")
+    hand_over(ledger, registry, entry, lambda: None, 0)
+    restored = restore(ledger, registry, entry, "the export failed", 0)
+    assert (restored.action, restored.champion, restored.reason) == ("restore", "1", "Restored: the export failed.")
+    assert registry.champion == "1" and registry.tags["2"]["crane.ledger.3"] == restored.hash
+    assert recover(ledger, registry, lambda entry: pytest.fail("tested already"), 0) is None
+
+
+def test_a_disk_without_room_leaves_the_ledger_as_it_was(ledger):
+    """The kernel refuses to write more than 300 bytes into a file, as it would on a full disk."""
+    promote(ledger, "1")
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from crane_core.ledger import Ledger\n"
+        "from crane_core.storage.local import LocalStorage\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "Ledger(LocalStorage(Path(sys.argv[1])), 'crane').append(1, 'promote', '2', '2', 'run-2', 'x' * 400)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(ledger.storage.root)], capture_output=True, text=True)
+    assert ended.returncode == 1 and "OSError: [Errno 27]" in ended.stderr
+    assert [path.name for path in (ledger.storage.root / FOLDER).iterdir()] == ["00000001.json"]
+    assert ledger.verify() == 1
+    promote(ledger, "2")
 
 
 def test_processes_that_race_end_in_one_order(tmp_path):
     program = (
-        "import sys; from crane_core.ledger import Ledger; from crane_core.storage.local import LocalStorage\n"
-        "from pathlib import Path\n"
+        "import sys; from pathlib import Path; from crane_core.lease import LeaseLost\n"
+        "from crane_core.ledger import Ledger; from crane_core.storage.local import LocalStorage\n"
         "ledger, me, lost = Ledger(LocalStorage(Path(sys.argv[1])), 'crane'), sys.argv[2], 0\n"
         "for number in range(8):\n"
         "    version = f'{me}{number}'\n"
-        "    while ledger.append(ledger.size(), 'promote', version, version, me, 'race') is None: lost += 1\n"
+        "    while True:\n"
+        "        try: ledger.append(ledger.size(), 'promote', version, version, me, 'race'); break\n"
+        "        except LeaseLost: lost += 1\n"
         "print(lost)\n"
     )
     racers = [

@@ -1,0 +1,46 @@
+"""What the gate says of a run's model: `python -m jobs.ml.judge --store URI --run RUN_ID`.
+
+The decision `jobs.ml.promote` would take now, for a person to look at: no ledger entry, no tag, no alias.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from crane_core.config import RunConfig
+from crane_core.ledger import Ledger
+from crane_core.registry import open_registry
+from crane_core.store import ArtifactStore
+from jobs.ml.promote import Judge
+from jobs.runner import peak_bytes, run_job
+
+logger = logging.getLogger(__name__)
+
+
+def judge(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    """Decide, and leave it at that."""
+    started = time.monotonic()
+    registry = open_registry(config.runtime, store.storage.uri)
+    asked = Judge(config, store, arguments.run, registry)
+    decision, _ = asked.decide(Ledger(store.storage, registry.name).champion())
+    logger.info("judged version=%s promoted=%s reason=%s", asked.version.number, decision.promoted, decision.reason)
+    return {
+        "status": "done",
+        "decision": "promoted" if decision.promoted else "refused",
+        "reason": decision.reason,
+        "version": asked.version.number,
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job("ml.judge", judge, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

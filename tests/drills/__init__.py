@@ -1,0 +1,1 @@
+"""Long drills on real services: `make drill`. `make test` leaves them out."""
