@@ -53,6 +53,21 @@ class Views:
     behaviour: Tensor
     semantic: Tensor | None
 
+    def detach(self) -> Views:
+        """The same rows as leaves, at which gradients stop and add up."""
+        final, behaviour, semantic = (
+            None if rows is None else rows.detach().requires_grad_()
+            for rows in (self.final, self.behaviour, self.semantic)
+        )
+        assert final is not None and behaviour is not None
+        return Views(final, behaviour, semantic)
+
+    def backward(self, leaves: Views) -> None:
+        """Send on the gradients that have added up at the leaves."""
+        pairs = zip(vars(self).values(), vars(leaves).values(), strict=True)
+        reached = [(rows, leaf.grad) for rows, leaf in pairs if leaf is not None and leaf.grad is not None]
+        torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far the length of an item's row may count when it is ranked; validation chooses."""

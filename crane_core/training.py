@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -128,7 +129,7 @@ class Trainer:
         self.device = device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate)
+        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate * config.batches_per_step**0.5)
         self.users = interactions.train.users()
         self.items = interactions.train.items
         self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.ranking_negatives)
@@ -187,10 +188,11 @@ class Trainer:
         kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, progress.epoch))
         graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
         order = self._generator(2, progress.epoch).permutation(len(self.users))
-        num_steps = -(-len(order) // config.batch_size)
+        step_size = config.batch_size * config.batches_per_step
+        num_steps = -(-len(order) // step_size)
         while progress.step < num_steps:
-            picked = order[progress.step * config.batch_size :][: config.batch_size]
-            self._step(graph, self._batch(picked, self._generator(3, progress.epoch, progress.step)))
+            picked = order[progress.step * step_size :][:step_size]
+            self._step(graph, self._batches(picked), len(picked))
             progress.step += 1
             if progress.step % config.checkpoint_steps == 0 and progress.step < num_steps:
                 self._checkpoint()
@@ -214,6 +216,13 @@ class Trainer:
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self._checkpoint()
 
+    def _batches(self, picked: np.ndarray) -> Iterator[Batch]:
+        """The batches of the step that is due, made one at a time."""
+        size, progress = self.config.batch_size, self.progress
+        first = progress.step * self.config.batches_per_step
+        for number, start in enumerate(range(0, len(picked), size), first):
+            yield self._batch(picked[start : start + size], self._generator(3, progress.epoch, number))
+
     def _batch(self, picked: np.ndarray, generator: np.random.Generator) -> Batch:
         """The batch of some training interactions, negatives drawn; the same on every rank."""
         users = self.users[picked]
@@ -229,12 +238,23 @@ class Trainer:
         }
         return Batch(**tensors, rank=self.rank, world_size=self.world_size)
 
-    def _step(self, graph: SymmetricGraph, batch: Batch) -> None:
-        losses = self.model.losses(self.model(graph), batch)
-        total = torch.stack(list(losses.values())).sum()
+    def _step(self, graph: SymmetricGraph, batches: Iterable[Batch], num_rows: int) -> None:
+        """One step of Adam on the mean loss over the `num_rows` rows of some batches, which share one propagation.
+
+        Gradients add up at the rows of the nodes before they go back through the propagation, so memory holds what
+        one batch needs.
+        """
         self.optimiser.zero_grad()
-        total.backward()
-        values = torch.stack([value.detach() for value in losses.values()])
+        views = self.model(graph)
+        held = views.detach()
+        losses: dict[str, Tensor] = {}
+        for batch in batches:
+            share = len(batch.users) / num_rows
+            terms = {name: share * value for name, value in self.model.losses(held, batch).items()}
+            torch.stack(list(terms.values())).sum().backward()
+            losses = {name: value.detach() + losses.get(name, 0.0) for name, value in terms.items()}
+        views.backward(held)
+        values = torch.stack(list(losses.values()))
         if self.world_size > 1:
             for parameter in self.parameters:
                 dist.all_reduce(parameter.grad)

@@ -48,7 +48,7 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     before = ours.model.ids.detach().clone()
     picked, negatives = np.array([0, 5, 9]), np.array([31, 20, 11])
     rows = (ours.users[picked], ours.items[picked], negatives)
-    ours._step(ours.graph, Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows)))
+    ours._step(ours.graph, [Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows))], 3)
 
     adjacency = torch.from_numpy(
         user_item_graph(
@@ -89,8 +89,26 @@ def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
         # Every user has met six items, so all weights are 1.
         expected += (math.log(sum(map(math.exp, scores))) - scores[0]) / len(picked)
     assert crossed > 0, "no positive was a negative of another row"
-    ours._step(ours.graph, batch)
+    ours._step(ours.graph, [batch], len(batch.users))
     assert ours.progress.sums["ranking"] == pytest.approx(expected, rel=1e-5)
+
+
+@both_kinds
+def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> None:
+    """The gradient of a step is that of the mean loss over its rows, whose batches draw their own negatives."""
+    config = SMALL.model_copy(update={"batch_size": 50, "batches_per_step": 3, "learning_rate": 0.01})
+    ours, plain = trainer(tmp_path, config=config, kind=kind), trainer(tmp_path, config=config, kind=kind)
+    picked = np.arange(120)
+    ours._step(ours.graph, ours._batches(picked), 120)
+    batches = list(plain._batches(picked))
+    assert [len(batch.users) for batch in batches] == [50, 50, 20]
+    losses = [sum(plain.model.losses(plain.model(plain.graph), batch).values()) for batch in batches]
+    loss = torch.stack([value * share for value, share in zip(losses, (5 / 12, 5 / 12, 1 / 6), strict=True)]).sum()
+    loss.backward()
+    assert sum(ours.progress.sums.values()) == pytest.approx(loss.item(), rel=1e-5)
+    for found, expected in zip(ours.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
+    assert ours.optimiser.param_groups[0]["lr"] == pytest.approx(0.01 * 3**0.5)
 
 
 @both_kinds
@@ -207,7 +225,7 @@ def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
 @both_kinds
 def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(Trainer, "_step", lambda self, graph, batch: drawn.append(batch.negatives.tolist()))
+    monkeypatch.setattr(Trainer, "_step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches))
     ours = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 3, "batch_size": 60}), kind=kind)
     ours.run()
     assert len(drawn) == 12
