@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.progress import track
+from crane_core.ranking import top_k
 from crane_core.rca import cluster
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ def rank_blocks(
         scores = score(chunk)
         rows, items = seen.rows(chunk)
         scores[torch.from_numpy(rows), torch.from_numpy(items.astype(np.int64))] = -torch.inf
-        values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
-        yield chunk, values, indices
+        yield chunk, *top_k(scores, min(k, scores.shape[1]))
 
 
 def rank_users(score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from crane_core.config import Loss, Train
 from crane_core.content import Content, JointContent
 from crane_core.propagation import SymmetricGraph, propagate
+from crane_core.sharding import Shards
 
 Rows = tuple[Tensor, Tensor]
 """Users float32 [num_users, d] and items float32 [num_items, d]; scores are their dot products."""
@@ -53,20 +54,23 @@ class Views:
     behaviour: Tensor
     semantic: Tensor | None
 
-    def detach(self) -> Views:
-        """The same rows as leaves, at which gradients stop and add up."""
-        final, behaviour, semantic = (
-            None if rows is None else rows.detach().requires_grad_()
-            for rows in (self.final, self.behaviour, self.semantic)
-        )
-        assert final is not None and behaviour is not None
+    def collect(self, shards: Shards) -> Views:
+        """The rows of all ranks as leaves, at which gradients stop and add up."""
+        final = shards.collect(self.final.detach()).requires_grad_()
+        behaviour = final
+        if self.behaviour is not self.final:
+            behaviour = shards.collect(self.behaviour.detach()).requires_grad_()
+        semantic = None if self.semantic is None else shards.collect(self.semantic.detach()).requires_grad_()
         return Views(final, behaviour, semantic)
 
-    def backward(self, leaves: Views) -> None:
-        """Send on the gradients that have added up at the leaves."""
-        pairs = zip(vars(self).values(), vars(leaves).values(), strict=True)
-        reached = [(rows, leaf.grad) for rows, leaf in pairs if leaf is not None and leaf.grad is not None]
-        torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+    def backward(self, leaves: Views, shards: Shards) -> None:
+        """Add up what has reached the leaves of all ranks, and send it on through this rank's rows."""
+        reached = {
+            rows: shards.add_up(leaf.grad)
+            for rows, leaf in zip(vars(self).values(), vars(leaves).values(), strict=True)
+            if leaf is not None and leaf.grad is not None
+        }
+        torch.autograd.backward(list(reached), list(reached.values()))
 
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -97,10 +101,16 @@ class LightGCN(nn.Module):
         self.num_users = num_users
         self.num_items = num_items
         self.config = config
+        self.shards = Shards((num_users, num_items))
         generator = torch.Generator().manual_seed(config.seed)
         self.ids = nn.Parameter(
             torch.cat([_xavier(size, config.embedding_dim, generator) for size in (num_users, num_items)])
         )
+
+    def shard(self, shards: Shards) -> None:
+        """Keep the embeddings of one rank only; from then on `forward` gives its rows of all nodes, from its graph."""
+        self.shards = shards
+        self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of every epoch, the same on every rank.
@@ -120,10 +130,12 @@ class LightGCN(nn.Module):
         `ranking`: BPR or the sampled softmax on `z`. `regularisation`: lambda / 2 times the squared norm of the
         batch's embeddings.
         """
-        nodes = [batch.mine(batch.users), batch.mine(batch.positives) + self.num_users]
+        nodes = [batch.users, batch.positives + self.num_users]
         if not self.shares_negatives:
-            nodes.append(batch.mine(batch.negatives) + self.num_users)
-        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat(nodes))
+            nodes.append(batch.negatives + self.num_users)
+        # A rank that keeps a shard answers for the nodes it keeps, one that keeps all of them for its rows.
+        mine = self.shards.own if self.shards.world_size > 1 else batch.mine
+        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat([mine(each) for each in nodes]))
         return {"ranking": self._ranking(views, batch), "regularisation": penalty / len(batch.users)}
 
     def rankings(self, views: Views, graph: SymmetricGraph) -> dict[str, Rows]:
@@ -225,6 +237,8 @@ class Crane(LightGCN):
     def __init__(self, num_users: int, num_items: int, content: Content | JointContent, config: Train) -> None:
         super().__init__(num_users, num_items, config, config.loss)
         self.content = content
+        self.user_shards, self.item_shards = Shards((num_users,)), Shards((num_items,))
+        self._cut: tuple[SymmetricGraph, SymmetricGraph] | None = None
         self.edge_dropout = config.edge_dropout
         generator = torch.Generator().manual_seed(config.seed + 1)
         dim, width = config.embedding_dim, content.width
@@ -237,6 +251,11 @@ class Crane(LightGCN):
             self.trust_bias = nn.Parameter(torch.zeros(dim))
         elif config.trust == "scale":
             self.trust = nn.Parameter(torch.full((1,), 0.1))
+
+    def shard(self, shards: Shards) -> None:
+        """Content stays whole on every rank, and each computes the semantic view of its own rows."""
+        super().shard(shards)
+        self.user_shards, self.item_shards = (Shards((size,), shards.rank, shards.world_size) for size in shards.sizes)
 
     def start_epoch(self, epoch: int) -> None:
         """Let the content build its graph anew."""
@@ -274,18 +293,30 @@ class Crane(LightGCN):
         is_warm = graph.degrees()[self.num_users :] > 0
         return fill_cold(super()._lengths(items, graph), is_warm, self.content.graph)
 
+    def _item_graph(self) -> SymmetricGraph:
+        """This rank's rows of the content's graph, cut anew when the content has built another."""
+        whole = self.content.graph
+        if self.item_shards.world_size == 1:
+            return whole
+        if self._cut is None or self._cut[0] is not whole:
+            self._cut = whole, SymmetricGraph(whole.matrix, whole.device, self.item_shards)
+        return self._cut[1]
+
     def _semantic(self, graph: SymmetricGraph) -> Tensor:
         item_rows, user_rows = self.content.rows()
+        item_rows = self.item_shards.local(item_rows)
+        user_rows = None if user_rows is None else self.user_shards.local(user_rows)
+        num_users, item_graph = self.user_shards.num_local, self._item_graph()
         items = item_rows.flatten(1) @ self.fusion + self.fusion_bias
         if self.config.semantic_items == "ids":
-            items = self.ids[self.num_users :] * torch.sigmoid(items)
+            items = self.ids[num_users:] * torch.sigmoid(items)
         for _ in range(self.config.num_item_layers):
-            items = self.content.graph @ items
+            items = item_graph @ items
         if self.config.semantic_users == "profiles":
             assert user_rows is not None
             users = user_rows.flatten(1) @ self.fusion + self.fusion_bias
         else:
-            users = (graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items]))[: self.num_users]
+            users = (graph @ torch.cat([torch.zeros_like(self.ids[:num_users]), items]))[:num_users]
         semantic = torch.cat([users, items])
         if self.config.own_content:
             assert user_rows is not None

@@ -1,10 +1,8 @@
-"""The training loop: deterministic, data-parallel, checkpointed."""
+"""The training loop: deterministic, sharded over ranks, checkpointed."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from crane_core.checkpoint import Checkpoint, Checkpoints, write_tensors
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import TrainingError
@@ -26,9 +24,14 @@ from crane_core.graph import user_item_graph
 from crane_core.model import Batch, LightGCN, Rows
 from crane_core.monitors import effective_rank, mean_cosine
 from crane_core.propagation import SymmetricGraph, drop_edges
+from crane_core.sharding import Shards
 
 logger = logging.getLogger(__name__)
 
+_ROUNDS = 50
+"""Draws of a negative before the items left to a user are listed: half of the items rejects one in 10**15."""
+SHARDED = "ids"
+"""The parameter of which every rank keeps its own rows; the others are the same on all ranks."""
 STEERING_METRIC = "recall@20"
 COLLAPSE = 0.02
 """How far from 1 to d the effective rank of the users' rows must reach, or the epoch is logged as a collapse. LightGCN
@@ -71,17 +74,20 @@ class NegativeSampler:
         self.num_items = num_items
         self._train = train
         self._pool = np.unique(train.items) if pool == "warm" else np.arange(num_items)
-        self._met = train.users().astype(np.int64) * num_items + train.items
 
     def one_each(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """One item for each user, uniform over the catalog by exact rejection: int [n] -> int64 [n]."""
         items = generator.integers(self.num_items, size=len(users))
-        open_rows = np.arange(len(users))
-        while len(open_rows):
-            keys = users[open_rows].astype(np.int64) * self.num_items + items[open_rows]
-            found = np.searchsorted(self._met, keys)
-            open_rows = open_rows[self._met[np.minimum(found, len(self._met) - 1)] == keys]
-            items[open_rows] = generator.integers(self.num_items, size=len(open_rows))
+        rejected = np.arange(len(users))
+        for _ in range(_ROUNDS):
+            rejected = rejected[self._train.holds(users[rejected], items[rejected])]
+            if not len(rejected):
+                return items
+            items[rejected] = generator.integers(self.num_items, size=len(rejected))
+        # Who has met nearly all items would be rejected nearly forever.
+        for row in rejected[self._train.holds(users[rejected], items[rejected])]:
+            own = self._train.rows(users[[row]])[1]
+            items[row] = generator.choice(np.setdiff1d(np.arange(self.num_items), own))
         return items
 
     def shared(self, users: np.ndarray, size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -122,13 +128,17 @@ class Trainer:
     def __init__(
         self, model: LightGCN, interactions: Interactions, config: Train, work: Path, device: torch.device
     ) -> None:
-        self.model = model.to(device)
         self.interactions = interactions
         self.config = config
         self.work = work
         self.device = device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.shards = Shards((interactions.num_users, interactions.num_items), self.rank, self.world_size)
+        model.shard(self.shards)
+        self.model = model.to(device)
+        self.checkpoints = Checkpoints(work, self.shards)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.replicated = [parameter for parameter in self.parameters if parameter is not model.ids]
         self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate * config.batches_per_step**0.5)
         self.users = interactions.train.users()
         self.items = interactions.train.items
@@ -168,15 +178,21 @@ class Trainer:
         return load_file(self.work / "best.safetensors")
 
     def best_rows(self) -> Rows:
-        """Rows of users and items at the best epoch, as validation prefers to rank with them; loads its weights."""
-        self.model.load_state_dict(self.best_weights())
+        """Rows of users and items at the best epoch, as validation prefers to rank with them; loads its weights.
+
+        Every rank calls it.
+        """
+        if self.world_size > 1:
+            dist.barrier()
+        weights = self.best_weights()
+        self.model.load_state_dict(weights | {SHARDED: self.shards.local(weights[SHARDED])})
         return self.rankings()[self.progress.best_ranking]
 
     @torch.no_grad()
     def rankings(self) -> dict[str, Rows]:
-        """The ways to rank with the current weights, by name: rows of users and items on the CPU."""
+        """The ways to rank with the current weights, by name: rows of users and items on the CPU; by every rank."""
         self.model.eval()
-        rankings = self.model.rankings(self.model(self.graph), self.graph)
+        rankings = self.model.rankings(self.model(self.graph).collect(self.shards), self.graph)
         return {name: (users.cpu(), items.cpu()) for name, (users, items) in rankings.items()}
 
     def _train_epoch(self) -> None:
@@ -203,7 +219,8 @@ class Trainer:
         progress.curve.append({"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics, **monitors})
         if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
             progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
-            self._write("best.safetensors", self.model.state_dict(), {})
+            weights = self.model.state_dict()
+            self._write("best.safetensors", weights | {SHARDED: self.shards.collect(weights[SHARDED])})
         logger.info(
             "epoch=%d loss=%.4f recall@20=%.4f best=%.4f best_epoch=%d seconds=%.1f",
             progress.epoch,
@@ -246,17 +263,17 @@ class Trainer:
         """
         self.optimiser.zero_grad()
         views = self.model(graph)
-        held = views.detach()
+        held = views.collect(self.shards)
         losses: dict[str, Tensor] = {}
         for batch in batches:
             share = len(batch.users) / num_rows
             terms = {name: share * value for name, value in self.model.losses(held, batch).items()}
             torch.stack(list(terms.values())).sum().backward()
             losses = {name: value.detach() + losses.get(name, 0.0) for name, value in terms.items()}
-        views.backward(held)
+        views.backward(held, self.shards)
         values = torch.stack(list(losses.values()))
         if self.world_size > 1:
-            for parameter in self.parameters:
+            for parameter in self.replicated:
                 dist.all_reduce(parameter.grad)
             dist.all_reduce(values)
         if not torch.isfinite(values).all():
@@ -299,7 +316,7 @@ class Trainer:
     def _graph(self, kept: np.ndarray) -> SymmetricGraph:
         interactions = self.interactions
         matrix = user_item_graph(self.users[kept], self.items[kept], interactions.num_users, interactions.num_items)
-        return SymmetricGraph(matrix, self.device)
+        return SymmetricGraph(matrix, self.device, self.shards)
 
     def _generator(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *purpose])
@@ -315,24 +332,21 @@ class Trainer:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        self._write("checkpoint.safetensors", tensors, {"progress": json.dumps(vars(self.progress))})
+        progress = self.progress
+        sharded = {name: tensors.pop(name) for name in self._sharded if name in tensors}
+        checkpoint = Checkpoint(sharded, tensors, vars(progress))
+        self.checkpoints.write(f"{progress.epoch:05d}-{progress.step:07d}", checkpoint)
 
-    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        if self.rank != 0:
-            return
-        spooled = self.work / f".{name}"
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, spooled, metadata)
-        with spooled.open("rb") as handle:
-            os.fsync(handle.fileno())
-        spooled.replace(self.work / name)
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self.rank == 0:
+            write_tensors(self.work / name, tensors)
 
     def _resume(self) -> None:
-        path = self.work / "checkpoint.safetensors"
-        if not path.exists():
+        checkpoint = self.checkpoints.read()
+        if checkpoint is None:
             return
-        tensors = load_file(path)
-        with safe_open(path, "pt") as handle:
-            self.progress = Progress(**json.loads(handle.metadata()["progress"]))
+        tensors = checkpoint.sharded | checkpoint.replicated
+        self.progress = Progress(**checkpoint.state)
         self.model.load_state_dict(
             {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         )
@@ -345,6 +359,12 @@ class Trainer:
         logger.info(
             "resume epoch=%d step=%d best_epoch=%d", self.progress.epoch, self.progress.step, self.progress.best_epoch
         )
+
+    @property
+    def _sharded(self) -> tuple[str, ...]:
+        """Tensors of a checkpoint of which every rank keeps its own rows: the embeddings and their moments."""
+        index = next(number for number, parameter in enumerate(self.parameters) if parameter is self.model.ids)
+        return f"model.{SHARDED}", f"adam.{index}.exp_avg", f"adam.{index}.exp_avg_sq"
 
 
 def _user_weights(train: ItemLists, balance: float) -> np.ndarray:

@@ -87,8 +87,8 @@ def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, buil
     model = build(store, run_id, interactions, config, device)
     trainer = Trainer(model, interactions, config.train, work, device)
     summary = trainer.run()
+    users, items = trainer.best_rows()
     if trainer.rank == 0:
-        users, items = trainer.best_rows()
         save_file({"users": users.contiguous(), "items": items.contiguous()}, work / "rows.safetensors")
         (work / "summary.json").write_text(json.dumps(summary | {"curve": trainer.progress.curve}))
     if dist.is_initialized():

@@ -361,6 +361,15 @@ def test_negatives_are_never_positives_and_cover_the_rest() -> None:
     assert free.min() > 0.8 * free.mean()
 
 
+def test_the_last_item_left_to_a_user_is_found_at_once() -> None:
+    size = 100_000
+    own = np.delete(np.arange(size, dtype=np.int32), 777)
+    train = ItemLists(np.array([0, size - 1]), own)
+    assert NegativeSampler(train, size).one_each(np.zeros(3, dtype=np.int64), np.random.default_rng(0)).tolist() == [
+        777
+    ] * 3
+
+
 def test_a_user_with_every_item_is_refused() -> None:
     full = ItemLists.from_pairs(np.array([0, 0, 1]), np.array([0, 1, 0], dtype=np.int32), 2)
     with pytest.raises(TrainingError, match="1 of 2 users have met all 2 items"):
