@@ -43,3 +43,7 @@ class ArtifactError(CraneError):
 
 class TrainingError(CraneError):
     """Training cannot go on: the loss is not finite, or no negative item exists."""
+
+
+class TrainingStopped(TrainingError):
+    """Somebody asked a training to stop; it left a checkpoint behind."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,22 +55,77 @@ class Views:
     semantic: Tensor | None
 
     def collect(self, shards: Shards) -> Views:
-        """The rows of all ranks as leaves, at which gradients stop and add up."""
-        final = shards.collect(self.final.detach()).requires_grad_()
-        behaviour = final
-        if self.behaviour is not self.final:
-            behaviour = shards.collect(self.behaviour.detach()).requires_grad_()
-        semantic = None if self.semantic is None else shards.collect(self.semantic.detach()).requires_grad_()
-        return Views(final, behaviour, semantic)
+        """The rows of all ranks, without a gradient."""
+        final = shards.collect(self.final.detach())
+        behaviour = final if self.behaviour is self.final else shards.collect(self.behaviour.detach())
+        return Views(final, behaviour, None if self.semantic is None else shards.collect(self.semantic.detach()))
 
-    def backward(self, leaves: Views, shards: Shards) -> None:
-        """Add up what has reached the leaves of all ranks, and send it on through this rank's rows."""
-        reached = {
-            rows: shards.add_up(leaf.grad)
-            for rows, leaf in zip(vars(self).values(), vars(leaves).values(), strict=True)
-            if leaf is not None and leaf.grad is not None
-        }
-        torch.autograd.backward(list(reached), list(reached.values()))
+
+class Picked:
+    """Rows to pick from, whose gradients add up here: plain indexing makes one of the size of all rows at every pick.
+
+    Args:
+        rows: float32 [n, d].
+
+    Attributes:
+        gradient: float32 [n, d], what all backward passes have brought.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows.detach()
+        self.gradient = torch.zeros_like(self.rows)
+        # Autograd records only what an input with a gradient goes into.
+        self._anchor = rows.new_zeros((), requires_grad=True)
+
+    def __getitem__(self, nodes: Tensor) -> Tensor:
+        """float32 [m, d], the rows of int64 [m] nodes."""
+        return _Pick.apply(self._anchor, self, nodes)
+
+    def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """As of a tensor."""
+        return self.rows.new_zeros(shape)
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, source: Picked, nodes: Tensor) -> Tensor:
+        ctx.source, ctx.nodes = source, nodes
+        return source.rows[nodes]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.source.gradient.index_add_(0, ctx.nodes, gradients[0])
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class PickedViews:
+    """What the losses of a step read: views of all ranks and this rank's ID embeddings, each made once for a step.
+
+    Attributes:
+        final, behaviour, semantic: as in `Views`.
+        ids: the embeddings this rank keeps.
+    """
+
+    final: Picked
+    behaviour: Picked
+    semantic: Picked | None
+    ids: Picked
+
+    @classmethod
+    def of(cls, views: Views, ids: nn.Parameter, shards: Shards) -> PickedViews:
+        """Gather the rows of all ranks."""
+        rows = views.collect(shards)
+        final = Picked(rows.final)
+        behaviour = final if rows.behaviour is rows.final else Picked(rows.behaviour)
+        return cls(final, behaviour, None if rows.semantic is None else Picked(rows.semantic), Picked(ids))
+
+    def backward(self, views: Views, ids: nn.Parameter, shards: Shards) -> None:
+        """Add up what has reached the rows on all ranks, and send it on through this rank's part of `views`."""
+        pairs = ((self.final, views.final), (self.behaviour, views.behaviour), (self.semantic, views.semantic))
+        reached = {rows: picked for picked, rows in pairs if picked is not None and rows is not None}
+        gradients = [shards.add_up(picked.gradient) for picked in reached.values()]
+        torch.autograd.backward([*reached, ids], [*gradients, self.ids.gradient])
 
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -123,7 +178,7 @@ class LightGCN(nn.Module):
         behaviour = propagate(graph, self.ids, self.config.num_layers)
         return Views(behaviour, behaviour, None)
 
-    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss, weighted: means over the batch, of which this rank adds up its own rows.
 
         Summed over ranks, values and gradients are those of the whole batch.
@@ -155,7 +210,7 @@ class LightGCN(nn.Module):
         """float32 [num_items, 1], what stands for the popularity of an item."""
         return items.norm(dim=1, keepdim=True)
 
-    def _ranking(self, views: Views, batch: Batch) -> Tensor:
+    def _ranking(self, views: Views | PickedViews, batch: Batch) -> Tensor:
         users, positives = (views.final[batch.mine(rows)] for rows in (batch.users, batch.positives + self.num_users))
         if not self.shares_negatives:
             negatives = views.final[batch.mine(batch.negatives) + self.num_users]
@@ -165,9 +220,10 @@ class LightGCN(nn.Module):
         values = sampled_softmax(users, positives, negatives, batch.mine(batch.met), self.config.ranking_temperature)
         return (batch.mine(batch.weights) * values).sum() / len(batch.users)
 
-    def _regularised(self, views: Views, nodes: Tensor) -> Tensor:
+    def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:
         """Squared norm of the nodes' ID embeddings, as the LightGCN paper has it."""
-        return self.ids[nodes].square().sum()
+        ids = views.ids if isinstance(views, PickedViews) else self.ids
+        return ids[nodes].square().sum()
 
 
 def bpr(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -193,7 +249,9 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Te
     return torch.cat([own, others], dim=1).logsumexp(1) - own[:, 0]
 
 
-def info_nce(anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, temperature: float) -> Tensor:
+def info_nce(
+    anchors: Tensor | Picked, others: Tensor | Picked, nodes: Tensor, batch: Batch, temperature: float
+) -> Tensor:
     """Agreement of two views of the same nodes (van den Oord et al., arXiv 1807.03748), cosine similarity.
 
     The positive of a node is itself in the other view; its negatives are the other distinct nodes given, over all
@@ -278,7 +336,7 @@ class Crane(LightGCN):
             final = behaviour + semantic
         return Views(final, behaviour, semantic)
 
-    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items."""
         assert views.semantic is not None
         kinds = [batch.users, batch.positives + self.num_users]

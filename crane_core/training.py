@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +19,13 @@ from torch import Tensor
 from crane_core.checkpoint import Checkpoint, Checkpoints, write_tensors
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import TrainingError
-from crane_core.evaluation import dot_product, rank_users, user_metrics
+from crane_core.errors import TrainingError, TrainingStopped
+from crane_core.evaluation import SCORE_BYTES, dot_product, rank_users, user_metrics
 from crane_core.graph import user_item_graph
-from crane_core.model import Batch, LightGCN, Rows
+from crane_core.memory import check_memory, free_bytes
+from crane_core.model import Batch, LightGCN, PickedViews, Rows
 from crane_core.monitors import effective_rank, mean_cosine
+from crane_core.progress import LOG_SECONDS, resident_bytes
 from crane_core.propagation import SymmetricGraph, drop_edges
 from crane_core.sharding import Shards
 
@@ -121,17 +124,25 @@ class Trainer:
         model: LightGCN or CRANE; on every rank the same.
         interactions: training and validation interactions.
         config: optimiser, batch, stopping and checkpoints.
-        work: folder of the checkpoints.
+        work: folder of the checkpoints, which all ranks see.
         device: of the model.
+        stopping: set by whoever wants the training to end; it finishes its step and leaves a checkpoint.
     """
 
     def __init__(
-        self, model: LightGCN, interactions: Interactions, config: Train, work: Path, device: torch.device
+        self,
+        model: LightGCN,
+        interactions: Interactions,
+        config: Train,
+        work: Path,
+        device: torch.device,
+        stopping: Event | None = None,
     ) -> None:
         self.interactions = interactions
         self.config = config
         self.work = work
         self.device = device
+        self.stopping = stopping or Event()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.shards = Shards((interactions.num_users, interactions.num_items), self.rank, self.world_size)
         model.shard(self.shards)
@@ -147,7 +158,8 @@ class Trainer:
         self._known = torch.from_numpy(interactions.train.counts() > 0)
         self.graph = self._graph(np.arange(len(self.users)))
         self.progress = Progress()
-        self._started = time.monotonic()
+        self._started = self._reported = time.monotonic()
+        self._rows = 0
 
     def run(self) -> dict[str, Any]:
         """Train until the validation recall has not risen for `patience` epochs.
@@ -156,8 +168,16 @@ class Trainer:
             `best_epoch`, `best_ranking`, `num_epochs` and `validation` metrics; `best_rows()` are what they are of.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: the loss is not finite, nobody has a validation item, or a step does not fit in memory.
+            TrainingStopped: somebody asked for it.
         """
+        if not (self.interactions.validation.counts() > 0).any():
+            raise TrainingError(
+                f"None of the {self.interactions.num_users} users has a validation item, so no epoch can be told from "
+                "another.",
+                "Widen etl.validation_days, or deliver rows of the label 1 under etl.split=label.",
+            )
+        check_memory(self.config, self.shards, self.model.shares_negatives, free_bytes(self.device) // self.world_size)
         torch.use_deterministic_algorithms(True)
         self._resume()
         progress = self.progress
@@ -210,8 +230,16 @@ class Trainer:
             picked = order[progress.step * step_size :][:step_size]
             self._step(graph, self._batches(picked), len(picked))
             progress.step += 1
-            if progress.step % config.checkpoint_steps == 0 and progress.step < num_steps:
+            self._report(num_steps, len(order))
+            is_stopping = self._any_rank(self.stopping.is_set())
+            if is_stopping or (progress.step % config.checkpoint_steps == 0 and progress.step < num_steps):
                 self._checkpoint()
+            if is_stopping:
+                raise TrainingStopped(
+                    f"Training was asked to stop after step {progress.step} of {num_steps} in epoch {progress.epoch}; "
+                    "a checkpoint is written.",
+                    "Start the same command again: it goes on from there.",
+                )
         rankings = self.rankings()
         ranking, metrics = self._validate(rankings)
         losses = {name: value / num_steps for name, value in progress.sums.items()}
@@ -263,14 +291,14 @@ class Trainer:
         """
         self.optimiser.zero_grad()
         views = self.model(graph)
-        held = views.collect(self.shards)
+        picked = PickedViews.of(views, self.model.ids, self.shards)
         losses: dict[str, Tensor] = {}
         for batch in batches:
             share = len(batch.users) / num_rows
-            terms = {name: share * value for name, value in self.model.losses(held, batch).items()}
+            terms = {name: share * value for name, value in self.model.losses(picked, batch).items()}
             torch.stack(list(terms.values())).sum().backward()
             losses = {name: value.detach() + losses.get(name, 0.0) for name, value in terms.items()}
-        views.backward(held, self.shards)
+        picked.backward(views, self.model.ids, self.shards)
         values = torch.stack(list(losses.values()))
         if self.world_size > 1:
             for parameter in self.replicated:
@@ -286,16 +314,49 @@ class Trainer:
         for name, value in zip(losses, values.tolist(), strict=True):
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
 
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether it is so on any rank; all ranks get the same answer."""
+        if self.world_size == 1:
+            return flag
+        answer = torch.tensor([flag], dtype=torch.float32, device=self.device)
+        dist.all_reduce(answer)
+        return bool(answer > 0)
+
+    def _report(self, num_steps: int, num_rows: int) -> None:
+        """Log how the epoch goes, every few seconds: rows per second, mean loss, resident memory, time left."""
+        progress, now = self.progress, time.monotonic()
+        self._rows += min(self.config.batch_size * self.config.batches_per_step, num_rows)
+        if now - self._reported < LOG_SECONDS:
+            return
+        rate = self._rows / (now - self._reported)
+        self._reported, self._rows = now, 0
+        logger.info(
+            "train epoch=%d step=%d total=%d loss=%.4f rate=%.0f/s memory=%.2fGB left=%.0fs",
+            progress.epoch,
+            progress.step,
+            num_steps,
+            sum(progress.sums.values()) / progress.step,
+            rate,
+            resident_bytes() / 1e9,
+            num_rows * (1 - progress.step / num_steps) / rate,
+        )
+
     def _validate(self, rankings: dict[str, Rows]) -> tuple[str, dict[str, float]]:
         """The ranking with the best Recall@20 and its metrics, over (a fixed sample of) the users with validation
         items; 0 when there are none."""
         held_out = self.interactions.validation
         users = self.interactions.validation_users(self.config.validation_users, self.config.seed)
+        mine = users[self.rank :: self.world_size]
+        block = max(1, min(1024, SCORE_BYTES // (4 * self.interactions.num_items)))
         found = {}
         for name, rows in rankings.items():
-            ranked = rank_users(dot_product(*rows), self.interactions.train, users, 20)
-            metrics = user_metrics(ranked, held_out, users, (20,))
-            found[name] = {metric: float(values.mean()) if len(users) else 0.0 for metric, values in metrics.items()}
+            ranked = rank_users(dot_product(*rows), self.interactions.train, mine, 20, block)
+            metrics = user_metrics(ranked, held_out, mine, (20,))
+            sums = torch.tensor([values.sum() for values in metrics.values()], dtype=torch.float64)
+            if self.world_size > 1:
+                sums = sums.to(self.device)
+                dist.all_reduce(sums)
+            found[name] = dict(zip(metrics, (sums / max(len(users), 1)).tolist(), strict=True))
         best = max(found, key=lambda name: found[name][STEERING_METRIC])
         return best, found[best]
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import RunConfig
 from crane_core.dataset import Interactions, load_interactions
+from crane_core.errors import TrainingError, TrainingStopped
 from crane_core.model import LightGCN
 from crane_core.store import Artifact, ArtifactStore
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
 from jobs.runner import Job, open_store, start_logging
+
+MAX_RESTARTS = 1
+"""How often the ranks are started again within one attempt at the stage."""
 
 Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], LightGCN]
 """Makes the model on a rank from the store, the run id, the interactions, the configuration and the device."""
@@ -29,8 +38,9 @@ Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], Li
 def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Train a model to its best validation recall and write `weights.safetensors` and `curve.json` into `job.out`.
 
-    With `runtime.world_size` above 1 the ranks run under torchrun's elastic agent. Killed at any moment, the next
-    attempt goes on from the last checkpoint and ends with the same result.
+    With `runtime.world_size` above 1 the ranks run under torchrun's elastic agent, which starts them all again from the
+    last checkpoint when one is lost, once. Killed at any moment, the next attempt goes on from the last checkpoint and
+    ends with the same result; asked to end by SIGTERM, the training finishes its step and writes one.
 
     Args:
         job: the stage at work.
@@ -38,6 +48,10 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
 
     Returns:
         The trainer's summary, and the final rows of users [num_users, d] and items [num_items, d].
+
+    Raises:
+        TrainingError: training cannot go on, or a rank was lost again after the restart.
+        TrainingStopped: somebody asked for it.
     """
     runtime = job.config.runtime
     arguments = (job.store.storage.uri, job.run_id, job.config, job.work, build)
@@ -51,10 +65,10 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
             run_id=job.run_id,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=1,
+            max_restarts=MAX_RESTARTS,
             start_method="spawn",
         )
-        elastic_launch(launch, _train_rank)(*arguments)
+        _launch(launch, arguments)
     summary = json.loads((job.work / "summary.json").read_text())
     (job.out / "curve.json").write_text(json.dumps(summary.pop("curve")))
     save_file(load_file(job.work / "best.safetensors"), job.out / "weights.safetensors")
@@ -74,6 +88,34 @@ def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
     return rows["user_embeddings"], rows["item_embeddings"]
 
 
+def _launch(launch: LaunchConfig, arguments: tuple[Any, ...]) -> None:
+    """Run the ranks to their end, and say what ended them."""
+    resumes = "Start the same command again: it goes on from the last checkpoint."
+    try:
+        elastic_launch(launch, _train_rank)(*arguments)
+    except SignalException as error:
+        raise TrainingStopped(f"Training was asked to stop ({error.sigval.name}).", resumes) from error
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise TrainingError(
+            f"Rank {rank} of {launch.max_nodes * launch.nproc_per_node} was lost and so was its restart: exit code "
+            f"{failure.exitcode} ({failure.message.splitlines()[-1] if failure.message else 'no message'}).",
+            f"Look for its error in the log, and for the kernel's out-of-memory killer. {resumes}",
+        ) from error
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[Event]:
+    """The event that SIGTERM sets while the block runs."""
+    stopping = Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@record
 def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
     """What every rank does; rank 0 leaves the results in `work`."""
     start_logging()
@@ -85,8 +127,9 @@ def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, buil
     store = open_store(store_uri)
     interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
     model = build(store, run_id, interactions, config, device)
-    trainer = Trainer(model, interactions, config.train, work, device)
-    summary = trainer.run()
+    with _stop_on_sigterm() as stopping:
+        trainer = Trainer(model, interactions, config.train, work, device, stopping)
+        summary = trainer.run()
     users, items = trainer.best_rows()
     if trainer.rank == 0:
         save_file({"users": users.contiguous(), "items": items.contiguous()}, work / "rows.safetensors")

@@ -13,8 +13,9 @@ sides take turns, so that what else the machine does burdens both. The last line
   same by the time of the processor. `epoch_seconds`: of a whole epoch, computed from the steps unless `--whole`.
 - `peak_bytes`: the resident set at its largest (VmHWM), the peer's included unless `--whole`.
 - With `--data`: `recall@20` and `peer_recall@20` on validation and `seconds` of each, trained until it stops rising.
-- With `--whole`: the interactions are written as Parquet shards and read from there, one whole epoch is trained and
-  all users are ranked; `seconds` of each part. The peer is left out.
+- With `--whole`: the interactions are written as Parquet shards and read from there, an epoch is trained and all users
+  are ranked; `seconds` and `cpu_seconds` of each part. `--whole-steps` and `--whole-users` take a part of the epoch and
+  of the users, and the seconds of the whole are computed from it. The peer is left out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists, load_interactions
-from crane_core.evaluation import dot_product, rank_blocks, rank_users, user_metrics
+from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks, rank_users, user_metrics
 from crane_core.experiments.data import load_dataset
 from crane_core.graph import user_item_graph
 from crane_core.model import LightGCN
@@ -112,6 +113,8 @@ def main() -> int:
     parser.add_argument("--num-epochs", type=int, default=1000, help="bound with --data")
     parser.add_argument("--steps", type=int, default=10, help="of each side")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--whole-steps", type=int, help="of the epoch; all when absent")
+    parser.add_argument("--whole-users", type=int, help="ranked; all when absent")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch's choice when absent")
     parser.add_argument("--seed", type=int, default=0)
@@ -242,15 +245,17 @@ def train_both(
 
 def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: torch.device) -> dict[str, Any]:
     """From Parquet shards to a ranking of all users."""
-    seconds = {}
-    clock = time.perf_counter()
+    parts: dict[str, dict[str, float]] = {"seconds": {}, "cpu_seconds": {}}
+    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+    before = {name: clock() for name, clock in clocks.items()}
 
     def part(name: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[name], clock = round(now - clock, 1), now
+        for kind, clock in clocks.items():
+            now = clock()
+            parts[kind][name], before[kind] = round(now - before[kind], 1), now
         peak = status_bytes("/proc/self/status", "VmHWM") / 1e9
-        print(f"{name} seconds={seconds[name]} peak={peak:.1f} GB", file=sys.stderr, flush=True)
+        times = " ".join(f"{kind}={values[name]}" for kind, values in parts.items())
+        print(f"{name} {times} peak={peak:.2f}GB", file=sys.stderr, flush=True)
 
     artifact = write_shards(folder, args.users, args.items, args.interactions)
     part("write_shards")
@@ -258,28 +263,44 @@ def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: tor
     part("read_shards")
     trainer = make_trainer(interactions, config, folder, device)
     part("adjacency_and_state")
-    trainer._train_epoch()
-    part("epoch")
+    size = config.batch_size * config.batches_per_step
+    num_steps = -(-len(trainer.users) // size)
+    order = trainer._generator(2, 0).permutation(len(trainer.users))
+    done = min(args.whole_steps or num_steps, num_steps)
+    for step in range(done):
+        trainer.progress.step = step
+        picked = order[step * size :][:size]
+        trainer._step(trainer.graph, trainer._batches(picked), len(picked))
+        print(f"step={step + 1} of {num_steps} seconds={time.perf_counter() - before['seconds']:.0f}", file=sys.stderr)
+    part("steps")
     with torch.no_grad():
         users, items = trainer.rankings()["dot"]
-    num_ranked, block = 0, max(1, (256 << 20) // (4 * args.items))
-    for chunk, _, _ in rank_blocks(dot_product(users, items), interactions.train, np.arange(args.users), 20, block):
-        num_ranked += len(chunk)
+    part("final_rows")
+    ranked, block = min(args.whole_users or args.users, args.users), max(1, SCORE_BYTES // (4 * args.items))
+    for _ in rank_blocks(dot_product(users, items), interactions.train, np.arange(ranked), 20, block):
+        pass
     part("rank")
+    epochs = {kind: values["steps"] * num_steps / done for kind, values in parts.items()}
     return {
-        "epoch_seconds": seconds["epoch"],
-        "interactions_per_second": len(trainer.users) / seconds["epoch"],
+        "epoch_seconds": epochs["seconds"],
+        "epoch_cpu_seconds": epochs["cpu_seconds"],
+        "rank_all_seconds": parts["seconds"]["rank"] * args.users / ranked,
+        "rank_all_cpu_seconds": parts["cpu_seconds"]["rank"] * args.users / ranked,
+        "interactions_per_second": len(trainer.users) / epochs["seconds"],
         "interactions": len(trainer.users),
-        "users_ranked": num_ranked,
-        "loss": trainer.progress.curve[-1]["loss"],
-        "seconds": seconds,
+        "steps": f"{done} of {num_steps}",
+        "users_ranked": ranked,
+        "loss": sum(trainer.progress.sums.values()) / done,
+        **parts,
         "peer": None,
         "peer_interactions_per_second": None,
     }
 
 
 def make_trainer(interactions: Interactions, config: Train, folder: Path, device: torch.device) -> Trainer:
-    return Trainer(LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, folder, device)
+    return Trainer(
+        LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, folder, device
+    )
 
 
 def synthetic(num_users: int, num_items: int, num_interactions: int) -> Interactions:
@@ -297,12 +318,11 @@ def draw(num_users: int, num_items: int, num_interactions: int, block: int = 50_
     popularity = (np.arange(num_items) + 10.0) ** -0.9
     reach, names = np.cumsum(popularity) / popularity.sum(), generator.permutation(num_items).astype(np.int32)
     for start in range(0, num_users, block):
-        users = np.repeat(np.arange(start, min(start + block, num_users)), counts[start : start + block])
-        keys = np.empty(0, dtype=np.int64)
+        wanted = counts[start : start + block]
+        users, keys = np.arange(start, start + len(wanted)), np.empty(0, dtype=np.int64)
         for _ in range(4):  # What a user meets twice is drawn again.
-            kept = np.bincount(keys // num_items - start, minlength=block) if len(keys) else np.zeros(block, np.int64)
-            lacking = np.maximum(counts[start : start + block] - kept[: len(counts[start : start + block])], 0)
-            more = np.repeat(np.arange(start, start + len(lacking)), lacking)
+            lacking = wanted - np.bincount(keys // num_items - start, minlength=len(wanted))
+            more = np.repeat(users, lacking)
             items = names[np.minimum(np.searchsorted(reach, generator.random(len(more))), num_items - 1)]
             keys = np.unique(np.concatenate([keys, more * num_items + items]))
         yield np.stack([keys // num_items, keys % num_items]).astype(np.int32)

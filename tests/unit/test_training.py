@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -14,13 +14,18 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from crane_core import training
 from crane_core.config import Train
+from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import TrainingError
+from crane_core.errors import TrainingError, TrainingStopped
 from crane_core.evaluation import dot_product, rank_users, user_metrics
-from crane_core.graph import user_item_graph
+from crane_core.graph import build_graph, user_item_graph
+from crane_core.knn import search, unit_rows
+from crane_core.memory import check_memory
 from crane_core.model import Batch, Crane, LightGCN, Rows
-from crane_core.propagation import drop_edges
+from crane_core.propagation import SymmetricGraph, drop_edges
+from crane_core.sharding import Shards
 from crane_core.training import NegativeSampler, Trainer, _user_weights
 from tests.unit.planted import checkerboard, checkerboard_content
 
@@ -164,6 +169,33 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
 
 
 @both_kinds
+def test_a_training_asked_to_stop_leaves_the_step_it_finished(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = finish(tmp_path / "undisturbed", kind)
+    step, taken = Trainer._step, 0
+
+    def step_and_ask(self: Trainer, *arguments: object) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 7:
+            self.stopping.set()
+        step(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_and_ask)
+        with pytest.raises(TrainingStopped, match=r"after step 3 of 4 in epoch 1.*same command again"):
+            finish(tmp_path / "stopped", kind)
+    assert taken == 7
+    ours = trainer(tmp_path / "stopped", kind=kind)
+    ours._resume()
+    assert (ours.progress.epoch, ours.progress.step) == (1, 3)
+    found = finish(tmp_path / "stopped", kind)
+    assert found[:2] == expected[:2]
+    assert equal(found[2], expected[2])
+
+
+@both_kinds
 def test_a_training_killed_while_its_best_weights_are_written_ends_with_the_same_bits(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +257,9 @@ def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
 @both_kinds
 def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(Trainer, "_step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches))
+    monkeypatch.setattr(
+        Trainer, "_step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
+    )
     ours = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 3, "batch_size": 60}), kind=kind)
     ours.run()
     assert len(drawn) == 12
@@ -260,29 +294,57 @@ def test_the_monitors_are_in_the_curve_and_a_collapse_is_logged(
     assert sound["mean_cosine"] < 0.5 and last["mean_cosine"] > 0.9
 
 
+def uneven(kind: Kind, work: Path) -> Trainer:
+    """33 users and 21 items, which neither two nor four ranks can share evenly, in steps of two batches."""
+    update = {"num_epochs": 3, "batch_size": 19, "batches_per_step": 2, "checkpoint_steps": 2}
+    interactions, config = checkerboard(3, 11, 7), SMALL.model_copy(update=update)
+    if kind == "lightgcn":
+        return trainer(work, interactions, config)
+    generator = torch.Generator().manual_seed(1)
+    items, users = (torch.randn(size, 2, 5, generator=generator) for size in (21, 33))
+    neighbours, _ = search(unit_rows(items.flatten(1).numpy()), 0, 21, 3)
+    graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), CPU)
+    work.mkdir(exist_ok=True)
+    return Trainer(Crane(33, 21, Content(items, graph, users), config), interactions, config, work, CPU)
+
+
 def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous{world_size}", rank=rank, world_size=world_size
     )
     for kind in KINDS:
-        config = SMALL.model_copy(update={"num_epochs": 3, "batch_size": 61})
-        ours = trainer(Path(folder) / f"{kind}{world_size}", config=config, kind=kind)
+        ours = uneven(kind, Path(folder) / f"{kind}{world_size}")
         ours.run()
+        ids = ours.shards.collect(ours.model.ids.detach())
+        rows = ours.best_rows()
         if rank == 0:
-            (Path(folder) / f"{kind}{world_size}.json").write_text(json.dumps(ours.progress.curve))
-        torch.distributed.barrier()
+            torch.save((ours.progress.curve, ids, *rows), Path(folder) / f"{kind}{world_size}.pt")
+    # Half of a training, for another number of ranks to go on with.
+    half = uneven("crane", Path(folder) / f"half{world_size}")
+    half.config = half.config.model_copy(update={"num_epochs": 1})
+    half.run()
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    for world_size in (1, 3):
+def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -> None:
+    for world_size in (2, 4):
         mp.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
     for kind in KINDS:
-        one, three = (json.loads((tmp_path / f"{kind}{world_size}.json").read_text()) for world_size in (1, 3))
-        assert len(one) == 3
-        for expected, found in zip(one, three, strict=True):
-            assert found == pytest.approx(expected, rel=1e-4)
+        alone = uneven(kind, tmp_path / kind)
+        alone.run()
+        assert len(alone.progress.curve) == 3
+        expected = (alone.model.ids.detach().clone(), *alone.best_rows())
+        for world_size in (2, 4):
+            curve, *found = torch.load(tmp_path / f"{kind}{world_size}.pt")
+            for one, many in zip(alone.progress.curve, curve, strict=True):
+                assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
+            torch.testing.assert_close(found, list(expected), rtol=1e-5, atol=1e-5)
+    for world_size in (2, 4):
+        resumed = uneven("crane", tmp_path / f"half{world_size}")
+        resumed.run()
+        for one, many in zip(alone.progress.curve, resumed.progress.curve, strict=True):
+            assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -365,15 +427,43 @@ def test_the_last_item_left_to_a_user_is_found_at_once() -> None:
     size = 100_000
     own = np.delete(np.arange(size, dtype=np.int32), 777)
     train = ItemLists(np.array([0, size - 1]), own)
-    assert NegativeSampler(train, size).one_each(np.zeros(3, dtype=np.int64), np.random.default_rng(0)).tolist() == [
-        777
-    ] * 3
+    assert (
+        NegativeSampler(train, size).one_each(np.zeros(3, dtype=np.int64), np.random.default_rng(0)).tolist()
+        == [777] * 3
+    )
 
 
 def test_a_user_with_every_item_is_refused() -> None:
     full = ItemLists.from_pairs(np.array([0, 0, 1]), np.array([0, 1, 0], dtype=np.int32), 2)
     with pytest.raises(TrainingError, match="1 of 2 users have met all 2 items"):
         NegativeSampler(full, 2)
+
+
+def test_without_validation_items_no_epoch_can_be_chosen(tmp_path: Path) -> None:
+    interactions = dataclasses.replace(
+        checkerboard(), validation=ItemLists(np.zeros(41, np.int64), np.empty(0, np.int32))
+    )
+    with pytest.raises(TrainingError, match=r"None of the 40 users has a validation item.*validation_days"):
+        trainer(tmp_path, interactions).run()
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Train(embedding_dim=64, batch_size=1_000_000)
+    shards = Shards((1_000_000, 300_000))
+    nodes, row = 8 * 1_300_000 * 64 * 4, 6 * 64 * 4
+    check_memory(large, shards, False, nodes + 1_000_000 * row)
+    with pytest.raises(
+        TrainingError, match=r"1300000 nodes and 1\.54 GB for 1000000 interactions; 3\.00 GB are free"
+    ) as caught:
+        check_memory(large, shards, False, 3_000_000_000)
+    fitting = (3_000_000_000 - nodes) // row
+    assert f"train.batch_size to {fitting} or less" in caught.value.remedy
+    check_memory(large.model_copy(update={"batch_size": fitting}), shards, False, 3_000_000_000)
+    with pytest.raises(TrainingError, match=r"embedding_dim to 24 or less"):
+        check_memory(large, shards, False, 1_000_000_000)
+    monkeypatch.setattr(training, "free_bytes", lambda _: 1000)
+    with pytest.raises(TrainingError, match="72 nodes"):
+        trainer(tmp_path).run()
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
