@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import multiprocessing
+import random
+import signal
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -165,6 +169,44 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
             finish(tmp_path / "killed", kind)
     found = finish(tmp_path / "killed", kind)
     assert found[:2] == expected[:2]
+    assert equal(found[2], expected[2])
+
+
+LONG = SMALL.model_copy(update={"num_epochs": 60, "patience": 60, "checkpoint_steps": 1})
+
+
+def _train_long(work: Path) -> None:
+    torch.set_num_threads(1)
+    trainer(work, config=LONG).run()
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
+    ours = trainer(tmp_path / "undisturbed", config=LONG)
+    expected = ours.run(), ours.progress.curve, ours.best_weights()
+    # Processes that start with torch imported, in which no gradient has run yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    work, moments, steps = tmp_path / "killed", random.Random(0), []
+    work.mkdir()
+    for _ in range(20):
+        before = (work / "checkpoint.json").stat().st_ino if steps else None
+        process = context.Process(target=_train_long, args=(work,))
+        process.start()
+        while not (work / "checkpoint.json").exists() or (work / "checkpoint.json").stat().st_ino == before:
+            assert process.is_alive(), "the training ended before it was killed twenty times"
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        resumed = trainer(work, config=LONG)
+        resumed._resume()
+        steps.append((resumed.progress.epoch, resumed.progress.step))
+    assert steps == sorted(set(steps)) and steps[-1][0] < 60
+    resumed = trainer(work, config=LONG)
+    found = resumed.run(), resumed.progress.curve, resumed.best_weights()
+    assert found[0] | {"seconds": 0} == expected[0] | {"seconds": 0}
+    assert found[1] == expected[1]
     assert equal(found[2], expected[2])
 
 
