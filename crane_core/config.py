@@ -258,6 +258,8 @@ class Runtime(Section):
     """Where training runs: `cpu` or `cuda`. Refining, kNN and ranking run on the CPU so far."""
     world_size: int = Field(1, ge=1)
     """Training processes on this machine."""
+    live_curves: bool = False
+    """Show the curves of a training in MLflow while it runs; they are registered with the model in any case."""
     num_threads: int | None = Field(None, ge=1)
     """Threads per process for torch and faiss; the library's choice when absent."""
     spark_master: str = "local[*]"

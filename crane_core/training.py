@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -127,6 +127,7 @@ class Trainer:
         work: folder of the checkpoints, which all ranks see.
         device: of the model.
         stopping: set by whoever wants the training to end; it finishes its step and leaves a checkpoint.
+        watch: called with the curve's entry after every epoch.
     """
 
     def __init__(
@@ -137,12 +138,14 @@ class Trainer:
         work: Path,
         device: torch.device,
         stopping: Event | None = None,
+        watch: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.interactions = interactions
         self.config = config
         self.work = work
         self.device = device
         self.stopping = stopping or Event()
+        self.watch = watch
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.shards = Shards((interactions.num_users, interactions.num_items), self.rank, self.world_size)
         model.shard(self.shards)
@@ -245,6 +248,8 @@ class Trainer:
         losses = {name: value / num_steps for name, value in progress.sums.items()}
         monitors = self._watch(rankings)
         progress.curve.append({"epoch": progress.epoch, "loss": sum(losses.values()), **losses, **metrics, **monitors})
+        if self.watch is not None:
+            self.watch(progress.curve[-1])
         if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
             progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
             weights = self.model.state_dict()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -115,6 +115,18 @@ def _stop_on_sigterm() -> Iterator[Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _live_curve(
+    store_uri: str, run_id: str, config: RunConfig, work: Path
+) -> AbstractContextManager[Callable[[Mapping[str, float]], None] | None]:
+    """What shows the epochs in MLflow, on rank 0 and where it is asked for."""
+    if not config.runtime.live_curves or (dist.is_initialized() and dist.get_rank() > 0):
+        return nullcontext()
+    # Imported where it is wanted: MLflow takes longer to import than a small model to train.
+    from crane_core.registry import open_registry
+
+    return open_registry(config.runtime, store_uri).watch(f"{run_id} {work.parent.name}", work.stem)
+
+
 @record
 def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
     """What every rank does; rank 0 leaves the results in `work`."""
@@ -127,8 +139,8 @@ def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, buil
     store = open_store(store_uri)
     interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
     model = build(store, run_id, interactions, config, device)
-    with _stop_on_sigterm() as stopping:
-        trainer = Trainer(model, interactions, config.train, work, device, stopping)
+    with _stop_on_sigterm() as stopping, _live_curve(store_uri, run_id, config, work) as watch:
+        trainer = Trainer(model, interactions, config.train, work, device, stopping, watch)
         summary = trainer.run()
     users, items = trainer.best_rows()
     if trainer.rank == 0:

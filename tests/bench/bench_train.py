@@ -49,6 +49,8 @@ from crane_core.training import NegativeSampler, Trainer
 from tests.bench.bench_rca import device_name, status_bytes
 
 PEER_BATCH = 2048
+REPEATS = 1.035
+"""Pairs drawn for each that is kept, about: what a user meets twice counts once."""
 LIMIT = 1e-4
 """Largest difference to the peer's rows and gradients, over their largest value."""
 
@@ -314,17 +316,14 @@ def draw(num_users: int, num_items: int, num_interactions: int, block: int = 50_
     """Distinct pairs, int32 [2, n] for a block of users at a time, about `num_interactions` in all."""
     generator = np.random.default_rng(0)
     activity = generator.lognormal(0, 1, num_users)
-    counts = np.maximum(1, activity * num_interactions / activity.sum()).astype(np.int64)
+    counts = np.maximum(1, REPEATS * activity * num_interactions / activity.sum()).astype(np.int64)
     popularity = (np.arange(num_items) + 10.0) ** -0.9
-    reach, names = np.cumsum(popularity) / popularity.sum(), generator.permutation(num_items).astype(np.int32)
+    reach, names = np.cumsum(popularity) / popularity.sum(), generator.permutation(num_items)
     for start in range(0, num_users, block):
-        wanted = counts[start : start + block]
-        users, keys = np.arange(start, start + len(wanted)), np.empty(0, dtype=np.int64)
-        for _ in range(4):  # What a user meets twice is drawn again.
-            lacking = wanted - np.bincount(keys // num_items - start, minlength=len(wanted))
-            more = np.repeat(users, lacking)
-            items = names[np.minimum(np.searchsorted(reach, generator.random(len(more))), num_items - 1)]
-            keys = np.unique(np.concatenate([keys, more * num_items + items]))
+        users = np.repeat(np.arange(start, min(start + block, num_users)), counts[start : start + block])
+        places = np.searchsorted(reach, generator.random(len(users), dtype=np.float32))
+        keys = np.sort(users * num_items + names[np.minimum(places, num_items - 1)])
+        keys = keys[np.diff(keys, prepend=-1) > 0]
         yield np.stack([keys // num_items, keys % num_items]).astype(np.int32)
 
 
