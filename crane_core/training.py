@@ -310,9 +310,9 @@ class Trainer:
                 dist.all_reduce(parameter.grad)
             dist.all_reduce(values)
         if not torch.isfinite(values).all():
-            terms = ", ".join(f"{name} {float(value):g}" for name, value in zip(losses, values, strict=True))
+            found = ", ".join(f"{name} {float(value):g}" for name, value in zip(losses, values, strict=True))
             raise TrainingError(
-                f"The loss is not finite in epoch {self.progress.epoch}, step {self.progress.step}: {terms}.",
+                f"The loss is not finite in epoch {self.progress.epoch}, step {self.progress.step}: {found}.",
                 "Lower train.learning_rate, or look for extreme values in the features.",
             )
         self.optimiser.step()

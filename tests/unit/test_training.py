@@ -172,7 +172,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
     assert equal(found[2], expected[2])
 
 
-LONG = SMALL.model_copy(update={"num_epochs": 60, "patience": 60, "checkpoint_steps": 1})
+LONG = SMALL.model_copy(update={"num_epochs": 30, "patience": 30, "checkpoint_steps": 1})
 
 
 def _train_long(work: Path) -> None:
@@ -202,7 +202,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
         resumed = trainer(work, config=LONG)
         resumed._resume()
         steps.append((resumed.progress.epoch, resumed.progress.step))
-    assert steps == sorted(set(steps)) and steps[-1][0] < 60
+    assert steps == sorted(set(steps)) and steps[-1][0] < 30
     resumed = trainer(work, config=LONG)
     found = resumed.run(), resumed.progress.curve, resumed.best_weights()
     assert found[0] | {"seconds": 0} == expected[0] | {"seconds": 0}
