@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
 import torch.multiprocessing as mp
 from torch import Tensor
 
