@@ -234,9 +234,13 @@ class Train(Section):
     num_item_layers: int = Field(1, ge=0)
     """Propagation steps on the item-item graph (L_II)."""
     learning_rate: float = Field(3e-3, gt=0)
-    """Adam's step size."""
+    """Adam's step size for one batch per step."""
     batch_size: int = Field(2048, ge=1)
-    """Training interactions per step, over all ranks."""
+    """Training interactions whose loss is computed at once, over all ranks."""
+    batches_per_step: int = Field(1, ge=1)
+    """Batches that share one propagation and one step of Adam, whose step size grows with the square root of their
+    number (Malladi et al., arXiv 2205.10287). Propagation costs the same for any number of them: raise it until the
+    batches cost as much as the propagation, and lower it where the validation recall suffers."""
     num_epochs: int = Field(200, ge=1)
     """Upper bound of the epochs."""
     patience: int = Field(20, ge=1)
@@ -336,6 +340,8 @@ class Runtime(Section):
     """Where refining, training and the exact kNN run: `cpu` or `cuda`. Approximate kNN and ranking run on the CPU."""
     world_size: int = Field(1, ge=1)
     """Refining and training processes on this machine."""
+    live_curves: bool = False
+    """Show the curves of a training in MLflow while it runs; they are registered with the model in any case."""
     num_threads: int | None = Field(None, ge=1)
     """Threads per process for torch and faiss; the library's choice when absent."""
     spark_master: str = "local[*]"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from crane_core.errors import ArtifactError
 from crane_core.schema import ITEM_IDX, SPLIT, TEST, TRAIN, USER_IDX, VALIDATION
 from crane_core.store import Artifact
+
+_BLOCK_ROWS = 1 << 20
+"""Interactions read or sorted at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,20 @@ class ItemLists:
     def where(self, keep: np.ndarray) -> ItemLists:
         """The lists reduced to the entries where `keep`, bool [num_pairs], is true."""
         return ItemLists.from_pairs(self.users()[keep], self.items[keep], self.num_users)
+
+    def holds(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each item is in the list of the user beside it: int [n], int [n] -> bool [n], by binary search."""
+        low, stop = self.indptr[users], self.indptr[users + 1]
+        high, searched = stop.copy(), np.flatnonzero(low < stop)
+        while len(searched):
+            middle = (low[searched] + high[searched]) // 2
+            is_below = self.items[middle] < items[searched]
+            low[searched[is_below]] = middle[is_below] + 1
+            high[searched[~is_below]] = middle[~is_below]
+            searched = searched[low[searched] < high[searched]]
+        found = low < stop
+        found[found] = self.items[low[found]] == items[found]
+        return found
 
     def rows(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The entries of some users.
@@ -92,24 +111,70 @@ class Interactions:
 
 
 def load_interactions(artifact: Artifact) -> Interactions:
-    """Read the output of `etl.interactions`.
+    """Read the output of `etl.interactions`, a block of its rows at a time.
+
+    Memory holds the lists themselves, 4 bytes an interaction, and one block.
 
     Raises:
         ArtifactError: an index lies outside the id maps.
     """
     num_users, num_items = artifact.facts["num_users"], artifact.facts["num_items"]
-    table = pq.read_table(artifact.file("interactions"), columns=[USER_IDX, ITEM_IDX, SPLIT])
-    users, items, split = (_column(table, name) for name in (USER_IDX, ITEM_IDX, SPLIT))
-    for name, values, size in ((USER_IDX, users, num_users), (ITEM_IDX, items, num_items)):
-        if len(values) and not 0 <= values.min() <= values.max() < size:
-            raise ArtifactError(
-                f"{artifact.path} has {name} outside 0..{size - 1}.", "Run etl.interactions again for this window."
-            )
-    train, validation, test = (
-        ItemLists.from_pairs(users[split == part], items[split == part], num_users)
-        for part in (TRAIN, VALIDATION, TEST)
-    )
-    return Interactions(num_users, num_items, train, validation, test)
+    counts = {part: np.zeros(num_users, dtype=np.int64) for part in (TRAIN, VALIDATION, TEST)}
+    for users, items, split in _blocks(artifact):
+        for name, values, size in ((USER_IDX, users, num_users), (ITEM_IDX, items, num_items)):
+            if len(values) and not 0 <= values.min() <= values.max() < size:
+                raise ArtifactError(
+                    f"{artifact.path} has {name} outside 0..{size - 1}.", "Run etl.interactions again for this window."
+                )
+        for part, lengths in counts.items():
+            lengths += np.bincount(users[split == part], minlength=num_users)
+    lists = {part: _OpenLists(lengths) for part, lengths in counts.items()}
+    for users, items, split in _blocks(artifact):
+        for part, open_lists in lists.items():
+            open_lists.append(users[split == part], items[split == part])
+    return Interactions(num_users, num_items, *(lists[part].close() for part in (TRAIN, VALIDATION, TEST)))
+
+
+class _OpenLists:
+    """Item lists of known lengths, filled by blocks of pairs in any order.
+
+    Args:
+        lengths: int64 [num_users].
+    """
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self._indptr = np.concatenate([[0], np.cumsum(lengths)])
+        self._items = np.empty(self._indptr[-1], dtype=np.int32)
+        self._ends = self._indptr[:-1].copy()
+
+    def append(self, users: np.ndarray, items: np.ndarray) -> None:
+        order = np.argsort(users, kind="stable")
+        users = users[order]
+        starts = np.flatnonzero(np.diff(users, prepend=-1))
+        lengths = np.diff(starts, append=len(users))
+        self._items[self._ends[users] + np.arange(len(users)) - np.repeat(starts, lengths)] = items[order]
+        self._ends[users[starts]] += lengths
+
+    def close(self) -> ItemLists:
+        """The lists, each sorted, a block of users at a time."""
+        lists = ItemLists(self._indptr, self._items)
+        # As many users as have a block of rows together, or one.
+        blocks = self._indptr[1:] // _BLOCK_ROWS
+        for part in np.split(np.arange(lists.num_users), np.flatnonzero(np.diff(blocks)) + 1):
+            if len(part):
+                positions, items = lists.rows(part)
+                order = np.lexsort((items, positions))
+                self._items[self._indptr[part[0]] : self._indptr[part[-1] + 1]] = items[order]
+        return lists
+
+
+def _blocks(artifact: Artifact) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Users, items and splits of the interactions, in order."""
+    names = [USER_IDX, ITEM_IDX, SPLIT]
+    data = ds.dataset(artifact.file("interactions"), format="parquet", partitioning="hive")
+    for batch in data.to_batches(columns=names, batch_size=_BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
+        users, items, split = (batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+        yield users, items, split
 
 
 def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
@@ -126,7 +191,3 @@ def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
     index = USER_IDX if table == "users" else ITEM_IDX
     rows = pq.read_table(artifact.file(table), columns=[index, column]).sort_by(index)
     return rows.column(column)
-
-
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy()

@@ -42,4 +42,8 @@ class ArtifactError(CraneError):
 
 
 class TrainingError(CraneError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot go on: the loss is not finite, or it does not fit in memory."""
+
+
+class TrainingStopped(TrainingError):
+    """Somebody asked a training to stop; it left a checkpoint behind."""

@@ -11,15 +11,12 @@ import pyarrow.parquet as pq
 import torch
 
 from crane_core.dataset import ItemLists
-from crane_core.evaluation import dot_product, rank_blocks
+from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks
 from crane_core.knn import search
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
 
 logger = logging.getLogger(__name__)
-
-SCORE_BYTES = 64 * 1024 * 1024
-"""Scores in memory at a time."""
 
 RECOMMENDATIONS = pa.schema(
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from crane_core.config import Loss, Train
 from crane_core.content import Content, JointContent
 from crane_core.propagation import SymmetricGraph, propagate
+from crane_core.sharding import Shards
 
 Rows = tuple[Tensor, Tensor]
 """Users float32 [num_users, d] and items float32 [num_items, d]; scores are their dot products."""
@@ -57,6 +58,79 @@ class Views:
     behaviour: Tensor
     semantic: Tensor | None
 
+    def collect(self, shards: Shards) -> Views:
+        """The rows of all ranks, without a gradient."""
+        final = shards.collect(self.final.detach())
+        behaviour = final if self.behaviour is self.final else shards.collect(self.behaviour.detach())
+        return Views(final, behaviour, None if self.semantic is None else shards.collect(self.semantic.detach()))
+
+
+class Picked:
+    """Rows to pick from, whose gradients add up here: plain indexing makes one of the size of all rows at every pick.
+
+    Args:
+        rows: float32 [n, d].
+
+    Attributes:
+        gradient: float32 [n, d], what all backward passes have brought.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows.detach()
+        self.gradient = torch.zeros_like(self.rows)
+        # Autograd records only what an input with a gradient goes into.
+        self._anchor = rows.new_zeros((), requires_grad=True)
+
+    def __getitem__(self, nodes: Tensor) -> Tensor:
+        """float32 [m, d], the rows of int64 [m] nodes."""
+        return _Pick.apply(self._anchor, self, nodes)
+
+    def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """As of a tensor."""
+        return self.rows.new_zeros(shape)
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, source: Picked, nodes: Tensor) -> Tensor:
+        ctx.source, ctx.nodes = source, nodes
+        return source.rows[nodes]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.source.gradient.index_add_(0, ctx.nodes, gradients[0])
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class PickedViews:
+    """What the losses of a step read: views of all ranks and this rank's ID embeddings, each made once for a step.
+
+    Attributes:
+        final, behaviour, semantic: as in `Views`.
+        ids: the embeddings this rank keeps.
+    """
+
+    final: Picked
+    behaviour: Picked
+    semantic: Picked | None
+    ids: Picked
+
+    @classmethod
+    def of(cls, views: Views, ids: nn.Parameter, shards: Shards) -> PickedViews:
+        """Gather the rows of all ranks."""
+        rows = views.collect(shards)
+        final = Picked(rows.final)
+        behaviour = final if rows.behaviour is rows.final else Picked(rows.behaviour)
+        return cls(final, behaviour, None if rows.semantic is None else Picked(rows.semantic), Picked(ids))
+
+    def backward(self, views: Views, ids: nn.Parameter, shards: Shards) -> None:
+        """Add up what has reached the rows on all ranks, and send it on through this rank's part of `views`."""
+        pairs = ((self.final, views.final), (self.behaviour, views.behaviour), (self.semantic, views.semantic))
+        reached = {rows: picked for picked, rows in pairs if picked is not None and rows is not None}
+        gradients = [shards.add_up(picked.gradient) for picked in reached.values()]
+        torch.autograd.backward([*reached, ids], [*gradients, self.ids.gradient])
+
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far the length of an item's row may count when it is ranked; validation chooses."""
@@ -88,10 +162,16 @@ class LightGCN(nn.Module):
         self.num_users = num_users
         self.num_items = num_items
         self.config = config
+        self.shards = Shards((num_users, num_items))
         generator = torch.Generator().manual_seed(config.seed)
         self.ids = nn.Parameter(
             torch.cat([_xavier(size, config.embedding_dim, generator) for size in (num_users, num_items)])
         )
+
+    def shard(self, shards: Shards) -> None:
+        """Keep the embeddings of one rank only; from then on `forward` gives its rows of all nodes, from its graph."""
+        self.shards = shards
+        self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
 
     def start_epoch(self, epoch: int) -> None:
         """Called before the first step of every epoch, the same on every rank.
@@ -104,17 +184,19 @@ class LightGCN(nn.Module):
         behaviour = propagate(graph, self.ids, self.config.num_layers)
         return Views(behaviour, behaviour, None)
 
-    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss, weighted: means over the batch, of which this rank adds up its own rows.
 
         Summed over ranks, values and gradients are those of the whole batch.
         `ranking`: BPR or the sampled softmax on `z`. `regularisation`: lambda / 2 times the squared norm of the
         batch's embeddings.
         """
-        nodes = [batch.mine(batch.users), batch.mine(batch.positives) + self.num_users]
+        nodes = [batch.users, batch.positives + self.num_users]
         if not self.shares_negatives:
-            nodes.append(batch.mine(batch.negatives) + self.num_users)
-        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat(nodes))
+            nodes.append(batch.negatives + self.num_users)
+        # A rank that keeps a shard answers for the nodes it keeps, one that keeps all of them for its rows.
+        mine = self.shards.own if self.shards.world_size > 1 else batch.mine
+        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat([mine(each) for each in nodes]))
         return {"ranking": self._ranking(views, batch), "regularisation": penalty / len(batch.users)}
 
     def rankings(self, views: Views, graph: SymmetricGraph) -> dict[str, Rows]:
@@ -134,7 +216,7 @@ class LightGCN(nn.Module):
         """float32 [num_items, 1], what stands for the popularity of an item."""
         return items.norm(dim=1, keepdim=True)
 
-    def _ranking(self, views: Views, batch: Batch) -> Tensor:
+    def _ranking(self, views: Views | PickedViews, batch: Batch) -> Tensor:
         users, positives = (views.final[batch.mine(rows)] for rows in (batch.users, batch.positives + self.num_users))
         if not self.shares_negatives:
             negatives = views.final[batch.mine(batch.negatives) + self.num_users]
@@ -144,9 +226,10 @@ class LightGCN(nn.Module):
         values = sampled_softmax(users, positives, negatives, batch.mine(batch.met), self.config.ranking_temperature)
         return (batch.mine(batch.weights) * values).sum() / len(batch.users)
 
-    def _regularised(self, views: Views, nodes: Tensor) -> Tensor:
+    def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:
         """Squared norm of the nodes' ID embeddings, as the LightGCN paper has it."""
-        return self.ids[nodes].square().sum()
+        ids = views.ids if isinstance(views, PickedViews) else self.ids
+        return ids[nodes].square().sum()
 
 
 def bpr(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -173,7 +256,12 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Te
 
 
 def info_nce(
-    anchors: Tensor, others: Tensor, nodes: Tensor, batch: Batch, temperature: float, false: Tensor | None = None
+    anchors: Tensor | Picked,
+    others: Tensor | Picked,
+    nodes: Tensor,
+    batch: Batch,
+    temperature: float,
+    false: Tensor | None = None,
 ) -> Tensor:
     """Agreement of two views of the same nodes (van den Oord et al., arXiv 1807.03748), cosine similarity.
 
@@ -222,6 +310,8 @@ class Crane(LightGCN):
     def __init__(self, num_users: int, num_items: int, content: Content | JointContent, config: Train) -> None:
         super().__init__(num_users, num_items, config, config.loss)
         self.content = content
+        self.user_shards, self.item_shards = Shards((num_users,)), Shards((num_items,))
+        self._cut: tuple[SymmetricGraph, SymmetricGraph] | None = None
         self.edge_dropout = config.edge_dropout
         self.contrasts_kinds = config.contrast_negatives == "both_kinds"
         generator = torch.Generator().manual_seed(config.seed + 1)
@@ -235,6 +325,11 @@ class Crane(LightGCN):
             self.trust_bias = nn.Parameter(torch.zeros(dim))
         elif config.trust == "scale":
             self.trust = nn.Parameter(torch.full((1,), 0.1))
+
+    def shard(self, shards: Shards) -> None:
+        """Content stays whole on every rank, and each computes the semantic view of its own rows."""
+        super().shard(shards)
+        self.user_shards, self.item_shards = (Shards((size,), shards.rank, shards.world_size) for size in shards.sizes)
 
     def start_epoch(self, epoch: int) -> None:
         """Let the content build its graph anew."""
@@ -257,7 +352,7 @@ class Crane(LightGCN):
             final = behaviour + semantic
         return Views(final, behaviour, semantic)
 
-    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items.
 
         With `contrast_negatives=both_kinds`, over both at once: then the items a user has met in training are no
@@ -279,18 +374,30 @@ class Crane(LightGCN):
         is_warm = graph.degrees()[self.num_users :] > 0
         return fill_cold(super()._lengths(items, graph), is_warm, self.content.graph)
 
+    def _item_graph(self) -> SymmetricGraph:
+        """This rank's rows of the content's graph, cut anew when the content has built another."""
+        whole = self.content.graph
+        if self.item_shards.world_size == 1:
+            return whole
+        if self._cut is None or self._cut[0] is not whole:
+            self._cut = whole, SymmetricGraph(whole.matrix, whole.device, self.item_shards)
+        return self._cut[1]
+
     def _semantic(self, graph: SymmetricGraph) -> Tensor:
         item_rows, user_rows = self.content.rows()
+        item_rows = self.item_shards.local(item_rows)
+        user_rows = None if user_rows is None else self.user_shards.local(user_rows)
+        num_users, item_graph = self.user_shards.num_local, self._item_graph()
         items = item_rows.flatten(1) @ self.fusion + self.fusion_bias
         if self.config.semantic_items == "ids":
-            items = self.ids[self.num_users :] * torch.sigmoid(items)
+            items = self.ids[num_users:] * torch.sigmoid(items)
         for _ in range(self.config.num_item_layers):
-            items = self.content.graph @ items
+            items = item_graph @ items
         if self.config.semantic_users == "profiles":
             assert user_rows is not None
             users = user_rows.flatten(1) @ self.fusion + self.fusion_bias
         else:
-            users = (graph @ torch.cat([torch.zeros_like(self.ids[: self.num_users]), items]))[: self.num_users]
+            users = (graph @ torch.cat([torch.zeros_like(self.ids[:num_users]), items]))[:num_users]
         semantic = torch.cat([users, items])
         if self.config.own_content:
             assert user_rows is not None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -39,3 +41,11 @@ def track(items: Iterable[Item], total: int, event: str, logger: logging.Logger)
             last = now
             rate = done / (now - started)
             logger.info("%s done=%d total=%d rate=%.1f/s left=%.0fs", event, done, total, rate, (total - done) / rate)
+
+
+def resident_bytes() -> int:
+    """Memory of this process at the moment; 0 where the system does not tell it in /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from crane_core.config import Section, Train
 from crane_core.graph import normalise
 from crane_core.knn import search
-from crane_core.model import Batch, LightGCN, Views, info_nce
+from crane_core.model import Batch, LightGCN, PickedViews, Views, info_nce
 from crane_core.propagation import DirectedGraph, SymmetricGraph, propagate
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ class Freedom(LightGCN):
         semantic = torch.cat([torch.zeros_like(users), items])
         return Views(torch.cat([users, own + items]), behaviour, semantic)
 
-    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `features`: lambda times BPR of the users with every modality's projected features."""
         users = views.final[batch.mine(batch.users)]
         total = users.new_zeros(())
@@ -178,7 +178,7 @@ class Mgcn(LightGCN):
         semantic = torch.stack([shared, *specific]).mean(0)
         return Views(behaviour + semantic, behaviour, semantic)
 
-    def losses(self, views: Views, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """LightGCN's terms and `contrast`: lambda_C times the InfoNCE of `h` and `e`, over users and over items.
 
         A node that is in the batch twice counts once, and is no negative of itself.
@@ -201,7 +201,7 @@ class Mgcn(LightGCN):
         users = (graph @ padded)[: self.num_users].chunk(len(spread), dim=1)
         return [torch.cat(pair) for pair in zip(users, spread, strict=True)]
 
-    def _regularised(self, views: Views, nodes: Tensor) -> Tensor:
+    def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:
         return views.final[nodes].square().sum()
 
 

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ CANDIDATE = "candidate"
 _MODEL = "model"
 _EVIDENCE = "evidence"
 _EVIDENCE_TAG = "crane.evidence."
+_TRAINING_TAG = "crane.training"
 _FINGERPRINT = "crane.fingerprint"
 _CHECKSUMS_TAG = "crane.checksums"
 _PARAM_LENGTH = 500
@@ -330,6 +331,49 @@ class Registry:
             raise ArtifactError(
                 f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
             ) from error
+
+    @contextlib.contextmanager
+    def watch(self, name: str, fingerprint: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
+        """Show a training's epochs while it runs, in a run of MLflow of its own.
+
+        A training that goes on from a checkpoint goes on in the same run. A server that does not answer costs the
+        points of its absence, not the training: they are in the training's own curve.
+
+        Args:
+            name: of the run.
+            fingerprint: of the stage.
+
+        Yields:
+            What takes the entry of every epoch.
+        """
+        query = f"tags.`{_TRAINING_TAG}` = '{fingerprint}'"
+        found = self._client.search_runs([self._experiment_id], query, max_results=1)
+        if found:
+            run = found[0].info.run_id
+            self._client.update_run(run, status="RUNNING")
+        else:
+            tags = {_TRAINING_TAG: fingerprint}
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+
+        def log(entry: Mapping[str, float]) -> None:
+            now, epoch = int(time.time() * 1000), int(entry["epoch"])
+            points = [
+                Metric(_metric_name(f"epoch/{name}"), float(value), now, epoch)
+                for name, value in entry.items()
+                if name != "epoch"
+            ]
+            try:
+                self._client.log_batch(run, metrics=points)
+            except MlflowException as error:
+                logger.warning("curve_not_shown epoch=%d run=%s error=%s", epoch, run, error)
+
+        status = "FAILED"
+        try:
+            yield log
+            status = "FINISHED"
+        finally:
+            with contextlib.suppress(MlflowException):
+                self._client.set_terminated(run, status)
 
     def _log_figures(self, run: str, model_id: str, release: Release, tags: Mapping[str, str]) -> None:
         now = int(time.time() * 1000)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import RunConfig
 from crane_core.content import load_modalities
@@ -79,6 +80,7 @@ def load_refiner(config: RunConfig, dims: list[int], work: Path) -> Refiner:
     return refiner.eval()
 
 
+@record
 def _refine_rank(store_uri: str, run_id: str, config: RunConfig, work: Path) -> None:
     """What every rank does with its share of the catalog."""
     with rank(config.runtime) as device:

@@ -245,7 +245,7 @@ def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path:
         if kill:
             process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
             scratch = Path(store.storage.uri) / ".scratch" / "ml.train"
-            while not list(scratch.glob("*.work/checkpoint.safetensors")):
+            while not list(scratch.glob("*.work/checkpoint.json")):
                 assert process.poll() is None, "the job ended before it was killed"
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)

@@ -135,7 +135,7 @@ def test_one_step_equals_the_step_by_hand(phi: str, tmp_path: Path) -> None:
     ours = trainer(tmp_path, start(planted_modalities(), config, refine), config)
     before = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
     drawn = batch(ours)
-    ours._step(ours.graph, drawn)
+    ours._step(ours.graph, [drawn], len(drawn.users))
     weights = {name: value.double().requires_grad_(name != "content.neighbours") for name, value in before.items()}
     loss = reference_loss(weights, ours, drawn, phi)
     loss.backward()

@@ -152,3 +152,34 @@ def test_a_registry_that_is_none_is_a_configuration_error(tmp_path):
 
 def test_telemetry_is_off():
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_training_shows_its_epochs_while_it_runs_and_goes_on_in_the_same_run(registry, monkeypatch, caplog):
+    client = mlflow.MlflowClient()
+
+    def runs():
+        return client.search_runs([registry._experiment_id], "tags.`crane.training` = 'f1'")
+
+    with pytest.raises(RuntimeError), registry.watch("run-1 ml.train", "f1") as log:
+        log({"epoch": 0, "loss": 0.7, "recall@20": 0.1})
+        (running,) = runs()
+        assert running.info.status == "RUNNING" and running.info.run_name == "run-1 ml.train"
+        assert running.data.metrics == {"epoch/loss": 0.7, "epoch/recall_at_20": 0.1}
+        raise RuntimeError
+    assert [run.info.status for run in runs()] == ["FAILED"]
+    with registry.watch("run-1 ml.train", "f1") as log:
+        log({"epoch": 1, "loss": 0.5})
+        with monkeypatch.context() as patch:
+            patch.setattr(registry._client, "log_batch", _refuse)
+            log({"epoch": 2, "loss": 0.4})
+    (finished,) = runs()
+    assert finished.info.status == "FINISHED"
+    assert [(point.step, point.value) for point in client.get_metric_history(finished.info.run_id, "epoch/loss")] == [
+        (0, 0.7),
+        (1, 0.5),
+    ]
+    assert "curve_not_shown epoch=2" in caplog.text
+
+
+def _refuse(*_, **__):
+    raise mlflow.exceptions.MlflowException("no answer")

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import math
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from crane_core import training
 from crane_core.config import Train
+from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import DataError, TrainingError
+from crane_core.errors import DataError, TrainingError, TrainingStopped
 from crane_core.evaluation import dot_product, rank_users, user_metrics
-from crane_core.graph import user_item_graph
+from crane_core.graph import build_graph, user_item_graph
+from crane_core.knn import search
+from crane_core.memory import check_memory
 from crane_core.model import Batch, Crane, LightGCN, Rows
-from crane_core.propagation import drop_edges
+from crane_core.propagation import SymmetricGraph, drop_edges
+from crane_core.sharding import Shards
 from crane_core.training import NegativeSampler, Trainer, _user_weights
 from tests.unit.planted import checkerboard, checkerboard_content
 
@@ -48,7 +59,7 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     before = ours.model.ids.detach().clone()
     picked, negatives = np.array([0, 5, 9]), np.array([31, 20, 11])
     rows = (ours.users[picked], ours.items[picked], negatives)
-    ours._step(ours.graph, Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows)))
+    ours._step(ours.graph, [Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows))], 3)
 
     adjacency = torch.from_numpy(
         user_item_graph(
@@ -89,8 +100,26 @@ def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
         # Every user has met six items, so all weights are 1.
         expected += (math.log(sum(map(math.exp, scores))) - scores[0]) / len(picked)
     assert crossed > 0, "no positive was a negative of another row"
-    ours._step(ours.graph, batch)
+    ours._step(ours.graph, [batch], len(batch.users))
     assert ours.progress.sums["ranking"] == pytest.approx(expected, rel=1e-5)
+
+
+@both_kinds
+def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> None:
+    """The gradient of a step is that of the mean loss over its rows, whose batches draw their own negatives."""
+    config = SMALL.model_copy(update={"batch_size": 50, "batches_per_step": 3, "learning_rate": 0.01})
+    ours, plain = trainer(tmp_path, config=config, kind=kind), trainer(tmp_path, config=config, kind=kind)
+    picked = np.arange(120)
+    ours._step(ours.graph, ours._batches(picked), 120)
+    batches = list(plain._batches(picked))
+    assert [len(batch.users) for batch in batches] == [50, 50, 20]
+    losses = [sum(plain.model.losses(plain.model(plain.graph), batch).values()) for batch in batches]
+    loss = torch.stack([value * share for value, share in zip(losses, (5 / 12, 5 / 12, 1 / 6), strict=True)]).sum()
+    loss.backward()
+    assert sum(ours.progress.sums.values()) == pytest.approx(loss.item(), rel=1e-5)
+    for found, expected in zip(ours.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
+    assert ours.optimiser.param_groups[0]["lr"] == pytest.approx(0.01 * 3**0.5)
 
 
 @both_kinds
@@ -141,6 +170,71 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
         with pytest.raises(Killed):
             finish(tmp_path / "killed", kind)
     found = finish(tmp_path / "killed", kind)
+    assert found[:2] == expected[:2]
+    assert equal(found[2], expected[2])
+
+
+LONG = SMALL.model_copy(update={"num_epochs": 30, "patience": 30, "checkpoint_steps": 1})
+
+
+def _train_long(work: Path) -> None:
+    torch.set_num_threads(1)
+    trainer(work, config=LONG).run()
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
+    ours = trainer(tmp_path / "undisturbed", config=LONG)
+    expected = ours.run(), ours.progress.curve, ours.best_weights()
+    # Processes that start with torch imported, in which no gradient has run yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    work, moments, steps = tmp_path / "killed", random.Random(0), []
+    work.mkdir()
+    for _ in range(20):
+        before = (work / "checkpoint.json").stat().st_ino if steps else None
+        process = context.Process(target=_train_long, args=(work,))
+        process.start()
+        while not (work / "checkpoint.json").exists() or (work / "checkpoint.json").stat().st_ino == before:
+            assert process.is_alive(), "the training ended before it was killed twenty times"
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        resumed = trainer(work, config=LONG)
+        resumed._resume()
+        steps.append((resumed.progress.epoch, resumed.progress.step))
+    assert steps == sorted(set(steps)) and steps[-1][0] < 30
+    resumed = trainer(work, config=LONG)
+    found = resumed.run(), resumed.progress.curve, resumed.best_weights()
+    assert found[0] | {"seconds": 0} == expected[0] | {"seconds": 0}
+    assert found[1] == expected[1]
+    assert equal(found[2], expected[2])
+
+
+@both_kinds
+def test_a_training_asked_to_stop_leaves_the_step_it_finished(
+    tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = finish(tmp_path / "undisturbed", kind)
+    step, taken = Trainer._step, 0
+
+    def step_and_ask(self: Trainer, *arguments: object) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 7:
+            self.stopping.set()
+        step(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_and_ask)
+        with pytest.raises(TrainingStopped, match=r"after step 3 of 4 in epoch 1.*same command again"):
+            finish(tmp_path / "stopped", kind)
+    assert taken == 7
+    ours = trainer(tmp_path / "stopped", kind=kind)
+    ours._resume()
+    assert (ours.progress.epoch, ours.progress.step) == (1, 3)
+    found = finish(tmp_path / "stopped", kind)
     assert found[:2] == expected[:2]
     assert equal(found[2], expected[2])
 
@@ -207,7 +301,9 @@ def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
 @both_kinds
 def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(Trainer, "_step", lambda self, graph, batch: drawn.append(batch.negatives.tolist()))
+    monkeypatch.setattr(
+        Trainer, "_step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
+    )
     ours = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 3, "batch_size": 60}), kind=kind)
     ours.run()
     assert len(drawn) == 12
@@ -272,29 +368,57 @@ def test_a_contrast_that_overwhelms_the_ranking_is_logged_once(
         assert said == ([] if weight < 1 else ["overwhelmed epoch=0 term=contrast"])
 
 
+def uneven(kind: Kind, work: Path) -> Trainer:
+    """33 users and 21 items, which neither two nor four ranks can share evenly, in steps of two batches."""
+    update = {"num_epochs": 3, "batch_size": 19, "batches_per_step": 2, "checkpoint_steps": 2}
+    interactions, config = checkerboard(3, 11, 7), SMALL.model_copy(update=update)
+    if kind == "lightgcn":
+        return trainer(work, interactions, config)
+    generator = torch.Generator().manual_seed(1)
+    items, users = (torch.randn(size, 2, 5, generator=generator) for size in (21, 33))
+    neighbours, _ = search(items.flatten(1).numpy(), range(21), 3)
+    graph = SymmetricGraph(build_graph(neighbours.astype(np.int32)), CPU)
+    work.mkdir(exist_ok=True)
+    return Trainer(Crane(33, 21, Content(items, graph, users), config), interactions, config, work, CPU)
+
+
 def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous{world_size}", rank=rank, world_size=world_size
     )
     for kind in KINDS:
-        config = SMALL.model_copy(update={"num_epochs": 3, "batch_size": 61})
-        ours = trainer(Path(folder) / f"{kind}{world_size}", config=config, kind=kind)
+        ours = uneven(kind, Path(folder) / f"{kind}{world_size}")
         ours.run()
+        ids = ours.shards.collect(ours.model.ids.detach())
+        rows = ours.best_rows()
         if rank == 0:
-            (Path(folder) / f"{kind}{world_size}.json").write_text(json.dumps(ours.progress.curve))
-        torch.distributed.barrier()
+            torch.save((ours.progress.curve, ids, *rows), Path(folder) / f"{kind}{world_size}.pt")
+    # Half of a training, for another number of ranks to go on with.
+    half = uneven("crane", Path(folder) / f"half{world_size}")
+    half.config = half.config.model_copy(update={"num_epochs": 1})
+    half.run()
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    for world_size in (1, 3):
+def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -> None:
+    for world_size in (2, 4):
         mp.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
     for kind in KINDS:
-        one, three = (json.loads((tmp_path / f"{kind}{world_size}.json").read_text()) for world_size in (1, 3))
-        assert len(one) == 3
-        for expected, found in zip(one, three, strict=True):
-            assert found == pytest.approx(expected, rel=1e-4)
+        alone = uneven(kind, tmp_path / kind)
+        alone.run()
+        assert len(alone.progress.curve) == 3
+        expected = (alone.model.ids.detach().clone(), *alone.best_rows())
+        for world_size in (2, 4):
+            curve, *found = torch.load(tmp_path / f"{kind}{world_size}.pt")
+            for one, many in zip(alone.progress.curve, curve, strict=True):
+                assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
+            torch.testing.assert_close(found, list(expected), rtol=1e-5, atol=1e-5)
+    for world_size in (2, 4):
+        resumed = uneven("crane", tmp_path / f"half{world_size}")
+        resumed.run()
+        for one, many in zip(alone.progress.curve, resumed.progress.curve, strict=True):
+            assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -388,8 +512,16 @@ def test_a_user_with_every_item_is_set_aside(
 ) -> None:
     seen: list[int] = []
     step = Trainer._step
+
+    def watched(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            seen.extend(batch.users.tolist())
+            yield batch
+
     monkeypatch.setattr(
-        Trainer, "_step", lambda self, graph, batch: seen.extend(batch.users.tolist()) or step(self, graph, batch)
+        Trainer,
+        "_step",
+        lambda self, graph, batches, num_rows: step(self, graph, watched(batches), num_rows),
     )
     ours = trainer(tmp_path, with_everything(2), SMALL.model_copy(update={"num_epochs": 3}), kind)
     with caplog.at_level(logging.WARNING):
@@ -422,6 +554,33 @@ def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) ->
     assert trainer(tmp_path / "other", kind="crane")._batch(np.arange(9), np.random.default_rng(0)).known is None
 
 
+def test_without_validation_items_no_epoch_can_be_chosen(tmp_path: Path) -> None:
+    interactions = dataclasses.replace(
+        checkerboard(), validation=ItemLists(np.zeros(41, np.int64), np.empty(0, np.int32))
+    )
+    with pytest.raises(TrainingError, match=r"None of the 40 users has a validation item.*validation_days"):
+        trainer(tmp_path, interactions).run()
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = Train(embedding_dim=64, batch_size=1_000_000)
+    shards = Shards((1_000_000, 300_000))
+    nodes, row = 8 * 1_300_000 * 64 * 4, 6 * 64 * 4
+    check_memory(large, shards, False, nodes + 1_000_000 * row)
+    with pytest.raises(
+        TrainingError, match=r"1300000 nodes and 1\.54 GB for 1000000 interactions; 3\.00 GB are free"
+    ) as caught:
+        check_memory(large, shards, False, 3_000_000_000)
+    fitting = (3_000_000_000 - nodes) // row
+    assert f"train.batch_size to {fitting} or less" in caught.value.remedy
+    check_memory(large.model_copy(update={"batch_size": fitting}), shards, False, 3_000_000_000)
+    with pytest.raises(TrainingError, match=r"embedding_dim to 24 or less"):
+        check_memory(large, shards, False, 1_000_000_000)
+    monkeypatch.setattr(training, "free_bytes", lambda _: 1000)
+    with pytest.raises(TrainingError, match="72 nodes"):
+        trainer(tmp_path).run()
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     ours = trainer(tmp_path)
     ours.model.ids.data[0] = torch.nan
@@ -439,3 +598,13 @@ def test_edge_dropout_keeps_the_promised_share_and_spares_rare_ends() -> None:
         dropped += ~np.isin(np.arange(2000), kept)
     assert dropped[items == 0].mean() > 1.5 * dropped[items > 0].mean()
     assert len(drop_edges(users, items, 0.0, np.random.default_rng(0))) == 2000
+
+
+def test_the_last_item_left_to_a_user_is_found_at_once() -> None:
+    size = 100_000
+    own = np.delete(np.arange(size, dtype=np.int32), 777)
+    train = ItemLists(np.array([0, size - 1]), own)
+    assert (
+        NegativeSampler(train, size).one_each(np.zeros(3, dtype=np.int64), np.random.default_rng(0)).tolist()
+        == [777] * 3
+    )

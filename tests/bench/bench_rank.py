@@ -1,0 +1,143 @@
+"""Scores per second of full-catalog ranking, beside the matrix product alone and a RecBole-style loop.
+
+    python -m tests.bench.bench_rank --users 2000 --items 300000
+
+Rows are normal, histories random. First the lists are checked against a full sort of float64 scores in which the items
+of the user's history are left out: every score of a list must be the one of the sort at its place, and no item of the
+history may be in it. Then the three take turns over the same users. The last line on stdout is one JSON object:
+
+- `scores_per_second`: users times items per second of `rank_blocks`: scores, mask and the k best.
+- `gemm_scores_per_second`: the product alone, in blocks of the same size, into one buffer.
+- `peer_scores_per_second`: a loop as RecBole's evaluation has it: for each batch of users a fresh product, the history
+  set to -inf by index, `torch.topk`, and the hits looked up in a dense matrix of the positives. A batch has 16.8
+  million scores; RecBole's default, `eval_batch_size` over the number of items, would be one user at a time.
+- `cpu_...`: the same by the time of the processor, for a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane_core.dataset import ItemLists
+from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks
+from tests.bench.bench_rca import device_name
+
+LIMIT = 1e-4
+"""Largest difference of a score to that of the sort in float64."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=2_000)
+    parser.add_argument("--items", type=int, default=300_000)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--history", type=int, default=42, help="mean items per user")
+    parser.add_argument("--block", type=int, help="users at a time; as many as fit into SCORE_BYTES when absent")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch's choice when absent")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, block = torch.device(args.device), args.block or max(1, SCORE_BYTES // (4 * args.items))
+    generator = torch.Generator().manual_seed(0)
+    users, items = (torch.randn(size, args.dim, generator=generator).to(device) for size in (args.users, args.items))
+    seen = histories(args.users, args.items, args.history)
+
+    worst = check(users, items, seen, args.k, block)
+    if not worst < LIMIT:
+        print(f"A list is wrong by {worst}, expected below {LIMIT}.", file=sys.stderr)
+        return 1
+    sides: dict[str, Callable[[], None]] = {
+        "": lambda: exhaust(users, items, seen, args.k, block),
+        "gemm_": lambda: multiply(users, items, block),
+        "peer_": lambda: recbole(users, items, seen, args.k),
+    }
+    best = {name: np.full(2, np.inf) for name in sides}
+    for turn in range(args.repeats + 1):
+        for name, run in sides.items():
+            started, worked = time.perf_counter(), time.process_time()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                best[name] = np.minimum(best[name], (time.perf_counter() - started, time.process_time() - worked))
+    scores = args.users * args.items
+    result = {"max_difference": worst}
+    for name, (seconds, cpu_seconds) in best.items():
+        result[f"{name}scores_per_second"] = scores / seconds
+        result[f"cpu_{name}scores_per_second"] = scores / cpu_seconds
+    result |= {
+        "share_of_gemm": float(best["gemm_"][0] / best[""][0]),
+        "cpu_share_of_gemm": float(best["gemm_"][1] / best[""][1]),
+        "times_peer": float(best["peer_"][0] / best[""][0]),
+        "cpu_times_peer": float(best["peer_"][1] / best[""][1]),
+        "peer": "RecBole-style full_sort_predict loop",
+        "command": "python -m tests.bench.bench_rank " + " ".join(sys.argv[1:]),
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def histories(num_users: int, num_items: int, mean: int) -> ItemLists:
+    generator = np.random.default_rng(0)
+    users = np.repeat(np.arange(num_users), generator.poisson(mean, num_users))
+    keys = np.unique(users * num_items + generator.integers(num_items, size=len(users)))
+    return ItemLists.from_pairs(keys // num_items, keys % num_items, num_users)
+
+
+def check(users: Tensor, items: Tensor, seen: ItemLists, k: int, block: int) -> float:
+    """Largest difference of the first users' lists to those of a full sort."""
+    worst = 0.0
+    for picked, values, columns in rank_blocks(
+        dot_product(users, items), seen, np.arange(min(64, len(users))), k, block
+    ):
+        scores = users[torch.from_numpy(picked)].double() @ items.double().T
+        for row, user in enumerate(picked.tolist()):
+            own = seen.rows(np.array([user]))[1]
+            assert not np.isin(columns[row].cpu().numpy(), own).any()
+            scores[row, torch.from_numpy(own.astype(np.int64))] = -torch.inf
+        expected = scores.sort(dim=1, descending=True).values[:, :k]
+        worst = max(worst, float((values - expected).abs().max()))
+        worst = max(worst, float((scores.gather(1, columns) - expected).abs().max()))
+    return worst
+
+
+def exhaust(users: Tensor, items: Tensor, seen: ItemLists, k: int, block: int) -> None:
+    for _ in rank_blocks(dot_product(users, items), seen, np.arange(len(users)), k, block):
+        pass
+
+
+def multiply(users: Tensor, items: Tensor, block: int) -> None:
+    buffer = users.new_empty(min(block, len(users)), len(items))
+    for part in users.split(block):
+        torch.mm(part, items.T, out=buffer[: len(part)])
+
+
+def recbole(users: Tensor, items: Tensor, seen: ItemLists, k: int, batch_scores: int = 4096 * 4096) -> None:
+    batch = max(1, batch_scores // len(items))
+    for start in range(0, len(users), batch):
+        picked = np.arange(start, min(start + batch, len(users)))
+        scores = torch.matmul(users[start : start + batch], items.transpose(0, 1))
+        rows, own = seen.rows(picked)
+        scores[torch.from_numpy(rows), torch.from_numpy(own.astype(np.int64))] = -np.inf
+        _, columns = torch.topk(scores, k, dim=-1)
+        positives = torch.zeros_like(scores, dtype=torch.int)
+        positives[torch.from_numpy(rows[::2]), torch.from_numpy(own[::2].astype(np.int64))] = 1
+        torch.cat([torch.gather(positives, 1, columns), positives.sum(dim=1, keepdim=True)], dim=1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,343 @@
+"""Interactions per second of LightGCN's training, beside the loop the reference implementations run.
+
+    python -m tests.bench.bench_train --users 30000 --items 41000 --interactions 800000
+    python -m tests.bench.bench_train --data folder                # both trained to their best on real data
+    python -m tests.bench.bench_train --users 1000000 --items 300000 --interactions 42000000 --whole
+
+The peer does what LightGCN-PyTorch and MMRec do: for every 2,048 interactions it propagates the whole graph with
+`torch.sparse.mm` over a COO matrix and lets autograd transpose it; one Adam on all embeddings. Its negatives are drawn
+without Python loops, which theirs are not. First, propagated rows and the gradient of one batch must agree. Then both
+sides take turns, so that what else the machine does burdens both. The last line on stdout is one JSON object:
+
+- `interactions_per_second`, `peer_interactions_per_second`: batches drawn, propagated, and stepped. `cpu_...`: the
+  same by the time of the processor. `epoch_seconds`: of a whole epoch, computed from the steps unless `--whole`.
+- `peak_bytes`: the resident set at its largest (VmHWM), the peer's included unless `--whole`.
+- With `--data`: `recall@20` and `peer_recall@20` on validation and `seconds` of each, trained until it stops rising.
+- With `--whole`: the interactions are written as Parquet shards and read from there, an epoch is trained and all users
+  are ranked; `seconds` and `cpu_seconds` of each part. `--whole-steps` and `--whole-users` take a part of the epoch and
+  of the users, and the seconds of the whole are computed from it. The peer is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crane_core.config import Train
+from crane_core.dataset import Interactions, ItemLists, load_interactions
+from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks, rank_users, user_metrics
+from crane_core.experiments.data import load_dataset
+from crane_core.graph import user_item_graph
+from crane_core.model import LightGCN
+from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
+from crane_core.store import Artifact
+from crane_core.training import NegativeSampler, Trainer
+from tests.bench.bench_rca import device_name, status_bytes
+
+PEER_BATCH = 2048
+REPEATS = 1.035
+"""Pairs drawn for each that is kept, about: what a user meets twice counts once."""
+LIMIT = 1e-4
+"""Largest difference to the peer's rows and gradients, over their largest value."""
+
+
+class Peer:
+    """LightGCN as the reference implementations train it."""
+
+    def __init__(self, interactions: Interactions, config: Train, device: torch.device) -> None:
+        self.interactions, self.config, self.device = interactions, config, device
+        self.num_users = interactions.num_users
+        self.users, self.items = interactions.train.users(), interactions.train.items
+        graph = user_item_graph(self.users, self.items, self.num_users, interactions.num_items).tocoo()
+        places = torch.from_numpy(np.stack([graph.row, graph.col]).astype(np.int64))
+        self.adjacency = torch.sparse_coo_tensor(places, torch.from_numpy(graph.data), graph.shape).coalesce()
+        self.adjacency = self.adjacency.to(device)
+        self.ids = LightGCN(self.num_users, interactions.num_items, config).ids.detach().to(device).requires_grad_()
+        self.optimiser = torch.optim.Adam([self.ids], lr=config.learning_rate)
+        self.sampler = NegativeSampler(interactions.train, interactions.num_items)
+        self.generator = np.random.default_rng(config.seed)
+
+    def rows(self) -> Tensor:
+        layers = [self.ids]
+        for _ in range(self.config.num_layers):
+            layers.append(torch.sparse.mm(self.adjacency, layers[-1]))
+        return torch.stack(layers).mean(0)
+
+    def loss(self, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+        rows = self.rows()
+        user, positive, negative = users, positives + self.num_users, negatives + self.num_users
+        scores = (rows[user] * rows[positive]).sum(1), (rows[user] * rows[negative]).sum(1)
+        norm = sum(self.ids[nodes].square().sum() for nodes in (user, positive, negative))
+        return F.softplus(scores[1] - scores[0]).mean() + self.config.regularisation / 2 * norm / len(users)
+
+    def step(self, picked: np.ndarray) -> float:
+        users = self.users[picked]
+        columns = users, self.items[picked], self.sampler.one_each(users, self.generator)
+        loss = self.loss(*(torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns))
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        return float(loss.detach())
+
+    def epoch(self) -> None:
+        order = self.generator.permutation(len(self.users))
+        for start in range(0, len(order), PEER_BATCH):
+            self.step(order[start : start + PEER_BATCH])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=30_000)
+    parser.add_argument("--items", type=int, default=41_000)
+    parser.add_argument("--interactions", type=int, default=800_000)
+    parser.add_argument("--data", help="folder in MMRec layout: both are trained to their best")
+    parser.add_argument("--batch-size", type=int, default=PEER_BATCH)
+    parser.add_argument("--batches-per-step", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=Train().learning_rate)
+    parser.add_argument("--peer-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--patience", type=int, default=Train().patience)
+    parser.add_argument("--num-epochs", type=int, default=1000, help="bound with --data")
+    parser.add_argument("--steps", type=int, default=10, help="of each side")
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--whole-steps", type=int, help="of the epoch; all when absent")
+    parser.add_argument("--whole-users", type=int, help="ranked; all when absent")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch's choice when absent")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = Train(
+        embedding_dim=args.dim,
+        num_layers=args.layers,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        batches_per_step=args.batches_per_step,
+        num_epochs=args.num_epochs if args.data else 1,
+        patience=args.patience,
+        seed=args.seed,
+    )
+    device = torch.device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.whole:
+            result = run_whole(args, config, Path(folder), device)
+        else:
+            sizes = args.users, args.items, args.interactions
+            interactions = load_dataset(args.data).interactions if args.data else synthetic(*sizes)
+            worst = check(interactions, config, Path(folder), device)
+            if not worst < LIMIT:
+                print(f"The sides differ by {worst}, expected below {LIMIT}.", file=sys.stderr)
+                return 1
+            result = {"max_rel_difference": worst, **compare(interactions, args, config, Path(folder), device)}
+            if args.data:
+                result |= train_both(interactions, args, config, Path(folder), device)
+    result |= {
+        "peak_bytes": status_bytes("/proc/self/status", "VmHWM"),
+        "command": "python -m tests.bench.bench_train " + " ".join(sys.argv[1:]),
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def check(interactions: Interactions, config: Train, folder: Path, device: torch.device) -> float:
+    """Largest relative difference of propagated rows and of the gradient of one batch to those of the peer."""
+    single = config.model_copy(update={"batch_size": PEER_BATCH, "batches_per_step": 1})
+    trainer = make_trainer(interactions, single, folder, device)
+    peer = Peer(interactions, single, device)
+    batch = trainer._batch(np.arange(min(PEER_BATCH, len(trainer.users))), np.random.default_rng(0))
+    peer.loss(batch.users, batch.positives, batch.negatives).backward()
+    views = trainer.model(trainer.graph)
+    torch.stack(list(trainer.model.losses(views, batch).values())).sum().backward()
+    assert peer.ids.grad is not None and trainer.model.ids.grad is not None
+    pairs = (views.final.detach(), peer.rows().detach()), (trainer.model.ids.grad, peer.ids.grad)
+    return max(float((found - expected).abs().max() / expected.abs().max()) for found, expected in pairs)
+
+
+def compare(
+    interactions: Interactions, args: argparse.Namespace, config: Train, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Steps of both sides in turn, the first of each not counted."""
+    trainer = make_trainer(interactions, config, folder, device)
+    peer = Peer(interactions, config.model_copy(update={"learning_rate": args.peer_learning_rate}), device)
+    generator = np.random.default_rng(0)
+    size = min(config.batch_size * config.batches_per_step, len(trainer.users))
+
+    def ours() -> int:
+        picked = generator.permutation(len(trainer.users))[:size]
+        trainer._step(trainer.graph, trainer._batches(picked), size)
+        trainer.progress.step += 1
+        return size
+
+    def theirs() -> int:
+        picked = generator.permutation(len(peer.users))[:PEER_BATCH]
+        peer.step(picked)
+        return len(picked)
+
+    rates = {}
+    sides = {"": ours, "peer_": theirs}
+    done = {side: np.zeros(3) for side in sides}
+    for turn in range(args.steps + 1):
+        for side, step in sides.items():
+            started, worked = time.perf_counter(), time.process_time()
+            rows = step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                done[side] += rows, time.perf_counter() - started, time.process_time() - worked
+    for side, (rows, seconds, cpu_seconds) in done.items():
+        rates[f"{side}interactions_per_second"] = rows / seconds
+        rates[f"{side}interactions_per_cpu_second"] = rows / cpu_seconds
+        rates[f"{side}epoch_seconds"] = len(trainer.users) * seconds / rows
+    return rates | {
+        "peer": f"torch.sparse.mm over COO, {PEER_BATCH} interactions per propagation",
+        "times": rates["interactions_per_second"] / rates["peer_interactions_per_second"],
+        "cpu_times": rates["interactions_per_cpu_second"] / rates["peer_interactions_per_cpu_second"],
+    }
+
+
+def train_both(
+    interactions: Interactions, args: argparse.Namespace, config: Train, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Validation Recall@20 of both sides at their best epoch, and the seconds spent."""
+    work = folder / "ours"
+    work.mkdir()
+    started = time.process_time()
+    summary = make_trainer(interactions, config, work, device).run()
+    seconds = {"ours": time.process_time() - started}
+    peer = Peer(interactions, config.model_copy(update={"learning_rate": args.peer_learning_rate}), device)
+    users = interactions.validation_users(config.validation_users, config.seed)
+    best, best_epoch, epoch, started = -1.0, -1, 0, time.process_time()
+    while epoch - best_epoch <= config.patience and epoch < config.num_epochs:
+        peer.epoch()
+        with torch.no_grad():
+            rows = peer.rows().cpu()
+        ranked = rank_users(dot_product(*rows.tensor_split([peer.num_users])), interactions.train, users, 20)
+        recall = float(user_metrics(ranked, interactions.validation, users, (20,))["recall@20"].mean())
+        if recall > best:
+            best, best_epoch = recall, epoch
+        epoch += 1
+    seconds["peer"] = time.process_time() - started
+    return {
+        "recall@20": summary["validation"]["recall@20"],
+        "ndcg@20": summary["validation"]["ndcg@20"],
+        "num_epochs": summary["num_epochs"],
+        "peer_recall@20": best,
+        "peer_num_epochs": epoch,
+        "training_cpu_seconds": seconds,
+    }
+
+
+def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: torch.device) -> dict[str, Any]:
+    """From Parquet shards to a ranking of all users."""
+    parts: dict[str, dict[str, float]] = {"seconds": {}, "cpu_seconds": {}}
+    clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+    before = {name: clock() for name, clock in clocks.items()}
+
+    def part(name: str) -> None:
+        for kind, clock in clocks.items():
+            now = clock()
+            parts[kind][name], before[kind] = round(now - before[kind], 1), now
+        peak = status_bytes("/proc/self/status", "VmHWM") / 1e9
+        times = " ".join(f"{kind}={values[name]}" for kind, values in parts.items())
+        print(f"{name} {times} peak={peak:.2f}GB", file=sys.stderr, flush=True)
+
+    artifact = write_shards(folder, args.users, args.items, args.interactions)
+    part("write_shards")
+    interactions = load_interactions(artifact)
+    part("read_shards")
+    trainer = make_trainer(interactions, config, folder, device)
+    part("adjacency_and_state")
+    size = config.batch_size * config.batches_per_step
+    num_steps = -(-len(trainer.users) // size)
+    order = trainer._generator(2, 0).permutation(len(trainer.users))
+    done = min(args.whole_steps or num_steps, num_steps)
+    for step in range(done):
+        trainer.progress.step = step
+        picked = order[step * size :][:size]
+        trainer._step(trainer.graph, trainer._batches(picked), len(picked))
+        print(f"step={step + 1} of {num_steps} seconds={time.perf_counter() - before['seconds']:.0f}", file=sys.stderr)
+    part("steps")
+    with torch.no_grad():
+        users, items = trainer.rankings()["dot"]
+    part("final_rows")
+    ranked, block = min(args.whole_users or args.users, args.users), max(1, SCORE_BYTES // (4 * args.items))
+    for _ in rank_blocks(dot_product(users, items), interactions.train, np.arange(ranked), 20, block):
+        pass
+    part("rank")
+    epochs = {kind: values["steps"] * num_steps / done for kind, values in parts.items()}
+    return {
+        "epoch_seconds": epochs["seconds"],
+        "epoch_cpu_seconds": epochs["cpu_seconds"],
+        "rank_all_seconds": parts["seconds"]["rank"] * args.users / ranked,
+        "rank_all_cpu_seconds": parts["cpu_seconds"]["rank"] * args.users / ranked,
+        "interactions_per_second": len(trainer.users) / epochs["seconds"],
+        "interactions": len(trainer.users),
+        "steps": f"{done} of {num_steps}",
+        "users_ranked": ranked,
+        "loss": sum(trainer.progress.sums.values()) / done,
+        **parts,
+        "peer": None,
+        "peer_interactions_per_second": None,
+    }
+
+
+def make_trainer(interactions: Interactions, config: Train, folder: Path, device: torch.device) -> Trainer:
+    return Trainer(
+        LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, folder, device
+    )
+
+
+def synthetic(num_users: int, num_items: int, num_interactions: int) -> Interactions:
+    """Users of log-normal activity, items of power-law popularity; nothing is held out."""
+    lists = np.concatenate(list(draw(num_users, num_items, num_interactions)), axis=1)
+    nothing = ItemLists.from_pairs(np.empty(0, np.int64), np.empty(0, np.int32), num_users)
+    return Interactions(num_users, num_items, ItemLists.from_pairs(*lists, num_users), nothing, nothing)
+
+
+def draw(num_users: int, num_items: int, num_interactions: int, block: int = 50_000) -> Iterator[np.ndarray]:
+    """Distinct pairs, int32 [2, n] for a block of users at a time, about `num_interactions` in all."""
+    generator = np.random.default_rng(0)
+    activity = generator.lognormal(0, 1, num_users)
+    counts = np.maximum(1, REPEATS * activity * num_interactions / activity.sum()).astype(np.int64)
+    popularity = (np.arange(num_items) + 10.0) ** -0.9
+    reach, names = np.cumsum(popularity) / popularity.sum(), generator.permutation(num_items)
+    for start in range(0, num_users, block):
+        users = np.repeat(np.arange(start, min(start + block, num_users)), counts[start : start + block])
+        places = np.searchsorted(reach, generator.random(len(users), dtype=np.float32))
+        keys = np.sort(users * num_items + names[np.minimum(places, num_items - 1)])
+        keys = keys[np.diff(keys, prepend=-1) > 0]
+        yield np.stack([keys // num_items, keys % num_items]).astype(np.int32)
+
+
+def write_shards(folder: Path, num_users: int, num_items: int, num_interactions: int) -> Artifact:
+    """The interactions as `etl.interactions` leaves them; a tenth of a thousandth of the rows is for validation."""
+    (folder / "interactions").mkdir()
+    generator, names = np.random.default_rng(1), []
+    for number, (users, items) in enumerate(draw(num_users, num_items, num_interactions)):
+        split = (generator.random(len(users)) < 1e-3).astype(np.int8)
+        path = folder / "interactions" / f"part-{number}.parquet"
+        pq.write_table(pa.table({USER_IDX: users, ITEM_IDX: items, SPLIT: split}), path)
+        names.append(f"interactions/{path.name}")
+    return Artifact(folder, {"facts": {"num_users": num_users, "num_items": num_items}, "files": dict.fromkeys(names)})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
