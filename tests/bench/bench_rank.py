@@ -9,8 +9,8 @@ history may be in it. Then the three take turns over the same users. The last li
 - `scores_per_second`: users times items per second of `rank_blocks`: scores, mask and the k best.
 - `gemm_scores_per_second`: the product alone, in blocks of the same size, into one buffer.
 - `peer_scores_per_second`: a loop as RecBole's evaluation has it: for each batch of users a fresh product, the history
-  set to -inf by index, `torch.topk`, and the hits looked up in a dense matrix of the positives. A batch has 16.8
-  million scores; RecBole's default, `eval_batch_size` over the number of items, would be one user at a time.
+  set to -inf by index, `torch.topk`, and the hits looked up in a dense matrix of the positives. A batch has
+  `--eval-batch-size` over the number of items users, one at least: with RecBole's default of 4096, one.
 - `cpu_...`: the same by the time of the processor, for a machine that others use too.
 """
 
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--history", type=int, default=42, help="mean items per user")
     parser.add_argument("--block", type=int, help="users at a time; as many as fit into SCORE_BYTES when absent")
+    parser.add_argument("--eval-batch-size", type=int, default=4096, help="the peer's, in scores")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="torch's choice when absent")
@@ -61,7 +62,7 @@ def main() -> int:
     sides: dict[str, Callable[[], None]] = {
         "": lambda: exhaust(users, items, seen, args.k, block),
         "gemm_": lambda: multiply(users, items, block),
-        "peer_": lambda: recbole(users, items, seen, args.k),
+        "peer_": lambda: recbole(users, items, seen, args.k, args.eval_batch_size),
     }
     best = {name: np.full(2, np.inf) for name in sides}
     for turn in range(args.repeats + 1):
@@ -126,7 +127,7 @@ def multiply(users: Tensor, items: Tensor, block: int) -> None:
         torch.mm(part, items.T, out=buffer[: len(part)])
 
 
-def recbole(users: Tensor, items: Tensor, seen: ItemLists, k: int, batch_scores: int = 4096 * 4096) -> None:
+def recbole(users: Tensor, items: Tensor, seen: ItemLists, k: int, batch_scores: int) -> None:
     batch = max(1, batch_scores // len(items))
     for start in range(0, len(users), batch):
         picked = np.arange(start, min(start + batch, len(users)))
