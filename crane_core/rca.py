@@ -63,7 +63,8 @@ class Correlation:
                 then make them attend to different lists.
         """
         if self.phi == "linear":
-            return GramKeys(keys.T @ keys, len(keys))
+            wide = keys.double()
+            return GramKeys(wide.T @ wide, len(keys), keys.dtype)
         if self.phi == "block":
             num_lists = min(self.num_lists or math.ceil(len(keys) ** 0.5), len(keys))
             cells = cluster(keys.detach(), num_lists, self.seed)
@@ -106,12 +107,13 @@ class GramKeys(Keys):
     """`linear`: `(Q E^T) E = Q (E^T E)`, exact through a d x d matrix.
 
     Args:
-        products: `E^T E`, float [d, d]; that of shards of the keys is the sum.
+        products: `E^T E`, float64 [d, d]; that of shards of the keys is the sum, and how they were cut does not show.
         num_keys: m.
+        dtype: of the queries.
     """
 
-    def __init__(self, products: Tensor, num_keys: int) -> None:
-        self.gram = products * (len(products) ** -0.5 / num_keys)
+    def __init__(self, products: Tensor, num_keys: int, dtype: torch.dtype) -> None:
+        self.gram = (products * (len(products) ** -0.5 / num_keys)).to(dtype)
 
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
         return queries @ self.gram

@@ -349,7 +349,7 @@ def _prepare(
             products.addmm_(joint.T, joint)
         if num_ranks > 1:
             dist.all_reduce(products)
-        return GramKeys(products.float(), num_items)
+        return GramKeys(products, num_items, recursion.joint.dtype)
     keys = recursion.joint.new_empty((num_items, width))
     for part in mine:
         keys[part] = recursion.joint_rows(items(part))
