@@ -39,6 +39,7 @@ DAY = "dt"
 USER_KEY = "user_key"
 ITEM_KEY = "item_key"
 EVENT_CODE = "event_code"
+MERGED_WEIGHT = "merged_weight"
 RAW_COLUMNS = (USER_ID, ITEM_ID, EVENT_TIME, WEIGHT, LABEL, EVENT_TYPE, DAY)
 CODED_COLUMNS = (USER_KEY, ITEM_KEY, EVENT_TIME, WEIGHT, LABEL, EVENT_CODE, DAY)
 MALFORMED = (
@@ -174,8 +175,8 @@ def mark_repeats(rows: DataFrame, config: RunConfig) -> DataFrame:
     """Keep the first event of every user and item; `reason` becomes `duplicate` or `repeat` for the others.
 
     A duplicate has the time of the event before it; of such events the one with the largest weight is kept, then the
-    one with the smallest label. With `etl.repeats` `sum` or `max` the event that is kept gets the weights of the
-    repeats of its own split period too, never of a later one.
+    one with the smallest label. With `etl.repeats` `sum` or `max`, `merged_weight` is what the weights of the events of
+    a pair and of one split period come to: nothing of a later period enters. `weight` stays that of the event.
     """
     etl = config.etl
     pair = Window.partitionBy(USER_KEY, ITEM_KEY).orderBy(EVENT_TIME, F.desc(WEIGHT), LABEL, EVENT_CODE)
@@ -190,7 +191,13 @@ def mark_repeats(rows: DataFrame, config: RunConfig) -> DataFrame:
     # In the order of the events, so that the sum is the same to the last bit.
     whole = own.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
     total = {"sum": F.sum, "max": F.max}[etl.repeats](counted).over(whole)
-    return marked.withColumn(WEIGHT, F.when(F.col(REASON).isNull(), total.cast("float")).otherwise(F.col(WEIGHT)))
+    return marked.withColumn(MERGED_WEIGHT, total.cast("float"))
+
+
+def kept_events(events: DataFrame) -> DataFrame:
+    """The events that `mark_repeats` keeps, with the merged weight where there is one."""
+    kept = events.where(F.col(REASON).isNull()).drop(REASON)
+    return kept.withColumn(WEIGHT, F.col(MERGED_WEIGHT)).drop(MERGED_WEIGHT) if MERGED_WEIGHT in kept.columns else kept
 
 
 def assign_split(rows: DataFrame, config: RunConfig) -> DataFrame:

@@ -61,6 +61,7 @@ from jobs.etl.events import (
     assign_split,
     find_bots,
     find_core,
+    kept_events,
     mark_bad,
     mark_excess,
     mark_repeats,
@@ -131,7 +132,7 @@ def run(job: Job) -> Result:
         events = usable.persist(StorageLevel.MEMORY_AND_DISK)
         drift = measure_drift(events, config.window, etl)
     heed_drift(drift, etl)
-    kept = events.where(F.col(REASON).isNull()).drop(REASON)
+    kept = kept_events(events)
     if etl.split == "leave_last":
         kept = kept.join(lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID)), ITEM_KEY)
     kept = assign_split(kept, config).drop(ITEM_ID)

@@ -18,6 +18,7 @@ from jobs.etl.events import (
     assign_split,
     find_bots,
     find_core,
+    kept_events,
     key_of,
     mark_bad,
     mark_excess,
@@ -173,9 +174,11 @@ def test_repeats_weigh_into_the_first_of_their_period(
         ],
         config,
     )
-    marked = mark_repeats(rows, config).collect()
-    assert {row["item_id"]: row["weight"] for row in marked if row["reason"] is None} == expected
-    assert sorted(row["reason"] for row in marked if row["reason"]) == ["duplicate", *["repeat"] * 4]
+    marked = mark_repeats(rows, config)
+    assert {row["item_id"]: row["weight"] for row in kept_events(marked).collect()} == expected
+    found = marked.collect()
+    assert sorted(row["reason"] for row in found if row["reason"]) == ["duplicate", *["repeat"] * 4]
+    assert sorted(row["weight"] for row in found) == [0.5, 1.0, 2.0, 3.0, 5.0, 50.0, 70.0]
 
 
 def test_a_user_has_so_many_events_a_day(spark: SparkSession) -> None:
