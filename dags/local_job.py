@@ -61,26 +61,17 @@ class LocalJobOperator(BaseOperator):
     def execute(self, context: Context) -> Any:
         project = Path(setting("project", str(PROJECT)))
         python = setting("jobs_python", str(jobs_python(project)))
-        argv = [python, "-m", f"jobs.{self.job}", *json.loads(self.flags)]
-        if self.part:
-            argv += ["--part", self.part]
+        argv = [python, *command(self.job, self.flags, self.part)]
         self.log.info("run argv=%s", json.dumps(argv))
         with tempfile.TemporaryFile("w+") as output:
             code, last_error = self._stream(argv, project, output)
             output.seek(0)
             lines = output.read().splitlines()
-        if code in FINAL_EXIT_CODES:
-            raise AirflowFailException(f"jobs.{self.job} ended with a {FINAL_EXIT_CODES[code]} error: {last_error}")
         if code != 0:
-            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise AirflowException(f"jobs.{self.job} {ended}: {last_error}")
+            raise failure(self.job, code, last_error)
         if not lines:
             raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")
-        result = json.loads(lines[-1])
-        if self.returns:
-            return result[self.returns]
-        # Tables of figures belong in the store, not in Airflow's database.
-        return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+        return returned(json.loads(lines[-1]), self.returns)
 
     def on_kill(self) -> None:
         """End the whole process group of the job: SIGTERM, then SIGKILL for whatever is left."""
@@ -117,13 +108,41 @@ class LocalJobOperator(BaseOperator):
             assert self.process.stderr is not None
             for line in self.process.stderr:
                 last_line = line.rstrip() or last_line
-                if " ERROR " in line and "failed stage=" in line:
+                if is_error(line):
                     last_error = line.rstrip()
                 self.log.info("%s", line.rstrip())
             return self.process.wait(), last_error or last_line
         except BaseException:
             self.on_kill()
             raise
+
+
+def command(job: str, flags: str, part: str = "") -> list[str]:
+    """The arguments of the interpreter for a job: module, flags (a JSON list), and the part of a mapped stage."""
+    return ["-m", f"jobs.{job}", *json.loads(flags), *(["--part", part] if part else [])]
+
+
+def is_error(line: str) -> bool:
+    """Whether a log line is the one in which a job says why it failed."""
+    return " ERROR " in line and "failed stage=" in line
+
+
+def failure(job: str, code: int, reason: str) -> AirflowException:
+    """The exception for a job's exit code: final where trying again cannot help; -n is signal n."""
+    if code in FINAL_EXIT_CODES:
+        return AirflowFailException(f"jobs.{job} ended with a {FINAL_EXIT_CODES[code]} error: {reason}")
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return AirflowException(f"jobs.{job} {ended}: {reason}")
+
+
+def returned(result: dict[str, Any], name: str | None) -> Any:
+    """What a task returns of its job's result: one value by name, or the plain values.
+
+    Tables of figures belong in the store, not in Airflow's database.
+    """
+    if name:
+        return result[name]
+    return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
 
 
 def job_environment(bin_folder: Path) -> dict[str, str]:
