@@ -42,12 +42,18 @@ class SparkJobOperator(SparkSubmitOperator):
         python = Path(setting("jobs_python", str(jobs_python(project))))
         environment = job_environment(python.parent)
         path = os.pathsep.join(filter(None, (str(project), environment.get("PYTHONPATH"))))
-        self.env_vars = {"PATH": environment["PATH"], "PYTHONPATH": path, "PYSPARK_PYTHON": str(python)}
+        # The hook adds to this process's environment: Airflow's own settings and secrets are blanked.
+        self.env_vars = dict.fromkeys(set(os.environ) - set(environment), "") | {
+            "PATH": environment["PATH"],
+            "PYTHONPATH": path,
+            "PYSPARK_PYTHON": str(python),
+        }
         self.application = str(project / "jobs" / f"{self.job.replace('.', '/')}.py")
         self._hook = self._get_hook()
         # The job's session names its master itself: the same one.
         master = self._hook._connection["master"]
-        self.application_args = [*command(self.job, self.flags, self.part)[2:], "--set", f"runtime.spark_master={master}"]
+        flags = command(self.job, self.flags, self.part)[2:]
+        self.application_args = [*flags, "--set", f"runtime.spark_master={master}"]
         self._hook = self._get_hook()
         try:
             super().execute(context)
