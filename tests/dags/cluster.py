@@ -1,4 +1,4 @@
-"""A Kubernetes API on the loopback interface that holds what infra/kubernetes/base applies and runs what is asked of it.
+"""A Kubernetes API on the loopback interface that holds what infra/kubernetes/base applies and runs what it is told.
 
 It knows just enough of the API for the operators: pod templates, pods (their commands run here as child processes),
 logs, events and TrainJobs. The real client speaks to it over HTTP.
@@ -201,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(path: str) -> tuple[str, str, str]:
         """Kind, name and subresource below the namespace."""
         parts = path.partition("/namespaces/crane/")[2].split("/")
-        return (parts + ["", "", ""])[0], (parts + ["", ""])[1], (parts + ["", "", ""])[2]
+        kind, name, sub = (*parts, "", "")[:3]
+        return kind, name, sub
 
     def _answer(self, body: dict | str, code: int = 200) -> None:
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()

@@ -190,7 +190,7 @@ def test_errors_of_the_user_are_final(cluster, play, name, code):
 @pytest.mark.parametrize("name", ["etl.features", "ml.train"])
 def test_other_errors_are_retried(cluster, play, name):
     play.act({name: {"code": 137}})
-    with pytest.raises(AirflowException, match="exit code 137: .*bad row") as caught:
+    with pytest.raises(AirflowException, match=r"exit code 137: .*bad row") as caught:
         task(name).execute(context())
     assert not isinstance(caught.value, AirflowFailException)
     play.act({})
