@@ -3,6 +3,7 @@
 #   docker build -f docker/airflow.Dockerfile --target airflow -t crane-airflow .
 # The target `standalone` (docker/compose.yaml) adds Airflow to an image of the jobs, for a machine without Kubernetes:
 #   docker build -f docker/airflow.Dockerfile --target standalone --build-arg JOBS_IMAGE=crane-jobs -t crane-standalone .
+#checkov:skip=CKV_DOCKER_7:The base image's version is the default of PYTHON_IMAGE.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 ARG JOBS_IMAGE=crane-jobs:0.1.0
 
@@ -13,8 +14,9 @@ COPY docker/locks docker/locks
 RUN docker/install.sh airflow /opt/airflow-venv
 
 FROM ${JOBS_IMAGE} AS standalone
+# hadolint ignore=DL3066
 USER root
-RUN install -d -o 10001 -g 10001 /opt/airflow
+RUN install -d -o 10001 -g 10001 /opt/airflow /opt/airflow-logs
 COPY --from=build /opt/airflow-venv /opt/airflow-venv
 COPY dags /opt/crane-project/dags
 COPY jobs /opt/crane-project/jobs

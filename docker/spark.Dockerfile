@@ -6,6 +6,7 @@
 #     --build-arg AWS_BUNDLE_VERSION=... --build-arg AWS_BUNDLE_SHA256=... .
 # hadoop-aws is taken of the Hadoop version that this Spark ships, the AWS bundle of the version that its POM names; a
 # jar whose sha256 is not the one given fails the build. LOCK=torch-cpu makes an image that runs every job.
+#checkov:skip=CKV_DOCKER_7:The base image's version is the default of PYTHON_IMAGE.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
