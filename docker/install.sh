@@ -14,8 +14,8 @@ export PIP_NO_INPUT=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 python3 -m venv "$folder"
 pip() { "$folder/bin/python" -m pip --quiet "$@"; }
 pip install --require-hashes --no-deps --requirement "$source/docker/locks/build.txt"
-# All wheels but pyspark, which is published as source only; it builds without isolation, from the locked setuptools.
-pip install --require-hashes --no-deps --no-build-isolation --only-binary :all: --no-binary pyspark \
+# All wheels but Spark's, which is published as source only; it builds without isolation, from the locked setuptools.
+pip install --require-hashes --no-deps --no-build-isolation --only-binary :all: --no-binary pyspark,pyspark-client \
     --requirement "$source/docker/locks/$lock.txt"
 if [ "$lock" != airflow ]; then
     pip install --no-deps --no-build-isolation --no-index "$source"

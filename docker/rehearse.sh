@@ -2,7 +2,7 @@
 # Rehearse the images without a container engine: the install steps of the Dockerfiles, from the same locks, as the
 # user of the image; then a whole retrain of small data, Airflow from one environment and the jobs from the other.
 #
-#   docker/rehearse.sh [FOLDER]      FOLDER is kept; a temporary one is removed
+#   docker/rehearse.sh [FOLDER]      FOLDER is kept, and goes on after an interruption; a temporary one is removed
 #
 # It needs Python 3.11 and Java 17, and pip's settings for torch's CPU builds (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
 # What an engine adds (base image, packages of the distribution, COPY) is not rehearsed.
@@ -31,6 +31,7 @@ for name in PIP_FIND_LINKS PIP_EXTRA_INDEX_URL PIP_INDEX_URL PIP_CERT PIP_DEFAUL
 done
 
 # The build context, as .dockerignore lets it through.
+rm -rf "$place/src"
 mkdir -p "$place/src/docker" "$place/opt" "$place/home" "$place/scratch"
 cp -r "$source"/{pyproject.toml,README.md,crane_core,dags,jobs} "$place/src/"
 cp -r "$source/docker/"{install.sh,locks} "$place/src/docker/"
@@ -40,9 +41,11 @@ if [ "${#user[@]}" -gt 0 ]; then
     chown -R 10001:10001 "$place/src" "$place/opt" "$place/home" "$place/scratch"
 fi
 for lock in torch-cpu airflow; do
+    [ ! -e "$place/opt/$lock/.installed" ] || continue
     started=$SECONDS
     as_user bash "$place/src/docker/install.sh" "$lock" "$place/opt/$lock"
     printf 'rehearse  %s: installed in %d s, %s\n' "$lock" $((SECONDS - started)) "$(du -sh "$place/opt/$lock" | cut -f1)"
+    touch "$place/opt/$lock/.installed"
 done
 jobs="$place/opt/torch-cpu/bin/python" airflow="$place/opt/airflow/bin/airflow"
 # As COPY --from leaves it: not the user's to change.

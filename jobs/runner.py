@@ -166,6 +166,33 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def identify(
+    stage: Stage,
+    run_id: str,
+    part: str,
+    config: RunConfig,
+    store: ArtifactStore,
+    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
+) -> tuple[dict[str, Artifact], str]:
+    """The inputs of a stage for a run, and the fingerprint of what it makes of them.
+
+    Raises:
+        ConfigError: the stage has no such part.
+        ArtifactError: an input is missing or damaged.
+    """
+    parts = stage.parts(config)
+    if part not in parts:
+        raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
+    inputs = {
+        f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
+        for name in stage.inputs_of(config)
+        for each in STAGES[name].parts(config)
+    }
+    contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
+    fingerprint = fingerprint_of(stage, part, config, contents, source(config, store) if source else None)
+    return inputs, fingerprint
+
+
 def produce(
     stage: Stage,
     run_id: str,
@@ -184,16 +211,7 @@ def produce(
         ConfigError: the stage has no such part.
         ArtifactError: an input is missing or damaged.
     """
-    parts = stage.parts(config)
-    if part not in parts:
-        raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
-    inputs = {
-        f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
-        for name in stage.inputs_of(config)
-        for each in STAGES[name].parts(config)
-    }
-    contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
-    fingerprint = fingerprint_of(stage, part, config, contents, source(config, store) if source else None)
+    inputs, fingerprint = identify(stage, run_id, part, config, store, source)
     base = scratch(store.storage.uri) / stage.name
     with _alone(base / f"{fingerprint}.lock"):
         found = store.find(stage.name, fingerprint)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import logging
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +21,79 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import RunConfig
 from crane_core.dataset import Interactions, load_interactions
+from crane_core.errors import ConfigError, TrainingError
 from crane_core.model import LightGCN
+from crane_core.pipeline import STAGES
 from crane_core.store import Artifact, ArtifactStore
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
-from jobs.runner import Job, open_store, start_logging
+from jobs.runner import Job, Result, identify, open_store, run_job, run_stage, scratch, start_logging
+
+PUBLICATION_SECONDS = 1800.0
+"""How long the other nodes wait after training for the first one's artifact."""
+
+logger = logging.getLogger(__name__)
 
 Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], LightGCN]
 """Makes the model on a rank from the store, the run id, the interactions, the configuration and the device."""
 
 
+@dataclass(frozen=True)
+class Node:
+    """This machine among those of a training, as torchrun's variables `PET_*` say; alone where they are not set.
+
+    Attributes:
+        rank: 0 does the stage, the others lend it their devices.
+        num_nodes: machines of the training.
+        endpoint: where they meet, `host:port` on the first.
+    """
+
+    rank: int
+    num_nodes: int
+    endpoint: str
+
+    @classmethod
+    def here(cls) -> Node:
+        """Read the variables.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        values = {name: os.environ.get(f"PET_{name}", "") for name in ("NNODES", "NODE_RANK", "MASTER_ADDR")}
+        if values["NNODES"] in ("", "1"):
+            return cls(0, 1, "localhost:0")
+        try:
+            node = cls(
+                int(values["NODE_RANK"]),
+                int(values["NNODES"]),
+                f"{values['MASTER_ADDR']}:{int(os.environ.get('PET_MASTER_PORT', '29400'))}",
+            )
+        except ValueError:
+            node = cls(-1, 0, "")
+        if not (0 <= node.rank < node.num_nodes and values["MASTER_ADDR"]):
+            raise ConfigError(
+                f"PET_NNODES={values['NNODES']!r}, PET_NODE_RANK={values['NODE_RANK']!r} and "
+                f"PET_MASTER_ADDR={values['MASTER_ADDR']!r} describe no node of a training.",
+                "Set them as torchrun expects them, or none of them.",
+            )
+        return node
+
+
+def run_training(name: str, run: Callable[[Job], Result], build: Build, argv: Sequence[str] | None = None) -> int:
+    """Entry point of a training job on every node: the first one does the stage, the others join its training.
+
+    The nodes share the scratch folder of the store: the checkpoints lie there.
+    """
+    if int(os.environ.get("PET_NODE_RANK") or 0) == 0:
+        return run_stage(name, run, argv=argv)
+    return run_job(name, functools.partial(_join, name, build), argv)
+
+
 def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Train a model to its best validation recall and write `weights.safetensors` and `curve.json` into `job.out`.
 
-    With `runtime.world_size` above 1 the ranks run under torchrun's elastic agent. Killed at any moment, the next
-    attempt goes on from the last checkpoint and ends with the same result.
+    With more than one process (`runtime.world_size` on each node) the ranks run under torchrun's elastic agent.
+    Killed at any moment, the next attempt goes on from the last checkpoint and ends with the same result.
 
     Args:
         job: the stage at work.
@@ -39,27 +102,59 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     Returns:
         The trainer's summary, and the final rows of users [num_users, d] and items [num_items, d].
     """
-    runtime = job.config.runtime
-    arguments = (job.store.storage.uri, job.run_id, job.config, job.work, build)
-    if runtime.world_size == 1:
-        _train_rank(*arguments)
-    else:
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=runtime.world_size,
-            run_id=job.run_id,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=1,
-            start_method="spawn",
-        )
-        elastic_launch(launch, _train_rank)(*arguments)
+    _launch(job.store, job.stage.name, job.run_id, job.config, job.work, build)
     summary = json.loads((job.work / "summary.json").read_text())
     (job.out / "curve.json").write_text(json.dumps(summary.pop("curve")))
     save_file(load_file(job.work / "best.safetensors"), job.out / "weights.safetensors")
     rows = load_file(job.work / "rows.safetensors")
     return summary, rows["users"], rows["items"]
+
+
+def _launch(store: ArtifactStore, name: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
+    """Run this node's ranks to the end of the training."""
+    node = Node.here()
+    num_ranks = node.num_nodes * config.runtime.world_size
+    arguments = (store.storage.uri, run_id, config, work, build, num_ranks)
+    if num_ranks == 1:
+        _train_rank(*arguments)
+        return
+    launch = LaunchConfig(
+        min_nodes=node.num_nodes,
+        max_nodes=node.num_nodes,
+        nproc_per_node=config.runtime.world_size,
+        run_id=f"{run_id}-{name}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=node.endpoint,
+        rdzv_configs={"is_host": node.rank == 0} if node.num_nodes > 1 else {},
+        max_restarts=1,
+        start_method="spawn",
+    )
+    elastic_launch(launch, _train_rank)(*arguments)
+
+
+def _join(
+    name: str, build: Build, arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
+) -> dict[str, Any]:
+    """Lend this node's devices to a training whose first node publishes; the entry is the one it leaves too."""
+    started = time.monotonic()
+    _, fingerprint = identify(STAGES[name], arguments.run, arguments.part, config, store)
+    found = store.find(name, fingerprint)
+    status = "found" if found else "joined"
+    if found is None:
+        logger.info("join stage=%s fingerprint=%s node=%d", name, fingerprint, Node.here().rank)
+        work = scratch(store.storage.uri) / name / f"{fingerprint}.work"
+        _launch(store, name, arguments.run, config, work, build)
+        deadline = time.monotonic() + PUBLICATION_SECONDS
+        while found is None:
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"The training ended {PUBLICATION_SECONDS:.0f} s ago and its first node has published nothing.",
+                    "Look at the first node's log.",
+                )
+            time.sleep(1.0)
+            found = store.find(name, fingerprint)
+    seconds = round(time.monotonic() - started, 3)
+    return {"status": status, "fingerprint": fingerprint, "content": found.manifest["content"], "seconds": seconds}
 
 
 def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
@@ -74,11 +169,11 @@ def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
     return rows["user_embeddings"], rows["item_embeddings"]
 
 
-def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
+def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build, num_ranks: int) -> None:
     """What every rank does; rank 0 leaves the results in `work`."""
     start_logging()
     device = use_device(config.runtime)
-    if config.runtime.world_size > 1:
+    if num_ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank() > 0:
             logging.getLogger().setLevel(logging.WARNING)

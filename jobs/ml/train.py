@@ -31,8 +31,8 @@ from crane_core.fusion import choose_trust
 from crane_core.model import Crane
 from crane_core.propagation import SymmetricGraph
 from crane_core.store import ArtifactStore
-from jobs.ml.launch import load_embeddings, save_embeddings, train
-from jobs.runner import Job, Result, run_stage
+from jobs.ml.launch import load_embeddings, run_training, save_embeddings, train
+from jobs.runner import Job, Result
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def run(job: Job) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.train", run, argv=argv)
+    return run_training("ml.train", run, build, argv)
 
 
 if __name__ == "__main__":

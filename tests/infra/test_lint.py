@@ -41,7 +41,13 @@ def plant(copy, file, pattern, replacement):
 
 
 FAULTS = [
-    ("shell", "docker/install.sh", r'"\$folder/bin/python" -m compileall', "$folder/bin/python -m compileall", "SC2086"),
+    (
+        "shell",
+        "docker/install.sh",
+        r'"\$folder/bin/python" -m compileall',
+        "$folder/bin/python -m compileall",
+        "SC2086",
+    ),
     ("yaml", "infra/kubernetes/base/pods.yaml", "kind: PodTemplate", "kind:  PodTemplate", "too many spaces"),
     ("yaml", "docker/compose.yaml", "restart: unless-stopped", "restart: no\n  restart: always", "duplication of key"),
     ("docker", "docker/torch.Dockerfile", "USER 10001:10001", "RUN sudo true", "DL3004"),
@@ -52,7 +58,13 @@ FAULTS = [
     ("kubernetes", "infra/kubernetes/overlays/large/gpu.yaml", "containers/0", "containers/7", "Unable to access"),
     ("terraform", "infra/terraform/bucket.tf", r"bucket = var.bucket\n}", "bucket = var.bucket\n", "bucket.tf"),
     ("terraform", "infra/terraform/iam.tf", r"aws_kms_key\.crane\.arn", "aws_kms_key.other.arn", "aws_kms_key.other"),
-    ("policy", "infra/terraform/database.tf", r"publicly_accessible\s+= false", "publicly_accessible = true", "CKV_AWS_17"),
+    (
+        "policy",
+        "infra/terraform/database.tf",
+        r"publicly_accessible\s+= false",
+        "publicly_accessible = true",
+        "CKV_AWS_17",
+    ),
     ("policy", "infra/kubernetes/base/mlflow.yaml", "readOnlyRootFilesystem: true", "privileged: true", "CKV_K8S_16"),
     ("policy", "docker/airflow.Dockerfile", "(?s)USER 50000:0.*?HEALTHCHECK", "HEALTHCHECK", "CKV_DOCKER_"),
 ]
@@ -99,7 +111,9 @@ def test_rendered_overlays_agree(copy):
     assert lint(copy, "kubernetes").returncode == 0
     for file in (copy / "build" / "infra").glob("*.yaml"):
         documents = list(yaml.safe_load_all(file.read_text()))
-        pods = {each["metadata"]["name"]: each["template"]["spec"] for each in documents if each["kind"] == "PodTemplate"}
+        pods = {
+            each["metadata"]["name"]: each["template"]["spec"] for each in documents if each["kind"] == "PodTemplate"
+        }
         (runtime,) = [each for each in documents if each["kind"] == "TrainingRuntime"]
         training = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
         images = {name: spec["containers"][0]["image"] for name, spec in pods.items()}
