@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from crane_core.config import Train
@@ -25,6 +25,7 @@ from crane_core.graph import user_item_graph
 from crane_core.model import Batch, LightGCN, Rows
 from crane_core.monitors import effective_rank, mean_cosine
 from crane_core.propagation import SymmetricGraph, drop_edges
+from crane_core.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Trainer:
 
     def best_weights(self) -> dict[str, Tensor]:
         """Parameters and buffers of the best epoch."""
-        return load_file(self.work / "best.safetensors")
+        return load_tensors(self.work / "best.safetensors")
 
     def best_rows(self) -> Rows:
         """Rows of users and items at the best epoch, as validation prefers to rank with them; loads its weights."""
@@ -310,7 +311,7 @@ class Trainer:
         path = self.work / "checkpoint.safetensors"
         if not path.exists():
             return
-        tensors = load_file(path)
+        tensors = load_tensors(path)
         with safe_open(path, "pt") as handle:
             self.progress = Progress(**json.loads(handle.metadata()["progress"]))
         self.model.load_state_dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 PROJECT = Path(__file__).resolve().parent.parent
 FINAL_EXIT_CODES = {2: "configuration", 3: "data", 4: "artifact"}
 TERMINATION_SECONDS = 15.0
+PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+(?=@)")
+"""Of a URI; a job masks its own log lines, this is for its arguments."""
 
 
 def setting(name: str, default: str) -> str:
@@ -62,7 +65,7 @@ class LocalJobOperator(BaseOperator):
         project = Path(setting("project", str(PROJECT)))
         python = setting("jobs_python", str(jobs_python(project)))
         argv = [python, *command(self.job, self.flags, self.part)]
-        self.log.info("run argv=%s", json.dumps(argv))
+        self.log.info("run argv=%s", PASSWORD.sub(r"\1:***", json.dumps(argv)))
         with tempfile.TemporaryFile("w+") as output:
             code, last_error = self._stream(argv, project, output)
             output.seek(0)

@@ -19,9 +19,10 @@ user=()
 if [ "$(id -u)" -eq 0 ]; then
     user=(setpriv --reuid=10001 --regid=10001 --clear-groups)
 fi
-# As `USER` in an image: its uid, no home, a read-only code folder, Python of the system.
+# As `USER` in an image: its uid and name, a read-only code folder, Python of the system.
 as_user() {
     "${user[@]}" env --ignore-environment PATH="/usr/local/bin:/usr/bin:/bin" HOME="$place/home" TMPDIR="$place/scratch" \
+        LOGNAME=crane USER=crane \
         PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 "${settings[@]}" "$@"
 }
 settings=()

@@ -18,6 +18,7 @@ from crane_core.config import Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.store import check_run_id
 from jobs.commands import place
+from jobs.runner import redacted
 
 STOPPED_BY_HAND = 130
 
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CraneError as error:
         if arguments.json:
             problem = {"error": type(error).__name__, "message": error.found, "remedy": error.remedy}
-            print(json.dumps(problem))
-        print(f"crane: {error.found}\nRemedy: {error.remedy}", file=sys.stderr)
+            print(redacted(json.dumps(problem)))
+        print(redacted(f"crane: {error.found}\nRemedy: {error.remedy}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("crane: stopped. The same command goes on from the last finished stage.", file=sys.stderr)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -147,11 +148,31 @@ def scratch(store_uri: str) -> Path:
     return Path(tempfile.gettempdir()) / "crane" / store_uri.replace("://", "-").replace("/", "-")
 
 
+class Redacting(logging.Formatter):
+    """Log lines without secrets: passwords inside URIs, and the values of the environment's secret variables."""
+
+    PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+(?=@)")
+    VARIABLE = re.compile(r"SECRET|PASSWORD|TOKEN|CREDENTIAL", re.IGNORECASE)
+    SHORTEST = 6
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+def redacted(text: str) -> str:
+    """A text as it may be shown."""
+    text = Redacting.PASSWORD.sub(r"\1:***", text)
+    for name, value in os.environ.items():
+        if Redacting.VARIABLE.search(name) and len(value) >= Redacting.SHORTEST:
+            text = text.replace(value, "***")
+    return text
+
+
 def start_logging() -> None:
-    """Log lines to stderr; stdout belongs to results."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    """Log lines to stderr, secrets left out; stdout belongs to results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("py4j", "matplotlib", "botocore", "alembic", "faiss", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

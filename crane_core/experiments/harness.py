@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from crane_core.baselines import content, item_knn, popularity
@@ -30,6 +30,7 @@ from crane_core.propagation import SymmetricGraph
 from crane_core.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
 from crane_core.refine import fit, refine_catalog
 from crane_core.storage.local import LocalStorage
+from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
@@ -256,7 +257,7 @@ def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Conten
             sp.save_npz(shared / "graph.npz", content.graph.matrix)
             # Last, and at once: without it the rest is made again.
             LocalStorage(shared).write("prepared.json", json.dumps({"seconds": seconds}).encode())
-        rows, fitted = (load_file(shared / f"{name}.safetensors") for name in ("rows", "rca"))
+        rows, fitted = (load_tensors(shared / f"{name}.safetensors") for name in ("rows", "rca"))
         graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
         seconds = json.loads((shared / "prepared.json").read_text())["seconds"]
         return Content(rows["items"], graph, rows["users"]), fitted, seconds

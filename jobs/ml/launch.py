@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -25,6 +25,7 @@ from crane_core.errors import ConfigError, TrainingError
 from crane_core.model import LightGCN
 from crane_core.pipeline import STAGES
 from crane_core.store import Artifact, ArtifactStore
+from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, identify, open_store, run_job, run_stage, scratch, start_logging
@@ -105,8 +106,8 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     _launch(job.store, job.stage.name, job.run_id, job.config, job.work, build)
     summary = json.loads((job.work / "summary.json").read_text())
     (job.out / "curve.json").write_text(json.dumps(summary.pop("curve")))
-    save_file(load_file(job.work / "best.safetensors"), job.out / "weights.safetensors")
-    rows = load_file(job.work / "rows.safetensors")
+    save_file(load_tensors(job.work / "best.safetensors"), job.out / "weights.safetensors")
+    rows = load_tensors(job.work / "rows.safetensors")
     return summary, rows["users"], rows["items"]
 
 
@@ -165,7 +166,7 @@ def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
 
 def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
     """Users [num_users, d] and items [num_items, d] of a trained model."""
-    rows = load_file(trained.file("embeddings.safetensors"))
+    rows = load_tensors(trained.file("embeddings.safetensors"))
     return rows["user_embeddings"], rows["item_embeddings"]
 
 
