@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rehearse the images without a container engine: the install steps of the Dockerfiles, from the same locks, as the
-# user of the image; then a whole retrain of small data, Airflow from one environment and the jobs from the other.
+# an unprivileged user; then a whole retrain of small data, Airflow from one environment and the jobs from the other.
 #
 #   docker/rehearse.sh [FOLDER]      FOLDER is kept, and goes on after an interruption; a temporary one is removed
 #
@@ -17,12 +17,12 @@ else
 fi
 user=()
 if [ "$(id -u)" -eq 0 ]; then
-    user=(setpriv --reuid=10001 --regid=10001 --clear-groups)
+    user=(setpriv --reuid=nobody --regid=nogroup --clear-groups)
 fi
-# As `USER` in an image: its uid and name, a read-only code folder, Python of the system.
+# As in an image: an account without a home of its own, a code folder it cannot change, Python of the system.
 as_user() {
     "${user[@]}" env --ignore-environment PATH="/usr/local/bin:/usr/bin:/bin" HOME="$place/home" TMPDIR="$place/scratch" \
-        LOGNAME=crane USER=crane \
+        JAVA_TOOL_OPTIONS=-Duser.home=/tmp \
         PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 "${settings[@]}" "$@"
 }
 settings=()
@@ -39,7 +39,7 @@ cp -r "$source/docker/"{install.sh,locks} "$place/src/docker/"
 find "$place/src" -name __pycache__ -prune -exec rm -rf {} +
 chmod -R a+rX "$place"
 if [ "${#user[@]}" -gt 0 ]; then
-    chown -R 10001:10001 "$place/src" "$place/opt" "$place/home" "$place/scratch"
+    chown -R nobody:nogroup "$place/src" "$place/opt" "$place/home" "$place/scratch"
 fi
 for lock in torch-cpu airflow; do
     [ ! -e "$place/opt/$lock/.installed" ] || continue

@@ -41,6 +41,7 @@ COPY docker/spark-entrypoint.sh /opt/entrypoint.sh
 ENV SPARK_HOME=/opt/crane/lib/python3.11/site-packages/pyspark \
     PATH=/opt/crane/bin:$PATH \
     HOME=/tmp \
+    JAVA_TOOL_OPTIONS=-Duser.home=/tmp \
     PYSPARK_PYTHON=/opt/crane/bin/python \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

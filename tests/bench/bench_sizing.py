@@ -8,6 +8,7 @@ seconds, which other work on the machine disturbs less than the clock. Two epoch
 depend on their number, `epoch_core_seconds` is one.
 
 python -m tests.bench.bench_sizing --fit FILE     fits the constants to the lines of FILE, into crane_core/sizing.json
+python -m tests.bench.bench_sizing --read STORE RUN COMMAND     prints a run that COMMAND has made as another such line
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crane_core.config import load_config
+from crane_core.config import RunConfig, load_config
 from crane_core.pipeline import STAGES
-from crane_core.sizing import fit
+from crane_core.sizing import WORK, fit
+from crane_core.store import ArtifactStore
 from jobs.runner import open_store
 
 CONSTANTS = Path(__file__).parents[2] / "crane_core" / "sizing.json"
@@ -100,23 +102,53 @@ def measure(store_path: Path, raw: Path, settings: list[str]) -> dict[str, Any]:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
             seconds[name] = seconds.get(name, 0.0) + used
-    store = open_store(str(store_path))
-    stages = {}
+    stages = stages_of(open_store(str(store_path)), "sizing", config)
+    for name, stage in stages.items():
+        # The JVM of a Spark job is nobody's child that is waited for: its seconds are unknown.
+        if name.startswith("ml."):
+            stage["core_seconds"] = round(seconds[name], 1)
+        if name in WORK:
+            stage["epoch_core_seconds"] = round(seconds[name] / EPOCHS, 1)
+    return stages
+
+
+def stages_of(store: ArtifactStore, run_id: str, config: RunConfig) -> dict[str, Any]:
+    """Peak memory and bytes of the stages that a run has finished, from their manifests."""
+    stages: dict[str, Any] = {}
     for name, stage in STAGES.items():
-        found = [store.artifact("sizing", name, part) for part in stage.parts(config) if name != "ml.register"]
+        parts = stage.parts(config)
+        if name == "ml.register" or store.entry(run_id, name, parts[0]) is None:
+            continue
+        found = [store.artifact(run_id, name, part) for part in parts]
         for artifact in found:
             artifact.verify()
-        if found:
-            stages[name] = {
-                "peak_bytes": max(artifact.manifest["peak_bytes"] for artifact in found),
-                "bytes": sum(each["bytes"] for artifact in found for each in artifact.manifest["files"].values()),
-            }
-            # The JVM of a Spark job is nobody's child that is waited for: its seconds are unknown.
-            if name.startswith("ml."):
-                stages[name]["core_seconds"] = round(seconds[name], 1)
-            if "curve.json" in found[0].manifest["files"]:
-                stages[name]["epoch_core_seconds"] = round(seconds[name] / EPOCHS, 1)
+        stages[name] = {
+            "peak_bytes": max(artifact.manifest["peak_bytes"] for artifact in found),
+            "bytes": sum(each["bytes"] for artifact in found for each in artifact.manifest["files"].values()),
+        }
     return stages
+
+
+def read(store_uri: str, run_id: str, origin: str) -> dict[str, Any]:
+    """A run that something else made, as this bench prints its own.
+
+    Args:
+        store_uri: its store.
+        run_id: the run.
+        origin: the command that made it.
+    """
+    store = open_store(store_uri)
+    config = load_config(None, [], store.run(run_id)["config"])
+    counted = store.artifact(run_id, "etl.interactions").facts
+    modalities = store.artifact(run_id, "etl.features").facts["modalities"]
+    return {
+        "users": counted["num_users"],
+        "items": counted["num_items"],
+        "interactions": counted["num_rows_read"],
+        "dims": [each["dim"] for each in modalities.values()],
+        "stages": stages_of(store, run_id, config),
+        "command": origin,
+    }
 
 
 def write_constants(measured: Path) -> None:
@@ -128,6 +160,9 @@ def write_constants(measured: Path) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--fit"]:
         write_constants(Path(sys.argv[2]))
+        return
+    if sys.argv[1:2] == ["--read"]:
+        print(json.dumps(read(*sys.argv[2:5])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, required=True)
