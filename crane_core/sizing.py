@@ -118,8 +118,8 @@ def estimate(size: Size, constants: Mapping[str, Any] | None = None) -> dict[str
         constants: as `load_constants` returns, the shipped ones when None.
 
     Returns:
-        Stage to `memory_bytes` (of one process), `storage_bytes`, `epoch_core_seconds` (None where it was not measured),
-        `memory_formula` and `storage_formula`.
+        Stage to `memory_bytes` (of one process), `storage_bytes`, `epoch_core_seconds` (None where it was not
+        measured), `memory_formula` and `storage_formula`.
     """
     stages = (constants or load_constants())["stages"]
     found = {}
@@ -173,26 +173,28 @@ def fit(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     import numpy as np
     from scipy.optimize import nnls
 
-    sizes = [Size(run["users"], run["items"], run["interactions"], tuple(run["dims"])) for run in runs]
     stages: dict[str, Any] = {}
     for stage, forms in FORMS.items():
         stages[stage] = {}
+        finished = [run for run in runs if stage in run["stages"]]
+        sizes = [Size(run["users"], run["items"], run["interactions"], tuple(run["dims"])) for run in finished]
         for what, terms in forms.items():
             key = "peak_bytes" if what == "memory" else "bytes"
-            measured = np.array([run["stages"][stage][key] for run in runs], dtype=np.float64)
+            measured = np.array([run["stages"][stage][key] for run in finished], dtype=np.float64)
             matrix = np.array([[TERMS[term](size) for term in terms] for size in sizes], dtype=np.float64)
             scale = matrix.max(axis=0)
-            factors, _ = nnls(matrix / scale / measured[:, None], np.ones(len(runs)))
+            factors, _ = nnls(matrix / scale / measured[:, None], np.ones(len(finished)))
             stages[stage][what] = {
                 term: float(f"{factor / by:.4g}") for term, factor, by in zip(terms, factors, scale, strict=True)
             }
         if stage in WORK:
-            passes = [
-                run["stages"][stage]["epoch_core_seconds"] / TERMS[WORK[stage]](size)
-                for run, size in zip(runs, sizes, strict=True)
-            ]
             # The largest run: the smaller ones mostly start up.
-            largest = max(range(len(runs)), key=lambda index: sizes[index].interactions)
-            stages[stage]["core_seconds_per_pass"] = float(f"{passes[largest]:.4g}")
+            timed = [
+                (size, run)
+                for size, run in zip(sizes, finished, strict=True)
+                if "epoch_core_seconds" in run["stages"][stage]
+            ]
+            size, run = max(timed, key=lambda each: each[0].interactions)
+            seconds = run["stages"][stage]["epoch_core_seconds"] / TERMS[WORK[stage]](size)
+            stages[stage]["core_seconds_per_pass"] = float(f"{seconds:.4g}")
     return {"stages": stages, "measured": [dict(run) for run in runs]}
-

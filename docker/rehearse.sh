@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearse the images without a container engine: the install steps of the Dockerfiles, from the same locks, as the
+# Rehearse the images without a container engine: the install steps of the Dockerfiles, from the same locks, as
 # an unprivileged user; then a whole retrain of small data, Airflow from one environment and the jobs from the other.
 #
 #   docker/rehearse.sh [FOLDER]      FOLDER is kept, and goes on after an interruption; a temporary one is removed

@@ -279,7 +279,12 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("users", "items", "interactions"):
         planned.add_argument(f"--{name}", type=int, required=True, metavar="N")
     planned.add_argument(
-        "--modalities", nargs="+", type=sizing.modality, required=True, metavar="NAME:WIDTH", help="for example text:384"
+        "--modalities",
+        nargs="+",
+        type=sizing.modality,
+        required=True,
+        metavar="NAME:WIDTH",
+        help="for example text:384",
     )
 
     study = command(

@@ -50,13 +50,16 @@ def lines(found: dict[str, Any]) -> list[str]:
     settings = " ".join(f"--set {name}={value}" for name, value in choice["settings"].items())
     rows += [
         f"recommended        --config {choice['preset']} {settings}",
-        f"cluster            overlay {choice['overlay']}, memory of {choice['gpus_by_memory']} GPU(s) of 40 GB at least",
+        f"cluster            overlay {choice['overlay']}, memory of {choice['gpus_by_memory']} GPU(s) of 40 GB or more",
         "GPU seconds        not measured",
         "",
         "Bytes, by formulas with measured factors (crane_core/sizing.json says on which runs):",
     ]
     for name, stage in found["stages"].items():
-        rows += [f"  {name}  memory = {stage['memory_formula']}", f"  {'':<{len(name)}}  storage = {stage['storage_formula']}"]
+        rows += [
+            f"  {name}  memory = {stage['memory_formula']}",
+            f"  {'':<{len(name)}}  storage = {stage['storage_formula']}",
+        ]
     return rows
 
 

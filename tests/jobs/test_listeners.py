@@ -20,7 +20,7 @@ def listening(pid: int) -> list[str]:
                 pids.add(int(path.parent.name))
     for each in pids:
         for entry in Path(f"/proc/{each}/fd").iterdir():
-            target = os.readlink(entry) if entry.is_symlink() else ""
+            target = str(entry.readlink()) if entry.is_symlink() else ""
             if target.startswith("socket:["):
                 sockets.add(target[8:-1])
     found = []
