@@ -20,7 +20,8 @@ from crane_core.errors import ConfigError
 GPU_BYTES = 40 * 1024**3
 JOINT_BYTES = 8 * 1024**3
 SHARD_ITEMS = 250_000
-MINIMUM_SPARK = 1024**3
+SPARK_HEAP = 1024**3
+"""`runtime.spark_memory` as it is shipped."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,15 @@ def estimate(size: Size, constants: Mapping[str, Any] | None = None) -> dict[str
         values: dict[str, Any] = {}
         for what, terms in forms.items():
             factors = stages[stage][what]
-            values[f"{what}_bytes"] = round(sum(factors[term] * TERMS[term](size) for term in terms))
-            values[f"{what}_formula"] = " + ".join(
+            amount = sum(factors[term] * TERMS[term](size) for term in terms)
+            formula = " + ".join(
                 f"{factors[term]:.4g}" + ("" if term == "1" else f" x {term}") for term in terms if factors[term]
             )
+            if what == "memory" and stage.startswith("etl."):
+                # Spark spills once its heap is full.
+                amount = min(amount, factors["1"] + SPARK_HEAP)
+                formula += f", at most {factors['1']:.4g} + runtime.spark_memory"
+            values[f"{what}_bytes"], values[f"{what}_formula"] = round(amount), formula
         per_pass = stages[stage].get("core_seconds_per_pass")
         values["epoch_core_seconds"] = None if per_pass is None else per_pass * TERMS[WORK[stage]](size)
         found[stage] = values
@@ -146,17 +152,19 @@ def recommend(size: Size, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     """
     # Joint training holds features, refined rows and activations of the catalog, once per recursion and gradient.
     joint = 4 * (size.users + size.items) * (sum(size.dims) + 3 * len(size.dims) * size.refined_dim) * 3
-    spark = max(MINIMUM_SPARK, stages["etl.interactions"]["memory_bytes"])
     training = stages["ml.train"]["memory_bytes"]
     return {
         "preset": "joint" if joint <= JOINT_BYTES else "staged",
-        "settings": {
-            "knn.num_shards": max(1, math.ceil(size.items / SHARD_ITEMS)),
-            "runtime.spark_memory": f"{math.ceil(spark / 1024**3)}g",
-        },
+        "settings": {"knn.num_shards": max(1, math.ceil(size.items / SHARD_ITEMS))},
         "overlay": "small" if training <= 8 * 1024**3 else "large",
         "gpus_by_memory": math.ceil(training / GPU_BYTES),
     }
+
+
+def beyond_measured(size: Size, constants: Mapping[str, Any] | None = None) -> float:
+    """How many times larger the run is than the largest that was measured; 1 or less within what was."""
+    measured = (constants or load_constants())["measured"]
+    return max(getattr(size, name) / max(run[name] for run in measured) for name in ("users", "items", "interactions"))
 
 
 def load_constants() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from crane_core.sizing import Size, estimate, recommend
+from crane_core.sizing import Size, beyond_measured, estimate, recommend
 
 
 def modality(text: str) -> tuple[str, int]:
@@ -34,6 +34,7 @@ def plan(users: int, items: int, interactions: int, modalities: list[tuple[str, 
         "storage_bytes": sum(stage["storage_bytes"] for stage in stages.values()),
         "recommended": recommend(size, stages),
         "gpu_seconds": None,
+        "beyond_measured": round(beyond_measured(size), 1),
     }
 
 
@@ -52,6 +53,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"recommended        --config {choice['preset']} {settings}",
         f"cluster            overlay {choice['overlay']}, memory of {choice['gpus_by_memory']} GPU(s) of 40 GB or more",
         "GPU seconds        not measured",
+        f"extrapolated       {found['beyond_measured']:g} times the largest run that was measured",
         "",
         "Bytes, by formulas with measured factors (crane_core/sizing.json says on which runs):",
     ]
