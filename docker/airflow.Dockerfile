@@ -14,6 +14,7 @@ COPY docker/locks docker/locks
 RUN docker/install.sh airflow /opt/airflow-venv
 
 FROM ${JOBS_IMAGE} AS standalone
+# Only to make folders and copy; the account of the jobs image takes over below.
 # hadolint ignore=DL3066
 USER root
 RUN install -d -o 10001 -g 10001 /opt/airflow /opt/airflow-logs
@@ -32,7 +33,7 @@ HEALTHCHECK --interval=60s --timeout=60s --start-period=120s CMD ["airflow", "jo
 CMD ["airflow", "version"]
 
 FROM ${PYTHON_IMAGE} AS airflow
-# The chart runs Airflow as 50000 in group 0.
+# The chart runs Airflow as 50000 in group 0. Unpinned: a rebuild takes the distribution's security updates.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends tini \

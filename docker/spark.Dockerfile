@@ -30,6 +30,7 @@ RUN /opt/crane/bin/python docker/jars.py \
       "${MAVEN_REPOSITORY}" "${HADOOP_AWS_SHA256}" "${AWS_BUNDLE_VERSION}" "${AWS_BUNDLE_SHA256}"
 
 FROM ${PYTHON_IMAGE}
+# Unpinned: a rebuild takes the security updates of the distribution's release.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends openjdk-17-jre-headless tini \

@@ -55,7 +55,7 @@ FAULTS = [
     ("kubernetes", "infra/kubernetes/base/pods.yaml", "runAsNonRoot: true", "runAsNonRoot: 'yes'", "runAsNonRoot"),
     ("kubernetes", "infra/kubernetes/base/pods.yaml", "serviceAccountName:", "serviceAcount:", "serviceAcount"),
     ("kubernetes", "infra/kubernetes/base/secrets.yaml", "kind: ExternalSecret", "kind: Sekret", "Sekret"),
-    ("kubernetes", "infra/kubernetes/overlays/large/gpu.yaml", "containers/0", "containers/7", "Unable to access"),
+    ("kubernetes", "infra/kubernetes/overlays/large/gpu.yaml", "containers/0", "containers/7", "missing path"),
     ("terraform", "infra/terraform/bucket.tf", r"bucket = var.bucket\n}", "bucket = var.bucket\n", "bucket.tf"),
     ("terraform", "infra/terraform/iam.tf", r"aws_kms_key\.crane\.arn", "aws_kms_key.other.arn", "aws_kms_key.other"),
     (
