@@ -1,11 +1,11 @@
 # What a person would type. DATA=<folder in MMRec layout> makes the demo use that data.
-.PHONY: help setup demo test drill lint format dags doctor clean
+.PHONY: help setup demo test drill lint format dags doctor clean lint-infra test-infra locks sbom audit rehearse
 
 JOBS := .venv/bin/python -m
 AIRFLOW := .venv-airflow/bin/python -m
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## */  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1	/p' Makefile
 
 setup: ## make both environments, see to Java
 	@infra/local/setup.sh
@@ -14,7 +14,7 @@ demo: setup ## build, judge, serve a recommender through Airflow: MovieLens 100K
 	@.venv/bin/crane demo $(if $(DATA),--data "$(DATA)")
 
 test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow
-	$(JOBS) pytest --ignore=tests/dags
+	$(JOBS) pytest --ignore=tests/dags --ignore=tests/infra
 	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
 
 drill: setup ## the long drills: real scheduler, PostgreSQL, MLflow; kills, outages, crowds (apt-get install postgresql)
@@ -25,7 +25,7 @@ lint: setup ## ruff, mypy, import contracts, shellcheck
 	$(JOBS) ruff format --check .
 	$(JOBS) mypy
 	.venv/bin/lint-imports --no-logo
-	.venv/bin/shellcheck infra/local/setup.sh .ci/run
+	.venv/bin/shellcheck infra/*.sh infra/local/*.sh docker/*.sh .ci/run
 
 format: setup ## let ruff rewrite the code
 	$(JOBS) ruff format .
@@ -33,6 +33,34 @@ format: setup ## let ruff rewrite the code
 
 dags: setup ## the tests of the DAGs alone
 	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
+
+INFRA := .venv-infra/bin
+LOCKS := airflow spark torch-cpu torch-cuda
+
+$(INFRA)/.made: pyproject.toml
+	python3 -m venv .venv-infra
+	$(INFRA)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(INFRA)/python -m pip install --quiet --group infra
+	touch $@
+
+lint-infra: $(INFRA)/.made ## images, manifests of every overlay, Terraform: hadolint, kubernetes-validate, checkov ...
+	@infra/lint.sh
+
+test-infra: $(INFRA)/.made ## each of these tools finds a planted fault
+	$(INFRA)/python -m pytest tests/infra --confcutdir=tests/infra
+
+locks: $(INFRA)/.made ## the images' dependency locks from pyproject.toml
+	docker/lock.sh
+
+sbom: $(INFRA)/.made ## a CycloneDX bill of materials per lock, in build/sbom
+	mkdir -p build/sbom
+	for lock in $(LOCKS); do $(INFRA)/cyclonedx-py requirements docker/locks/$$lock.txt -o build/sbom/$$lock.json || exit; done
+
+audit: $(INFRA)/.made ## known vulnerabilities of what the locks name
+	for lock in $(LOCKS); do $(INFRA)/pip-audit --disable-pip --requirement docker/locks/$$lock.txt || exit; done
+
+rehearse: ## install the images' locks without an engine, run a retrain from them (20 minutes)
+	docker/rehearse.sh
 
 doctor: setup ## what works on this machine and how to mend the rest
 	@.venv/bin/crane doctor

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from crane_core.errors import ArtifactError
 from crane_core.sharding import Shards
+from crane_core.tensors import load_tensors
 
 POINTER = "checkpoint.json"
 FORMAT = 2
@@ -96,7 +97,7 @@ class Checkpoints:
                 for rank in range(written.world_size)
             ]
             sharded = {name: self._rows(name, files, written) for name in files[0].keys()}  # noqa: SIM118
-        return Checkpoint(sharded, load_file(target / "replicated.safetensors"), pointer["state"])
+        return Checkpoint(sharded, load_tensors(target / "replicated.safetensors"), pointer["state"])
 
     def _rows(self, name: str, files: list[Any], written: Shards) -> Tensor:
         """This rank's rows, from the files of those who kept them."""

@@ -24,19 +24,18 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from crane_core.dataset import ItemLists
 from crane_core.errors import ArtifactError, DataError
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
-from crane_core.store import sha256_file
+from crane_core.store import check_files, sha256_file
+from crane_core.tensors import load_arrays, tensor_shapes
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
 DEFAULT_K = 20
 USER_BLOCK = 256
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def write_model(
@@ -83,47 +82,24 @@ def verify_model(folder: Path) -> dict[str, Any]:
     """
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _refused(folder, f"{CHECKSUMS} cannot be read ({error})") from error
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {CHECKSUMS}
-    if present != set(checksums):
-        raise _refused(folder, f"files {sorted(present)} found, {sorted(checksums)} expected")
+    found = check_files(folder, checksums, CHECKSUMS)
+    if found:
+        raise _refused(folder, found)
     for name, expected in checksums.items():
-        path = folder / name
-        if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
+        if sha256_file(folder / name) != expected["sha256"]:
             raise _refused(folder, f"{name} does not match its sha256")
-    facts = json.loads((folder / "model.json").read_text())
-    if facts.get("format") != FORMAT:
-        raise _refused(folder, f"format {facts.get('format')!r} found, {FORMAT} expected")
+    try:
+        facts = json.loads((folder / "model.json").read_text())
+        if facts["format"] != FORMAT:
+            raise _refused(folder, f"format {facts['format']!r} found, {FORMAT} expected")
+        sizes = [facts[name] for name in ("num_users", "num_items", "num_seen")]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise _refused(folder, f"model.json is none ({error!r})") from error
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise _refused(folder, f"model.json gives the sizes {sizes}")
     return facts
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes that a safetensors file declares, after a check that its bytes are exactly those it declares.
-
-    Raises:
-        ArtifactError: header and data disagree: a truncated, padded or overlapping file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _refused(path.parent, f"{path.name} declares a header of {length} bytes and has {size} in all")
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise _refused(path.parent, f"{path.name} has no JSON header ({error})") from error
-    header.pop("__metadata__", None)
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = entry["data_offsets"]
-        declared = _BYTES[entry["dtype"]] * int(np.prod(entry["shape"], dtype=np.int64))
-        if start != position or end - start != declared:
-            raise _refused(path.parent, f"{path.name}: {name} declares {declared} bytes, found {end - start}")
-        position = end
-    if position != size - 8 - length:
-        raise _refused(path.parent, f"{path.name} declares {position} bytes of data, found {size - 8 - length}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 @dataclass(frozen=True)
@@ -221,7 +197,7 @@ def load_model(folder: Path) -> ServedModel:
     facts = verify_model(folder)
     num_users, num_items, num_seen = facts["num_users"], facts["num_items"], facts["num_seen"]
     shapes = tensor_shapes(folder / "embeddings.safetensors")
-    dim = shapes["user_embeddings"][-1]
+    dim = shapes.get("user_embeddings", (0,))[-1]
     shapes |= tensor_shapes(folder / "seen.safetensors")
     expected = {
         "user_embeddings": (num_users, dim),
@@ -231,8 +207,8 @@ def load_model(folder: Path) -> ServedModel:
     }
     if shapes != expected:
         raise _refused(folder, f"tensor shapes {shapes} found, {expected} expected")
-    embeddings = load_file(folder / "embeddings.safetensors")
-    seen = load_file(folder / "seen.safetensors")
+    embeddings = load_arrays(folder / "embeddings.safetensors")
+    seen = load_arrays(folder / "seen.safetensors")
     ids = [
         pd.Index(pq.read_table(folder / name, columns=[column]).column(column).to_pandas(), dtype=object)
         for name, column in (("users.parquet", USER_ID), ("items.parquet", ITEM_ID))

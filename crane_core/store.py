@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from crane_core.storage import Storage
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,11 @@ class ArtifactStore:
         """The published artifact, None when there is none.
 
         Raises:
-            ArtifactError: it is there but damaged: a file of the manifest is missing or has another size.
+            ArtifactError: it is damaged or not to be trusted: a file of the manifest is missing or has another size, a
+                name leads out of the folder, something is there that the manifest does not list.
         """
+        if not RUN_ID.fullmatch(fingerprint):
+            raise ArtifactError(f"{fingerprint!r} is no fingerprint of {stage}.", "Remove the run and start it again.")
         key = f"{stage}/{fingerprint}"
         manifest = self._json(f"{key}/{MANIFEST}")
         if manifest is None:
@@ -96,12 +101,18 @@ class ArtifactStore:
                 f"expected {SCHEMA_VERSION}.",
                 "Remove the directory and run its stage again.",
             )
+        missing = {"stage", "fingerprint", "files", "content", "facts"} - set(manifest)
+        if missing or (manifest["stage"], manifest["fingerprint"]) != (stage, fingerprint):
+            found = f"it lacks {', '.join(sorted(missing))}" if missing else "it is of another artifact"
+            raise self._untrusted(key, f"its manifest is not its own: {found}")
+        # Before anything is fetched by name.
+        found = check_names(manifest["files"])
+        if found:
+            raise self._untrusted(key, found)
         path = self.storage.fetch(key, self.cache)
-        for name, expected in manifest["files"].items():
-            file = path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != expected["bytes"]:
-                raise _damaged(path, name, f"{expected['bytes']} bytes", "no file" if size is None else f"{size} bytes")
+        found = check_files(path, manifest["files"], MANIFEST)
+        if found:
+            raise self._untrusted(key, found)
         return Artifact(path, manifest)
 
     def publish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
@@ -170,12 +181,21 @@ class ArtifactStore:
         if text is None:
             return None
         try:
-            return json.loads(text)
-        except ValueError as error:
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError(f"a {type(value).__name__}, no object")
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"{self.storage.uri}/{key} is damaged: {len(text)} bytes that are no JSON ({error}).",
                 f"Remove {self.storage.uri}/{key.rpartition('/')[0]} and run the stage or the run again.",
             ) from error
+        return value
+
+    def _untrusted(self, key: str, found: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.storage.uri}/{key} is refused: {found}.",
+            f"Remove {self.storage.uri}/{key} and run its stage again.",
+        )
 
     def artifact(self, run_id: str, stage: str, part: str = "") -> Artifact:
         """The artifact a stage left for a run.
@@ -184,13 +204,59 @@ class ArtifactStore:
             ArtifactError: the stage has not finished for this run, or its artifact is gone.
         """
         entry = self.entry(run_id, stage, part)
-        found = self.find(stage, entry["fingerprint"]) if entry else None
+        found = self.find(stage, str(entry.get("fingerprint"))) if entry else None
         if found is None:
             raise ArtifactError(
                 f"Run {run_id!r} has no artifact of {stage}{f' part {part}' if part else ''}.",
                 f"Run python -m jobs.{stage} --store {self.storage.uri} --run {run_id} first.",
             )
         return found
+
+
+def check_names(files: Any) -> str:
+    """What is wrong with the file list of a manifest, "" when nothing is.
+
+    Args:
+        files: name to `bytes` and `sha256`, as found; names are relative POSIX paths that stay inside.
+    """
+    if not isinstance(files, dict):
+        return f"its list of files is a {type(files).__name__}"
+    for name, entry in files.items():
+        parts = name.split("/")
+        if "\\" in name or "\0" in name or not all(parts) or {".", ".."} & set(parts):
+            return f"the name {name!r} leads out of it"
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        if type(size) is not int or size < 0 or not SHA256.fullmatch(str(entry.get("sha256"))):
+            return f"{name} has no size and checksum"
+    return ""
+
+
+def check_files(folder: Path, files: Any, itself: str) -> str:
+    """What is wrong with a folder that holds what a manifest lists, "" when nothing is.
+
+    Args:
+        folder: local.
+        files: name to `bytes` and `sha256`, as found.
+        itself: name of the manifest, which does not list itself.
+    """
+    found = check_names(files)
+    if found:
+        return found
+    present = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return f"{name} is a link or no plain file"
+        if stat.S_ISREG(mode):
+            present.add(name)
+    for name, entry in files.items():
+        size = (folder / name).stat().st_size if name in present else None
+        if size != entry["bytes"]:
+            found = "no file" if size is None else f"{size} bytes"
+            return f"{name} is damaged: expected {entry['bytes']} bytes, found {found}"
+    strangers = present - set(files) - {itself}
+    return f"it holds {', '.join(sorted(strangers))}, which nothing lists" if strangers else ""
 
 
 def check_run_id(run_id: str) -> None:

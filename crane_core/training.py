@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from crane_core.checkpoint import Checkpoint, Checkpoints, write_tensors
@@ -28,6 +27,7 @@ from crane_core.monitors import GRADIENT, cosine_moments, effective_rank, signs
 from crane_core.progress import LOG_SECONDS, resident_bytes
 from crane_core.propagation import SymmetricGraph, drop_edges
 from crane_core.sharding import Shards
+from crane_core.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class Trainer:
 
     def best_weights(self) -> dict[str, Tensor]:
         """Parameters and buffers of the best epoch."""
-        return load_file(self.work / "best.safetensors")
+        return load_tensors(self.work / "best.safetensors")
 
     def best_rows(self) -> Rows:
         """Rows of users and items at the best epoch, as validation prefers to rank with them; loads its weights.

@@ -1,7 +1,12 @@
 """Where each job runs: job -> engine -> pool, limits and operator of the deployment profile.
 
-The profile is named by the environment variable `CRANE_PROFILE` (default `local`). A new profile is one function
-that turns a job into an operator class and its arguments, and one line in `PROFILES`.
+The profile is named by the environment variable `CRANE_PROFILE`:
+
+- `local` (the default): every job is a child process of the task;
+- `spark`: the Spark jobs go to a cluster with `spark-submit`, the others are child processes;
+- `kubernetes`: every job is a pod, a training a TrainJob over one or more nodes, as infra/kubernetes describes them.
+
+A new profile is one function that turns a job into an operator class and its arguments, and one line in `PROFILES`.
 """
 
 from __future__ import annotations
@@ -74,7 +79,30 @@ def _local(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
     return LocalJobOperator, {"job": name}
 
 
-PROFILES: dict[str, Callable[[str, str], tuple[type[BaseOperator], dict[str, Any]]]] = {"local": _local}
+def _spark(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
+    """The engine `spark` is a cluster, the others are child processes on this machine."""
+    if engine != "spark":
+        return _local(name, engine)
+    # Operators of providers are imported by the profile that needs them only.
+    from spark_job import SparkJobOperator
+
+    return SparkJobOperator, {"job": name}
+
+
+def _kubernetes(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
+    """Every engine has a PodTemplate of its name in the cluster, `torchrun` a TrainingRuntime."""
+    from kubernetes_job import PodJobOperator, TrainJobOperator
+
+    if engine == "torchrun":
+        return TrainJobOperator, {"job": name, "runtime": "crane-torchrun"}
+    return PodJobOperator, {"job": name, "template": f"crane-{engine}"}
+
+
+PROFILES: dict[str, Callable[[str, str], tuple[type[BaseOperator], dict[str, Any]]]] = {
+    "local": _local,
+    "spark": _spark,
+    "kubernetes": _kubernetes,
+}
 PROFILE = os.environ.get("CRANE_PROFILE", "local")
 
 

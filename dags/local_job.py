@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 PROJECT = Path(__file__).resolve().parent.parent
 FINAL_EXIT_CODES = {2: "configuration", 3: "data", 4: "artifact"}
 TERMINATION_SECONDS = 15.0
+PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+(?=@)")
+"""Of a URI; a job masks its own log lines, this is for its arguments."""
 
 
 def setting(name: str, default: str) -> str:
@@ -68,26 +71,18 @@ class LocalJobOperator(BaseOperator):
     def execute(self, context: Context) -> Any:
         project = Path(setting("project", str(PROJECT)))
         python = setting("jobs_python", str(jobs_python(project)))
-        argv = [python, "-m", f"jobs.{self.job}", *json.loads(self.flags)]
-        if self.part:
-            argv += ["--part", self.part]
-        self.log.info("run argv=%s", json.dumps(argv))
+        argv = [python, *command(self.job, self.flags, self.part)]
+        self.log.info("run argv=%s", PASSWORD.sub(r"\1:***", json.dumps(argv)))
         with tempfile.TemporaryFile("w+") as output:
             code, last_error = self._stream(argv, project, output)
             output.seek(0)
             lines = output.read().splitlines()
-        if code in FINAL_EXIT_CODES:
-            raise AirflowFailException(f"jobs.{self.job} ended with a {FINAL_EXIT_CODES[code]} error: {last_error}")
         if code != 0:
-            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise AirflowException(f"jobs.{self.job} {ended}: {last_error}")
+            raise failure(self.job, code, last_error)
         if not lines:
             raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")
-        result = self.result = json.loads(lines[-1])
-        if self.returns:
-            return result[self.returns]
-        # Tables of figures belong in the store, not in Airflow's database.
-        return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+        self.result = json.loads(lines[-1])
+        return returned(self.result, self.returns)
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
         """The artifacts that the job has read and made or found; asked for only where OpenLineage is configured."""
@@ -136,7 +131,7 @@ class LocalJobOperator(BaseOperator):
             assert self.process.stderr is not None
             for line in self.process.stderr:
                 last_line = line.rstrip() or last_line
-                if " ERROR " in line and "failed stage=" in line:
+                if is_error(line):
                     last_error = line.rstrip()
                 self.log.info("%s", line.rstrip())
             return self.process.wait(), last_error or last_line
@@ -154,6 +149,34 @@ def lineage(result: dict[str, Any]) -> tuple[list[str], list[str]]:
         f"{'.'.join(name.split('.')[:2])}/{fingerprint}" for name, fingerprint in result.get("inputs", {}).items()
     }
     return sorted(inputs), [f"{result['stage']}/{result['fingerprint']}"]
+
+
+def command(job: str, flags: str, part: str = "") -> list[str]:
+    """The arguments of the interpreter for a job: module, flags (a JSON list), and the part of a mapped stage."""
+    return ["-m", f"jobs.{job}", *json.loads(flags), *(["--part", part] if part else [])]
+
+
+def is_error(line: str) -> bool:
+    """Whether a log line is the one in which a job says why it failed."""
+    return " ERROR " in line and "failed stage=" in line
+
+
+def failure(job: str, code: int, reason: str) -> AirflowException:
+    """The exception for a job's exit code: final where trying again cannot help; -n is signal n."""
+    if code in FINAL_EXIT_CODES:
+        return AirflowFailException(f"jobs.{job} ended with a {FINAL_EXIT_CODES[code]} error: {reason}")
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return AirflowException(f"jobs.{job} {ended}: {reason}")
+
+
+def returned(result: dict[str, Any], name: str | None) -> Any:
+    """What a task returns of its job's result: one value by name, or the plain values.
+
+    Tables of figures belong in the store, not in Airflow's database.
+    """
+    if name:
+        return result[name]
+    return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
 
 
 def job_environment(bin_folder: Path) -> dict[str, str]:

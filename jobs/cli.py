@@ -18,7 +18,8 @@ from typing import Any
 from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.store import check_run_id
-from jobs.commands import place
+from jobs.commands import place, sizing
+from jobs.runner import redacted
 
 STOPPED_BY_HAND = 128 + signal.SIGINT
 NOBODY_READS = 128 + signal.SIGPIPE
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CraneError as error:
         if arguments.json:
             problem = {"error": type(error).__name__, "message": error.found, "remedy": error.remedy}
-            print(json.dumps(problem))
-        print(f"crane: {error.found}\nRemedy: {error.remedy}", file=sys.stderr)
+            print(redacted(json.dumps(problem)))
+        print(redacted(f"crane: {error.found}\nRemedy: {error.remedy}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # Whoever read the output has what it wanted, as `head` does. Python would complain when it flushes the rest.
@@ -137,6 +138,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     healthy = all(check["status"] != "broken" for check in checks)
     _result(arguments, {"healthy": healthy, "checks": checks}, lines)
     return EXIT_OK if healthy else EXIT_UNEXPECTED
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    found = sizing.plan(arguments.users, arguments.items, arguments.interactions, arguments.modalities)
+    print(json.dumps(found) if arguments.json else "\n".join(sizing.lines(found)))
+    return EXIT_OK
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -303,6 +310,18 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "What works on this machine, and how to mend the rest.", stored)
     doctor.add_argument("--deep", action="store_true", help="also start Spark")
+
+    planned = command("plan", _plan, "Memory, storage and seconds that a run of a given size takes, stage by stage.")
+    for name in ("users", "items", "interactions"):
+        planned.add_argument(f"--{name}", type=int, required=True, metavar="N")
+    planned.add_argument(
+        "--modalities",
+        nargs="+",
+        type=sizing.modality,
+        required=True,
+        metavar="NAME:WIDTH",
+        help="for example text:384",
+    )
 
     study = command(
         "experiments", _experiments, "Compare variants of the model on a dataset, or search for a better one."

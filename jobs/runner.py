@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -183,11 +184,31 @@ def scratch(store_uri: str) -> Path:
     return Path(tempfile.gettempdir()) / "crane" / store_uri.replace("://", "-").replace("/", "-")
 
 
+class Redacting(logging.Formatter):
+    """Log lines without secrets: passwords inside URIs, and the values of the environment's secret variables."""
+
+    PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+(?=@)")
+    VARIABLE = re.compile(r"SECRET|PASSWORD|TOKEN|CREDENTIAL", re.IGNORECASE)
+    SHORTEST = 6
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+def redacted(text: str) -> str:
+    """A text as it may be shown."""
+    text = Redacting.PASSWORD.sub(r"\1:***", text)
+    for name, value in os.environ.items():
+        if Redacting.VARIABLE.search(name) and len(value) >= Redacting.SHORTEST:
+            text = text.replace(value, "***")
+    return text
+
+
 def start_logging() -> None:
-    """Log lines to stderr; stdout belongs to results."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    """Log lines to stderr, secrets left out; stdout belongs to results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("py4j", "matplotlib", "botocore", "alembic", "faiss", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -198,6 +219,33 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file or name of a preset; for a known run, what it was started with")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     return parser
+
+
+def identify(
+    stage: Stage,
+    run_id: str,
+    part: str,
+    config: RunConfig,
+    store: ArtifactStore,
+    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
+) -> tuple[dict[str, Artifact], str]:
+    """The inputs of a stage for a run, and the fingerprint of what it makes of them.
+
+    Raises:
+        ConfigError: the stage has no such part.
+        ArtifactError: an input is missing or damaged.
+    """
+    parts = stage.parts(config)
+    if part not in parts:
+        raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
+    inputs = {
+        f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
+        for name in stage.inputs_of(config)
+        for each in STAGES[name].parts(config)
+    }
+    contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
+    fingerprint = fingerprint_of(stage, part, config, contents, source(config, store) if source else None)
+    return inputs, fingerprint
 
 
 def produce(
@@ -218,16 +266,7 @@ def produce(
         ConfigError: the stage has no such part.
         ArtifactError: an input is missing or damaged.
     """
-    parts = stage.parts(config)
-    if part not in parts:
-        raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
-    inputs = {
-        f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
-        for name in stage.inputs_of(config)
-        for each in STAGES[name].parts(config)
-    }
-    contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
-    fingerprint = fingerprint_of(stage, part, config, contents, source(config, store) if source else None)
+    inputs, fingerprint = identify(stage, run_id, part, config, store, source)
     base = scratch(store.storage.uri) / stage.name
     with _alone(base / f"{fingerprint}.lock"):
         found = store.find(stage.name, fingerprint)

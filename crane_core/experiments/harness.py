@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from crane_core.baselines import content, item_knn, popularity
@@ -32,6 +32,7 @@ from crane_core.propagation import SymmetricGraph
 from crane_core.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
 from crane_core.refine import fit, refine_catalog
 from crane_core.storage.local import LocalStorage
+from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 
 CPU = torch.device("cpu")
@@ -299,7 +300,7 @@ def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Conten
             LocalStorage(shared).write(
                 "prepared.json", json.dumps({"seconds": seconds, "profile_spread": spreads}).encode()
             )
-        rows, fitted = (load_file(shared / f"{name}.safetensors") for name in ("rows", "rca"))
+        rows, fitted = (load_tensors(shared / f"{name}.safetensors") for name in ("rows", "rca"))
         graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
         known = json.loads((shared / "prepared.json").read_text())
         facts = {"content_seconds": known["seconds"], "profile_spread": known.get("profile_spread", {})}

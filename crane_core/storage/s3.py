@@ -10,6 +10,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from crane_core.errors import ArtifactError
+
 MANIFEST = "manifest.json"
 _RETRIES = Config(retries={"max_attempts": 8, "mode": "standard"})
 
@@ -69,9 +71,17 @@ class S3Storage:
         if (target / MANIFEST).exists():
             return target
         head = self._client.head_object(Bucket=self.bucket, Key=f"{self.prefix}{key}/{MANIFEST}")
-        data = f"{self.prefix}{key}/.data/{head['Metadata']['attempt']}/"
+        attempt = head["Metadata"].get("attempt", "")
+        data = f"{self.prefix}{key}/.data/{attempt}/"
+        items = self._objects(data) if attempt.isalnum() else []
+        # Keys are free text: one that climbs out of the folder would be written anywhere on this machine.
+        if not items or any({"", ".", ".."} & set(item[len(data) :].split("/")) for item in items):
+            raise ArtifactError(
+                f"{self.uri}/{key} holds no files of its manifest, or some whose names lead out of it.",
+                f"Remove {self.uri}/{key} and run its stage again.",
+            )
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-        for item in self._objects(data):
+        for item in items:
             path = hidden / item[len(data) :]
             path.parent.mkdir(parents=True, exist_ok=True)
             self._client.download_file(self.bucket, item, str(path))

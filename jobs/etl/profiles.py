@@ -255,7 +255,7 @@ def _summer(
     features: list[tuple[str, str]], mean: bool
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def work(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        matrices = [(open_matrix(Path(rows)), np.load(mask)) for rows, mask in features]
+        matrices = [(open_matrix(Path(rows)), open_matrix(Path(mask))) for rows, mask in features]
         for users, items in whole_users(batches):
             starts = np.flatnonzero(np.diff(users, prepend=-1))
             columns: dict[str, pa.Array] = {USER_IDX: pa.array(users[starts], pa.int32())}

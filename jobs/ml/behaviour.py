@@ -14,8 +14,8 @@ from crane_core.config import RunConfig
 from crane_core.dataset import Interactions
 from crane_core.model import LightGCN
 from crane_core.store import ArtifactStore
-from jobs.ml.launch import save_embeddings, train
-from jobs.runner import Job, Result, run_stage
+from jobs.ml.launch import run_training, save_embeddings, train
+from jobs.runner import Job, Result
 
 
 def build(
@@ -31,7 +31,7 @@ def run(job: Job) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.behaviour", run, argv=argv)
+    return run_training("ml.behaviour", run, build, argv)
 
 
 if __name__ == "__main__":

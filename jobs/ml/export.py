@@ -24,7 +24,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import load_file
 
 from crane_core.config import RunConfig
 from crane_core.dataset import load_ids, load_interactions
@@ -33,6 +32,7 @@ from crane_core.knn import write_index
 from crane_core.pipeline import STAGES
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import ArtifactStore
+from crane_core.tensors import load_arrays
 from jobs.ml.desk import take_desk
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job
@@ -68,7 +68,7 @@ def run(job: Job) -> Result:
     user_ids = user_column.to_numpy()
     item_column = load_ids(source, "items", ITEM_ID)
     item_ids = item_column.to_numpy()
-    rows = load_file(trained.file("embeddings.safetensors"))
+    rows = load_arrays(trained.file("embeddings.safetensors"))
     users, items = rows["user_embeddings"], rows["item_embeddings"]
     for folder in ("recommendations", "similar"):
         (job.out / folder).mkdir()

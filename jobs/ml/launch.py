@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import logging
+import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -21,18 +26,75 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.dataset import Interactions, load_interactions
-from crane_core.errors import TrainingError, TrainingStopped
+from crane_core.errors import ConfigError, TrainingError, TrainingStopped
 from crane_core.model import LightGCN
+from crane_core.pipeline import STAGES
 from crane_core.store import Artifact, ArtifactStore
+from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
-from jobs.runner import Job, open_store, start_logging
+from jobs.runner import Job, Result, identify, open_store, run_job, run_stage, scratch, start_logging
 
+PUBLICATION_SECONDS = 1800.0
+"""How long the other nodes wait after training for the first one's artifact."""
 MAX_RESTARTS = 1
 """How often the ranks are started again within one attempt at the stage."""
 
+logger = logging.getLogger(__name__)
+
 Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], LightGCN]
 """Makes the model on a rank from the store, the run id, the interactions, the configuration and the device."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine among those of a training, as torchrun's variables `PET_*` say; alone where they are not set.
+
+    Attributes:
+        rank: 0 does the stage, the others lend it their devices.
+        num_nodes: machines of the training.
+        endpoint: where they meet, `host:port` on the first.
+    """
+
+    rank: int
+    num_nodes: int
+    endpoint: str
+
+    @classmethod
+    def here(cls) -> Node:
+        """Read the variables.
+
+        Raises:
+            ConfigError: they contradict each other.
+        """
+        values = {name: os.environ.get(f"PET_{name}", "") for name in ("NNODES", "NODE_RANK", "MASTER_ADDR")}
+        if values["NNODES"] in ("", "1"):
+            return cls(0, 1, "localhost:0")
+        try:
+            node = cls(
+                int(values["NODE_RANK"]),
+                int(values["NNODES"]),
+                f"{values['MASTER_ADDR']}:{int(os.environ.get('PET_MASTER_PORT', '29400'))}",
+            )
+        except ValueError:
+            node = cls(-1, 0, "")
+        if not (0 <= node.rank < node.num_nodes and values["MASTER_ADDR"]):
+            raise ConfigError(
+                f"PET_NNODES={values['NNODES']!r}, PET_NODE_RANK={values['NODE_RANK']!r} and "
+                f"PET_MASTER_ADDR={values['MASTER_ADDR']!r} describe no node of a training.",
+                "Set them as torchrun expects them, or none of them.",
+            )
+        return node
+
+
+def run_training(name: str, run: Callable[[Job], Result], build: Build, argv: Sequence[str] | None = None) -> int:
+    """Entry point of a training job on every node: the first one does the stage, the others join its training.
+
+    The nodes share the scratch folder of the store: the checkpoints lie there.
+    """
+    if int(os.environ.get("PET_NODE_RANK") or 0) == 0:
+        return run_stage(name, run, argv=argv)
+    return run_job(name, functools.partial(_join, name, build), argv)
 
 
 def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -56,8 +118,8 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     on_ranks(_train_rank, job, build)
     summary = json.loads((job.work / "summary.json").read_text())
     (job.out / "curve.json").write_text(json.dumps(summary.pop("curve")))
-    save_file(load_file(job.work / "best.safetensors"), job.out / "weights.safetensors")
-    rows = load_file(job.work / "rows.safetensors")
+    save_file(load_tensors(job.work / "best.safetensors"), job.out / "weights.safetensors")
+    rows = load_tensors(job.work / "rows.safetensors")
     return summary, rows["users"], rows["items"]
 
 
@@ -70,33 +132,65 @@ def on_ranks(work: Callable[..., None], job: Job, *arguments: Any) -> None:
         TrainingError: a rank was lost again after the restart.
         TrainingStopped: somebody asked for it.
     """
-    given = (job.store.storage.uri, job.run_id, job.config, job.work, *arguments)
-    world_size = job.config.runtime.world_size
-    if world_size == 1:
-        work(*given)
+    _launch(work, job.stage.name, (job.store.storage.uri, job.run_id, job.config, job.work, *arguments))
+
+
+def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -> None:
+    """Run this node's ranks to their end, and say what ended them."""
+    _, run_id, config, *_ = arguments
+    node = Node.here()
+    num_ranks = node.num_nodes * config.runtime.world_size
+    if num_ranks == 1:
+        work(*arguments)
         return
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=job.run_id,
+        min_nodes=node.num_nodes,
+        max_nodes=node.num_nodes,
+        nproc_per_node=config.runtime.world_size,
+        run_id=f"{run_id}-{stage}",
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=node.endpoint,
+        rdzv_configs={"is_host": node.rank == 0} if node.num_nodes > 1 else {},
         max_restarts=MAX_RESTARTS,
         start_method="spawn",
     )
     resumes = "Start the same command again: it goes on from what is finished."
     try:
-        elastic_launch(launch, work)(*given)
+        elastic_launch(launch, work)(*arguments)
     except SignalException as error:
         raise TrainingStopped(f"The ranks were asked to stop ({error.sigval.name}).", resumes) from error
     except ChildFailedError as error:
         lost, failure = error.get_first_failure()
         raise TrainingError(
-            f"Rank {lost} of {launch.max_nodes * launch.nproc_per_node} was lost and so was its restart: exit code "
+            f"Rank {lost} of {num_ranks} was lost and so was its restart: exit code "
             f"{failure.exitcode} ({failure.message.splitlines()[-1] if failure.message else 'no message'}).",
             f"Look for its error in the log, and for the kernel's out-of-memory killer. {resumes}",
         ) from error
+
+
+def _join(
+    name: str, build: Build, arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
+) -> dict[str, Any]:
+    """Lend this node's devices to a training whose first node publishes; the entry is the one it leaves too."""
+    started = time.monotonic()
+    _, fingerprint = identify(STAGES[name], arguments.run, arguments.part, config, store)
+    found = store.find(name, fingerprint)
+    status = "found" if found else "joined"
+    if found is None:
+        logger.info("join stage=%s fingerprint=%s node=%d", name, fingerprint, Node.here().rank)
+        work = scratch(store.storage.uri) / name / f"{fingerprint}.work"
+        _launch(_train_rank, name, (store.storage.uri, arguments.run, config, work, build))
+        deadline = time.monotonic() + PUBLICATION_SECONDS
+        while found is None:
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"The training ended {PUBLICATION_SECONDS:.0f} s ago and its first node has published nothing.",
+                    "Look at the first node's log.",
+                )
+            time.sleep(1.0)
+            found = store.find(name, fingerprint)
+    seconds = round(time.monotonic() - started, 3)
+    return {"status": status, "fingerprint": fingerprint, "content": found.manifest["content"], "seconds": seconds}
 
 
 @contextmanager
@@ -104,7 +198,7 @@ def rank(runtime: Runtime) -> Iterator[torch.device]:
     """What every rank begins and ends with: logging, its device, the process group."""
     start_logging()
     device = use_device(runtime)
-    if runtime.world_size > 1:
+    if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank() > 0:
             logging.getLogger().setLevel(logging.WARNING)
@@ -121,7 +215,7 @@ def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
 
 def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
     """Users [num_users, d] and items [num_items, d] of a trained model."""
-    rows = load_file(trained.file("embeddings.safetensors"))
+    rows = load_tensors(trained.file("embeddings.safetensors"))
     return rows["user_embeddings"], rows["item_embeddings"]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import RunConfig
@@ -29,6 +29,7 @@ from crane_core.matrix import open_matrix
 from crane_core.monitors import profile_spreads
 from crane_core.refine import Refiner, fit, refine_to_files, refined_files
 from crane_core.storage.local import LocalStorage
+from crane_core.tensors import load_tensors
 from jobs.ml.device import use_device
 from jobs.ml.launch import on_ranks, rank
 from jobs.runner import Job, Result, open_store, run_stage
@@ -76,7 +77,7 @@ def fit_once(job: Job) -> None:
 def load_refiner(config: RunConfig, dims: list[int], work: Path) -> Refiner:
     """The fitted refiner."""
     refiner = Refiner(dims, [1.0] * len(dims), config.refine)
-    refiner.load_state_dict(load_file(work / "rca.safetensors"))
+    refiner.load_state_dict(load_tensors(work / "rca.safetensors"))
     return refiner.eval()
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from crane_core.config import RunConfig
 from crane_core.dataset import ItemLists, load_ids, load_interactions
@@ -28,6 +27,7 @@ from crane_core.registry import CANDIDATE, DatasetReference, Registry, Release, 
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.serving import make_probe, write_model
 from crane_core.store import Artifact, ArtifactStore
+from crane_core.tensors import load_arrays
 from jobs.runner import peak_bytes, run_job, scratch
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _release(
     )
     probe = folder / "probe.json"
     users = _probed(interactions.train)
-    rows = load_file(trained.file("embeddings.safetensors"))
+    rows = load_arrays(trained.file("embeddings.safetensors"))
     answers = make_probe(
         rows["user_embeddings"], rows["item_embeddings"], interactions.train, user_ids, item_ids, users
     )

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file
 
 from crane_core.config import RunConfig
 from crane_core.content import (
@@ -31,8 +30,9 @@ from crane_core.fusion import choose_trust
 from crane_core.model import Crane
 from crane_core.propagation import SymmetricGraph
 from crane_core.store import ArtifactStore
-from jobs.ml.launch import load_embeddings, save_embeddings, train
-from jobs.runner import Job, Result, run_stage
+from crane_core.tensors import load_tensors
+from jobs.ml.launch import load_embeddings, run_training, save_embeddings, train
+from jobs.runner import Job, Result
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def build(
     content: Content | JointContent
     if config.train.mode == "joint":
         modalities = load_modalities(store.artifact(run_id, "etl.features"), store.artifact(run_id, "etl.profiles"))
-        fitted = load_file(refined.file("rca.safetensors"))
+        fitted = load_tensors(refined.file("rca.safetensors"))
         content = joint_content(modalities, fitted, config.refine, config.knn, config.train, device)
     else:
         with_users = config.train.reads_users
@@ -55,7 +55,7 @@ def build(
 def item_graph(job: Job) -> SymmetricGraph:
     """The item graph of the best epoch."""
     if job.config.train.mode == "joint":
-        return neighbour_graph(load_file(job.out / "weights.safetensors")["content.neighbours"])
+        return neighbour_graph(load_tensors(job.out / "weights.safetensors")["content.neighbours"])
     return load_graph(job.input("ml.graph"), torch.device("cpu"))
 
 
@@ -73,7 +73,7 @@ def run(job: Job) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.train", run, argv=argv)
+    return run_training("ml.train", run, build, argv)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def test_parsing_imports_no_engine(parsed):
     top = {name.partition(".")[0] for name in parsed["modules"]}
     assert "crane_retrain" in top
     assert top.isdisjoint({"torch", "pyspark", "mlflow", "faiss", "boto3", "pandas", "jobs", "crane_core"})
+    assert top.isdisjoint({"kubernetes", "kubernetes_job", "spark_job"})
 
 
 def test_parsing_reads_only_code(parsed):
@@ -53,11 +54,18 @@ def test_parsing_reads_only_code(parsed):
     ] == []
 
 
+PROVIDERS = {
+    "kubernetes_job.py": ("airflow.providers.cncf.kubernetes.", "kubernetes.client"),
+    "spark_job.py": ("airflow.providers.apache.spark.",),
+}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_imports_are_airflows_the_standard_library_and_neighbours(path):
     allowed = {file.stem for file in FILES} | set(sys.stdlib_module_names)
+    prefixes = (*OF_AIRFLOW, *PROVIDERS.get(path.name, ()))
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
-            assert name.partition(".")[0] in allowed or name.startswith(OF_AIRFLOW), name
+            assert name.partition(".")[0] in allowed or name.startswith(prefixes), name

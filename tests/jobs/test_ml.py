@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,12 +21,13 @@ from safetensors.numpy import load_file
 from crane_core.config import load_config
 from crane_core.content import load_graph
 from crane_core.dataset import ItemLists
-from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
+from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, ConfigError
 from crane_core.graph import build_graph
 from crane_core.knn import brute_force
 from crane_core.pipeline import STAGES
 from crane_core.store import ArtifactStore
 from jobs.ml import behaviour, evaluate, graph, knn, refine, train
+from jobs.ml.launch import Node
 from jobs.runner import open_store
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
@@ -278,6 +280,56 @@ def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(fi
     for name in ("items", "users", "fused_items", "fused_users"):
         found, expected = (np.load(artifact.file(f"{name}.npy")) for artifact in (two, one))
         assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_two_nodes_train_as_one_with_two_processes_does(tmp_path: Path) -> None:
+    """Each node is told its rank as Kubeflow Trainer tells a pod; the first one's artifact is the result of both."""
+    contents = {}
+    for name, nodes in (("one", 1), ("two", 2)):
+        place = tmp_path / name / "store"
+        plant(place, tmp_path / name / "scratch")
+        extra = (f"runtime.world_size={2 // nodes}", "train.num_epochs=3")
+        store = open_store(str(place))
+        store.start_run("nodes", load_config(None, [*SETTINGS, *extra]))
+        store.record("nodes", "etl.interactions", "", {"fingerprint": "planted"})
+        command = [sys.executable, "-m", "jobs.ml.behaviour", *flags(place, "nodes", "", extra)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        placed = {"PET_NNODES": str(nodes), "PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(port)}
+        processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ | placed | {"PET_NODE_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(nodes)
+        ]
+        ended = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [EXIT_OK] * nodes, ended
+        answers = [json.loads(out.splitlines()[-1]) for out, _ in ended]
+        assert [answer["status"] for answer in answers] == ["done", "joined"][:nodes]
+        contents[name] = {answer["content"] for answer in answers}
+        assert len(store.storage.names("ml.behaviour")) == 1
+    assert len(contents["one"]) == 1
+    assert contents["one"] == contents["two"]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PET_NNODES": "2", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "a"},
+        {"PET_NNODES": "2", "PET_NODE_RANK": "1"},
+        {"PET_NNODES": "auto", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "a"},
+    ],
+)
+def test_a_node_that_cannot_be_is_a_typed_error(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="describe no node of a training"):
+        Node.here()
 
 
 def test_a_damaged_input_of_the_right_size_is_never_used(finished: Path) -> None:

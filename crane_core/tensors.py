@@ -1,0 +1,83 @@
+"""Reading safetensors files of unknown origin: the header is checked against the bytes before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from crane_core.errors import ArtifactError
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes that a safetensors file declares, after a check that its bytes are exactly those it declares.
+
+    Raises:
+        ArtifactError: it cannot be read, or header and data disagree: a truncated, padded or overlapping file, or one
+            that declares more than it holds.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise _refused(path, f"declares a header of {length} bytes and has {size} in all")
+            header: dict[str, Any] = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        position = 0
+        shapes = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            shapes[name] = tuple(int(edge) for edge in entry["shape"])
+            declared = _BYTES[entry["dtype"]] * math.prod(shapes[name])
+            if min(shapes[name], default=0) < 0 or start != position or end - start != declared:
+                raise _refused(path, f"{name} declares {declared} bytes, found {end - start}")
+            position = end
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refused(path, f"has no JSON header ({error})") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _refused(path, f"has a header that is none of safetensors ({error!r})") from error
+    if position != size - 8 - length:
+        raise _refused(path, f"declares {position} bytes of data, found {size - 8 - length}")
+    return {name: shapes[name] for name in header}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU.
+
+    Raises:
+        ArtifactError: as `tensor_shapes`.
+    """
+    tensor_shapes(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise _refused(path, f"cannot be read ({error})") from error
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file, as NumPy arrays.
+
+    Raises:
+        ArtifactError: as `tensor_shapes`.
+    """
+    tensor_shapes(path)
+    try:
+        return safetensors.numpy.load_file(path)
+    except SafetensorError as error:
+        raise _refused(path, f"cannot be read ({error})") from error
+
+
+def _refused(path: Path, found: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is refused: it {found}.", "Remove the folder that holds it and make it again: run its stage."
+    )

@@ -1,0 +1,254 @@
+"""The operators of the `kubernetes` profile: a job as a pod, a training as a TrainJob over one or more nodes.
+
+What a pod looks like (image, account, secrets, limits, nodes) is said in infra/kubernetes alone, as one PodTemplate
+per engine and one TrainingRuntime: the operators fetch the template when a task starts and add the command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from airflow.providers.cncf.kubernetes.hooks.kubernetes import KubernetesHook
+from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+from airflow.sdk import BaseOperator, Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from kubernetes.client import V1Pod
+from kubernetes.client.exceptions import ApiException
+from local_job import command, failure, is_error, returned
+
+NAMESPACE = "crane"
+TRAINER = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
+TAIL_LINES = 500
+POLL_SECONDS = 15.0
+
+
+class PodJobOperator(KubernetesPodOperator):
+    """Run `python -m jobs.<job> <flags>` in a pod and return the plain values of the job's result.
+
+    Args:
+        job: `<group>.<stage>`.
+        template: name of the PodTemplate in the namespace.
+        flags: JSON list of the flags, a template.
+        part: which part of a mapped stage, "" for a whole stage.
+        returns: return this one value of the job's JSON object instead, whatever it is.
+
+    Raises:
+        AirflowFailException: exit code 2, 3 or 4, or no such template: trying again cannot help.
+        AirflowException: any other end.
+    """
+
+    BASE_CONTAINER_NAME = "job"
+    template_fields = (*KubernetesPodOperator.template_fields, "flags", "part")
+
+    def __init__(
+        self, *, job: str, template: str, flags: str, part: str = "", returns: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            namespace=NAMESPACE,
+            name=_name(job),
+            # A GPU node may have to be started first.
+            schedule_timeout_seconds=1800,
+            startup_timeout_seconds=1800,
+            log_pod_spec_on_failure=False,
+            log_events_on_failure=True,
+            container_name_log_prefix_enabled=False,
+            **kwargs,
+        )
+        self.job = job
+        self.template = template
+        self.flags = flags
+        self.part = part
+        self.returns = returns
+        self._lines: list[str] = []
+
+    def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> V1Pod:
+        try:
+            template = self.client.read_namespaced_pod_template(self.template, NAMESPACE).template
+        except ApiException as error:
+            if error.status != 404:
+                raise
+            raise AirflowFailException(
+                f"Namespace {NAMESPACE} has no PodTemplate {self.template!r}: apply an overlay of infra/kubernetes."
+            ) from error
+        self.full_pod_spec = V1Pod(metadata=template.metadata, spec=template.spec)
+        self.cmds = ["python"]
+        self.arguments = command(self.job, self.flags, self.part)
+        return super().build_pod_request_obj(context, dry_run=dry_run)
+
+    def execute(self, context: Context) -> Any:
+        super().execute(context)
+        return self._returned()
+
+    def trigger_reentry(self, context: Context, event: dict[str, Any]) -> Any:
+        super().trigger_reentry(context, event)
+        return self._returned()
+
+    def cleanup(
+        self, pod: V1Pod, remote_pod: V1Pod, xcom_result: dict | None = None, context: Context | None = None
+    ) -> None:
+        # The last moment the pod is there: afterwards it is deleted.
+        code = _exit_code(remote_pod, self.base_container_name) if remote_pod and not self._killed else None
+        if code is not None:
+            self._lines = _log(self.client, remote_pod.metadata.name, self.base_container_name, TAIL_LINES)
+        try:
+            super().cleanup(pod, remote_pod, xcom_result, context)
+        except AirflowException as error:
+            if code:
+                raise failure(self.job, code, _reason(self._lines)) from error
+            raise
+
+    def _returned(self) -> Any:
+        return returned(_result(self.job, self._lines), self.returns)
+
+
+class TrainJobOperator(BaseOperator):
+    """Run `python -m jobs.<job> <flags>` on every node of a TrainJob (Kubeflow Trainer) and return node 0's result.
+
+    The name of the TrainJob follows from the task instance: a worker that takes over finds the training that runs.
+
+    Args:
+        job: `ml.<stage>`.
+        runtime: name of the TrainingRuntime in the namespace; it says how many nodes and what they look like.
+        flags: JSON list of the flags, a template.
+        returns: return this one value of the job's JSON object instead, whatever it is.
+
+    Raises:
+        AirflowFailException: exit code 2, 3 or 4: trying again cannot help.
+        AirflowException: any other end.
+    """
+
+    template_fields = ("flags",)
+
+    def __init__(self, *, job: str, runtime: str, flags: str, returns: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.job = job
+        self.runtime = runtime
+        self.flags = flags
+        self.returns = returns
+        self.train_job: str | None = None
+
+    @cached_property
+    def hook(self) -> KubernetesHook:
+        return KubernetesHook()
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """The TrainJob: the runtime by reference, and the command."""
+        return {
+            "apiVersion": f"{TRAINER['group']}/{TRAINER['version']}",
+            "kind": "TrainJob",
+            "metadata": {"name": name, "namespace": NAMESPACE},
+            "spec": {
+                "runtimeRef": {"apiGroup": TRAINER["group"], "kind": "TrainingRuntime", "name": self.runtime},
+                "trainer": {"command": ["python"], "args": command(self.job, self.flags)},
+            },
+        }
+
+    def execute(self, context: Context) -> Any:
+        instance = context["ti"]
+        identity = f"{instance.dag_id}/{instance.run_id}/{instance.task_id}"
+        name = f"{_name(self.job)}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+        self.train_job = name
+        custom, core = self.hook.custom_object_client, self.hook.core_v1_client
+        try:
+            custom.create_namespaced_custom_object(namespace=NAMESPACE, body=self.manifest(name), **TRAINER)
+            self.log.info("created train_job=%s runtime=%s", name, self.runtime)
+        except ApiException as error:
+            if error.status != 409:
+                raise
+            self.log.info("found train_job=%s", name)
+        shown = 0
+        while True:
+            status = custom.get_namespaced_custom_object(namespace=NAMESPACE, name=name, **TRAINER).get("status", {})
+            ended = next(
+                (
+                    condition
+                    for condition in status.get("conditions", [])
+                    if condition["type"] in ("Complete", "Failed") and condition["status"] == "True"
+                ),
+                None,
+            )
+            pod = self._first_node(core, name)
+            lines = _log(core, pod.metadata.name, "node") if pod else []
+            # A restarted training begins a log of its own.
+            for line in lines[shown if shown <= len(lines) else 0 :]:
+                self.log.info("%s", line)
+            shown = len(lines)
+            if ended:
+                break
+            time.sleep(POLL_SECONDS)
+        self.on_kill()
+        if ended["type"] == "Failed":
+            code = _exit_code(pod, "node") if pod else None
+            raise failure(self.job, code or 1, _reason(lines) or ended.get("message", ""))
+        return returned(_result(self.job, lines), self.returns)
+
+    def on_kill(self) -> None:
+        """Delete the TrainJob and with it its pods."""
+        if self.train_job:
+            try:
+                self.hook.custom_object_client.delete_namespaced_custom_object(
+                    namespace=NAMESPACE, name=self.train_job, propagation_policy="Foreground", **TRAINER
+                )
+            except ApiException as error:
+                if error.status != 404:
+                    raise
+
+    @staticmethod
+    def _first_node(core: Any, name: str) -> V1Pod | None:
+        """The newest pod of node 0, which publishes and prints the result."""
+        selector = f"jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index=0"
+        pods = core.list_namespaced_pod(NAMESPACE, label_selector=selector).items
+        return max(pods, key=lambda pod: pod.metadata.creation_timestamp, default=None)
+
+
+def _name(job: str) -> str:
+    return f"crane-{job.replace('.', '-')}"
+
+
+def _exit_code(pod: V1Pod, container: str) -> int | None:
+    """Exit code of a container, None while it has not ended."""
+    for status in (pod.status and pod.status.container_statuses) or []:
+        if status.name == container and status.state and status.state.terminated:
+            return status.state.terminated.exit_code
+    return None
+
+
+def _log(core: Any, pod: str, container: str, tail_lines: int | None = None) -> list[str]:
+    """Lines a container has written; none while it has not started or when its log is gone."""
+    tail = {"tail_lines": tail_lines} if tail_lines else {}
+    try:
+        # Decoded here: the client would return the text of a bytes literal.
+        response = core.read_namespaced_pod_log(pod, NAMESPACE, container=container, _preload_content=False, **tail)
+    except ApiException as error:
+        if error.status in (400, 404):
+            return []
+        raise
+    return response.data.decode(errors="backslashreplace").splitlines()
+
+
+def _reason(lines: Iterable[str]) -> str:
+    """The line in which a job says why it failed, else its last line."""
+    lines = [line for line in lines if line.strip()]
+    return next((line for line in reversed(lines) if is_error(line)), lines[-1] if lines else "")
+
+
+def _result(job: str, lines: Iterable[str]) -> dict[str, Any]:
+    """The JSON object a job prints last, among log lines.
+
+    Raises:
+        AirflowException: there is none; the next try finds the artifact and prints it.
+    """
+    for line in reversed(list(lines)):
+        if line.startswith("{"):
+            try:
+                result = json.loads(line)
+            except ValueError:
+                continue
+            if "stage" in result:
+                return result
+    raise AirflowException(f"jobs.{job} ended well but its result is not in the log.")
