@@ -116,9 +116,13 @@ class Service:
         self.process = None
 
     def kill(self) -> None:
-        """Kill the process alone, as the kernel does when memory is short; its children live on."""
+        """Kill the process and its forks, as a container dies; what they started in sessions of their own lives on.
+
+        Killing the parent alone is no drill but a trap: its forks keep the sockets to the database open, and with them
+        the row locks of its last transaction.
+        """
         assert self.process is not None
-        os.kill(self.process.pid, signal.SIGKILL)
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
 
