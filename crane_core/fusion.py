@@ -48,8 +48,8 @@ def choose_trust(
     of the best, by user, the one with the best NDCG@20 is taken, and the smallest of equals.
 
     Items without training interactions have no row worth ranking by in the behavioural view: they are only ever its
-    negatives. Wherever CRANE is trusted at all
-    they take the mean of their neighbours' rows there, so that both views know them.
+    negatives. Wherever CRANE is trusted at all they take the mean of their neighbours' rows there, so that both views
+    know them.
 
     Args:
         behaviour: rows of the behavioural view.
