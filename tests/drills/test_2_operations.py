@@ -16,7 +16,7 @@ from tests.drills.conftest import Deployment
 from tests.drills.services import PATIENCE, children, small_disk, until
 
 CONTENT = ["ml.graph"]
-PLANNED = re.compile(r"plan day=(\S+) run=(\S+) stage=(\S+) part=(\S*) state=(\S+) fingerprint=(\S+)")
+PLANNED = re.compile(r"plan day=(\S+) run=(\S+) stage=(\S+) part=(\S*) state=(\S+) fingerprint=(\w+)")
 
 
 def planned(text: str) -> list[tuple[str, ...]]:
