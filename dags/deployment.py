@@ -58,7 +58,7 @@ JOBS = {
     "backfill.plan": Job("cpu", "crane_compute", 0.5),
     "backfill.etl": Job("spark", "crane_backfill", 12),
     "backfill.content": Job("gpu", "crane_gpu", 24),
-    "backfill.train": Job("torchrun", "crane_gpu", 24),
+    "backfill.train": Job("gpu", "crane_gpu", 24),
     "backfill.check": Job("cpu", "crane_compute", 0.5),
 }
 
