@@ -14,11 +14,11 @@ demo: setup ## build, judge, serve a recommender through Airflow: MovieLens 100K
 	@.venv/bin/crane demo $(if $(DATA),--data "$(DATA)")
 
 test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow
-	$(JOBS) pytest --ignore=tests/dags --ignore=tests/infra
+	$(JOBS) pytest -m 'not drill' --ignore=tests/dags --ignore=tests/infra
 	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
 
 drill: setup ## the long drills: real scheduler, PostgreSQL, MLflow; kills, outages, crowds (apt-get install postgresql)
-	$(JOBS) pytest -q tests/drills "tests/jobs/test_ml.py::test_a_training_job_killed_with_signal_9_ends_with_the_same_result"
+	$(JOBS) pytest -q -m drill tests/drills tests/jobs
 
 lint: setup ## ruff, mypy, import contracts, shellcheck
 	$(JOBS) ruff check .

@@ -56,6 +56,13 @@ _outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
 _started = time.monotonic()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of these are drills; some more are marked beside the tests they belong to."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.drill)
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         _outcomes[report.outcome] += 1

@@ -329,6 +329,7 @@ def test_another_base_is_another_fingerprint(spark: SparkSession, tmp_path: Path
     assert found[0]["files"] == found[1]["files"] and found[0]["base"] != found[1]["base"]
 
 
+@pytest.mark.drill
 def test_movielens_day_by_day_equals_the_whole(spark: SparkSession, movielens: Path, tmp_path: Path) -> None:
     """Seven months in windows of 60 days, days arriving between runs and each run going on from the one before."""
     raw, store = tmp_path / "raw", tmp_path / "store"

@@ -103,6 +103,7 @@ def expected(spark: SparkSession, raw: Path) -> list[str]:
     return contents(store)
 
 
+@pytest.mark.drill
 def test_a_cluster_of_two_workers(expected: list[str], raw: Path, tmp_path: Path) -> None:
     master = f"spark://127.0.0.1:{free_port()}"
     start = [str(HOME / "bin" / "spark-class"), "org.apache.spark.deploy.master.Master", "--host", "127.0.0.1"]
@@ -122,6 +123,7 @@ def test_a_cluster_of_two_workers(expected: list[str], raw: Path, tmp_path: Path
         assert list((tmp_path / name).glob("app-*/*/stderr")), f"the {name} worker did nothing"
 
 
+@pytest.mark.drill
 def test_a_connect_server(expected: list[str], raw: Path, tmp_path: Path) -> None:
     port = free_port()
     command = [str(HOME / "bin" / "spark-submit"), "--master", "local[2]", "--conf", "spark.ui.enabled=false"]
