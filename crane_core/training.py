@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -192,7 +193,9 @@ class Trainer:
                 "another.",
                 "Widen etl.validation_days, or deliver rows of the label 1 under etl.split=label.",
             )
-        check_memory(self.config, self.shards, self.model.shares_negatives, free_bytes(self.device) // self.world_size)
+        # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
+        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        check_memory(self.config, self.shards, self.model.shares_negatives, free_bytes(self.device) // sharing)
         torch.use_deterministic_algorithms(True)
         self._resume()
         progress, num_exhausted = self.progress, int(self.sampler.exhausted.sum())
