@@ -33,7 +33,7 @@ from crane_core.store import Artifact, ArtifactStore
 from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
-from jobs.runner import Job, Result, identify, open_store, run_job, run_stage, scratch, start_logging
+from jobs.runner import Job, Result, entry_of, identify, open_store, run_job, run_stage, scratch, start_logging
 
 PUBLICATION_SECONDS = 1800.0
 """How long the other nodes wait after training for the first one's artifact."""
@@ -139,14 +139,15 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
     """Run this node's ranks to their end, and say what ended them."""
     _, run_id, config, *_ = arguments
     node = Node.here()
-    num_ranks = node.num_nodes * config.runtime.world_size
+    num_processes = _num_processes(config.runtime)
+    num_ranks = node.num_nodes * num_processes
     if num_ranks == 1:
         work(*arguments)
         return
     launch = LaunchConfig(
         min_nodes=node.num_nodes,
         max_nodes=node.num_nodes,
-        nproc_per_node=config.runtime.world_size,
+        nproc_per_node=num_processes,
         run_id=f"{run_id}-{stage}",
         rdzv_backend="c10d",
         rdzv_endpoint=node.endpoint,
@@ -166,6 +167,13 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
             f"{failure.exitcode} ({failure.message.splitlines()[-1] if failure.message else 'no message'}).",
             f"Look for its error in the log, and for the kernel's out-of-memory killer. {resumes}",
         ) from error
+
+
+def _num_processes(runtime: Runtime) -> int:
+    """Ranks on this machine: the pod of a stage may have fewer devices than the nodes of a training."""
+    if not runtime.device.startswith("cuda"):
+        return runtime.world_size
+    return min(runtime.world_size, max(torch.cuda.device_count(), 1))
 
 
 def _join(
@@ -189,8 +197,7 @@ def _join(
                 )
             time.sleep(1.0)
             found = store.find(name, fingerprint)
-    seconds = round(time.monotonic() - started, 3)
-    return {"status": status, "fingerprint": fingerprint, "content": found.manifest["content"], "seconds": seconds}
+    return entry_of(found, status, round(time.monotonic() - started, 3))
 
 
 @contextmanager
