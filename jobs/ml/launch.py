@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from crane_core.store import Artifact, ArtifactStore
 from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
-from jobs.runner import Job, Result, entry_of, identify, open_store, run_job, run_stage, scratch, start_logging
+from jobs.runner import Job, Result, entry_of, identify, open_store, produce, run_job, scratch, start_logging
 
 PUBLICATION_SECONDS = 1800.0
 """How long the other nodes wait after training for the first one's artifact."""
@@ -92,9 +91,13 @@ def run_training(name: str, run: Callable[[Job], Result], build: Build, argv: Se
 
     The nodes share the scratch folder of the store: the checkpoints lie there.
     """
-    if int(os.environ.get("PET_NODE_RANK") or 0) == 0:
-        return run_stage(name, run, argv=argv)
-    return run_job(name, functools.partial(_join, name, build), argv)
+
+    def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+        if Node.here().rank > 0:
+            return _join(name, build, arguments, config, store)
+        return produce(STAGES[name], arguments.run, arguments.part, config, store, run)
+
+    return run_job(name, work, argv)
 
 
 def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:

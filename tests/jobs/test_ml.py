@@ -332,6 +332,14 @@ def test_a_node_that_cannot_be_is_a_typed_error(variables: dict[str, str], monke
         Node.here()
 
 
+def test_a_node_whose_rank_is_no_number_ends_with_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "first", "PET_MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    assert behaviour.main(flags(tmp_path / "store", "nodes")) == EXIT_CONFIG
+
+
 def test_ranks_are_no_more_than_the_devices_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launch._num_processes(Runtime(device="cuda", world_size=8)) == 1
