@@ -339,7 +339,7 @@ class Runtime(Section):
     device: str = "cpu"
     """Where refining, training and the exact kNN run: `cpu` or `cuda`. Approximate kNN and ranking run on the CPU."""
     world_size: int = Field(1, ge=1)
-    """Refining and training processes on this machine."""
+    """Refining and training processes on this machine; on `cuda` no more than it has devices."""
     live_curves: bool = False
     """Show the curves of a training in MLflow while it runs; they are registered with the model in any case."""
     num_threads: int | None = Field(None, ge=1)

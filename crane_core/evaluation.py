@@ -37,6 +37,11 @@ class Interval:
         return asdict(self)
 
 
+def users_at_a_time(num_items: int) -> int:
+    """As many users as have their scores of the catalog in `SCORE_BYTES`, 1024 at most."""
+    return max(1, min(1024, SCORE_BYTES // (4 * num_items)))
+
+
 Scorer = Callable[[np.ndarray], Tensor]
 """Users int [b] to their scores of the whole catalog, float32 [b, num_items]; the caller may overwrite them, and the
 scorer may at the next call."""

@@ -15,7 +15,7 @@ import torch
 
 from crane_core.config import Train
 from crane_core.dataset import Interactions
-from crane_core.evaluation import dot_product, rank_users, user_metrics
+from crane_core.evaluation import dot_product, rank_users, user_metrics, users_at_a_time
 from crane_core.model import Rows, fill_cold
 from crane_core.propagation import SymmetricGraph
 
@@ -63,10 +63,11 @@ def choose_trust(
         return Trust(0.0, 0.0, [(0.0, 0.0)], behaviour)
     is_warm = torch.from_numpy(interactions.item_counts() > 0)
     known = behaviour[0], fill_cold(behaviour[1], is_warm, item_graph)
+    block = users_at_a_time(interactions.num_items)
     recalls, ndcgs = [], []
     for share in SHARES:
         rows = fuse(known, crane, share) if share else behaviour
-        ranked = rank_users(dot_product(*rows), interactions.train, users, 20)
+        ranked = rank_users(dot_product(*rows), interactions.train, users, 20, block)
         metrics = user_metrics(ranked, interactions.validation, users, (20,))
         recalls.append(metrics["recall@20"])
         ndcgs.append(metrics["ndcg@20"].mean())

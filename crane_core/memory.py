@@ -38,7 +38,7 @@ def check_memory(config: Train, shards: Shards, shares_negatives: bool, free: in
         return
     fitting = (free - nodes) // row
     if fitting > 0:
-        remedy = f"Set train.batch_size to {fitting} or less, and train.batches_per_step higher by as much."
+        remedy = f"Set train.batch_size to {fitting} or less, and train.batches_per_step higher by the same factor."
     else:
         dim = free // (8 * shards.num_rows * _FLOAT)
         remedy = (
@@ -62,7 +62,11 @@ def free_bytes(device: torch.device) -> int:
     except OSError:
         return 2**63 - 1
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used, details = (
+            (_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat")
+        )
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    # Pages of files count as used, and are given back before anybody is killed.
+    cached = next((int(line.split()[1]) for line in details.splitlines() if line.startswith("inactive_file ")), 0)
+    return free if limit == "max" else min(free, int(limit) - int(used) + cached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from crane_core.checkpoint import Checkpoint, Checkpoints, write_tensors
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import DataError, TrainingError, TrainingStopped
-from crane_core.evaluation import SCORE_BYTES, dot_product, rank_users, user_metrics
+from crane_core.evaluation import dot_product, rank_users, user_metrics, users_at_a_time
 from crane_core.graph import user_item_graph
 from crane_core.memory import check_memory, free_bytes
 from crane_core.model import Batch, LightGCN, PickedViews, Rows
@@ -192,7 +193,9 @@ class Trainer:
                 "another.",
                 "Widen etl.validation_days, or deliver rows of the label 1 under etl.split=label.",
             )
-        check_memory(self.config, self.shards, self.model.shares_negatives, free_bytes(self.device) // self.world_size)
+        # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
+        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        check_memory(self.config, self.shards, self.model.shares_negatives, free_bytes(self.device) // sharing)
         torch.use_deterministic_algorithms(True)
         self._resume()
         progress, num_exhausted = self.progress, int(self.sampler.exhausted.sum())
@@ -387,7 +390,7 @@ class Trainer:
         held_out = self.interactions.validation
         users = self.interactions.validation_users(self.config.validation_users, self.config.seed)
         mine = users[self.rank :: self.world_size]
-        block = max(1, min(1024, SCORE_BYTES // (4 * self.interactions.num_items)))
+        block = users_at_a_time(self.interactions.num_items)
         found = {}
         for name, rows in rankings.items():
             ranked = rank_users(dot_product(*rows), self.interactions.train, mine, 20, block)

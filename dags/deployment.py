@@ -58,6 +58,7 @@ JOBS = {
     "backfill.plan": Job("cpu", "crane_compute", 0.5),
     "backfill.etl": Job("spark", "crane_backfill", 12),
     "backfill.content": Job("gpu", "crane_gpu", 24),
+    # A TrainJob has no parts, and its other nodes would not know which training to join: one device.
     "backfill.train": Job("gpu", "crane_gpu", 24),
     "backfill.check": Job("cpu", "crane_compute", 0.5),
 }

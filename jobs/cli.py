@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     overrides = [
         *arguments.set,
-        *([f"runtime.raw={arguments.raw.absolute()}"] if arguments.raw else []),
+        *([f"runtime.raw={_absolute(arguments.raw)}"] if arguments.raw else []),
         *([f"window.start={arguments.start}"] if arguments.start else []),
         *([f"window.end={arguments.end}"] if arguments.end else []),
     ]
@@ -89,6 +89,11 @@ def _run(arguments: argparse.Namespace) -> int:
         [f"run  {run}", *(f"{label:<22} {state}" for label, state in states.items())],
     )
     return EXIT_OK
+
+
+def _absolute(place: str) -> str:
+    """A folder wherever the jobs are started; a URI as it is."""
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def _runs(arguments: argparse.Namespace) -> int:
@@ -281,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", _run, "Run the stages of a run here, one after the other, without Airflow.")
     run.add_argument("--store", required=True, help="artifact store")
     run.add_argument("--run", help="run id; made of window and configuration when absent")
-    run.add_argument("--raw", type=Path, help="raw data; {store}/raw when absent")
+    run.add_argument("--raw", help="raw data, a folder or s3://bucket/prefix; {store}/raw when absent")
     run.add_argument("--config", help="preset or YAML file")
     run.add_argument("--set", action="append", default=[], metavar="section.field=value")
     run.add_argument("--start", help="first instant of the window, ISO 8601")

@@ -111,7 +111,7 @@ def run_job(
         name: the stage.
         work: does it, and returns the entry of the run record.
         argv: flags, the process's own when None.
-        flags: adds the job's own flags to the four of every job.
+        flags: adds the job's own flags to those of every job.
     """
 
     def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
@@ -302,11 +302,16 @@ def produce(
             shutil.rmtree(work)
         seconds = round(time.monotonic() - started, 3)
     logger.info("%s stage=%s part=%s seconds=%.1f path=%s", status, stage.name, part, seconds, found.path)
+    return entry_of(found, status, seconds)
+
+
+def entry_of(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
+    """What the run record says of a stage that has ended with this artifact."""
     return {
         "status": status,
-        "fingerprint": fingerprint,
-        "inputs": found.manifest["inputs"],
-        "content": found.manifest["content"],
+        "fingerprint": artifact.fingerprint,
+        "inputs": artifact.manifest["inputs"],
+        "content": artifact.manifest["content"],
         "seconds": seconds,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

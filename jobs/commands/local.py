@@ -30,7 +30,7 @@ def run_stages(
     Args:
         names: stages, `<group>.<stage>`.
         config: tells the parts of mapped stages; None where none of the names is a stage.
-        flags: the four flags of every job.
+        flags: those of every job, and the jobs' own.
         log: file that gets everything the jobs say.
         steps: where progress is shown.
 

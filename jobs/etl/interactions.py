@@ -311,7 +311,7 @@ def _no_training_rows(num_read: int, config: RunConfig, root: Location) -> DataE
     return DataError(
         f"{root / INTERACTIONS_FOLDER}: {num_read} rows read, 0 usable training rows{before} "
         f"(etl.k_core={config.etl.k_core}, etl.min_weight={config.etl.min_weight}).",
-        "Read more history, shorten etl.validation_days and etl.test_days, or lower k_core and min_weight.",
+        "Read more history, shorten etl.validation_days and etl.test_days, or lower etl.k_core and etl.min_weight.",
     )
 
 

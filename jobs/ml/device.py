@@ -9,14 +9,19 @@ from crane_core.config import Runtime
 from crane_core.errors import ConfigError
 
 
+def use_torch_threads(runtime: Runtime) -> None:
+    """Set the number of torch threads: for jobs that compute on the CPU, whatever `runtime.device` is."""
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+
+
 def use_device(runtime: Runtime) -> torch.device:
     """Set the number of torch threads and return this rank's device.
 
     Raises:
         ConfigError: CUDA is asked for and absent.
     """
-    if runtime.num_threads is not None:
-        torch.set_num_threads(runtime.num_threads)
+    use_torch_threads(runtime)
     if not runtime.device.startswith("cuda"):
         return torch.device("cpu")
     if not torch.cuda.is_available():

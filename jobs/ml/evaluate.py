@@ -36,7 +36,7 @@ from crane_core.evaluation import (
 from crane_core.knn import unit_rows
 from crane_core.matrix import open_matrix
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
-from jobs.ml.device import use_device
+from jobs.ml.device import use_torch_threads
 from jobs.ml.launch import load_embeddings
 from jobs.runner import Job, Result, run_stage
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job) -> Result:
-    use_device(job.config.runtime)
+    use_torch_threads(job.config.runtime)
     config = job.config.evaluate
     source = job.input("etl.interactions")
     interactions = load_interactions(source)

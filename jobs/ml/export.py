@@ -34,7 +34,7 @@ from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import ArtifactStore
 from crane_core.tensors import load_arrays
 from jobs.ml.desk import take_desk
-from jobs.ml.device import use_device
+from jobs.ml.device import use_torch_threads
 from jobs.runner import Job, Result, produce, run_job
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
 def run(job: Job) -> Result:
     """Write the artifact of `job.run_id`, the champion's run."""
     config, runtime = job.config.export, job.config.runtime
-    use_device(runtime)
+    use_torch_threads(runtime)
     source, trained = job.input("etl.interactions"), job.input("ml.train")
     trained.verify()
     train = load_interactions(source).train

@@ -19,7 +19,7 @@ from crane_core.graph import build_graph, certify, co_interaction_lift, merge_sh
 from crane_core.knn import brute_force, use_threads
 from crane_core.lists import find_neighbours
 from crane_core.matrix import open_matrix
-from jobs.ml.device import use_device
+from jobs.ml.device import use_torch_threads
 from jobs.runner import Job, Result, run_stage
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ RAISE = 4
 
 
 def run(job: Job) -> Result:
-    use_device(job.config.runtime)
+    use_torch_threads(job.config.runtime)
     use_threads(job.config.runtime.num_threads)
     config = job.config.knn
     for part in job.input_parts("ml.knn").values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from crane_core.store import Artifact, ArtifactStore
 from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
-from jobs.runner import Job, Result, identify, open_store, run_job, run_stage, scratch, start_logging
+from jobs.runner import Job, Result, entry_of, identify, open_store, produce, run_job, scratch, start_logging
 
 PUBLICATION_SECONDS = 1800.0
 """How long the other nodes wait after training for the first one's artifact."""
@@ -92,9 +91,13 @@ def run_training(name: str, run: Callable[[Job], Result], build: Build, argv: Se
 
     The nodes share the scratch folder of the store: the checkpoints lie there.
     """
-    if int(os.environ.get("PET_NODE_RANK") or 0) == 0:
-        return run_stage(name, run, argv=argv)
-    return run_job(name, functools.partial(_join, name, build), argv)
+
+    def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+        if Node.here().rank > 0:
+            return _join(name, build, arguments, config, store)
+        return produce(STAGES[name], arguments.run, arguments.part, config, store, run)
+
+    return run_job(name, work, argv)
 
 
 def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -139,14 +142,15 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
     """Run this node's ranks to their end, and say what ended them."""
     _, run_id, config, *_ = arguments
     node = Node.here()
-    num_ranks = node.num_nodes * config.runtime.world_size
+    num_processes = _num_processes(config.runtime)
+    num_ranks = node.num_nodes * num_processes
     if num_ranks == 1:
         work(*arguments)
         return
     launch = LaunchConfig(
         min_nodes=node.num_nodes,
         max_nodes=node.num_nodes,
-        nproc_per_node=config.runtime.world_size,
+        nproc_per_node=num_processes,
         run_id=f"{run_id}-{stage}",
         rdzv_backend="c10d",
         rdzv_endpoint=node.endpoint,
@@ -166,6 +170,13 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
             f"{failure.exitcode} ({failure.message.splitlines()[-1] if failure.message else 'no message'}).",
             f"Look for its error in the log, and for the kernel's out-of-memory killer. {resumes}",
         ) from error
+
+
+def _num_processes(runtime: Runtime) -> int:
+    """Ranks on this machine: the pod of a stage may have fewer devices than the nodes of a training."""
+    if not runtime.device.startswith("cuda"):
+        return runtime.world_size
+    return min(runtime.world_size, max(torch.cuda.device_count(), 1))
 
 
 def _join(
@@ -189,8 +200,7 @@ def _join(
                 )
             time.sleep(1.0)
             found = store.find(name, fingerprint)
-    seconds = round(time.monotonic() - started, 3)
-    return {"status": status, "fingerprint": fingerprint, "content": found.manifest["content"], "seconds": seconds}
+    return entry_of(found, status, round(time.monotonic() - started, 3))
 
 
 @contextmanager

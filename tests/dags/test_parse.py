@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,17 @@ def test_parsing_reads_only_code(parsed):
     assert [
         path for path in parsed["opened"] if not path.endswith((".py", ".pyc", ".so")) and ".pyc." not in path
     ] == []
+
+
+@pytest.mark.parametrize("profile", ["spark", "kubernetes"])
+def test_every_dag_can_be_parsed_under_every_profile(profile):
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(DAGS)],
+        env=os.environ | {"CRANE_PROFILE": profile},
+        stdout=subprocess.DEVNULL,
+        timeout=120,
+        check=True,
+    )
 
 
 PROVIDERS = {

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from crane_core.config import load_config
+from crane_core.config import Runtime, load_config
 from crane_core.content import load_graph
 from crane_core.dataset import ItemLists
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, ConfigError
@@ -26,7 +26,7 @@ from crane_core.graph import build_graph
 from crane_core.knn import brute_force
 from crane_core.pipeline import STAGES
 from crane_core.store import ArtifactStore
-from jobs.ml import behaviour, evaluate, graph, knn, refine, train
+from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.launch import Node
 from jobs.runner import open_store
 from tests.unit.planted import checkerboard
@@ -330,6 +330,32 @@ def test_a_node_that_cannot_be_is_a_typed_error(variables: dict[str, str], monke
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="describe no node of a training"):
         Node.here()
+
+
+def test_a_node_whose_rank_is_no_number_ends_with_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"PET_NNODES": "2", "PET_NODE_RANK": "first", "PET_MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    assert behaviour.main(flags(tmp_path / "store", "nodes")) == EXIT_CONFIG
+
+
+def test_ranks_are_no_more_than_the_devices_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch._num_processes(Runtime(device="cuda", world_size=8)) == 1
+    assert launch._num_processes(Runtime(device="cpu", world_size=8)) == 8
+
+
+def test_a_pod_without_a_gpu_makes_the_graph_of_a_run_that_has_them(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    store = open_store(str(finished))
+    extra = ("knn.certificate_sample=30", "runtime.device=cuda")
+    store.start_run("no-gpu", load_config(None, [*SETTINGS, *extra]))
+    for stage, part in (("etl.interactions", ""), ("ml.refine", ""), ("ml.knn", "0"), ("ml.knn", "1")):
+        store.record("no-gpu", stage, part, store.entry("planted", stage, part) or {})
+    assert graph.main(flags(finished, "no-gpu", "", extra)) == EXIT_OK
 
 
 def test_a_damaged_input_of_the_right_size_is_never_used(finished: Path) -> None:

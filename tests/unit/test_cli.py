@@ -97,6 +97,11 @@ def test_run_ids_tell_configurations_apart_but_not_places() -> None:
     assert demo.run_id("ml 100k", load_config("movielens", [*WINDOW, "train.seed=1"])) != name
 
 
+def test_raw_data_may_lie_in_a_bucket() -> None:
+    assert cli._absolute("s3://bucket/raw data") == "s3://bucket/raw data"
+    assert cli._absolute("raw") == str(Path("raw").absolute())
+
+
 def test_the_demo_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no folder"):
         demo.demo(tmp_path / "nowhere", None, [], tmp_path / "home")

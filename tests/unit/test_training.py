@@ -20,7 +20,7 @@ import torch._dynamo  # Adam imports it at its first use: here, before the proce
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from crane_core import training
+from crane_core import memory, training
 from crane_core.config import Train
 from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists
@@ -28,7 +28,7 @@ from crane_core.errors import DataError, TrainingError, TrainingStopped
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import build_graph, user_item_graph
 from crane_core.knn import search
-from crane_core.memory import check_memory
+from crane_core.memory import check_memory, free_bytes
 from crane_core.model import Batch, Crane, LightGCN, Rows
 from crane_core.propagation import SymmetricGraph, drop_edges
 from crane_core.sharding import Shards
@@ -579,6 +579,13 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mon
     monkeypatch.setattr(training, "free_bytes", lambda _: 1000)
     with pytest.raises(TrainingError, match="72 nodes"):
         trainer(tmp_path).run()
+
+
+def test_pages_of_files_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    for name, text in (("max", "1000000"), ("current", "900000"), ("stat", "anon 300000\ninactive_file 500000")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_bytes(CPU) == 600_000
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
