@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.errors import ArtifactError, ConfigError, DataError
+from crane_core.ledger import CHAMPION
 from crane_core.pipeline import STAGES
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import Artifact, ArtifactStore
 
-CHAMPION = "champion"
 NUM_EXAMPLES = 3
 
 
