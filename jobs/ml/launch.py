@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.dataset import Interactions, load_interactions
-from crane_core.errors import ConfigError, TrainingError, TrainingStopped
+from crane_core.errors import ArtifactError, ConfigError, DataError, TrainingError, TrainingStopped
 from crane_core.model import LightGCN
 from crane_core.pipeline import STAGES
 from crane_core.store import Artifact, ArtifactStore
@@ -38,6 +38,8 @@ PUBLICATION_SECONDS = 1800.0
 """How long the other nodes wait after training for the first one's artifact."""
 MAX_RESTARTS = 1
 """How often the ranks are started again within one attempt at the stage."""
+_REFUSALS = {each.__name__: each for each in (ConfigError, DataError, ArtifactError, TrainingError)}
+"""What a rank may end with for good, by the name that reaches its agent."""
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +167,16 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
         raise TrainingStopped(f"The ranks were asked to stop ({error.sigval.name}).", resumes) from error
     except ChildFailedError as error:
         lost, failure = error.get_first_failure()
+        # An exception arrives as a mapping: "DataError: what was found. Remedy: what to do."
+        message = failure.message.get("message", "") if isinstance(failure.message, dict) else failure.message
+        *_, last = ["no message", *(message or "").strip().splitlines()]
+        kind, _, text = last.partition(": ")
+        found, _, remedy = text.partition(" Remedy: ")
+        refusal = _REFUSALS.get(kind)
+        if refusal and remedy:
+            raise refusal(f"Rank {lost} of {num_ranks}: {found}", remedy) from error
         raise TrainingError(
-            f"Rank {lost} of {num_ranks} was lost and so was its restart: exit code "
-            f"{failure.exitcode} ({failure.message.splitlines()[-1] if failure.message else 'no message'}).",
+            f"Rank {lost} of {num_ranks} was lost and so was its restart: exit code {failure.exitcode} ({last}).",
             f"Look for its error in the log, and for the kernel's out-of-memory killer. {resumes}",
         ) from error
 

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import Runtime, load_config
 from crane_core.content import load_graph
 from crane_core.dataset import ItemLists
-from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, ConfigError
+from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, ConfigError, DataError
 from crane_core.graph import build_graph
 from crane_core.knn import brute_force
 from crane_core.pipeline import STAGES
@@ -379,3 +380,15 @@ def test_a_damaged_input_of_the_right_size_is_never_used(finished: Path) -> None
 def test_a_run_id_that_is_no_file_name_is_refused(tmp_path: Path, run: str) -> None:
     assert refine.main(flags(tmp_path / "store", run)) == EXIT_CONFIG
     assert not (tmp_path / "escape").exists()
+
+
+@record
+def _refuse(*_: object) -> None:
+    raise DataError("Nothing is there.", "Deliver it.")
+
+
+def test_what_a_rank_refuses_ends_the_job_as_it_would_alone() -> None:
+    config = load_config(None, [*SETTINGS, "runtime.world_size=2"])
+    with pytest.raises(DataError, match=r"Rank \d of 2: Nothing is there") as caught:
+        launch._launch(_refuse, "ml.train", ("store", "run", config))
+    assert caught.value.remedy == "Deliver it."
