@@ -218,7 +218,11 @@ def rank(runtime: Runtime) -> Iterator[torch.device]:
     start_logging()
     device = use_device(runtime)
     if dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The agent's store outlives a restart: without a prefix the ranks would read the addresses of those before.
+        store, number, num_ranks = next(dist.rendezvous("env://"))
+        attempt = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=number, world_size=num_ranks)
         if dist.get_rank() > 0:
             logging.getLogger().setLevel(logging.WARNING)
     yield device
