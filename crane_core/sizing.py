@@ -18,7 +18,8 @@ from crane_core.config import Evaluate, Export, Knn, Refine, Train
 from crane_core.errors import ConfigError
 
 GPU_BYTES = 40 * 1024**3
-JOINT_BYTES = 8 * 1024**3
+EPOCH_SECONDS = 3600
+"""Processor seconds of an epoch above which the steps of the preset `million` are recommended."""
 SHARD_ITEMS = 250_000
 SPARK_HEAP = 1024**3
 """`runtime.spark_memory` as it is shipped."""
@@ -34,6 +35,7 @@ class Size:
         dims: width of each modality.
         refined_dim, embedding_dim, k: of the configuration.
         num_recommendations, num_similar, user_block: likewise.
+        step_interactions: training interactions that share a step.
     """
 
     users: int
@@ -46,6 +48,7 @@ class Size:
     num_recommendations: int = Export().k
     num_similar: int = Export().num_similar
     user_block: int = Evaluate().user_block
+    step_interactions: int = Train().batch_size * Train().batches_per_step
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in asdict(self).items() if name != "dims"}
@@ -58,6 +61,7 @@ class Size:
 TERMS: dict[str, Callable[[Size], float]] = {
     "1": lambda size: 1,
     "interactions": lambda size: size.interactions,
+    "interactions steps": lambda size: size.interactions * math.ceil(size.interactions / size.step_interactions),
     "users": lambda size: size.users,
     "items": lambda size: size.items,
     "4 items dims": lambda size: 4 * size.items * sum(size.dims),
@@ -105,10 +109,10 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
 """Stage to the terms of its peak memory and of its artifact."""
 
 WORK: dict[str, str] = {
-    "ml.behaviour": "interactions",
-    "ml.train": "interactions",
+    "ml.behaviour": "interactions steps",
+    "ml.train": "interactions steps",
 }
-"""Stages whose seconds are worth an estimate, and what they grow with: one pass over it is an epoch."""
+"""Stages whose seconds are worth an estimate, and what an epoch grows with: every step propagates the whole graph."""
 
 
 def estimate(size: Size, constants: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
@@ -150,11 +154,9 @@ def recommend(size: Size, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         size: of the run.
         stages: as `estimate` returns.
     """
-    # Joint training holds features, refined rows and activations of the catalog, once per recursion and gradient.
-    joint = 4 * (size.users + size.items) * (sum(size.dims) + 3 * len(size.dims) * size.refined_dim) * 3
     training = stages["ml.train"]["memory_bytes"]
     return {
-        "preset": "joint" if joint <= JOINT_BYTES else "staged",
+        "preset": "million" if stages["ml.train"]["epoch_core_seconds"] > EPOCH_SECONDS else "staged",
         "settings": {"knn.num_shards": max(1, math.ceil(size.items / SHARD_ITEMS))},
         "overlay": "small" if training <= 8 * 1024**3 else "large",
         "gpus_by_memory": math.ceil(training / GPU_BYTES),

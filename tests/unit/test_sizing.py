@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from crane_core.config import preset_names
 from crane_core.errors import ConfigError
-from crane_core.sizing import FORMS, TERMS, Size, estimate, fit, load_constants, recommend
+from crane_core.sizing import FORMS, TERMS, WORK, Size, estimate, fit, load_constants, recommend
 from jobs import cli
 
 HELD_OUT = [
@@ -28,7 +30,9 @@ def test_terms_by_hand() -> None:
     assert values["4 users_ranked_at_a_time items"] == 4 * 1000 * 200
     assert values["users num_recommendations"] == 1000 * 50
     assert values["items num_similar"] == 200 * 20
-    assert {term for forms in FORMS.values() for terms in forms.values() for term in terms} == set(TERMS)
+    assert values["interactions steps"] == 50_000 * 25
+    forms = {term for forms in FORMS.values() for terms in forms.values() for term in terms}
+    assert forms | set(WORK.values()) == set(TERMS)
 
 
 def test_the_fit_finds_the_factors_of_runs_that_follow_the_formulas() -> None:
@@ -90,11 +94,21 @@ def test_more_of_anything_never_takes_less() -> None:
             assert values["storage_bytes"] >= base[stage]["storage_bytes"]
 
 
-def test_large_runs_are_staged_and_sharded() -> None:
+def test_large_runs_take_large_steps_and_are_sharded() -> None:
     small, large = Size(1000, 1000, 20_000, (64,)), Size(2_000_000, 1_000_000, 100_000_000, (768, 512))
-    assert recommend(small, estimate(small))["preset"] == "joint"
+    assert recommend(small, estimate(small))["preset"] == "staged"
     choice = recommend(large, estimate(large))
-    assert (choice["preset"], choice["settings"]["knn.num_shards"]) == ("staged", 4)
+    assert (choice["preset"], choice["settings"]["knn.num_shards"]) == ("million", 4)
+    assert {"staged", "million"} <= set(preset_names())
+
+
+def test_an_epoch_propagates_the_whole_graph_in_every_step() -> None:
+    size = Size(1000, 500, 1_000_000, (8,), step_interactions=2048)
+    once, twice, larger = (
+        estimate(each)["ml.train"]["epoch_core_seconds"]
+        for each in (size, replace(size, interactions=2_000_000), replace(size, step_interactions=4096))
+    )
+    assert twice == pytest.approx(4 * once, rel=0.01) and larger == pytest.approx(once / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("wrong", [{"users": 0}, {"items": -1}, {"interactions": 0}, {"dims": ()}, {"dims": (0,)}])
