@@ -164,7 +164,7 @@ class ListedKeys(Keys):
         self.precision: Precision = precision
         sizes = torch.bincount(cells)
         sums = torch.zeros(len(sizes), keys.shape[1], dtype=torch.float64, device=keys.device)
-        for rows in _slices(len(keys), _CHUNK_ROWS):
+        for rows in slices(len(keys), _CHUNK_ROWS):
             sums.index_add_(0, cells[rows], keys.detach()[rows].double())
         filled = sizes > 0
         self.means = sums[filled] / sizes[filled, None]
@@ -177,7 +177,7 @@ class ListedKeys(Keys):
         In float64, so that how the queries are cut into chunks decides nothing.
         """
         nearest = torch.empty(len(queries), self.num_probes, dtype=torch.int64, device=queries.device)
-        for rows in _slices(len(queries), _CHUNK_ROWS):
+        for rows in slices(len(queries), _CHUNK_ROWS):
             scores = queries.detach()[rows].double() @ self.means.T
             nearest[rows] = scores.float().topk(self.num_probes, sorted=False).indices
         return nearest
@@ -277,8 +277,8 @@ class _Tiles:
     def __init__(self, queries: Tensor, keys: Tensor, chunk_size: int) -> None:
         num_rows = min(_TILE[0] * torch.get_num_threads(), chunk_size, len(queries))
         num_columns = min(_TILE[1], chunk_size, len(keys))
-        self.rows = _slices(len(queries), num_rows)
-        self.columns = _slices(len(keys), num_columns)
+        self.rows = slices(len(queries), num_rows)
+        self.columns = slices(len(keys), num_columns)
         self.doubled = 2 * queries.shape[1] ** -0.5
         self._buffers = queries.new_empty((2, num_rows * num_columns))
 
@@ -394,12 +394,13 @@ def _assign(rows: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre of each row: int64 [n]."""
     lengths = centres.square().sum(1) / 2
     return torch.cat(
-        [torch.addmm(lengths, rows[part], centres.T, alpha=-1).argmin(1) for part in _slices(len(rows), _CHUNK_ROWS)]
+        [torch.addmm(lengths, rows[part], centres.T, alpha=-1).argmin(1) for part in slices(len(rows), _CHUNK_ROWS)]
     )
 
 
-def _slices(stop: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, stop)) for first in range(0, stop, size)]
+def slices(stop: int, size: int, start: int = 0) -> list[slice]:
+    """Rows from `start` to `stop`, `size` at a time."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 class Recursion(nn.Module):

@@ -24,7 +24,7 @@ from crane_core.dataset import ItemLists
 from crane_core.errors import DataError, TrainingError
 from crane_core.matrix import open_matrix
 from crane_core.progress import track
-from crane_core.rca import Correlation, GramKeys, Keys, Recursion, RecursiveCrossModalAttention
+from crane_core.rca import Correlation, GramKeys, Keys, Recursion, RecursiveCrossModalAttention, slices
 from crane_core.storage.local import LocalStorage
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def refine_catalog(refiner: Refiner, modalities: list[Modality], chunk_size: int
     items, users = torch.empty(num_items, *shape), torch.empty(num_users, *shape)
     for name, rows in (("users", users), ("items", items)):
         project = _projection(refiner, modalities, name)
-        for part in _tracked(_chunks(len(rows), chunk_size), f"project_{name}"):
+        for part in _tracked(slices(len(rows), chunk_size), f"project_{name}"):
             rows[part] = project(part)
     likeness = [_mean_cosine(items[_sample(num_items)], refiner)]
     for _ in refine_rows(refiner.rca, items, users, chunk_size):
@@ -229,7 +229,7 @@ def refine_rows(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor,
         # Once the keys are made, refining a row takes only itself and them.
         keys = _prepare(recursion, rca.correlation, items.__getitem__, len(items), chunk_size)
         for name, rows in (("users", users), ("items", items)):
-            for part in _tracked(_chunks(len(rows), chunk_size), f"rca_{number}_{name}"):
+            for part in _tracked(slices(len(rows), chunk_size), f"rca_{number}_{name}"):
                 rows[part] = recursion.refine(rows[part], keys, chunk_size)
         yield keys
 
@@ -259,7 +259,7 @@ def refine_to_files(refiner: Refiner, modalities: list[Modality], chunk_size: in
     rank, num_ranks = _ranks()
     device, shape = refiner.fusion.device, (len(modalities), refiner.fusion.shape[1])
     sizes = {"users": len(modalities[0].profiles), "items": len(modalities[0].items)}
-    chunks = [(name, part) for name in sizes for part in _chunks(sizes[name], chunk_size)]
+    chunks = [(name, part) for name in sizes for part in slices(sizes[name], chunk_size)]
     mine = range(len(chunks) * rank // num_ranks, len(chunks) * (rank + 1) // num_ranks)
     folder.mkdir(parents=True, exist_ok=True)
     state = LocalStorage(folder)
@@ -339,7 +339,7 @@ def _prepare(
     """
     rank, num_ranks = _ranks()
     shares = [slice(num_items * r // num_ranks, num_items * (r + 1) // num_ranks) for r in range(num_ranks)]
-    mine = _chunks(shares[rank].stop, chunk_size, shares[rank].start)
+    mine = slices(shares[rank].stop, chunk_size, shares[rank].start)
     width = recursion.joint.shape[1]
     if correlation.phi == "linear":
         # In float64, so that the cut into chunks and ranks does not show in the sum.
@@ -363,10 +363,6 @@ def _prepare(
 
 def _ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _chunks(stop: int, size: int, start: int = 0) -> list[slice]:
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def _tracked(work: list[Any], event: str) -> Iterator[Any]:
