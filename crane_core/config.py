@@ -87,7 +87,9 @@ class Etl(Section):
     """Users with more training interactions are taken for bots and set aside (`bot`)."""
     base_run: str | None = None
     """Run of an earlier window whose ids keep their numbers; new ids are appended to them, and those no longer in
-    use stay as tombstones. Its content enters the fingerprint. Without it, ids are numbered by this run alone."""
+    use stay as tombstones. Its content enters the fingerprint. Without it, ids are numbered by this run alone.
+    `previous` stands for the run of the latest earlier window on the same raw data, none where there is none; the
+    run is recorded with the id that was found when it started."""
     min_weight: float = 0.0
     """Events with a smaller weight are set aside (quarantine reason `below_min_weight`)."""
     k_core: int = Field(1, ge=1)
@@ -183,6 +185,10 @@ class Refine(Section):
     """Temperature of the ranking softmax and of the agreement loss."""
     agreement_weight: float = Field(0.1, ge=0)
     """Weight of the InfoNCE loss between the modalities of one item."""
+    max_drift: float = Field(0.0, ge=0, le=1)
+    """A run with `etl.base_run` keeps that run's weights, keys and rows of RCA and refines new and changed items alone,
+    as long as at most this share of an item's neighbours would be others in a catalog refined anew with these weights.
+    Past it, or where the two runs do not fit together, everything is built anew. 0: always anew."""
     chunk_size: int = Field(16384, ge=1)
     """Rows refined at a time, written at a time, and lost at most when a job is killed; also the upper bound of the
     edges of a block of scores. Memory grows with it, the result does not depend on it beyond rounding."""

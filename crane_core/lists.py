@@ -25,6 +25,7 @@ from crane_core.knn import (
     NONE,
     QUERY_BLOCK,
     Keys,
+    Rows,
     compare_all,
     improve,
     key_block,
@@ -48,7 +49,7 @@ _SPARE = 1
 
 
 def find_neighbours(
-    rows: np.ndarray, queries: range, config: Knn, device: torch.device = CPU, work: Path | None = None
+    rows: np.ndarray, queries: Rows, config: Knn, device: torch.device = CPU, work: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The neighbours of some rows, searched exactly or approximately as the configuration says.
 
@@ -141,7 +142,7 @@ def build_lists(
 
 
 def search_lists(
-    lists: Lists, queries: range, k: int, num_probes: int, *, memory: int = MEMORY, work: Path | None = None
+    lists: Lists, queries: Rows, k: int, num_probes: int, *, memory: int = MEMORY, work: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar other rows of some rows among those in their nearest lists.
 
@@ -167,19 +168,21 @@ def search_lists(
     row_bytes = 16 * lists.keys.rows.shape[1] + 48 * num_probes * (k + 1 + _SPARE)
     block = max(1, min(QUERY_BLOCK, memory // row_bytes))
     # In the order of the lists, so that the queries of a block probe the same ones.
-    places = np.flatnonzero((ids >= queries.start) & (ids < queries.stop))
+    number = np.full(len(ids), -1)
+    number[np.asarray(queries)] = np.arange(len(queries))
+    places = np.flatnonzero(number[ids] >= 0)
     starts = range(0, len(places), block)
     for start in track(starts, len(starts), "knn", logger):
         part = places[start : start + block]
         done = work / f"{start}.npy" if work else None
         if done is not None and done.exists():
-            found[ids[part] - queries.start] = np.load(done)
+            found[number[ids[part]]] = np.load(done)
             continue
         key = np.searchsorted(lists.keys.bounds.numpy(), part, side="right") - 1
         distinct, follows = np.unique(key, return_inverse=True)
         best = _search_block(lists, lists.keys.rows[torch.from_numpy(distinct)], k + 1, num_probes, memory)
         packed = without_self(best.numpy()[follows], ids[part], k)
-        found[ids[part] - queries.start] = packed
+        found[number[ids[part]]] = packed
         if done is not None:
             save_whole(done, packed)
     return unpack(found)

@@ -98,6 +98,18 @@ def blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
+def changed_rows(before: NDArray, now: NDArray) -> NDArray[np.bool_]:
+    """bool [len(now)]: rows that differ from the row of the same number before, or had none.
+
+    Args:
+        before, now: matrices of one width, or columns; `now` has at least as many rows.
+    """
+    changed = np.ones(len(now), dtype=bool)
+    for block in blocks(len(before), before[:1].nbytes):
+        changed[block] = (before[block] != now[block]).reshape(block.stop - block.start, -1).any(axis=1)
+    return changed
+
+
 def rows_per_block(row_bytes: int) -> int:
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 

@@ -64,7 +64,7 @@ class Correlation:
         """
         if self.phi == "linear":
             wide = keys.double()
-            return GramKeys(wide.T @ wide, len(keys), keys.dtype)
+            return GramKeys.of(wide.T @ wide, len(keys), keys.dtype)
         if self.phi == "block":
             num_lists = min(self.num_lists or math.ceil(len(keys) ** 0.5), len(keys))
             cells = cluster(keys.detach(), num_lists, self.seed)
@@ -77,6 +77,14 @@ class Correlation:
             picked = torch.randperm(len(keys), generator=generator)[:num_landmarks].sort().values
             return DenseKeys(keys[picked.to(keys.device)], "softmax", self.precision)
         return DenseKeys(keys, self.phi, self.precision)
+
+    def restore(self, source: Tensor) -> Keys:
+        """Keys that were prepared before, from their `source`."""
+        if self.phi == "linear":
+            return GramKeys(source)
+        if self.phi == "landmark":
+            return DenseKeys(source, "softmax", self.precision)
+        return self.prepare(source)
 
 
 def attend(queries: Tensor, keys: Tensor, correlation: Correlation, chunk_size: int = 4096) -> Tensor:
@@ -96,7 +104,13 @@ def attend(queries: Tensor, keys: Tensor, correlation: Correlation, chunk_size: 
 
 
 class Keys(ABC):
-    """Keys prepared for attention; made by `Correlation.prepare`."""
+    """Keys prepared for attention; made by `Correlation.prepare`.
+
+    Attributes:
+        source: float [m, d], what `Correlation.restore` makes them from again.
+    """
+
+    source: Tensor
 
     @abstractmethod
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
@@ -107,22 +121,26 @@ class GramKeys(Keys):
     """`linear`: `(Q E^T) E = Q (E^T E)`, exact through a d x d matrix.
 
     Args:
-        products: `E^T E`, float64 [d, d]; that of shards of the keys is the sum, and how they were cut does not show.
-        num_keys: m.
-        dtype: of the queries.
+        source: `E^T E / (sqrt(d) m)`, [d, d].
     """
 
-    def __init__(self, products: Tensor, num_keys: int, dtype: torch.dtype) -> None:
-        self.gram = (products * (len(products) ** -0.5 / num_keys)).to(dtype)
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+
+    @classmethod
+    def of(cls, products: Tensor, num_keys: int, dtype: torch.dtype) -> GramKeys:
+        """Of `E^T E`, float64 [d, d]: that of shards of the m keys is the sum, and how they were cut does not show."""
+        return cls((products * (len(products) ** -0.5 / num_keys)).to(dtype))
 
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
-        return queries @ self.gram
+        return queries @ self.source
 
 
 class DenseKeys(Keys):
     """`softmax` and `tanh`: every query attends to every key."""
 
     def __init__(self, keys: Tensor, phi: Phi, precision: Precision = "float32") -> None:
+        self.source = keys
         self.keys = _rounded(keys, precision)
         self.phi: Phi = phi
         self.precision: Precision = precision
@@ -159,6 +177,7 @@ class ListedKeys(Keys):
     """
 
     def __init__(self, keys: Tensor, cells: Tensor, num_probes: int, precision: Precision = "float32") -> None:
+        self.source = keys
         self.order = torch.argsort(cells, stable=True)
         self.keys = _rounded(keys[self.order], precision)
         self.precision: Precision = precision

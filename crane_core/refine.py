@@ -180,6 +180,15 @@ def fit(
     return refiner.eval(), {"curve": curve}
 
 
+def project_items(refiner: Refiner, modalities: list[Modality], rows: np.ndarray | slice) -> Tensor:
+    """Projections of some items, float32 [n, M, d].
+
+    Raises:
+        DataError: a feature is not finite.
+    """
+    return refiner.project(*_item_rows(modalities, rows, refiner.fusion.device))
+
+
 @torch.no_grad()
 def refine_catalog(refiner: Refiner, modalities: list[Modality], chunk_size: int) -> tuple[Tensor, Tensor, list[float]]:
     """Run every item and every user through the refiner, a chunk of rows at a time, in memory.
@@ -235,7 +244,13 @@ def refine_rows(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor,
 
 
 @torch.no_grad()
-def refine_to_files(refiner: Refiner, modalities: list[Modality], chunk_size: int, folder: Path) -> list[float]:
+def refine_to_files(
+    refiner: Refiner,
+    modalities: list[Modality],
+    chunk_size: int,
+    folder: Path,
+    frozen: Callable[[int], Keys] | None = None,
+) -> list[float]:
     """Run every item and every user through the refiner from file to file; every rank calls it.
 
     Step 0 projects, step r is recursion r. Each reads the files of the step before and writes its own, a chunk at a
@@ -249,6 +264,8 @@ def refine_to_files(refiner: Refiner, modalities: list[Modality], chunk_size: in
         modalities: features and profiles.
         chunk_size: rows per chunk.
         folder: shared by the ranks; holds `refined_files` and the state to go on from, twice the rows in all.
+        frozen: a recursion, counted from 1, to its keys. Without it they are made of the items here, and what
+            `Correlation.restore` makes them from again is left in `keys_file`.
 
     Returns:
         The mean cosine before the first and after each recursion, as `refine_catalog`.
@@ -276,7 +293,7 @@ def refine_to_files(refiner: Refiner, modalities: list[Modality], chunk_size: in
             state.write(written.name, bytes(len(chunks)))
         if num_ranks > 1:
             dist.barrier()
-        transform = _step(refiner, modalities, step, sizes["items"], chunk_size, folder)
+        transform = _step(refiner, modalities, step, sizes["items"], chunk_size, folder, frozen)
         flags = np.memmap(written, bool, "r+")
         left = [number for number in mine if not flags[number]]
         if len(left) < len(mine):
@@ -303,8 +320,19 @@ def refined_files(folder: Path, step: int) -> dict[str, Path]:
     return {name: folder / f"{name}-{step % 2}.npy" for name in ("items", "users")}
 
 
+def keys_file(folder: Path, recursion: int) -> Path:
+    """Where the source of a recursion's keys is left, float32 [m, d]."""
+    return folder / f"keys-{recursion}.npy"
+
+
 def _step(
-    refiner: Refiner, modalities: list[Modality], step: int, num_items: int, chunk_size: int, folder: Path
+    refiner: Refiner,
+    modalities: list[Modality],
+    step: int,
+    num_items: int,
+    chunk_size: int,
+    folder: Path,
+    frozen: Callable[[int], Keys] | None,
 ) -> Callable[[str, slice], Tensor]:
     """What makes a chunk of a step: of `items` or `users`, float32 [n, M, d]."""
     if step == 0:
@@ -317,7 +345,12 @@ def _step(
     def read(name: str, part: slice) -> Tensor:
         return _to(device, np.array(open_matrix(sources[name])[part]))
 
-    keys = _prepare(recursion, refiner.rca.correlation, lambda part: read("items", part), num_items, chunk_size)
+    if frozen:
+        keys = frozen(step)
+    else:
+        keys = _prepare(recursion, refiner.rca.correlation, lambda part: read("items", part), num_items, chunk_size)
+        if _ranks()[0] == 0:
+            np.save(keys_file(folder, step), keys.source.cpu().numpy())
     return lambda name, part: recursion.refine(read(name, part), keys, chunk_size)
 
 
@@ -349,7 +382,7 @@ def _prepare(
             products.addmm_(joint.T, joint)
         if num_ranks > 1:
             dist.all_reduce(products)
-        return GramKeys(products, num_items, recursion.joint.dtype)
+        return GramKeys.of(products, num_items, recursion.joint.dtype)
     keys = recursion.joint.new_empty((num_items, width))
     for part in mine:
         keys[part] = recursion.joint_rows(items(part))
@@ -372,7 +405,7 @@ def _tracked(work: list[Any], event: str) -> Iterator[Any]:
 def _projection(refiner: Refiner, modalities: list[Modality], name: str) -> Callable[[slice], Tensor]:
     """Rows of `items` or `users` to their projections, float32 [n, M, d]."""
     if name == "items":
-        return lambda part: refiner.project(*_item_rows(modalities, part, refiner.fusion.device))
+        return lambda part: project_items(refiner, modalities, part)
     return lambda part: refiner.project(*_user_rows(modalities, part, refiner))
 
 

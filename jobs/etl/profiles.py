@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from crane_core.matrix import RowWriter, blocks, open_matrix, rows_per_block
+from crane_core.matrix import RowWriter, blocks, changed_rows, open_matrix, rows_per_block
 from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX
 from crane_core.store import Artifact
 from jobs.etl.session import open_session
@@ -180,14 +180,10 @@ def find_earlier(job: Job, interactions: Artifact, dims: Mapping[str, int]) -> E
 
 def changed_items(before: Artifact, now: Artifact, names: Sequence[str]) -> NDArray[np.bool_]:
     """bool [items of `before`]: some modality of the item has another row, or is there now or no longer."""
-    masks = {name: [np.load(side.file(f"{name}/mask.npy")) for side in (before, now)] for name in names}
-    changed = np.zeros(len(next(iter(masks.values()))[0]), dtype=bool)
-    for name in names:
-        old, new = (open_matrix(side.file(f"{name}/matrix.npy")) for side in (before, now))
-        changed |= masks[name][0] != masks[name][1][: len(changed)]
-        for block in blocks(len(changed), old.shape[1] * old.itemsize):
-            changed[block] |= (old[block] != new[block]).any(axis=1)
-    return changed
+    files = [f"{name}/{part}.npy" for name in names for part in ("mask", "matrix")]
+    changed = [changed_rows(*(open_matrix(side.file(file)) for side in (before, now))) for file in files]
+    num_before = len(open_matrix(before.file(files[0])))
+    return np.logical_or.reduce(changed)[:num_before]
 
 
 def stale_users(train: DataFrame, before: DataFrame, changed: NDArray[np.bool_]) -> DataFrame:

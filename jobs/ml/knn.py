@@ -1,20 +1,30 @@
 """Nearest neighbours of one shard of the items: `python -m jobs.ml.knn --store URI --run RUN_ID --part 0`.
 
 Leaves `neighbours.npy` int32 and `similarities.npy` float32, both [rows, k]. Killed at any moment, the next attempt
-goes on with the block of items it was at.
+goes on with the block of items it was at. Where the rows have grown from an earlier run's, so do its lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from crane_core.config import RunConfig
+from crane_core.growth import grow_neighbours
 from crane_core.knn import use_threads
 from crane_core.lists import find_neighbours
 from crane_core.matrix import open_matrix
+from crane_core.store import ArtifactStore
 from jobs.ml.device import use_device
+from jobs.ml.growth import KNN_FROM, base_contents, find_base_graph
 from jobs.runner import Job, Result, run_stage
+
+
+def source(config: RunConfig, store: ArtifactStore) -> list[str] | None:
+    """Identity of what the run may grow from."""
+    return base_contents(config, store, *KNN_FROM)
 
 
 def run(job: Job) -> Result:
@@ -24,22 +34,22 @@ def run(job: Job) -> Result:
     rows = open_matrix(job.input("ml.refine").file("fused_items.npy"))
     num_items, shard = len(rows), int(job.part)
     start, stop = (num_items * (shard + i) // config.num_shards for i in (0, 1))
-    neighbours, similarities = find_neighbours(rows, range(start, stop), config, device, job.work)
+    facts: dict[str, Any] = {"start": start, "stop": stop, "num_items": num_items}
+    base = find_base_graph(job)
+    if base is None:
+        neighbours, similarities = find_neighbours(rows, range(start, stop), config, device, job.work)
+    else:
+        lists = (base.rows, base.neighbours, base.similarities)
+        grown = grow_neighbours(rows, *lists, range(start, stop), config, device=device, work=job.work)
+        neighbours, similarities = grown.neighbours, grown.similarities
+        facts |= {"num_touched": grown.num_touched, "num_searched": grown.num_searched}
     np.save(job.out / "neighbours.npy", neighbours)
     np.save(job.out / "similarities.npy", similarities)
-    return Result(
-        {
-            "start": start,
-            "stop": stop,
-            "num_items": num_items,
-            "k": neighbours.shape[1],
-            "approximate": config.approximate(num_items),
-        }
-    )
+    return Result({**facts, "k": neighbours.shape[1], "approximate": config.approximate(num_items)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.knn", run, argv=argv)
+    return run_stage("ml.knn", run, source, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""What a run grows from: the artifacts of `etl.base_run`, where they fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from crane_core.config import RunConfig
+from crane_core.content import load_modalities
+from crane_core.matrix import open_matrix
+from crane_core.refine import Modality
+from crane_core.store import Artifact, ArtifactStore
+from jobs.runner import Job, logger
+
+REFINE_FROM = ("etl.interactions", "etl.features", "etl.profiles", "ml.refine")
+"""Stages of the earlier run that `ml.refine` reads."""
+KNN_FROM = ("ml.refine", "ml.graph")
+"""Stages of the earlier run that `ml.knn` reads."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What `ml.refine` grows from.
+
+    Attributes:
+        refined: its artifact.
+        modalities: features and profiles it was made of.
+    """
+
+    refined: Artifact
+    modalities: list[Modality]
+
+
+@dataclass(frozen=True)
+class BaseGraph:
+    """What `ml.knn` grows from.
+
+    Attributes:
+        rows: float32 [m, d], fused rows of the items.
+        neighbours, similarities: int32 and float32 [m, k].
+    """
+
+    rows: np.ndarray
+    neighbours: np.ndarray
+    similarities: np.ndarray
+
+
+def base_contents(config: RunConfig, store: ArtifactStore, *stages: str) -> list[str] | None:
+    """Identity of what stages of `etl.base_run` left; None where the run grows from nothing."""
+    run = config.etl.base_run
+    if run is None or config.refine.max_drift == 0:
+        return None
+    entries = [store.entry(run, stage) for stage in stages]
+    return [entry["content"] for entry in entries if entry] if all(entries) else None
+
+
+def find_base(job: Job, modalities: list[Modality]) -> Base | None:
+    """What to grow from, if it was made in the same way under the same ids."""
+    if base_contents(job.config, job.store, *REFINE_FROM) is None:
+        return None
+    run = job.config.etl.base_run
+    assert run is not None
+    ids, features, profiles, refined = (job.store.artifact(run, name) for name in REFINE_FROM)
+    then = load_modalities(features, profiles)
+    widths = [[(each.name, each.items.shape[1]) for each in side] for side in (then, modalities)]
+    fits = {
+        "same_ids": ids.fingerprint == job.input("etl.interactions").facts["base"],
+        "same_settings": refined.manifest["config"]["refine"] == job.config.refine.model_dump(mode="json"),
+        "same_modalities": widths[0] == widths[1],
+        "same_profiles": profiles.facts["aggregate"] == job.config.profiles.aggregate,
+    }
+    if not all(fits.values()):
+        logger.warning("build_anew base=%s %s", run, " ".join(f"{name}={fit}" for name, fit in fits.items()))
+        return None
+    for artifact in (features, profiles, refined):
+        artifact.verify()
+    return Base(refined, then)
+
+
+def find_base_graph(job: Job) -> BaseGraph | None:
+    """The lists to grow from, if the rows of this run have grown and the lists were found in the same way."""
+    if "growth" not in job.input("ml.refine").facts or base_contents(job.config, job.store, *KNN_FROM) is None:
+        return None
+    run = job.config.etl.base_run
+    assert run is not None
+    refined, graph = (job.store.artifact(run, name) for name in KNN_FROM)
+    if graph.manifest["config"]["knn"] != job.config.knn.model_dump(mode="json"):
+        logger.warning("build_anew base=%s same_settings=False", run)
+        return None
+    for artifact in (refined, graph):
+        artifact.verify()
+    names = ("neighbours.npy", "similarities.npy")
+    return BaseGraph(open_matrix(refined.file("fused_items.npy")), *(open_matrix(graph.file(name)) for name in names))
