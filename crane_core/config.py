@@ -23,6 +23,10 @@ Precision = Literal["float32", "bfloat16"]
 Loss = Literal["softmax", "bpr"]
 
 
+PREVIOUS = "previous"
+"""`etl.base_run` of a run that goes on from the one before it, whichever that is."""
+
+
 class Section(BaseModel):
     """Base of every part of the configuration: frozen, and a misspelt field is an error."""
 
@@ -88,8 +92,8 @@ class Etl(Section):
     base_run: str | None = None
     """Run of an earlier window whose ids keep their numbers; new ids are appended to them, and those no longer in
     use stay as tombstones. Its content enters the fingerprint. Without it, ids are numbered by this run alone.
-    `previous` stands for the run of the latest earlier window on the same raw data, none where there is none; the
-    run is recorded with the id that was found when it started."""
+    `previous` stands for the run with an item graph whose window ends last before this one's, in the same store; the
+    run is recorded with the id that was found when it started, or with none."""
     min_weight: float = 0.0
     """Events with a smaller weight are set aside (quarantine reason `below_min_weight`)."""
     k_core: int = Field(1, ge=1)
@@ -104,6 +108,10 @@ class Etl(Section):
     """A population stability index above this is a warning in the log and in `quality.json`."""
     drift_stop: float | None = Field(None, gt=0)
     """The run stops when one is above this."""
+
+    def going_on_from(self, run: str | None) -> Etl:
+        """The same with another `base_run`."""
+        return self.model_copy(update={"base_run": run})
 
     @field_validator("time_zone")
     @classmethod

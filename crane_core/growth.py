@@ -7,7 +7,7 @@ the item's own features. The drift is what a catalog refined by its own keys wou
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def write_selected(modalities: list[Modality], rows: Touched, folder: Path) -> N
 def load_selected(modalities: list[Modality], folder: Path) -> list[Modality]:
     """The rows that were copied, memory-mapped."""
     return [
-        replace(modality, **{name: open_matrix(folder / f"{number}-{name}.npy") for name in _COLUMNS})
+        Modality(modality.name, *(open_matrix(folder / f"{number}-{name}.npy") for name in _COLUMNS))
         for number, modality in enumerate(modalities)
     ]
 

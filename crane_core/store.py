@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,12 @@ class ArtifactStore:
         """The configuration of a run, None when there is no such run yet."""
         recorded = self._json(f"runs/{run_id}/run.json")
         return recorded and recorded["config"]
+
+    def previous_run(self, config: RunConfig) -> str | None:
+        """The run whose window ends last before this one's, among those that have an item graph."""
+        ends = {run: datetime.fromisoformat(self.run(run)["config"]["window"]["end"]) for run in self.run_ids()}
+        earlier = sorted((end, run) for run, end in ends.items() if end < config.window.end)
+        return next((run for _, run in reversed(earlier) if self.entry(run, "ml.graph")), None)
 
     def run_ids(self) -> list[str]:
         return self.storage.names("runs")

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import RunConfig, Runtime, load_config
+from crane_core.config import PREVIOUS, RunConfig, Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.pipeline import STAGES, Stage
 from crane_core.storage import open_storage
@@ -116,7 +116,11 @@ def run_job(
 
     def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
         check_run_id(arguments.run)
-        config = load_config(arguments.config, arguments.set, store.recorded_config(arguments.run))
+        recorded = store.recorded_config(arguments.run)
+        config = load_config(arguments.config, arguments.set, recorded)
+        if config.etl.base_run == PREVIOUS:
+            before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
+            config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
         store.start_run(arguments.run, config)
         entry = work(arguments, config, store)
         store.record(arguments.run, name, arguments.part, entry)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crane_core.config import RunConfig, load_config
+from crane_core.config import PREVIOUS, RunConfig, load_config
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.pipeline import STAGES
 from crane_core.store import ArtifactStore, fingerprint_of
@@ -77,6 +77,11 @@ def days(arguments: argparse.Namespace) -> list[Day]:
         if not slash:
             raise ConfigError(f"--windows {window!r} is not of the form START/END.", "Correct the flag.")
         config = load_config(arguments.config, [*arguments.set, f"window.start={start}", f"window.end={end}"])
+        if config.etl.base_run == PREVIOUS:
+            raise ConfigError(
+                "etl.base_run=previous: a backfill makes its days side by side, which came first would decide.",
+                "Name a run, or leave it out.",
+            )
         ends = [REGISTER] if arguments.train and window == arguments.windows[-1] else []
         wanted = _with_inputs([*arguments.stages, *ends], config)
         found.append(Day(f"{config.window.start:%Y-%m-%d}", run_id("backfill", config), config, wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,9 @@ from crane_core.content import load_modalities
 from crane_core.matrix import open_matrix
 from crane_core.refine import Modality
 from crane_core.store import Artifact, ArtifactStore
-from jobs.runner import Job, logger
+from jobs.runner import Job
+
+logger = logging.getLogger(__name__)
 
 REFINE_FROM = ("etl.interactions", "etl.features", "etl.profiles", "ml.refine")
 """Stages of the earlier run that `ml.refine` reads."""

@@ -75,6 +75,14 @@ def test_gradcheck(correlation: Correlation) -> None:
     assert torch.autograd.gradcheck(lambda q, k: attend(q, k, correlation, 2), inputs)
 
 
+@EVERY
+def test_keys_are_restored_from_their_source(correlation: Correlation) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randn(rows, 8, generator=generator) for rows in (60, 9))
+    prepared = correlation.prepare(keys)
+    assert torch.equal(correlation.restore(prepared.source).attend(queries), prepared.attend(queries))
+
+
 def test_tiled_softmax_equals_the_fused_kernel() -> None:
     """Other devices take the tiles that `block` takes with one list."""
     queries, keys = rows(10, 1500, 5), rows(11, 700, 5)
