@@ -177,6 +177,11 @@ def _blocks(artifact: Artifact) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
         yield users, items, split
 
 
+def out_of_use(items: np.ndarray) -> np.ndarray:
+    """bool [n]: items that are recommended to nobody. Their embeddings, float32 [n, d], are zero."""
+    return np.asarray((items == 0).all(axis=1))
+
+
 def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
     """External ids or titles in the order of the indices.
 

@@ -47,8 +47,12 @@ Scorer = Callable[[np.ndarray], Tensor]
 scorer may at the next call."""
 
 
-def dot_product(users: Tensor, items: Tensor) -> Scorer:
-    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d]."""
+def dot_product(users: Tensor, items: Tensor, hidden: np.ndarray | None = None) -> Scorer:
+    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d].
+
+    Items that are `hidden`, bool [num_items], have -inf.
+    """
+    out = None if hidden is None or not hidden.any() else torch.from_numpy(np.flatnonzero(hidden))
 
     # Kept from call to call: a fresh block of scores costs more to page in than to compute.
     block = users.new_empty(0)
@@ -58,7 +62,8 @@ def dot_product(users: Tensor, items: Tensor) -> Scorer:
         rows = users[torch.from_numpy(picked.astype(np.int64)).to(users.device)]
         if len(block) < len(picked):
             block = rows.new_empty(len(picked), len(items))
-        return torch.mm(rows, items.T, out=block[: len(picked)])
+        scores = torch.mm(rows, items.T, out=block[: len(picked)])
+        return scores if out is None else scores.index_fill_(1, out, -torch.inf)
 
     return score
 

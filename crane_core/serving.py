@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from crane_core.dataset import ItemLists
+from crane_core.dataset import ItemLists, out_of_use
 from crane_core.errors import ArtifactError, DataError
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import check_files, sha256_file
@@ -139,13 +139,14 @@ class ServedModel:
         k = min(k, len(self.item_ids))
         items = np.empty((len(users), k), dtype=np.int64)
         scores = np.empty((len(users), k), dtype=np.float32)
-        popularity = self.popularity()
+        popularity, gone = self.popularity(), out_of_use(self.item_embeddings)
         for start in range(0, len(users), USER_BLOCK):
             block = users[start : start + USER_BLOCK]
             known = block >= 0
             table = np.empty((len(block), len(self.item_ids)), dtype=np.float32)
             table[~known] = popularity
             table[known] = self.user_embeddings[block[known]] @ self.item_embeddings.T
+            table[:, gone] = -np.inf
             rows, masked = self.seen.rows(block[known])
             table[np.flatnonzero(known)[rows], masked] = -np.inf
             top = np.argpartition(-table, k - 1, axis=1)[:, :k]
@@ -246,6 +247,7 @@ def make_probe(
     answers = []
     for user in users.tolist():
         scores = item_embeddings.astype(np.float64) @ user_embeddings[user].astype(np.float64)
+        scores[out_of_use(item_embeddings)] = -np.inf
         scores[seen.items[seen.indptr[user] : seen.indptr[user + 1]]] = -np.inf
         order = np.argsort(-scores, kind="stable")[:k]
         order = order[scores[order] > -np.inf]

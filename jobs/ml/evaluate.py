@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from crane_core.baselines import item_knn, popularity
-from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
+from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions, out_of_use
 from crane_core.errors import DataError
 from crane_core.evaluation import (
+    Scorer,
     bootstrap,
     coverage,
     dot_product,
@@ -36,6 +37,7 @@ from crane_core.evaluation import (
 from crane_core.knn import unit_rows
 from crane_core.matrix import open_matrix
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
+from crane_core.store import Artifact
 from jobs.ml.device import use_torch_threads
 from jobs.ml.launch import load_embeddings
 from jobs.runner import Job, Result, run_stage
@@ -55,8 +57,8 @@ def run(job: Job) -> Result:
             "Lengthen etl.test_days or choose another etl.split.",
         )
     models = {
-        "crane": dot_product(*load_embeddings(job.input("ml.train"))),
-        "lightgcn": dot_product(*load_embeddings(job.input("ml.behaviour"))),
+        "crane": _scorer(job.input("ml.train")),
+        "lightgcn": _scorer(job.input("ml.behaviour")),
         "item_knn": item_knn(interactions),
         "popularity": popularity(interactions),
     }
@@ -101,6 +103,11 @@ def run(job: Job) -> Result:
     (job.out / "metrics.json").write_text(json.dumps(report))
     _write_per_user(job.out / "per_user.parquet", users, load_ids(source, "users", USER_ID), interactions, per_user)
     return Result({name: report[name] for name in ("users", "models", "differences")})
+
+
+def _scorer(trained: Artifact) -> Scorer:
+    users, items = load_embeddings(trained)
+    return dot_product(users, items, out_of_use(items.numpy()))
 
 
 def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, object]:

@@ -6,7 +6,7 @@ The champion is looked up once, and exported from its own run. The artifact is t
     similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
     popular.parquet             rank, item_id, score (training interactions): for users without recommendations
     embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
-                                score = dot product
+                                score = dot product; zeros for items that an earlier run knew and this one does not
     users.parquet, items.parquet  external ids (and titles); row number = row of the embeddings
     ann.faiss                   inner product over the item embeddings; id in the index = row of items.parquet
 

@@ -1,4 +1,4 @@
-"""A run that goes on from another: its rows and lists stay, new and changed ones are what a build with its keys gives."""
+"""A run that goes on from another: rows and lists stay, new and changed ones are what a build with its keys gives."""
 
 from __future__ import annotations
 

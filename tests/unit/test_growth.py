@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from crane_core import growth, lists
+from crane_core import growth
 from crane_core.config import Knn, Refine
 from crane_core.errors import ArtifactError
 from crane_core.growth import choose_anchors, drift, grow_neighbours, load_selected, touched, write_selected
 from crane_core.knn import search, unpack
+from crane_core.lists import find_neighbours
 from crane_core.refine import Modality, Refiner, project_items, refine_catalog
 
 EXACT = Knn(k=6, mode="exact")
@@ -42,7 +43,7 @@ def test_growth_equals_a_search_from_nothing(new: int, changed: tuple[int, ...],
     expected = search(rows, range(len(rows)), 6)
     config = EXACT.model_copy(update={"memory": memory})
     num_searched = 0
-    for queries in (range(0, 130), range(130, 390), range(390, len(rows))):
+    for queries in (range(130), range(130, 390), range(390, len(rows))):
         work = tmp_path / str(queries.start)
         work.mkdir()
         grown = grow_neighbours(rows, before, *lists, queries, config, work=work)
@@ -67,7 +68,9 @@ def test_rows_that_lose_a_neighbour_are_searched_and_the_others_only_among_what_
         return nearest(rows, queries, k, **given)
 
     monkeypatch.setattr(growth, "nearest", count)
-    monkeypatch.setattr(lists, "search", lambda rows, queries, k, **given: unpack(count(rows, queries, k, top=None)))
+    monkeypatch.setattr(
+        "crane_core.lists.search", lambda rows, queries, k, **given: unpack(count(rows, queries, k, top=None))
+    )
     grow_neighbours(rows, before, neighbours, similarities, range(len(rows)), EXACT)
     new = {200, *range(400, 405)}
     lost = set(np.flatnonzero((neighbours == 200).any(axis=1)).tolist())
@@ -102,9 +105,9 @@ def test_approximate_lists_grow_into_approximate_ones() -> None:
     rows = (centres[generator.integers(40, size=4000)] + 0.3 * generator.normal(size=(4000, 8))).astype(np.float32)
     before = rows[:3900]
     config = Knn(k=6, mode="approx", num_probes=6)
-    lists_before = lists.find_neighbours(before, range(3900), config)
+    lists_before = find_neighbours(before, range(3900), config)
     grown = grow_neighbours(rows, before, *lists_before, range(len(rows)), config)
-    anew = lists.find_neighbours(rows, range(len(rows)), config)[0]
+    anew = find_neighbours(rows, range(len(rows)), config)[0]
     exact = search(rows, range(len(rows)), 6)[0]
     recalls = [(each[:, :, None] == exact[:, None, :]).any(axis=2).mean() for each in (grown.neighbours, anew)]
     assert grown.num_searched == 100

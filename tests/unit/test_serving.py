@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -32,6 +33,14 @@ def test_answers_by_hand(folder):
     assert table["item_ids"][2] == ["b", "a", "c", "d"]
     assert table["fallback"].tolist() == [False, False, True, False]
     assert table["item_ids"][3] == table["item_ids"][1]
+
+
+def test_items_out_of_use_are_recommended_to_nobody(folder):
+    model = load_model(folder)
+    item_rows = model.item_embeddings.copy()
+    item_rows[model.item_ids.get_loc("b")] = 0
+    table = ask(dataclasses.replace(model, item_embeddings=item_rows), "ann", "nobody")
+    assert table["item_ids"].tolist() == [["d", "c"], ["a", "c", "d"]]
 
 
 def test_list_length(folder):
