@@ -34,6 +34,7 @@ from crane_core.store import Artifact, ArtifactStore
 from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
 from jobs.ml.device import use_device
+from jobs.ml.rendezvous import ADDRESS, BACKEND, register, stay_on_this_machine
 from jobs.runner import Job, Result, entry_of, identify, open_store, produce, run_job, scratch, start_logging
 
 PUBLICATION_SECONDS = 1800.0
@@ -56,7 +57,7 @@ class Node:
     Attributes:
         rank: 0 does the stage, the others lend it their devices.
         num_nodes: machines of the training.
-        endpoint: where they meet, `host:port` on the first.
+        endpoint: where several meet, `host:port` on the first.
     """
 
     rank: int
@@ -72,7 +73,7 @@ class Node:
         """
         values = {name: os.environ.get(f"PET_{name}", "") for name in ("NNODES", "NODE_RANK", "MASTER_ADDR")}
         if values["NNODES"] in ("", "1"):
-            return cls(0, 1, "localhost:0")
+            return cls(0, 1, "")
         try:
             node = cls(
                 int(values["NODE_RANK"]),
@@ -151,14 +152,16 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
     if num_ranks == 1:
         work(*arguments)
         return
+    register()
     launch = LaunchConfig(
         min_nodes=node.num_nodes,
         max_nodes=node.num_nodes,
         nproc_per_node=num_processes,
         run_id=f"{run_id}-{stage}",
-        rdzv_backend="c10d",
+        rdzv_backend="c10d" if node.num_nodes > 1 else BACKEND,
         rdzv_endpoint=node.endpoint,
         rdzv_configs={"is_host": node.rank == 0} if node.num_nodes > 1 else {},
+        local_addr=None if node.num_nodes > 1 else ADDRESS,
         max_restarts=MAX_RESTARTS,
         start_method="spawn",
     )
@@ -220,6 +223,8 @@ def rank(runtime: Runtime) -> Iterator[torch.device]:
     start_logging()
     device = use_device(runtime)
     if dist.is_torchelastic_launched():
+        if os.environ["GROUP_WORLD_SIZE"] == "1":
+            stay_on_this_machine()
         # The agent's store outlives a restart: without a prefix the ranks would read the addresses of those before.
         store, number, num_ranks = next(dist.rendezvous("env://"))
         attempt = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -281,6 +282,32 @@ def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(fi
     for name in ("items", "users", "fused_items", "fused_users"):
         found, expected = (np.load(artifact.file(f"{name}.npy")) for artifact in (two, one))
         assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def test_the_ranks_of_one_machine_listen_on_loopback_only(tmp_path: Path) -> None:
+    plant(tmp_path / "store", tmp_path / "scratch")
+    extra = ("runtime.world_size=2", "train.num_epochs=100000", "train.patience=100000")
+    store = open_store(str(tmp_path / "store"))
+    store.start_run("long", load_config(None, [*SETTINGS, *extra]))
+    store.record("long", "etl.interactions", "", {"fingerprint": "planted"})
+    command = [sys.executable, "-m", "jobs.ml.behaviour", *flags(tmp_path / "store", "long", "", extra)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while not list((tmp_path / "store" / ".scratch").glob("ml.behaviour/*.work/checkpoint.json")):
+            assert process.poll() is None, "the job ended before it trained"
+            time.sleep(0.05)
+        agent = psutil.Process(process.pid)
+        found = [
+            connection.laddr.ip
+            for each in (agent, *agent.children(recursive=True))
+            for connection in each.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert set(found) == {"127.0.0.1"} and len(found) >= 3, "a store, and a socket of gloo for each rank"
 
 
 def test_two_nodes_train_as_one_with_two_processes_does(tmp_path: Path) -> None:
