@@ -52,7 +52,7 @@ def dot_product(users: Tensor, items: Tensor, hidden: np.ndarray | None = None) 
 
     Items that are `hidden`, bool [num_items], have -inf.
     """
-    out = None if hidden is None or not hidden.any() else torch.from_numpy(np.flatnonzero(hidden))
+    out = None if hidden is None or not hidden.any() else torch.from_numpy(np.flatnonzero(hidden)).to(items.device)
 
     # Kept from call to call: a fresh block of scores costs more to page in than to compute.
     block = users.new_empty(0)
@@ -71,7 +71,7 @@ def dot_product(users: Tensor, items: Tensor, hidden: np.ndarray | None = None) 
 def rank_blocks(
     score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Rank the whole catalog for some users, a block of users at a time.
+    """Rank the whole catalog for some users, a block of users at a time, on the device of the scores.
 
     Args:
         score: what to rank by.
@@ -88,7 +88,8 @@ def rank_blocks(
         scores = score(chunk)
         rows, items = seen.rows(chunk)
         scores[torch.from_numpy(rows), torch.from_numpy(items.astype(np.int64))] = -torch.inf
-        yield chunk, *top_k(scores, min(k, scores.shape[1]))
+        values, indices = top_k(scores, min(k, scores.shape[1]))
+        yield chunk, values.cpu(), indices.cpu()
 
 
 def rank_users(score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
@@ -274,7 +275,7 @@ def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, bloc
     found = {name: np.empty(len(users)) for name in ("among_cold_recall@20", "cold_auc")}
     for start in range(0, len(users), block):
         chunk = users[start : start + block]
-        scores = score(chunk)[:, torch.from_numpy(cold)]
+        scores = score(chunk)[:, torch.from_numpy(cold)].cpu()
         rows, items = interactions.test.rows(chunk)
         rows, columns = rows[column[items] >= 0], column[items][column[items] >= 0]
         others = scores.clone()

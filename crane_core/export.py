@@ -12,7 +12,7 @@ import torch
 
 from crane_core.dataset import ItemLists, out_of_use
 from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks
-from crane_core.knn import search
+from crane_core.knn import CPU, search
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
 
@@ -45,6 +45,7 @@ def write_recommendations(
     item_ids: np.ndarray,
     k: int,
     score_bytes: int = SCORE_BYTES,
+    device: torch.device = CPU,
 ) -> int:
     """Write the best unseen items of every user, sorted by user id and rank.
 
@@ -56,6 +57,7 @@ def write_recommendations(
         user_ids, item_ids: external ids, position = row.
         k: items per user; users who have seen almost everything get fewer.
         score_bytes: bound of the score matrix in memory.
+        device: where users are ranked.
 
     Returns:
         The number of rows.
@@ -64,7 +66,7 @@ def write_recommendations(
     order = np.argsort(user_ids)
     num_rows = 0
     with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
-        left, right = torch.from_numpy(user_embeddings), torch.from_numpy(item_embeddings)
+        left, right = (torch.from_numpy(rows).to(device) for rows in (user_embeddings, item_embeddings))
         score = dot_product(left, right, out_of_use(item_embeddings))
         for users, values, indices in rank_blocks(score, seen, order, k, block):
             scores, items = values.numpy(), indices.numpy()
@@ -79,7 +81,12 @@ def write_recommendations(
 
 
 def write_similar(
-    path: Path, item_embeddings: np.ndarray, item_ids: np.ndarray, num_similar: int, block: int = 16384
+    path: Path,
+    item_embeddings: np.ndarray,
+    item_ids: np.ndarray,
+    num_similar: int,
+    block: int = 16384,
+    device: torch.device = CPU,
 ) -> int:
     """Write the items of highest cosine to every item, itself excluded, sorted by item id and rank.
 
@@ -89,6 +96,7 @@ def write_similar(
         item_ids: external ids, position = row.
         num_similar: neighbours per item.
         block: items at a time.
+        device: where they are compared.
 
     Returns:
         The number of rows.
@@ -101,7 +109,7 @@ def write_similar(
     with pq.ParquetWriter(path, SIMILAR) as writer:
         for start in track(starts, len(starts), "similar", logger):
             stop = min(start + block, len(rows))
-            neighbours, similarities = search(rows, range(start, stop), num_similar)
+            neighbours, similarities = search(rows, range(start, stop), num_similar, device=device)
             count, width = neighbours.shape
             ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), count)
             columns = [np.repeat(ids[start:stop], width), ranks, ids[neighbours.ravel()], similarities.ravel()]

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from crane_core.baselines import item_knn, popularity
 from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions, out_of_use
@@ -38,7 +39,7 @@ from crane_core.knn import unit_rows
 from crane_core.matrix import open_matrix
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
 from crane_core.store import Artifact
-from jobs.ml.device import use_torch_threads
+from jobs.ml.device import use_device
 from jobs.ml.launch import load_embeddings
 from jobs.runner import Job, Result, run_stage
 
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job) -> Result:
-    use_torch_threads(job.config.runtime)
+    device = use_device(job.config.runtime)
     config = job.config.evaluate
     source = job.input("etl.interactions")
     interactions = load_interactions(source)
@@ -57,8 +58,8 @@ def run(job: Job) -> Result:
             "Lengthen etl.test_days or choose another etl.split.",
         )
     models = {
-        "crane": _scorer(job.input("ml.train")),
-        "lightgcn": _scorer(job.input("ml.behaviour")),
+        "crane": _scorer(job.input("ml.train"), device),
+        "lightgcn": _scorer(job.input("ml.behaviour"), device),
         "item_knn": item_knn(interactions),
         "popularity": popularity(interactions),
     }
@@ -105,9 +106,9 @@ def run(job: Job) -> Result:
     return Result({name: report[name] for name in ("users", "models", "differences")})
 
 
-def _scorer(trained: Artifact) -> Scorer:
+def _scorer(trained: Artifact, device: torch.device) -> Scorer:
     users, items = load_embeddings(trained)
-    return dot_product(users, items, out_of_use(items.numpy()))
+    return dot_product(users.to(device), items.to(device), out_of_use(items.numpy()))
 
 
 def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, object]:

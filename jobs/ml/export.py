@@ -34,7 +34,7 @@ from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.store import ArtifactStore
 from crane_core.tensors import load_arrays
 from jobs.ml.desk import take_desk
-from jobs.ml.device import use_torch_threads
+from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
 def run(job: Job) -> Result:
     """Write the artifact of `job.run_id`, the champion's run."""
     config, runtime = job.config.export, job.config.runtime
-    use_torch_threads(runtime)
+    device = use_device(runtime)
     source, trained = job.input("etl.interactions"), job.input("ml.train")
     trained.verify()
     train = load_interactions(source).train
@@ -73,9 +73,11 @@ def run(job: Job) -> Result:
     for folder in ("recommendations", "similar"):
         (job.out / folder).mkdir()
     num_recommendations = write_recommendations(
-        job.out / "recommendations" / "part-0.parquet", users, items, train, user_ids, item_ids, config.k
+        job.out / "recommendations" / "part-0.parquet", users, items, train, user_ids, item_ids, config.k, device=device
     )
-    num_similar = write_similar(job.out / "similar" / "part-0.parquet", items, item_ids, config.num_similar)
+    num_similar = write_similar(
+        job.out / "similar" / "part-0.parquet", items, item_ids, config.num_similar, device=device
+    )
     write_popular(job.out / "popular.parquet", train, item_ids, config.k)
     write_index(job.out / "ann.faiss", items)
     titles = load_ids(source, "items", TITLE)
