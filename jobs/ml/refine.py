@@ -97,8 +97,7 @@ def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | N
         `drift`, and how many items and users were refined.
     """
     config, dims = job.config.refine, [m.items.shape[1] for m in modalities]
-    shutil.copy(base.refined.file("rca.safetensors"), job.work)
-    refiner = load_refiner(job.config, dims, job.work)
+    refiner = load_refiner(job.config, dims, base.refined.path)
     kept = [f"keys-{number}.npy" for number in range(1, config.num_recursions + 1)]
     kept += ["rca.safetensors", "fit.json", "anchors.npy", "anchor_items.npy"]
     anchors, then = (open_matrix(base.refined.file(name)) for name in ("anchor_items.npy", "anchors.npy"))
@@ -109,8 +108,8 @@ def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | N
     logger.info("grow base=%s drift=%.4f %s", job.config.etl.base_run, found, counts)
     if found > config.max_drift:
         logger.warning("build_anew drift=%.4f max_drift=%.4f", found, config.max_drift)
-        (job.work / "rca.safetensors").unlink()
         return None
+    shutil.copy(base.refined.file("rca.safetensors"), job.work)
     write_selected(modalities, rows, job.work / "touched")
     keys = [keys_file(base.refined.path, number) for number in range(1, config.num_recursions + 1)]
     on_ranks(_refine_rank, job, keys)
@@ -159,10 +158,10 @@ def fit_once(job: Job) -> None:
     LocalStorage(job.work).write("fit.json", json.dumps(report).encode())
 
 
-def load_refiner(config: RunConfig, dims: list[int], work: Path) -> Refiner:
+def load_refiner(config: RunConfig, dims: list[int], folder: Path) -> Refiner:
     """The fitted refiner."""
     refiner = Refiner(dims, [1.0] * len(dims), config.refine)
-    refiner.load_state_dict(load_tensors(work / "rca.safetensors"))
+    refiner.load_state_dict(load_tensors(folder / "rca.safetensors"))
     return refiner.eval()
 
 

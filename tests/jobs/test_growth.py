@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from crane_core.config import load_config
-from crane_core.errors import EXIT_OK
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
 from crane_core.knn import search
 from crane_core.refine import Modality, project_items
 from crane_core.store import ArtifactStore
@@ -182,12 +182,18 @@ def test_what_does_not_fit_is_built_anew(
     assert "growth" not in open_store(str(store)).artifact("two", "ml.refine").facts
 
 
-def test_past_the_bound_everything_is_built_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_past_the_bound_everything_is_built_anew(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the first attempt dies between the fit and the rows."""
     store, bound = tmp_path / "store", "refine.max_drift=0.001"
     plant(store, tmp_path, "one", modalities())
     plant(store, tmp_path, "two", modalities(20), "one")
     plant(store, tmp_path, "alone", modalities(20))
     finish(store, "one", 1, bound)
+    with monkeypatch.context() as patch:
+        patch.setattr(refine, "refine_to_files", lambda *given: 1 / 0)
+        assert refine.main(flags(store, "two", 2, bound, "etl.base_run=one")) == EXIT_UNEXPECTED
     finish(store, "two", 2, bound, "etl.base_run=one")
     finish(store, "alone", 2, bound)
     assert "build_anew drift=" in capfd.readouterr().err
