@@ -164,6 +164,21 @@ def _import(arguments: argparse.Namespace) -> int:
     return _imported(arguments, importer[arguments.format](arguments.source, arguments.raw))
 
 
+def _encode(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from crane_core.encoding import Recipe, encode
+    from jobs.runner import start_logging
+
+    start_logging()
+    torch.set_num_threads(arguments.threads)
+    pictures = str(arguments.pictures.absolute()) if arguments.pictures else ""
+    recipe = Recipe(arguments.model, tuple(arguments.columns or ()), pictures)
+    encoded = encode(arguments.raw, arguments.modality, recipe, arguments.batch_size, arguments.device)
+    _result(arguments, vars(encoded), [f"{key:<9} {value}" for key, value in vars(encoded).items()])
+    return EXIT_OK
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from crane_core.generator import Plan, generate
 
@@ -353,6 +368,17 @@ def _parser() -> argparse.ArgumentParser:
         "Parquet files; folder in MMRec layout, or the wheel that carries MovieLens",
     )
     importing.add_argument("raw", type=Path, help="folder to make")
+
+    encoding = command("encode", _encode, "Make item features from raw text or pictures (pip extra `encode`).")
+    encoding.add_argument("raw", type=Path, help="folder of the raw data, with a catalog items/*.parquet")
+    encoding.add_argument("--modality", required=True, metavar="NAME", help="the features are features/NAME")
+    encoding.add_argument("--model", required=True, help="sentence-transformers model, a name of the hub or a folder")
+    source = encoding.add_mutually_exclusive_group(required=True)
+    source.add_argument("--columns", nargs="+", metavar="COLUMN", help="text columns of the catalog")
+    source.add_argument("--pictures", type=Path, metavar="FOLDER", help="of ITEM_ID.jpg, .jpeg, .png or .webp")
+    encoding.add_argument("--batch-size", type=int, default=64, help="items at once (default: %(default)s)")
+    encoding.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    encoding.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
 
     generating = command("generate", _generate, "Generate a log and features with a known truth, at any size.")
     generating.add_argument("raw", type=Path, help="folder to make")

@@ -1,0 +1,231 @@
+"""Item features from raw text or pictures: `features/<modality>/*.parquet`, made by a sentence-transformers model.
+
+The extra `encode` installs what it needs. Items that have a vector are left alone, so that a call that was killed, or
+that of the next day, makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from PIL import Image
+
+from crane_core.errors import ConfigError, DataError
+from crane_core.progress import track
+from crane_core.raw import FEATURES_FOLDER, check_items, check_modality, list_items
+from crane_core.schema import FEATURES, ITEM_ID, REASON
+from crane_core.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "_encoder.json"
+SET_ASIDE = "_set_aside.parquet"
+"""Names that begin with an underscore are no features."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PART_ROWS = 4096
+"""Items whose vectors are written at once: what a kill costs at most."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the vectors of a modality are made of, and by what.
+
+    Attributes:
+        model: name or folder of a sentence-transformers model.
+        columns: text columns of the catalog, joined by lines; empty for pictures.
+        pictures: folder of pictures `<item_id>.jpg` and the like; empty for text.
+    """
+
+    model: str
+    columns: tuple[str, ...] = ()
+    pictures: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model": self.model, "columns": list(self.columns), "pictures": self.pictures}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of the items of the catalog.
+
+    Attributes:
+        found: had a vector.
+        made: have one now.
+        set_aside: why the others have none, and how many; they and the reason are in `SET_ASIDE`.
+    """
+
+    found: int
+    made: int
+    set_aside: dict[str, int]
+
+
+def encode(root: Path, modality: str, recipe: Recipe, batch_size: int = 64, device: str = "cpu") -> Encoded:
+    """Make the vectors that the items of the catalog lack.
+
+    Args:
+        root: folder of the raw data, `items/*.parquet` in it.
+        modality: name of the features.
+        recipe: how; the one the modality was begun with.
+        batch_size: items the model sees at once.
+        device: where it runs.
+
+    Raises:
+        ConfigError: the extra is not installed, there is no such model, or the features have another origin.
+        DataError: there is no catalog, no such column or no such folder.
+    """
+    folder = root / FEATURES_FOLDER / modality
+    check_modality(modality, folder)
+    catalog = _catalog(root, recipe)
+    if recipe.pictures and not Path(recipe.pictures).is_dir():
+        raise DataError(f"There is no folder of pictures {recipe.pictures}.", "Correct --pictures.")
+    _check_origin(folder, recipe)
+    known = _known(folder)
+    ids = pc.unique(catalog.to_table([ITEM_ID])[ITEM_ID].drop_null())
+    num_items, found = len(ids), int(pc.sum(pc.is_in(ids, known)).as_py() or 0)
+    aside: dict[str, list[str]] = {}
+    model = _load(recipe.model, device) if found < num_items else None
+    LocalStorage(folder).write(RECIPE, json.dumps(recipe.as_json()).encode())
+    items = _items(catalog, recipe, set(known.to_pylist()), aside)
+    # Pictures are large; texts of like length go together, so it helps to see many.
+    at_once = batch_size if recipe.pictures else PART_ROWS
+    number, made = len(list(folder.glob("part-*.parquet"))), 0
+    parts = range(-(-(num_items - found) // PART_ROWS))
+    for _ in track(parts, len(parts), f"encode_{modality}", logger):
+        names: list[str] = []
+        vectors: list[np.ndarray] = []
+        while model is not None and len(names) < PART_ROWS:
+            some = list(itertools.islice(items, min(at_once, PART_ROWS - len(names))))
+            if not some:
+                break
+            contents = [content for _, content in some]
+            vectors += list(model.encode(contents, batch_size=batch_size, show_progress_bar=False))
+            names += [name for name, _ in some]
+        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
+        aside.setdefault("non_finite", []).extend(itertools.compress(names, (not good for good in finite)))
+        good = [list(itertools.compress(column, finite)) for column in (names, vectors)]
+        if good[0]:
+            columns = [pa.array(column, field.type) for column, field in zip(good, FEATURES, strict=True)]
+            _write(folder / f"part-{number:06d}.parquet", pa.table(columns, FEATURES))
+            number += 1
+        made += len(good[0])
+    _write(folder / SET_ASIDE, _reasons(aside))
+    return Encoded(found, made, {reason: len(names) for reason, names in sorted(aside.items()) if names})
+
+
+def _catalog(root: Path, recipe: Recipe) -> ds.Dataset:
+    files = list_items(root)
+    if not files:
+        raise DataError(f"{root} holds no catalog, items/*.parquet.", "Deliver the items with what shall be encoded.")
+    for footer in check_items(files):
+        missing = [name for name in recipe.columns if name not in footer.types]
+        if missing:
+            raise DataError(
+                f"{footer.file.path} ({footer.num_rows} rows) has no column {', '.join(missing)}; "
+                f"it has {', '.join(footer.types)}.",
+                "Correct --columns, or deliver the file again with it.",
+            )
+    return ds.dataset([str(file.path) for file in files], format="parquet")
+
+
+def _check_origin(folder: Path, recipe: Recipe) -> None:
+    """Go on with what was begun with the same recipe, and with nothing else."""
+    told = LocalStorage(folder).read(RECIPE)
+    if told is not None and json.loads(told) != recipe.as_json():
+        raise ConfigError(
+            f"{folder} was encoded with {told.decode()}, now {json.dumps(recipe.as_json())}: vectors of two models do "
+            "not compare.",
+            "Give the modality another name, or remove the folder.",
+        )
+    if told is None and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds features that were not made here.", "Give the modality another name.")
+
+
+def _known(folder: Path) -> pa.Array:
+    names = [pq.read_table(path, columns=[ITEM_ID])[ITEM_ID] for path in sorted(folder.glob("part-*.parquet"))]
+    chunks = [chunk for column in names for chunk in column.chunks]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.string())
+
+
+def _load(name: str, device: str) -> SentenceTransformer:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ConfigError(
+            f"Encoding needs sentence-transformers ({error}).",
+            "Install the extra: pip install 'crane-pipeline[encode]'.",
+        ) from error
+    try:
+        # Safetensors only: loading a pickle would run what it holds.
+        return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name!r} is no sentence-transformers model that can be loaded ({error}).",
+            "Name a model of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
+        ) from error
+
+
+def _items(
+    catalog: ds.Dataset, recipe: Recipe, known: set[str], aside: dict[str, list[str]]
+) -> Iterator[tuple[str, str | Image.Image]]:
+    """Every item without a vector, once, with what the model takes; those that have nothing usable go aside."""
+    for batch in catalog.to_batches(columns=[ITEM_ID, *recipe.columns], batch_size=PART_ROWS):
+        for row in batch.to_pylist():
+            name = row.pop(ITEM_ID)
+            if not name or not name.strip() or name in known:
+                continue
+            known.add(name)
+            content, reason = _picture(Path(recipe.pictures), name) if recipe.pictures else _text(row)
+            if content is None:
+                aside.setdefault(reason, []).append(name)
+            else:
+                yield name, content
+
+
+def _text(row: dict[str, Any]) -> tuple[str | None, str]:
+    """The text of an item, or None and why."""
+    lines = [str(value).strip() for value in row.values() if value is not None]
+    return "\n".join(line for line in lines if line) or None, "no_text"
+
+
+def _picture(folder: Path, name: str) -> tuple[Image.Image | None, str]:
+    """The picture of an item, loaded, in RGB, or None and why."""
+    path = next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+    if path is None:
+        return None, "no_picture"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return None, "outside_folder"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB"), ""
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None, "broken_picture"
+
+
+def _reasons(aside: dict[str, list[str]]) -> pa.Table:
+    names = [name for _, names in sorted(aside.items()) for name in names]
+    reasons = [reason for reason, names in sorted(aside.items()) for _ in names]
+    return pa.table({ITEM_ID: pa.array(names, pa.string()), REASON: pa.array(reasons, pa.string())})
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    """Under a hidden name first: whoever reads the folder meanwhile sees whole files only."""
+    hidden = path.parent / f".{path.name}"
+    pq.write_table(table, hidden)
+    hidden.replace(path)

@@ -1,0 +1,203 @@
+"""Encoding by small models of random weights: a plain call's vectors, resumed, extended, and bad input told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from crane_core import encoding
+from crane_core.encoding import Recipe, encode
+from crane_core.errors import ConfigError, DataError
+from crane_core.raw import check_features, list_features
+from jobs import cli
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("text-model")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *letters, *(f"##{letter}" for letter in letters)]))
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=77, **sizes)).save_pretrained(folder)
+    SentenceTransformer(modules=[Transformer(str(folder)), Pooling(16)], device="cpu").save(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+@pytest.fixture(scope="module")
+def picture_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    folder = tmp_path_factory.mktemp("picture-model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    modules = [Transformer(str(folder)), Pooling(16, "cls")]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "saved"))
+    return str(folder / "saved")
+
+
+def write_catalog(raw: Path, rows: list[dict]) -> None:
+    (raw / "items").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), raw / "items" / "items.parquet")
+
+
+def titles(number: int) -> list[dict]:
+    return [{"item_id": f"i{n}", "title": f"thing {n}", "brand": f"b{n % 7}" if n % 3 else None} for n in range(number)]
+
+
+def read(raw: Path, modality: str) -> dict[str, list[float]]:
+    files = sorted((raw / "features" / modality).glob("part-*.parquet"))
+    rows = [row for path in files for row in pq.read_table(path).to_pylist()]
+    assert len({row["item_id"] for row in rows}) == len(rows)
+    return {row["item_id"]: row["vector"] for row in rows}
+
+
+def test_text_vectors_are_those_of_a_plain_call(text_model: str, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    write_catalog(tmp_path, titles(50))
+    encoded = encode(tmp_path, "text", Recipe(text_model, ("title", "brand")), batch_size=8)
+    assert (encoded.found, encoded.made, encoded.set_aside) == (0, 50, {})
+    found = read(tmp_path, "text")
+    plain = SentenceTransformer(text_model, device="cpu").encode(["thing 0", "thing 1\nb1"], show_progress_bar=False)
+    np.testing.assert_allclose([found["i0"], found["i1"]], plain, atol=1e-5)
+    assert len(check_features(list_features(tmp_path, ())["text"])) == 1, "what etl.features reads"
+
+
+def test_only_what_is_missing_is_made(text_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "PART_ROWS", 20)
+    recipe = Recipe(text_model, ("title",))
+    write_catalog(tmp_path, titles(50))
+    encode(tmp_path, "text", recipe)
+    before = read(tmp_path, "text")
+    write_catalog(tmp_path, [*titles(70), *titles(3)])
+    encoded = encode(tmp_path, "text", recipe)
+    assert (encoded.found, encoded.made) == (50, 20)
+    after = read(tmp_path, "text")
+    assert len(after) == 70 and all(after[name] == vector for name, vector in before.items())
+    monkeypatch.setattr(encoding, "_load", lambda *given: pytest.fail("nothing is missing"))
+    assert encode(tmp_path, "text", recipe).made == 0
+
+
+def test_killed_in_the_middle_it_goes_on(text_model: str, tmp_path: Path) -> None:
+    write_catalog(tmp_path, titles(20_000))
+    command = [sys.executable, "-m", "jobs.cli", "encode", str(tmp_path), "--modality", "text", "--model", text_model]
+    command += ["--columns", "title", "--json"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "features" / "text"
+    while not (folder / "part-000001.parquet").exists():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = read(tmp_path, "text")
+    assert 8192 <= len(kept) < 20_000
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert json.loads(ended.stdout) == {"found": len(kept), "made": 20_000 - len(kept), "set_aside": {}}
+    found = read(tmp_path, "text")
+    assert len(found) == 20_000 and all(found[name] == vector for name, vector in kept.items())
+
+
+def test_items_without_text_go_aside(text_model: str, tmp_path: Path) -> None:
+    rows = [{"item_id": "a", "title": " "}, {"item_id": "b", "title": None}, {"item_id": "c", "title": "x"}]
+    write_catalog(tmp_path, [*rows, {"item_id": None, "title": "y"}, {"item_id": " ", "title": "z"}])
+    encoded = encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    assert encoded.made == 1 and encoded.set_aside == {"no_text": 2}
+    aside = pq.read_table(tmp_path / "features" / "text" / encoding.SET_ASIDE).to_pylist()
+    assert aside == [{"item_id": "a", "reason": "no_text"}, {"item_id": "b", "reason": "no_text"}]
+    write_catalog(tmp_path, [{"item_id": "a", "title": "now"}, *rows[1:]])
+    encoded = encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    assert (encoded.found, encoded.made, encoded.set_aside) == (1, 1, {"no_text": 1})
+
+
+def test_pictures(picture_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    red, grey = Image.new("RGB", (20, 30), "red"), Image.new("L", (9, 9), 77)
+    red.save(pictures / "red.png")
+    grey.save(pictures / "grey.jpg")
+    whole = (pictures / "red.png").read_bytes()
+    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "text.jpg").write_text("no picture")
+    red.save(tmp_path / "outside.png")
+    (pictures / "link.png").symlink_to(tmp_path / "outside.png")
+    Image.new("RGB", (300, 300)).save(pictures / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    names = ["red", "grey", "cut", "text", "link", "../outside", "bomb", "none"]
+    write_catalog(tmp_path, [{"item_id": name} for name in names])
+    encoded = encode(tmp_path, "image", Recipe(picture_model, pictures=str(pictures)), batch_size=1)
+    assert encoded.made == 2
+    assert encoded.set_aside == {"broken_picture": 3, "no_picture": 1, "outside_folder": 2}
+    model = SentenceTransformer(picture_model, device="cpu")
+    loaded = Image.open(pictures / "grey.jpg").convert("RGB")
+    found = read(tmp_path, "image")
+    np.testing.assert_allclose([found["red"], found["grey"]], model.encode([red, loaded]), atol=1e-5)
+
+
+def test_another_recipe_and_foreign_features_are_refused(text_model: str, tmp_path: Path) -> None:
+    write_catalog(tmp_path, titles(3))
+    encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    with pytest.raises(ConfigError, match="vectors of two models do not compare"):
+        encode(tmp_path, "text", Recipe(text_model, ("title", "brand")))
+    (tmp_path / "features" / "other").mkdir()
+    (tmp_path / "features" / "other" / "x.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match="were not made here"):
+        encode(tmp_path, "other", Recipe(text_model, ("title",)))
+
+
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="holds no catalog"):
+        encode(tmp_path, "text", Recipe("m", ("title",)))
+    write_catalog(tmp_path, titles(3))
+    with pytest.raises(DataError, match="has no column name; it has item_id, title"):
+        encode(tmp_path, "text", Recipe("m", ("name",)))
+    with pytest.raises(DataError, match="no folder of pictures"):
+        encode(tmp_path, "image", Recipe("m", pictures=str(tmp_path / "absent")))
+    with pytest.raises(ConfigError, match="is no sentence-transformers model"):
+        encode(tmp_path, "text", Recipe(str(tmp_path / "absent"), ("title",)))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match=r"crane-pipeline\[encode\]"):
+        encode(tmp_path, "text", Recipe("m", ("title",)))
+
+
+def test_a_model_that_would_run_a_pickle_is_refused(text_model: str, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+
+    shutil.copytree(text_model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    write_catalog(tmp_path / "raw", titles(3))
+    with pytest.raises(ConfigError, match="can be loaded"):
+        encode(tmp_path / "raw", "text", Recipe(str(tmp_path / "model"), ("title",)))
+
+
+def test_the_command_tells_what_it_did(text_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_catalog(tmp_path, titles(5))
+    arguments = ["encode", str(tmp_path), "--modality", "text", "--model", text_model, "--columns", "title"]
+    assert cli.main(arguments) == 0
+    assert "made      5" in capsys.readouterr().out
