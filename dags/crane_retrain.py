@@ -11,6 +11,9 @@ with the asset `crane/candidate`, which starts `crane_promote`.
 **By hand.** Trigger with `window_end` (and `window_start`, else one day) to rebuild another window, `run` to name the
 run, `config` for a preset or file, `overrides` for single fields (`train.num_epochs=20`).
 
+**Day on day.** With `etl.base_run=previous` and `refine.max_drift=0.05` in the configuration a run keeps the ids of the
+run before it and refines and searches new and changed items alone.
+
 **Backfill.** `airflow backfill create --dag-id crane_retrain --from-date ... --to-date ...`. A backfill run registers
 its model but moves no alias and announces nothing.
 

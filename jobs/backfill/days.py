@@ -80,7 +80,7 @@ def days(arguments: argparse.Namespace) -> list[Day]:
         if config.etl.base_run == PREVIOUS:
             raise ConfigError(
                 "etl.base_run=previous: a backfill makes its days side by side, which came first would decide.",
-                "Name a run, or leave it out.",
+                "Override it: etl.base_run=null, or a run.",
             )
         ends = [REGISTER] if arguments.train and window == arguments.windows[-1] else []
         wanted = _with_inputs([*arguments.stages, *ends], config)

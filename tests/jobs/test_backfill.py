@@ -131,3 +131,4 @@ def test_wrong_flags(backfill: Backfill) -> None:
     backfill.job(etl, [*argv, "--part", "2026-01-25"], code=EXIT_CONFIG)
     backfill.job(plan, [word.replace("/", "-") if "T00" in word else word for word in argv], code=EXIT_CONFIG)
     backfill.job(plan, [*argv, "--set", "etl.k_core=no"], code=EXIT_CONFIG)
+    backfill.job(plan, [*argv, "--set", "etl.base_run=previous"], code=EXIT_CONFIG)
