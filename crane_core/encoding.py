@@ -6,14 +6,17 @@ that of the next day, makes only what is missing.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import itertools
 import json
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +37,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECIPE = "_encoder.json"
+WEIGHTS = "weights"
+"""In the recipe that is kept, beside what the user gave: the SHA-256 of the model's numbers."""
 SET_ASIDE = "_set_aside.parquet"
 """Names that begin with an underscore are no features."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""No others, whatever a file is called: Pillow hands PostScript to a program of the system."""
+PIXELS = 32_000_000
+"""Pictures are read into memory until they have as many, a batch at most."""
 PART_ROWS = 4096
 """Items whose vectors are written at once: what a kill costs at most."""
 
@@ -85,31 +94,46 @@ def encode(root: Path, modality: str, recipe: Recipe, batch_size: int = 64, devi
         device: where it runs.
 
     Raises:
-        ConfigError: the extra is not installed, there is no such model, or the features have another origin.
+        ConfigError: the extra is not installed, there is no such model or device, the model does not take what it is
+            given, the name is that of no folder, the features have another origin, or another call makes them.
         DataError: there is no catalog, no such column or no such folder.
     """
     folder = root / FEATURES_FOLDER / modality
     check_modality(modality, folder)
+    if Path(modality).name != modality or modality[0] in "._":
+        raise ConfigError(
+            f"{modality!r} is no name of a folder that etl.features reads.", "Leave out '/' and a leading '.' or '_'."
+        )
+    if batch_size < 1:
+        raise ConfigError(f"A batch of {batch_size} items.", "Let --batch-size be 1 or more.")
     catalog = _catalog(root, recipe)
     if recipe.pictures and not Path(recipe.pictures).is_dir():
         raise DataError(f"There is no folder of pictures {recipe.pictures}.", "Correct --pictures.")
-    _check_origin(folder, recipe)
+    with _alone(folder):
+        return _encode(folder, catalog, recipe, batch_size, device)
+
+
+def _encode(folder: Path, catalog: ds.Dataset, recipe: Recipe, batch_size: int, device: str) -> Encoded:
+    told = _check_origin(folder, recipe)
     known = _known(folder)
-    ids = pc.unique(catalog.to_table([ITEM_ID])[ITEM_ID].drop_null())
+    ids = pc.unique(catalog.to_table([ITEM_ID])[ITEM_ID].cast(pa.string()).drop_null())
     num_items, found = len(ids), int(pc.sum(pc.is_in(ids, known)).as_py() or 0)
     aside: dict[str, list[str]] = {}
-    model = _load(recipe.model, device) if found < num_items else None
-    LocalStorage(folder).write(RECIPE, json.dumps(recipe.as_json()).encode())
+    model = _load(recipe, device) if found < num_items else None
+    if model is not None:
+        _keep_origin(folder, told, recipe, model)
     items = _items(catalog, recipe, set(known.to_pylist()), aside)
-    # Pictures are large; texts of like length go together, so it helps to see many.
-    at_once = batch_size if recipe.pictures else PART_ROWS
-    number, made = len(list(folder.glob("part-*.parquet"))), 0
+    # One past the last: a part that somebody has removed leaves a gap, and no other may be overwritten.
+    number = max((int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.parquet")), default=-1) + 1
+    made = 0
     parts = range(-(-(num_items - found) // PART_ROWS))
-    for _ in track(parts, len(parts), f"encode_{modality}", logger):
+    for _ in track(parts, len(parts), f"encode_{folder.name}", logger):
         names: list[str] = []
         vectors: list[np.ndarray] = []
         while model is not None and len(names) < PART_ROWS:
-            some = list(itertools.islice(items, min(at_once, PART_ROWS - len(names))))
+            # Texts of like length go together, so it helps to see many.
+            rows = PART_ROWS - len(names)
+            some = _pictures(items, min(batch_size, rows)) if recipe.pictures else list(itertools.islice(items, rows))
             if not some:
                 break
             contents = [content for _, content in some]
@@ -142,17 +166,50 @@ def _catalog(root: Path, recipe: Recipe) -> ds.Dataset:
     return ds.dataset([str(file.path) for file in files], format="parquet")
 
 
-def _check_origin(folder: Path, recipe: Recipe) -> None:
-    """Go on with what was begun with the same recipe, and with nothing else."""
-    told = LocalStorage(folder).read(RECIPE)
-    if told is not None and json.loads(told) != recipe.as_json():
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two calls at a time would make the same items, and parts of the same name. A lock ends with its process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder: a call that is refused must not leave a modality without a file.
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"Another call is making {folder}.", "Wait for it, or end it.") from error
+        yield
+
+
+def _check_origin(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What the modality was begun with, None for a new one; refused if it is another recipe."""
+    data = LocalStorage(folder).read(RECIPE)
+    told = None if data is None else json.loads(data)
+    if told is not None and {**told, WEIGHTS: ""} != {**recipe.as_json(), WEIGHTS: ""}:
         raise ConfigError(
-            f"{folder} was encoded with {told.decode()}, now {json.dumps(recipe.as_json())}: vectors of two models do "
-            "not compare.",
+            f"{folder} was encoded with {json.dumps(told)}, now {json.dumps(recipe.as_json())}: vectors of two models "
+            "do not compare.",
             "Give the modality another name, or remove the folder.",
         )
-    if told is None and folder.exists() and any(folder.iterdir()):
+    if told is None and LocalStorage(folder).names(""):
         raise ConfigError(f"{folder} holds features that were not made here.", "Give the modality another name.")
+    return told
+
+
+def _keep_origin(folder: Path, told: dict[str, Any] | None, recipe: Recipe, model: SentenceTransformer) -> None:
+    """Write down with what the modality is begun; refuse other weights under the name of the former."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    now = {**recipe.as_json(), WEIGHTS: digest.hexdigest()}
+    if told is not None and told != now:
+        raise ConfigError(
+            f"{recipe.model} has other weights than those that {folder} was encoded with: vectors of two models do not "
+            "compare.",
+            "Give the modality another name, or remove the folder.",
+        )
+    LocalStorage(folder).write(RECIPE, json.dumps(now).encode())
 
 
 def _known(folder: Path) -> pa.Array:
@@ -161,7 +218,7 @@ def _known(folder: Path) -> pa.Array:
     return pa.concat_arrays(chunks) if chunks else pa.array([], pa.string())
 
 
-def _load(name: str, device: str) -> SentenceTransformer:
+def _load(recipe: Recipe, device: str) -> SentenceTransformer:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -169,14 +226,26 @@ def _load(name: str, device: str) -> SentenceTransformer:
             f"Encoding needs sentence-transformers ({error}).",
             "Install the extra: pip install 'crane-pipeline[encode]'.",
         ) from error
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"There is no device {device!r} here ({error}).", "Correct --device.") from error
     try:
         # Safetensors only: loading a pickle would run what it holds.
-        return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
+        model = SentenceTransformer(recipe.model, device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name!r} is no sentence-transformers model that can be loaded ({error}).",
+            f"{recipe.model!r} is no sentence-transformers model that can be loaded ({error}).",
             "Name a model of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
         ) from error
+    needed: Literal["image", "text"] = "image" if recipe.pictures else "text"
+    if not model.supports(needed):
+        raise ConfigError(
+            f"{recipe.model!r} takes {', '.join(map(str, model.modalities))}, not {needed}.", "Name another model."
+        )
+    return model
 
 
 def _items(
@@ -202,9 +271,23 @@ def _text(row: dict[str, Any]) -> tuple[str | None, str]:
     return "\n".join(line for line in lines if line) or None, "no_text"
 
 
+def _pictures(items: Iterator[tuple[str, Any]], most: int) -> list[tuple[str, Any]]:
+    """The next pictures, as many as memory may hold at once."""
+    some: list[tuple[str, Any]] = []
+    pixels = 0
+    # The next one is not known before it is read: what it adds stays below Pillow's own limit.
+    while len(some) < most and pixels < PIXELS and (item := next(items, None)) is not None:
+        some.append(item)
+        pixels += item[1].width * item[1].height
+    return some
+
+
 def _picture(folder: Path, name: str) -> tuple[Image.Image | None, str]:
     """The picture of an item, loaded, in RGB, or None and why."""
-    path = next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+    try:
+        path = next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()), None)
+    except OSError:  # An id that is too long for the name of a file.
+        path = None
     if path is None:
         return None, "no_picture"
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -212,7 +295,7 @@ def _picture(folder: Path, name: str) -> tuple[Image.Image | None, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return image.convert("RGB"), ""
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None, "broken_picture"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,11 +147,11 @@ def test_pictures(picture_model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     (pictures / "link.png").symlink_to(tmp_path / "outside.png")
     Image.new("RGB", (300, 300)).save(pictures / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
-    names = ["red", "grey", "cut", "text", "link", "../outside", "bomb", "none"]
+    names = ["red", "grey", "cut", "text", "link", "../outside", "bomb", "none", "x" * 300]
     write_catalog(tmp_path, [{"item_id": name} for name in names])
     encoded = encode(tmp_path, "image", Recipe(picture_model, pictures=str(pictures)), batch_size=1)
     assert encoded.made == 2
-    assert encoded.set_aside == {"broken_picture": 3, "no_picture": 1, "outside_folder": 2}
+    assert encoded.set_aside == {"broken_picture": 3, "no_picture": 2, "outside_folder": 2}
     model = SentenceTransformer(picture_model, device="cpu")
     loaded = Image.open(pictures / "grey.jpg").convert("RGB")
     found = read(tmp_path, "image")
@@ -184,8 +185,6 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_that_would_run_a_pickle_is_refused(text_model: str, tmp_path: Path) -> None:
-    import shutil
-
     import torch
 
     shutil.copytree(text_model, tmp_path / "model")
@@ -201,3 +200,106 @@ def test_the_command_tells_what_it_did(text_model: str, tmp_path: Path, capsys: 
     arguments = ["encode", str(tmp_path), "--modality", "text", "--model", text_model, "--columns", "title"]
     assert cli.main(arguments) == 0
     assert "made      5" in capsys.readouterr().out
+
+
+def test_a_removed_part_is_made_again_and_no_other_lost(
+    text_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "PART_ROWS", 10)
+    write_catalog(tmp_path, titles(30))
+    encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    before = read(tmp_path, "text")
+    (tmp_path / "features" / "text" / "part-000000.parquet").unlink()
+    encoded = encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    assert (encoded.found, encoded.made) == (20, 10)
+    after = read(tmp_path, "text")
+    assert after.keys() == before.keys()
+    np.testing.assert_allclose([after[name] for name in before], list(before.values()), atol=1e-5)
+
+
+def test_a_second_call_at_the_same_time_is_refused(text_model: str, tmp_path: Path) -> None:
+    write_catalog(tmp_path, titles(3))
+    hold = "import sys; from pathlib import Path; from crane_core.encoding import _alone\n"
+    hold += "with _alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "features" / "text")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="Another call is making"):
+            encode(tmp_path, "text", Recipe(text_model, ("title",)))
+        other.kill()
+    assert encode(tmp_path, "text", Recipe(text_model, ("title",))).made == 3
+
+
+def test_other_weights_under_the_same_name_are_refused(text_model: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    recipe = Recipe(shutil.copytree(text_model, str(tmp_path / "model")), ("title",))
+    write_catalog(tmp_path / "raw", titles(3))
+    encode(tmp_path / "raw", "text", recipe)
+    weights = tmp_path / "model" / "model.safetensors"
+    moved = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(moved, weights, {"format": "pt"})
+    write_catalog(tmp_path / "raw", titles(4))
+    with pytest.raises(ConfigError, match="has other weights"):
+        encode(tmp_path / "raw", "text", recipe)
+    assert len(read(tmp_path / "raw", "text")) == 3
+
+
+def test_no_file_is_handed_to_a_program(picture_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho 10 | tee {tmp_path / 'started'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png", "EPS")
+    write_catalog(tmp_path, [{"item_id": "a"}])
+    assert encode(tmp_path, "image", Recipe(picture_model, pictures=str(tmp_path))).set_aside == {"broken_picture": 1}
+    assert not (tmp_path / "started").exists()
+
+
+def test_pictures_in_memory_are_bounded(picture_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    sizes: list[int] = []
+    plain = SentenceTransformer.encode
+
+    def counted(model: SentenceTransformer, contents: list, **given: object) -> np.ndarray:
+        sizes.append(len(contents))
+        return plain(model, contents, **given)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", counted)
+    monkeypatch.setattr(encoding, "PIXELS", 2_500)
+    for number in range(8):
+        Image.new("RGB", (30, 30)).save(tmp_path / f"{number}.png")
+    write_catalog(tmp_path, [{"item_id": str(number)} for number in range(8)])
+    assert encode(tmp_path, "image", Recipe(picture_model, pictures=str(tmp_path))).made == 8
+    assert sizes == [3, 3, 2]
+
+
+@pytest.mark.parametrize("name", ["../../out", "a/b", ".hidden", "_hidden"])
+def test_a_modality_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    write_catalog(tmp_path / "raw", titles(3))
+    with pytest.raises(ConfigError, match="is no name of a folder"):
+        encode(tmp_path / "raw", name, Recipe("m", ("title",)))
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["items"]
+
+
+def test_what_the_model_cannot_do_is_said(text_model: str, picture_model: str, tmp_path: Path) -> None:
+    write_catalog(tmp_path, titles(3))
+    recipe = Recipe(text_model, ("title",))
+    with pytest.raises(ConfigError, match="no device 'nonsense'"):
+        encode(tmp_path, "text", recipe, device="nonsense")
+    with pytest.raises(ConfigError, match="batch of 0"):
+        encode(tmp_path, "text", recipe, batch_size=0)
+    with pytest.raises(ConfigError, match="takes image, not text"):
+        encode(tmp_path, "text", Recipe(picture_model, ("title",)))
+    with pytest.raises(ConfigError, match="takes text, not image"):
+        encode(tmp_path, "image", Recipe(text_model, pictures=str(tmp_path)))
+
+
+def test_ids_of_any_string_type(text_model: str, tmp_path: Path) -> None:
+    for kind in (pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        raw = tmp_path / str(kind)[:5]
+        (raw / "items").mkdir(parents=True)
+        ids = pa.array(["a", "b"]).cast(kind)
+        pq.write_table(pa.table({"item_id": ids, "title": ["x", "y"]}), raw / "items" / "items.parquet")
+        assert [encode(raw, "text", Recipe(text_model, ("title",))).made for _ in range(2)] == [2, 0]
