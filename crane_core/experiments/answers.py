@@ -163,8 +163,13 @@ def answer(table: Sequence[Mapping[str, Any]]) -> str:
             if names
         ]
         second = f"By more than chance in test Recall@20, {'; '.join(parts)}."
+    sentences = [first, second]
+    if min(len(row["seeds"]) for row in known) == 1:
+        sentences.append("Chance is that of the users alone: one seed says nothing of that of training.")
     unmeasured = len(table) - len(known)
-    return f"{first} {second}" + (f" {unmeasured} of {len(table)} variants are not measured yet." if unmeasured else "")
+    if unmeasured:
+        sentences.append(f"{unmeasured} of {len(table)} variants are not measured yet.")
+    return " ".join(sentences)
 
 
 def best_by_validation(table: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

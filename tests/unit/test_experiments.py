@@ -541,7 +541,7 @@ class TestAnswers:
         text = answer(rows(variants))
         assert text == (
             "Validation prefers the default, 0. No variant differs from the default by more than chance in test "
-            "Recall@20."
+            "Recall@20. Chance is that of the users alone: one seed says nothing of that of training."
         )
 
     def test_without_the_default_there_is_no_answer(self) -> None:
