@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from crane_core.errors import ArtifactError
-from crane_core.schema import ITEM_IDX, SPLIT, TEST, TRAIN, USER_IDX, VALIDATION
+from crane_core.schema import GONE, ITEM_IDX, SPLIT, STATE, TEST, TRAIN, USER_IDX, VALIDATION
 from crane_core.store import Artifact
 
 _BLOCK_ROWS = 1 << 20
@@ -90,6 +90,7 @@ class Interactions:
     Attributes:
         num_users, num_items: sizes of the id maps.
         train, validation, test: items per user.
+        gone: int, numbers that an earlier run gave to items that are no more; nobody is recommended these.
     """
 
     num_users: int
@@ -97,10 +98,15 @@ class Interactions:
     train: ItemLists
     validation: ItemLists
     test: ItemLists
+    gone: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def item_counts(self) -> np.ndarray:
         """int64 [num_items], training interactions of each item."""
         return np.bincount(self.train.items, minlength=self.num_items)
+
+    def cold_items(self) -> np.ndarray:
+        """int64, the items in use without a training interaction, ascending."""
+        return np.setdiff1d(np.flatnonzero(self.item_counts() == 0), self.gone)
 
     def validation_users(self, most: int, seed: int) -> np.ndarray:
         """Users with validation items, ascending; a fixed sample where there are more than `most`."""
@@ -132,7 +138,12 @@ def load_interactions(artifact: Artifact) -> Interactions:
     for users, items, split in _blocks(artifact):
         for part, open_lists in lists.items():
             open_lists.append(users[split == part], items[split == part])
-    return Interactions(num_users, num_items, *(lists[part].close() for part in (TRAIN, VALIDATION, TEST)))
+    gone = np.empty(0, dtype=np.int64)
+    if artifact.facts.get("num_tombstones", {}).get("items"):
+        gone = np.flatnonzero(load_ids(artifact, "items", STATE).to_numpy() == GONE)
+    return Interactions(
+        num_users, num_items, lists[TRAIN].close(), lists[VALIDATION].close(), lists[TEST].close(), gone
+    )
 
 
 class _OpenLists:
@@ -175,11 +186,6 @@ def _blocks(artifact: Artifact) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
     for batch in data.to_batches(columns=names, batch_size=_BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
         users, items, split = (batch.column(name).to_numpy(zero_copy_only=False) for name in names)
         yield users, items, split
-
-
-def out_of_use(items: np.ndarray) -> np.ndarray:
-    """bool [n]: items that are recommended to nobody. Their embeddings, float32 [n, d], are zero."""
-    return np.asarray((items == 0).all(axis=1))
 
 
 def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:

@@ -47,12 +47,15 @@ Scorer = Callable[[np.ndarray], Tensor]
 scorer may at the next call."""
 
 
-def dot_product(users: Tensor, items: Tensor, hidden: np.ndarray | None = None) -> Scorer:
-    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d].
+def without(score: Scorer, items: np.ndarray) -> Scorer:
+    """The same scores, -inf for some items, int [n]: they are recommended to nobody."""
+    if len(items) == 0:
+        return score
+    return lambda users: (scores := score(users)).index_fill_(1, torch.from_numpy(items).to(scores.device), -torch.inf)
 
-    Items that are `hidden`, bool [num_items], have -inf.
-    """
-    out = None if hidden is None or not hidden.any() else torch.from_numpy(np.flatnonzero(hidden)).to(items.device)
+
+def dot_product(users: Tensor, items: Tensor) -> Scorer:
+    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d]."""
 
     # Kept from call to call: a fresh block of scores costs more to page in than to compute.
     block = users.new_empty(0)
@@ -62,8 +65,7 @@ def dot_product(users: Tensor, items: Tensor, hidden: np.ndarray | None = None) 
         rows = users[torch.from_numpy(picked.astype(np.int64)).to(users.device)]
         if len(block) < len(picked):
             block = rows.new_empty(len(picked), len(items))
-        scores = torch.mm(rows, items.T, out=block[: len(picked)])
-        return scores if out is None else scores.index_fill_(1, out, -torch.inf)
+        return torch.mm(rows, items.T, out=block[: len(picked)])
 
     return score
 
@@ -269,7 +271,7 @@ def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, bloc
         `among_cold_recall@20` and `cold_auc`, float64 [n] each; the latter NaN for a user whose test holds every cold
         item.
     """
-    cold = np.flatnonzero(interactions.item_counts() == 0)
+    cold = interactions.cold_items()
     column = np.full(interactions.num_items, -1)
     column[cold] = np.arange(len(cold))
     found = {name: np.empty(len(users)) for name in ("among_cold_recall@20", "cold_auc")}
@@ -327,8 +329,8 @@ def summarise_cold(
 
     compared = np.logical_and.reduce([np.isfinite(columns["cold_auc"]) for columns in per_user.values()])
     everyone = np.ones(len(users), dtype=bool)
-    unseen = interactions.num_items - interactions.train.counts()[users]
-    num_cold = int((interactions.item_counts() == 0).sum())
+    unseen = interactions.num_items - len(interactions.gone) - interactions.train.counts()[users]
+    num_cold = len(interactions.cold_items())
     told = {"users": int(compared.sum()), "chance": 0.5, "models": intervals("cold_auc", compared)}
     return {
         "items": num_cold,

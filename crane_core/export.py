@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from crane_core.dataset import ItemLists, out_of_use
+from crane_core.dataset import ItemLists
 from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks
 from crane_core.knn import CPU, search
 from crane_core.progress import track
@@ -52,7 +52,7 @@ def write_recommendations(
     Args:
         path: Parquet file, schema `RECOMMENDATIONS`.
         user_embeddings: float32 [num_users, d].
-        item_embeddings: float32 [num_items, d]; items whose row is zero are out of use and recommended to nobody.
+        item_embeddings: float32 [num_items, d].
         seen: items a user is not shown: the training items.
         user_ids, item_ids: external ids, position = row.
         k: items per user; users who have seen almost everything get fewer.
@@ -67,8 +67,7 @@ def write_recommendations(
     num_rows = 0
     with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
         left, right = (torch.from_numpy(rows).to(device) for rows in (user_embeddings, item_embeddings))
-        score = dot_product(left, right, out_of_use(item_embeddings))
-        for users, values, indices in rank_blocks(score, seen, order, k, block):
+        for users, values, indices in rank_blocks(dot_product(left, right), seen, order, k, block):
             scores, items = values.numpy(), indices.numpy()
             rerank = np.lexsort((items, -scores), axis=1)
             scores, items = np.take_along_axis(scores, rerank, 1), np.take_along_axis(items, rerank, 1)
@@ -92,7 +91,7 @@ def write_similar(
 
     Args:
         path: Parquet file, schema `SIMILAR`.
-        item_embeddings: float32 [num_items, d]; items whose row is zero are out of use and left out.
+        item_embeddings: float32 [num_items, d].
         item_ids: external ids, position = row.
         num_similar: neighbours per item.
         block: items at a time.
@@ -102,7 +101,6 @@ def write_similar(
         The number of rows.
     """
     order = np.argsort(item_ids)
-    order = order[~out_of_use(item_embeddings)[order]]
     ids, rows = item_ids[order], item_embeddings[order]
     starts = range(0, len(rows), block)
     num_rows = 0

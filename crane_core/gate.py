@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from crane_core.config import Evaluate, Promote
-from crane_core.dataset import Interactions, out_of_use
+from crane_core.dataset import Interactions
 from crane_core.evaluation import (
     Interval,
     coverage,
@@ -185,11 +185,10 @@ def measure(
         block: users at a time.
     """
     rows = model.item_ids.get_indexer(item_ids)
-    missing = (rows < 0) | out_of_use(model.item_embeddings)[rows]
-    absent = np.where(missing, -np.inf, 0.0).astype(np.float32)
+    absent = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
     known = model.user_ids.get_indexer(user_ids[users])
     ranked = np.full((len(users), _K), -1, dtype=np.int32)
-    popularity = np.where(missing, -np.inf, model.popularity()[rows]).astype(np.float32)
+    popularity = np.where(rows >= 0, model.popularity()[rows], -np.inf).astype(np.float32)
     one = np.ones((interactions.num_users, 1), dtype=np.float32)
     everybody = np.zeros((interactions.num_users, model.user_embeddings.shape[1]), dtype=np.float32)
     everybody[users[known >= 0]] = model.user_embeddings[known[known >= 0]]
@@ -208,7 +207,7 @@ def measure(
         version,
         window_end,
         user_metrics(ranked, interactions.test, users, (_K,)),
-        coverage(ranked, interactions.num_items),
+        coverage(ranked, interactions.num_items - len(interactions.gone)),
         popularity_bias(ranked, users, interactions.train, interactions.num_items),
         float(user_metrics(ranked[members], cold, users[members], (_K,))["recall@20"].mean()) if len(members) else None,
     )

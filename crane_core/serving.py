@@ -26,10 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from crane_core.dataset import ItemLists, out_of_use
+from crane_core.dataset import ItemLists, load_ids, load_interactions
 from crane_core.errors import ArtifactError, DataError
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
-from crane_core.store import check_files, sha256_file
+from crane_core.store import Artifact, check_files, sha256_file
 from crane_core.tensors import load_arrays, tensor_shapes
 
 FORMAT = 1
@@ -38,32 +38,70 @@ DEFAULT_K = 20
 USER_BLOCK = 256
 
 
-def write_model(
-    folder: Path,
-    embeddings: Path,
-    weights: Path,
-    seen: ItemLists,
-    user_ids: pa.ChunkedArray,
-    item_ids: pa.ChunkedArray,
-    titles: pa.ChunkedArray,
-    facts: Mapping[str, Any],
-) -> None:
+@dataclass(frozen=True)
+class Recommender:
+    """What of a run leaves the pipeline: users with training items, and items that are no tombstones, renumbered.
+
+    Attributes:
+        user_ids, item_ids, titles: external ids and titles in row order.
+        user_embeddings, item_embeddings: float32 [num_users, d] and [num_items, d]; the score is the dot product.
+        seen: training items of each user, never recommended to them.
+    """
+
+    user_ids: pa.ChunkedArray
+    item_ids: pa.ChunkedArray
+    titles: pa.ChunkedArray
+    user_embeddings: np.ndarray
+    item_embeddings: np.ndarray
+    seen: ItemLists
+
+    def save_embeddings(self, path: Path) -> None:
+        """Write the embeddings as safetensors."""
+        save_file({"user_embeddings": self.user_embeddings, "item_embeddings": self.item_embeddings}, path)
+
+    def write_ids(self, folder: Path) -> None:
+        """Write `users.parquet` and `items.parquet`; the row number is that of the embeddings."""
+        pq.write_table(pa.table({USER_ID: self.user_ids}), folder / "users.parquet")
+        pq.write_table(pa.table({ITEM_ID: self.item_ids, TITLE: self.titles}), folder / "items.parquet")
+
+
+def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
+    """Read the artifacts of `etl.interactions` and of a training."""
+    rows, known = load_arrays(trained.file("embeddings.safetensors")), load_interactions(interactions)
+    counts = known.train.counts()
+    users = np.flatnonzero(counts > 0)
+    items = np.setdiff1d(np.arange(known.num_items), known.gone)
+    # Nobody has met a tombstone in training: every item that was seen has a number here.
+    seen = np.searchsorted(items, known.train.items).astype(np.int32)
+    return Recommender(
+        load_ids(interactions, "users", USER_ID).take(pa.array(users)),
+        load_ids(interactions, "items", ITEM_ID).take(pa.array(items)),
+        load_ids(interactions, "items", TITLE).take(pa.array(items)),
+        rows["user_embeddings"][users],
+        rows["item_embeddings"][items],
+        ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen),
+    )
+
+
+def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Mapping[str, Any]) -> None:
     """Lay a trained model out for serving.
 
     Args:
         folder: empty folder.
-        embeddings: safetensors file with `user_embeddings` and `item_embeddings`; the score is the dot product.
+        recommender: what it answers from.
         weights: safetensors file with the trained weights.
-        seen: training items of each user, never recommended to them.
-        user_ids, item_ids, titles: external ids and titles in row order.
         facts: run and window, JSON values.
     """
-    shutil.copyfile(embeddings, folder / "embeddings.safetensors")
+    recommender.save_embeddings(folder / "embeddings.safetensors")
     shutil.copyfile(weights, folder / "weights.safetensors")
+    seen = recommender.seen
     save_file({"indptr": seen.indptr, "items": seen.items}, folder / "seen.safetensors")
-    pq.write_table(pa.table({USER_ID: user_ids}), folder / "users.parquet")
-    pq.write_table(pa.table({ITEM_ID: item_ids, TITLE: titles}), folder / "items.parquet")
-    sizes = {"num_users": len(user_ids), "num_items": len(item_ids), "num_seen": len(seen.items)}
+    recommender.write_ids(folder)
+    sizes = {
+        "num_users": len(recommender.user_ids),
+        "num_items": len(recommender.item_ids),
+        "num_seen": len(seen.items),
+    }
     (folder / "model.json").write_text(json.dumps({"format": FORMAT, **sizes, **facts}, indent=1, sort_keys=True))
     checksums = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
@@ -139,14 +177,13 @@ class ServedModel:
         k = min(k, len(self.item_ids))
         items = np.empty((len(users), k), dtype=np.int64)
         scores = np.empty((len(users), k), dtype=np.float32)
-        popularity, gone = self.popularity(), out_of_use(self.item_embeddings)
+        popularity = self.popularity()
         for start in range(0, len(users), USER_BLOCK):
             block = users[start : start + USER_BLOCK]
             known = block >= 0
             table = np.empty((len(block), len(self.item_ids)), dtype=np.float32)
             table[~known] = popularity
             table[known] = self.user_embeddings[block[known]] @ self.item_embeddings.T
-            table[:, gone] = -np.inf
             rows, masked = self.seen.rows(block[known])
             table[np.flatnonzero(known)[rows], masked] = -np.inf
             top = np.argpartition(-table, k - 1, axis=1)[:, :k]
@@ -226,28 +263,20 @@ def load_model(folder: Path) -> ServedModel:
     )
 
 
-def make_probe(
-    user_embeddings: np.ndarray,
-    item_embeddings: np.ndarray,
-    seen: ItemLists,
-    user_ids: pa.ChunkedArray,
-    item_ids: pa.ChunkedArray,
-    users: np.ndarray,
-    k: int = DEFAULT_K,
-) -> dict[str, Any]:
+def make_probe(recommender: Recommender, most: int, k: int = DEFAULT_K) -> dict[str, Any]:
     """The top k of some users straight from the embeddings, to hold a served model against.
 
     Args:
-        user_embeddings, item_embeddings: float32 rows the model was evaluated with.
-        seen: training items of each user.
-        user_ids, item_ids: external ids in row order.
-        users: int [n], whom to ask about.
+        recommender: with the rows the model was evaluated with.
+        most: how many users to ask about, spread evenly.
         k: list length.
     """
     answers = []
+    user_embeddings, item_embeddings, seen = recommender.user_embeddings, recommender.item_embeddings, recommender.seen
+    user_ids, item_ids = recommender.user_ids, recommender.item_ids
+    users = np.linspace(0, len(user_ids) - 1, min(most, len(user_ids))).astype(int)
     for user in users.tolist():
         scores = item_embeddings.astype(np.float64) @ user_embeddings[user].astype(np.float64)
-        scores[out_of_use(item_embeddings)] = -np.inf
         scores[seen.items[seen.indptr[user] : seen.indptr[user + 1]]] = -np.inf
         order = np.argsort(-scores, kind="stable")[:k]
         order = order[scores[order] > -np.inf]

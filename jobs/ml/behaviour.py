@@ -26,7 +26,7 @@ def build(
 
 def run(job: Job) -> Result:
     summary, users, items = train(job, build)
-    save_embeddings(job, users, items)
+    save_embeddings(job.out, users, items)
     return Result(summary)
 
 

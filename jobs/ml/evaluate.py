@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from crane_core.baselines import item_knn, popularity
-from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions, out_of_use
+from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
 from crane_core.errors import DataError
 from crane_core.evaluation import (
     Scorer,
@@ -34,6 +34,7 @@ from crane_core.evaluation import (
     slices,
     summarise_cold,
     user_metrics,
+    without,
 )
 from crane_core.knn import unit_rows
 from crane_core.matrix import open_matrix
@@ -63,6 +64,7 @@ def run(job: Job) -> Result:
         "item_knn": item_knn(interactions),
         "popularity": popularity(interactions),
     }
+    models = {name: without(score, interactions.gone) for name, score in models.items()}
     ranked = {
         name: rank_users(score, interactions.train, users, max(config.ks), config.user_block)
         for name, score in models.items()
@@ -72,7 +74,7 @@ def run(job: Job) -> Result:
     for name, metrics in per_user.items():
         intervals = bootstrap(metrics, config.num_bootstrap, config.seed)
         report["models"][name] = {metric: interval.as_dict() for metric, interval in intervals.items()} | {
-            "coverage@20": coverage(ranked[name], interactions.num_items),
+            "coverage@20": coverage(ranked[name], interactions.num_items - len(interactions.gone)),
             "popularity_bias@20": popularity_bias(ranked[name], users, interactions.train, interactions.num_items),
         }
         if name != "crane":
@@ -108,7 +110,7 @@ def run(job: Job) -> Result:
 
 def _scorer(trained: Artifact, device: torch.device) -> Scorer:
     users, items = load_embeddings(trained)
-    return dot_product(users.to(device), items.to(device), out_of_use(items.numpy()))
+    return dot_product(users.to(device), items.to(device))
 
 
 def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, object]:
@@ -125,7 +127,7 @@ def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, objec
         relevant = ItemLists.from_pairs(users, known.column(ITEM_IDX).to_numpy().astype(np.int32), num_users)
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         everyone = np.arange(num_users)
-        lists = rank_users(popularity(interactions), nothing, everyone, 20, block)
+        lists = rank_users(without(popularity(interactions), interactions.gone), nothing, everyone, 20, block)
         metrics = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
     return {"rows": counts, "unknown_users": num_users, "popularity": metrics}
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -25,11 +24,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import RunConfig, Runtime
-from crane_core.dataset import Interactions, load_ids, load_interactions
+from crane_core.dataset import Interactions, load_interactions
 from crane_core.errors import ArtifactError, ConfigError, DataError, TrainingError, TrainingStopped
 from crane_core.model import LightGCN
 from crane_core.pipeline import STAGES
-from crane_core.schema import GONE, STATE
 from crane_core.store import Artifact, ArtifactStore
 from crane_core.tensors import load_tensors
 from crane_core.training import Trainer
@@ -237,17 +235,10 @@ def rank(runtime: Runtime) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def save_embeddings(job: Job, users: Tensor, items: Tensor) -> None:
-    """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`.
-
-    Items that an earlier run knew and this one does not get zeros: what recommends leaves such items out.
-    """
-    interactions = job.input("etl.interactions")
-    if interactions.facts.get("num_tombstones", {}).get("items"):
-        gone = np.flatnonzero(load_ids(interactions, "items", STATE).to_numpy() == GONE)
-        items = items.index_fill(0, torch.from_numpy(gone), 0.0)
+def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
+    """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`."""
     rows = {"user_embeddings": users.contiguous(), "item_embeddings": items.contiguous()}
-    save_file(rows, job.out / "embeddings.safetensors")
+    save_file(rows, folder / "embeddings.safetensors")
 
 
 def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:

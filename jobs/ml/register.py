@@ -17,17 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.dataset import ItemLists, load_ids, load_interactions
 from crane_core.pipeline import STAGES
 from crane_core.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
-from crane_core.schema import ITEM_ID, TITLE, USER_ID
-from crane_core.serving import make_probe, write_model
+from crane_core.schema import USER_ID
+from crane_core.serving import load_recommender, make_probe, write_model
 from crane_core.store import Artifact, ArtifactStore
-from crane_core.tensors import load_arrays
 from jobs.runner import peak_bytes, run_job, scratch
 
 logger = logging.getLogger(__name__)
@@ -77,27 +74,13 @@ def _release(
     folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
 ) -> Release:
     source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train", "ml.evaluate"))
-    interactions = load_interactions(source)
-    user_ids, item_ids = load_ids(source, "users", USER_ID), load_ids(source, "items", ITEM_ID)
+    recommender = load_recommender(source, trained)
     window = config.window.model_dump(mode="json")
     model = folder / config.runtime.model_name
     model.mkdir()
-    write_model(
-        model,
-        trained.file("embeddings.safetensors"),
-        trained.file("weights.safetensors"),
-        interactions.train,
-        user_ids,
-        item_ids,
-        load_ids(source, "items", TITLE),
-        {"run": run_id, "window": window},
-    )
+    write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
     probe = folder / "probe.json"
-    users = _probed(interactions.train)
-    rows = load_arrays(trained.file("embeddings.safetensors"))
-    answers = make_probe(
-        rows["user_embeddings"], rows["item_embeddings"], interactions.train, user_ids, item_ids, users
-    )
+    answers = make_probe(recommender, PROBED_USERS)
     probe.write_text(json.dumps(answers))
     metrics = json.loads(evaluated.file("metrics.json").read_text())
     identity = config.identity()
@@ -140,12 +123,6 @@ def _inputs(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, A
         for name in STAGES["ml.register"].inputs
         for part in STAGES[name].parts(config)
     }
-
-
-def _probed(train: ItemLists) -> np.ndarray:
-    """Users with training items, spread evenly over the index."""
-    known = np.flatnonzero(train.counts() > 0)
-    return known[np.linspace(0, len(known) - 1, min(PROBED_USERS, len(known))).astype(int)]
 
 
 def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

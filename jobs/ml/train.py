@@ -65,7 +65,7 @@ def run(job: Job) -> Result:
     interactions = load_interactions(job.input("etl.interactions"))
     trust = choose_trust(behaviour, (users, items), item_graph(job), interactions, job.config.train)
     logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", trust.share, trust.recall, trust.curve[0][1])
-    save_embeddings(job, *trust.rows)
+    save_embeddings(job.out, *trust.rows)
     (job.out / "trust.json").write_text(json.dumps({"share": trust.share, "curve": trust.curve}))
     return Result(
         summary | {"trust": trust.share, "validation": summary["validation"] | {"fused_recall@20": trust.recall}}

@@ -10,7 +10,7 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 
 from crane_core.dataset import ItemLists
-from crane_core.serving import ServedModel, write_model
+from crane_core.serving import Recommender, ServedModel, write_model
 
 Rows = dict[str, list[float]]
 USERS: Rows = {"ann": [1, 0], "bob": [0, 1], "cyd": [1, 1]}
@@ -30,28 +30,25 @@ def make_model(users: Rows, items: Rows, seen: dict[str, list[str]]) -> ServedMo
     )
 
 
+def recommender(users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[str]] = SEEN) -> Recommender:
+    """With titles for all items but the last."""
+    return Recommender(
+        pa.chunked_array([list(users)]),
+        pa.chunked_array([list(items)]),
+        pa.chunked_array([[*(f"Title of {item}" for item in list(items)[:-1]), None]], pa.string()),
+        np.array(list(users.values()), dtype=np.float32),
+        np.array(list(items.values()), dtype=np.float32),
+        _lists(users, items, seen),
+    )
+
+
 def write(folder: Path, users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[str]] = SEEN) -> Path:
-    """A model folder, with titles for all items but the last."""
+    """A model folder."""
     source = folder.parent / f"{folder.name}-source"
     source.mkdir(parents=True)
     folder.mkdir()
-    rows = {"user_embeddings": users, "item_embeddings": items}
-    save_file(
-        {name: np.array(list(values.values()), dtype=np.float32) for name, values in rows.items()},
-        source / "embeddings.safetensors",
-    )
     save_file({"scale": np.float32([1.0])}, source / "weights.safetensors")
-    titles = [f"Title of {item}" for item in items]
-    write_model(
-        folder,
-        source / "embeddings.safetensors",
-        source / "weights.safetensors",
-        _lists(users, items, seen),
-        pa.chunked_array([list(users)]),
-        pa.chunked_array([list(items)]),
-        pa.chunked_array([[*titles[:-1], None]], pa.string()),
-        {"run": "run-1"},
-    )
+    write_model(folder, recommender(users, items, seen), source / "weights.safetensors", {"run": "run-1"})
     return folder
 
 

@@ -19,6 +19,7 @@ from crane_core.evaluation import (
     slices,
     summarise_cold,
     user_metrics,
+    without,
 )
 
 
@@ -235,3 +236,19 @@ def test_slices_by_entropy() -> None:
     assert np.flatnonzero(parts["diverse_users"].counts()).tolist() == [2]
     assert np.flatnonzero(parts["focused_users"].counts()).tolist() == [1]
     assert not {"diverse_users", "focused_users"} & set(slices(interactions))
+
+
+def test_tombstones_are_no_candidates_and_no_cold_items() -> None:
+    """Item 2 is gone, items 3 and 4 are cold."""
+    train, test = (
+        ItemLists.from_pairs(np.array(users), np.array(items), 2)
+        for users, items in (([0, 1], [0, 1]), ([0, 1], [3, 0]))
+    )
+    nothing = ItemLists(np.zeros(3, dtype=np.int64), np.empty(0, dtype=np.int32))
+    interactions = Interactions(2, 5, train, nothing, test, np.array([2]))
+    scores = torch.tensor([[0.0, 1, 9, 2, 3], [1, 0, 9, 2, 3]])
+    score = without(lambda users: scores[torch.from_numpy(users)].clone(), interactions.gone)
+    ranked = rank_users(score, train, np.array([0, 1]), 5)
+    assert ranked.tolist() == [[4, 3, 1, -1, -1], [4, 3, 0, -1, -1]]
+    assert interactions.cold_items().tolist() == [3, 4]
+    assert rank_cold(score, interactions, np.array([0]))["cold_auc"].tolist() == [0.0]

@@ -86,15 +86,3 @@ def test_popular_items_by_count_then_index(tmp_path):
     write_popular(tmp_path / "p.parquet", seen, np.array(["a", "b", "c", "d"], dtype=object), 3)
     rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "p.parquet").to_pylist()]
     assert rows == [(1, "c", 2.0), (2, "a", 1.0), (3, "b", 1.0)]
-
-
-def test_items_out_of_use_are_nowhere(world, tmp_path):
-    users, items, seen, user_ids, item_ids = world
-    left = items.copy()
-    left[[3, 17]] = 0
-    write_recommendations(tmp_path / "r.parquet", -users, left, seen, user_ids, item_ids, NUM_ITEMS)
-    write_similar(tmp_path / "s.parquet", left, item_ids, NUM_ITEMS)
-    similar = pq.read_table(tmp_path / "s.parquet")
-    columns = [pq.read_table(tmp_path / "r.parquet")["item_id"], similar["item_id"], similar["similar_item_id"]]
-    for column in columns:
-        assert set(column.to_pylist()) == set(item_ids) - {item_ids[3], item_ids[17]}

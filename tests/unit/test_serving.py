@@ -1,17 +1,17 @@
-import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from crane_core.errors import ArtifactError, DataError
-from crane_core.serving import CHECKSUMS, load_model, make_probe, smoke_test
-from crane_core.store import sha256_file
+from crane_core.serving import CHECKSUMS, load_model, load_recommender, make_probe, smoke_test
+from crane_core.store import Artifact, sha256_file
 from crane_core.tensors import tensor_shapes
-from tests.unit.served import write
+from tests.unit.served import recommender, write
 
 
 @pytest.fixture
@@ -33,14 +33,6 @@ def test_answers_by_hand(folder):
     assert table["item_ids"][2] == ["b", "a", "c", "d"]
     assert table["fallback"].tolist() == [False, False, True, False]
     assert table["item_ids"][3] == table["item_ids"][1]
-
-
-def test_items_out_of_use_are_recommended_to_nobody(folder):
-    model = load_model(folder)
-    item_rows = model.item_embeddings.copy()
-    item_rows[model.item_ids.get_loc("b")] = 0
-    table = ask(dataclasses.replace(model, item_embeddings=item_rows), "ann", "nobody")
-    assert table["item_ids"].tolist() == [["d", "c"], ["a", "c", "d"]]
 
 
 def test_list_length(folder):
@@ -129,8 +121,7 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path):
 
 def test_smoke_test_passes_and_catches_a_wrong_model(folder, tmp_path):
     model = load_model(folder)
-    ids = [pa.chunked_array([index.to_numpy()]) for index in (model.user_ids, model.item_ids)]
-    probe = make_probe(model.user_embeddings, model.item_embeddings, model.seen, *ids, np.arange(3), k=3)
+    probe = make_probe(recommender(), 3, k=3)
     assert probe["answers"][0] == {"user_id": "ann", "item_ids": ["b", "d", "c"], "scores": [2.0, 1.0, 0.0]}
 
     def predict(table, params):
@@ -143,3 +134,27 @@ def test_smoke_test_passes_and_catches_a_wrong_model(folder, tmp_path):
         smoke_test(lambda table, params: other.predict(table, params), probe)
     with pytest.raises(ArtifactError, match="no fallback"):
         smoke_test(lambda table, params: predict(table, params).assign(fallback=False), probe)
+
+
+def test_tombstones_and_users_without_training_items_stay_in_the_pipeline(tmp_path):
+    """Their numbers are given to nobody else, so what leaves is numbered anew."""
+    for table in ("interactions", "users", "items"):
+        (tmp_path / table).mkdir()
+    met = [(0, 3, 0), (0, 1, 0), (2, 4, 0), (1, 4, 2), (3, 1, 1)]
+    columns = dict(zip(("user_idx", "item_idx", "split"), zip(*met, strict=True), strict=True))
+    pq.write_table(pa.table(columns), tmp_path / "interactions" / "0.parquet")
+    pq.write_table(pa.table({"user_idx": range(4), "user_id": list("abcd")}), tmp_path / "users" / "0.parquet")
+    states = ["cold", "trained", "tombstone", "trained", "trained"]
+    items = {"item_idx": range(5), "item_id": list("vwxyz"), "title": list("VWXYZ"), "state": states}
+    pq.write_table(pa.table(items), tmp_path / "items" / "0.parquet")
+    rows = {"user_embeddings": np.eye(4, 5, dtype=np.float32), "item_embeddings": np.eye(5, dtype=np.float32)}
+    save_file(rows, tmp_path / "embeddings.safetensors")
+    names = ("interactions", "users", "items", "embeddings.safetensors")
+    facts = {"num_users": 4, "num_items": 5, "num_tombstones": {"users": 0, "items": 1}}
+    artifact = Artifact(tmp_path, {"facts": facts, "files": dict.fromkeys(names)})
+    found = load_recommender(artifact, artifact)
+    assert found.user_ids.to_pylist() == ["a", "c"] and found.item_ids.to_pylist() == list("vwyz")
+    assert found.titles.to_pylist() == list("VWYZ")
+    np.testing.assert_array_equal(found.user_embeddings, rows["user_embeddings"][[0, 2]])
+    np.testing.assert_array_equal(found.item_embeddings, rows["item_embeddings"][[0, 1, 3, 4]])
+    assert found.seen.indptr.tolist() == [0, 2, 3] and found.seen.items.tolist() == [1, 2, 3]
