@@ -139,9 +139,11 @@ def nearest(
     top: Top | None,
 ) -> np.ndarray:
     """As `search`, packed: int64 [len(queries), k], ascending. `top` finds candidates; None compares everything."""
+    # A shard without queries has lists as long as the others.
+    holds_itself = keys is None or bool(np.isin(queries, keys).any())
     keys = range(len(rows)) if keys is None else keys
     num_keys = len(keys)
-    k = min(k, num_keys - int(np.isin(queries, keys).any()))
+    k = min(k, num_keys - int(holds_itself))
     found = np.empty((len(queries), max(k, 0)), dtype=np.int64)
     if k <= 0 or len(queries) == 0:
         return found

@@ -119,6 +119,13 @@ def test_fewer_items_than_k() -> None:
     assert similarities.tolist() == [[0, 0]] * 3
 
 
+def test_a_shard_without_queries_has_lists_as_long_as_the_others() -> None:
+    """More shards than items, and no more items than neighbours."""
+    rows = np.eye(3, dtype=np.float32)
+    shards = [search(rows, range(3 * s // 7, 3 * (s + 1) // 7), 10) for s in range(7)]
+    np.testing.assert_array_equal(np.concatenate([shard[0] for shard in shards]), [[1, 2], [0, 2], [0, 1]])
+
+
 def test_one_item_has_no_neighbour() -> None:
     neighbours, similarities = search(np.ones((1, 4), dtype=np.float32), range(1), 10)
     assert neighbours.shape == similarities.shape == (1, 0)
