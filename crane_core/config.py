@@ -196,7 +196,9 @@ class Refine(Section):
     max_drift: float = Field(0.0, ge=0, le=1)
     """A run with `etl.base_run` keeps that run's weights, keys and rows of RCA and refines new and changed items alone,
     as long as at most this share of an item's neighbours would be others in a catalog refined anew with these weights.
-    Past it, or where the two runs do not fit together, everything is built anew. 0: always anew."""
+    Past it, where the two runs do not fit together, where most items have other features than in that run (`zscore` and
+    `max_dim` measure all of them anew every day), or where the catalog has doubled, everything is built anew. 0: always
+    anew."""
     chunk_size: int = Field(16384, ge=1)
     """Rows refined at a time, written at a time, and lost at most when a job is killed; also the upper bound of the
     edges of a block of scores. Memory grows with it, the result does not depend on it beyond rounding."""

@@ -27,6 +27,11 @@ ANCHORS = 16_384
 """Items on whose rows the drift is measured; with a catalog no larger it is exact."""
 MAX_SEARCHED = 0.5
 """Where a larger share of the rows would be searched for, all of them are."""
+MAX_CHANGED = 0.5
+"""Where a larger share of the earlier items has other features, they are of another kind or measured otherwise: weights
+fitted on the ones before say nothing about them, nor does the drift, which compares keys under these weights."""
+MAX_GROWTH = 2
+"""Times the items that RCA was built on; as many times `ANCHORS` is the largest sample the drift is measured on."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ def touched(before: list[Modality], now: list[Modality]) -> Touched:
     items = [changed_rows(getattr(b, name), getattr(n, name)) for b, n in pairs for name in ("items", "present")]
     users = [changed_rows(getattr(b, name), getattr(n, name)) for b, n in pairs for name in ("profiles", "counts")]
     return Touched(*(np.flatnonzero(np.logical_or.reduce(masks)) for masks in (items, users)))
+
+
+def outgrown(items: np.ndarray, num_before: int, num_built: int, num_items: int) -> bool:
+    """Whether so much is new or changed that the weights are to be fitted anew, whatever the drift.
+
+    Args:
+        items: int, numbers of the items that are new or have changed, ascending.
+        num_before, num_built, num_items: number of items in the run before, when RCA was built, and today.
+    """
+    num_changed = int(np.searchsorted(items, num_before))
+    return num_changed > MAX_CHANGED * num_before or num_items > MAX_GROWTH * num_built
 
 
 _COLUMNS = {"items": "items", "present": "items", "profiles": "users", "counts": "users"}
@@ -168,11 +184,13 @@ def grow_neighbours(
         )
     k, width = config.k, min(config.k, len(rows) - 1)
     changed = changed_rows(previous, rows)
-    old = range(queries.start, min(queries.stop, len(previous)))
-    searched = changed[queries.start : queries.stop].copy()
-    searched[: len(old)] |= changed[neighbours[old.start : old.stop]].any(axis=1)
-    if neighbours.shape[1] != width or searched.sum() > MAX_SEARCHED * len(queries):
-        searched[:] = True
+    everywhere = changed.copy()
+    for block in blocks(len(neighbours), neighbours[:1].nbytes):
+        everywhere[block] |= changed[neighbours[block]].any(axis=1)
+    # Over all rows, so that how the queries are cut into shards decides nothing.
+    if neighbours.shape[1] != width or everywhere.sum() > MAX_SEARCHED * len(rows):
+        everywhere[:] = True
+    searched = everywhere[queries.start : queries.stop]
     count = int(changed.sum()), int(searched.sum())
     logger.info("grow rows=%d queries=%d touched=%d searched=%d", len(rows), len(queries), *count)
     if searched.all():

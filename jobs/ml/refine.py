@@ -29,7 +29,7 @@ from crane_core.config import RunConfig
 from crane_core.content import load_modalities
 from crane_core.dataset import load_interactions
 from crane_core.errors import DataError
-from crane_core.growth import choose_anchors, drift, load_selected, touched, write_selected
+from crane_core.growth import choose_anchors, drift, load_selected, outgrown, touched, write_selected
 from crane_core.matrix import blocks, open_matrix
 from crane_core.monitors import profile_spreads
 from crane_core.rca import Keys
@@ -45,9 +45,10 @@ from jobs.runner import Job, Result, open_store, run_stage
 logger = logging.getLogger(__name__)
 
 
-def source(config: RunConfig, store: ArtifactStore) -> list[str] | None:
-    """Identity of what the run may grow from."""
-    return base_contents(config, store, *REFINE_FROM)
+def source(config: RunConfig, store: ArtifactStore) -> list[str | int] | None:
+    """Identity of what the run may grow from, and of what its drift is counted in."""
+    contents = base_contents(config, store, *REFINE_FROM)
+    return None if contents is None else [*contents, config.knn.k]
 
 
 def run(job: Job) -> Result:
@@ -91,7 +92,7 @@ def build(job: Job, modalities: list[Modality]) -> None:
 
 
 def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | None:
-    """Take over the rows that stay and refine the others; None where the drift is past its bound.
+    """Take over the rows that stay and refine the others; None past the bounds of change and drift.
 
     Returns:
         `drift`, and how many items and users were refined.
@@ -102,10 +103,14 @@ def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | N
     kept += ["rca.safetensors", "fit.json", "anchors.npy", "anchor_items.npy"]
     anchors, then = (open_matrix(base.refined.file(name)) for name in ("anchor_items.npy", "anchors.npy"))
     num_built = base.refined.facts.get("growth", {}).get("num_built", len(base.modalities[0].items))
-    found = drift(refiner, anchors, then, num_built, modalities, job.config.knn.k, config.chunk_size)
     rows = touched(base.modalities, modalities)
     counts = {"num_items": len(rows.items), "num_users": len(rows.users)}
-    logger.info("grow base=%s drift=%.4f %s", job.config.etl.base_run, found, counts)
+    num_items, run_id = len(modalities[0].items), job.config.etl.base_run
+    if outgrown(rows.items, len(base.modalities[0].items), num_built, num_items):
+        logger.warning("build_anew base=%s %s total=%d num_built=%d", run_id, counts, num_items, num_built)
+        return None
+    found = drift(refiner, anchors, then, num_built, modalities, job.config.knn.k, config.chunk_size)
+    logger.info("grow base=%s drift=%.4f %s", run_id, found, counts)
     if found > config.max_drift:
         logger.warning("build_anew drift=%.4f max_drift=%.4f", found, config.max_drift)
         return None
@@ -113,7 +118,7 @@ def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | N
     write_selected(modalities, rows, job.work / "touched")
     keys = [keys_file(base.refined.path, number) for number in range(1, config.num_recursions + 1)]
     on_ranks(_refine_rank, job, keys)
-    num_rows = {"items": len(modalities[0].items), "users": len(modalities[0].profiles)}
+    num_rows = {"items": num_items, "users": len(modalities[0].profiles)}
     for name, path in refined_files(job.work, config.num_recursions).items():
         fused = job.work / f"fused-{name}.npy"
         fuse(refiner, path, fused, config.chunk_size)
@@ -121,7 +126,7 @@ def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | N
             overlay(base.refined.file(target), getattr(rows, name), made, num_rows[name], job.out / target)
     for name in kept:
         shutil.copy(base.refined.file(name), job.out)
-    return {"base": job.config.etl.base_run, "drift": found, "num_built": num_built, **counts}
+    return {"base": run_id, "drift": found, "num_built": num_built, **counts}
 
 
 def overlay(before: Path, which: np.ndarray, rows: Path, num_rows: int, target: Path) -> None:

@@ -182,6 +182,29 @@ def test_what_does_not_fit_is_built_anew(
     assert "growth" not in open_store(str(store)).artifact("two", "ml.refine").facts
 
 
+def test_other_features_of_the_same_width_are_built_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    plant(store, tmp_path, "one", modalities())
+    plant(store, tmp_path, "two", modalities(changed=tuple(range(80))), "one")
+    finish(store, "one", 1)
+    finish(store, "two", 2, "etl.base_run=one")
+    assert "build_anew base=one {'num_items': 80" in capfd.readouterr().err
+    one, two = (open_store(str(store)).artifact(run, "ml.refine") for run in ("one", "two"))
+    assert "growth" not in two.facts
+    assert two.file("rca.safetensors").read_bytes() != one.file("rca.safetensors").read_bytes()
+
+
+def test_another_number_of_neighbours_measures_another_drift(grown: Path, tmp_path: Path) -> None:
+    store = open_store(str(grown))
+    content = modalities(12, 3, (4, 50, 119))
+    content[1].profiles[2] += 1
+    plant(grown, tmp_path, "again", content, "one")
+    assert refine.main(flags(grown, "again", 2, "etl.base_run=one", "knn.k=60")) == EXIT_OK
+    two, again = (store.artifact(run, "ml.refine") for run in ("two", "again"))
+    assert again.fingerprint != two.fingerprint
+    assert again.facts["growth"]["drift"] != two.facts["growth"]["drift"]
+
+
 def test_past_the_bound_everything_is_built_anew(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,15 @@ import torch
 from crane_core import growth
 from crane_core.config import Knn, Refine
 from crane_core.errors import ArtifactError
-from crane_core.growth import choose_anchors, drift, grow_neighbours, load_selected, touched, write_selected
+from crane_core.growth import (
+    choose_anchors,
+    drift,
+    grow_neighbours,
+    load_selected,
+    outgrown,
+    touched,
+    write_selected,
+)
 from crane_core.knn import search, unpack
 from crane_core.lists import find_neighbours
 from crane_core.refine import Modality, Refiner, project_items, refine_catalog
@@ -181,3 +189,20 @@ def test_touched_rows_are_found_and_copied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(picked[0].items, now[0].items[rows.items])
     np.testing.assert_array_equal(picked[1].present, gone[rows.items])
     np.testing.assert_array_equal(picked[0].profiles, profiles[rows.users])
+
+
+def test_growth_ends_where_most_features_are_others_or_the_catalog_has_doubled() -> None:
+    assert not outgrown(np.arange(5), 10, 10, 10) and outgrown(np.arange(6), 10, 10, 10)
+    new = np.arange(10, 20)
+    assert not outgrown(new, 10, 10, 20) and outgrown(np.arange(20, 21), 20, 10, 21)
+
+
+def test_approximate_lists_grow_alike_for_any_number_of_shards() -> None:
+    """Also where most of a shard is new, 40 rows of 60."""
+    rows = np.random.default_rng(2).normal(size=(900, 8)).astype(np.float32)
+    config = Knn(k=6, mode="approx", num_probes=2)
+    lists = find_neighbours(rows[:800], range(800), config)
+    whole = grow_neighbours(rows, rows[:800], *lists, range(900), config)
+    shards = [grow_neighbours(rows, rows[:800], *lists, range(60 * s, 60 * s + 60), config) for s in range(15)]
+    np.testing.assert_array_equal(np.concatenate([shard.neighbours for shard in shards]), whole.neighbours)
+    assert sum(shard.num_searched for shard in shards) == whole.num_searched == 100
