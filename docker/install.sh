@@ -21,5 +21,5 @@ if [ "$lock" != airflow ]; then
     pip install --no-deps --no-build-isolation --no-index "$source"
 fi
 pip check
-"$folder/bin/python" -m compileall -q "$folder/lib" || true
+"$folder/bin/python" -m compileall -qq "$folder/lib" || true
 pip uninstall --yes pip setuptools wheel

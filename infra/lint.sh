@@ -1,34 +1,23 @@
 #!/usr/bin/env bash
 # Check docker/ and infra/: every tool on everything it understands, nothing written but build/infra.
 #
-#   infra/lint.sh [STEP]...     all steps, or some of: shell yaml docker kubernetes terraform policy
+#   infra/lint.sh [STEP]...     all steps, or some of: shell yaml docker compose kubernetes terraform policy
 #
-# `make lint-infra` makes the tools' environment, .venv-infra, first. Kustomize is `kustomize` or `kubectl kustomize`.
+# `make lint-infra` makes the tools' environment, .venv-infra, first; Kustomize is the one inside kubectl.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH="$PWD/.venv-infra/bin:$PATH"
 rendered=build/infra
-# Kinds of operators, which the schemas of Kubernetes do not hold.
+# Kinds of operators, which the schemas of Kubernetes do not hold; trainer_syntax.py knows the second.
 custom='ExternalSecret|TrainingRuntime'
 
 say() { printf 'lint-infra  %s\n' "$*" >&2; }
-
-kustomize_build() {
-    if command -v kustomize >/dev/null; then
-        kustomize build "$1"
-    elif command -v kubectl >/dev/null; then
-        kubectl kustomize "$1"
-    else
-        say "neither kustomize nor kubectl is installed. Remedy: install Kustomize 5."
-        return 2
-    fi
-}
 
 render() {
     local overlay
     mkdir -p "$rendered"
     for overlay in infra/kubernetes/overlays/*/; do
-        kustomize_build "$overlay" >"$rendered/$(basename "$overlay").yaml"
+        kubectl kustomize "$overlay" >"$rendered/$(basename "$overlay").yaml"
     done
 }
 
@@ -37,6 +26,8 @@ step_shell() { shellcheck infra/*.sh infra/local/*.sh docker/*.sh .ci/run; }
 step_yaml() { yamllint --strict .yamllint.yaml infra docker crane_core/presets; }
 
 step_docker() { hadolint --failure-threshold info docker/*.Dockerfile; }
+
+step_compose() { python infra/compose_syntax.py docker/compose.yaml; }
 
 step_kubernetes() {
     local file report
@@ -47,6 +38,7 @@ step_kubernetes() {
             return 1
         fi
     done
+    python infra/trainer_syntax.py "$rendered"/*.yaml
 }
 
 step_terraform() {
@@ -65,7 +57,7 @@ step_policy() {
 }
 
 if [ $# -eq 0 ]; then
-    set -- shell yaml docker kubernetes terraform policy
+    set -- shell yaml docker compose kubernetes terraform policy
 fi
 trap 'say "$step: failed"' ERR
 for step in "$@"; do
