@@ -364,6 +364,8 @@ class Runtime(Section):
     """Spark master or `sc://` Connect URL."""
     spark_memory: str = "1g"
     """Memory of the Spark driver."""
+    scratch_days: int = Field(7, ge=2)
+    """Days after which `jobs.tidy` clears what nobody has used from the scratch folder; longer than a job may take."""
     backfill: bool = False
     """A backfill registers its model but moves no alias."""
 

@@ -96,6 +96,8 @@ with DAG(
     judge = job("ml.judge", flags=FLAGS)
     approve = ApprovalOperator(
         task_id="approve",
+        # No job waits for a slot that a person holds.
+        pool="crane_people",
         subject="Promote version {{ ti.xcom_pull(task_ids='judge')['version'] }} of {{ dag_run.run_id }}?",
         body="The gate: {{ ti.xcom_pull(task_ids='judge')['reason'] }}",
         defaults=[ApprovalOperator.REJECT],

@@ -6,7 +6,8 @@ Daily at midnight UTC, over the day that ended (`[start, end)`), one run at a ti
 how many shards there are; then the stages in order, `knn` mapped over its shards and `behaviour` beside the stages
 that prepare the content. Each stage leaves an artifact in the store or finds it there, so clearing a task, or the
 whole run, repeats only what is missing. `register` leaves a model version with the alias `candidate` and announces it
-with the asset `crane/candidate`, which starts `crane_promote`.
+with the asset `crane/candidate`, which starts `crane_promote`. `tidy` is the teardown of `plan`: however the run ends, it
+clears from the scratch folder what no job has used for `runtime.scratch_days`.
 
 **By hand.** Trigger with `window_end` (and `window_start`, else one day) to rebuild another window, `run` to name the
 run, `config` for a preset or file, `overrides` for single fields (`train.num_epochs=20`).
@@ -136,6 +137,7 @@ with DAG(
         train := job("ml.train", flags=FLAGS),
         job("ml.evaluate", flags=FLAGS),
         job("ml.register", flags=FLAGS, outlets=[ANNOUNCEMENT], post_execute=announce),
+        job("tidy", flags=FLAGS).as_teardown(setups=plan),
     )
     # The behavioural view needs no content: it trains beside the stages that prepare it.
     chain(interactions, job("ml.behaviour", flags=FLAGS), train)

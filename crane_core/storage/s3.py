@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -69,6 +70,8 @@ class S3Storage:
     def fetch(self, key: str, cache: Path) -> Path:
         target = cache / key
         if (target / MANIFEST).exists():
+            # `jobs.tidy` goes by when a copy was last asked for.
+            os.utime(target)
             return target
         head = self._client.head_object(Bucket=self.bucket, Key=f"{self.prefix}{key}/{MANIFEST}")
         attempt = head["Metadata"].get("attempt", "")

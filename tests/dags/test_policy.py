@@ -30,6 +30,8 @@ RETRAIN_EDGES = {
     ("behaviour", "train"),
     ("train", "evaluate"),
     ("evaluate", "register"),
+    ("register", "tidy"),
+    ("plan", "tidy"),
 }
 PROMOTE_EDGES = {
     ("resolve", "ask"),
@@ -142,12 +144,10 @@ def test_a_broken_rule_shows(rule, where, name, value):
 
 
 def test_scarce_things_have_one_slot(dags):
-    assert {name: pool["slots"] for name, pool in POOLS.items()} == {
-        "crane_compute": 1,
-        "crane_gpu": 1,
-        "crane_backfill": 1,
-        "crane_promotion": 1,
-    }
+    one_slot = {"crane_compute", "crane_gpu", "crane_backfill", "crane_promotion"}
+    assert {name for name, pool in POOLS.items() if pool["slots"] == 1} == one_slot
+    # A pod that runs while its task is deferred still fills its place.
+    assert {name for name, pool in POOLS.items() if pool["include_deferred"]} == one_slot
     pools = {(dag.dag_id, task.task_id): attribute(task, "pool") for dag in dags.values() for task in dag.tasks}
     # Whoever may move the alias, and nobody else.
     assert {task for (_, task), pool in pools.items() if pool == "crane_promotion"} == {
@@ -156,6 +156,8 @@ def test_scarce_things_have_one_slot(dags):
         "rollback",
     }
     assert [key for key, pool in pools.items() if pool == "crane_backfill"] == [("crane_backfill", "etl")]
+    # Nobody waits for a machine while a person thinks.
+    assert {task for (_, task), pool in pools.items() if pool not in one_slot} == {"approve"}
     on_gpu = {task for (_, task), pool in pools.items() if pool == "crane_gpu"}
     assert on_gpu == {"behaviour", "refine", "knn", "train", "evaluate", "export", "content"}
 
@@ -165,6 +167,22 @@ def test_edges(dags):
     assert edges(dags["crane_promote"]) == PROMOTE_EDGES
     assert edges(dags["crane_backfill"]) == BACKFILL_EDGES
     assert edges(dags["crane_rollback"]) == ROLLBACK_EDGES
+
+
+def test_a_retraining_tidies_up_however_it_ends(dags):
+    """A setup, a teardown of it, and everything that works in between."""
+    dag = dags["crane_retrain"]
+    assert {task.task_id for task in dag.tasks if task.is_setup} == {"plan"}
+    assert {task.task_id for task in dag.tasks if task.is_teardown} == {"tidy"}
+    tidy = dag.get_task("tidy")
+    assert tidy.trigger_rule.value == "all_done_setup_success"
+    # What cannot be cleared today is cleared tomorrow: it says nothing of the model.
+    assert tidy.on_failure_fail_dagrun is False
+    between = {task.task_id for task in dag.get_task("plan").get_flat_relatives(upstream=False)} - {"tidy"}
+    assert between == set(dag.task_ids) - {"resolve", "plan", "tidy"}
+    assert between <= {task.task_id for task in tidy.get_flat_relatives(upstream=True)}
+    for other in set(dags) - {"crane_retrain"}:
+        assert not [task.task_id for task in dags[other].tasks if task.is_setup or task.is_teardown]
 
 
 def test_every_stage_runs_after_the_stages_it_reads(dags):

@@ -103,7 +103,7 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
     order.remove("ml.behaviour")
     assert order == [
         *("plan", "etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn"),
-        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "ml.promote", "ml.export", "ml.report"),
+        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "tidy", "ml.promote", "ml.export", "ml.report"),
     ]
     for call in calls:
         argv = call["argv"]
@@ -126,6 +126,8 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database
     assert answer[failed]["tasks"]["features"] == ["failed"]
     assert answer[failed]["tasks"]["profiles"] == ["upstream_failed"]
     assert [call["job"] for call in play.calls()].count("etl.features") == 1
+    assert answer[failed]["tasks"]["tidy"] == ["success"]
+    assert play.calls()[-1]["job"] == "tidy"
 
     # Registered elsewhere than in the store: whoever judges must be told where.
     told = "1998-05-03T00:00:00+00:00"
@@ -134,8 +136,9 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database
     assert answer["events"][-1]["extra"]["overrides"] == ["runtime.device=cpu", "runtime.registry=http://mlflow"]
     before += 1
 
-    play.act({"ml.register": {"answer": {"alias": None, "version": "8"}}})
+    play.act({"ml.register": {"answer": {"alias": None, "version": "8"}}, "tidy": {"code": 4}})
     answer = run(play, ["crane_retrain", silent, RETRAIN])
+    assert answer[silent]["tasks"]["tidy"] == ["failed"]
     assert answer[silent]["state"] == "success"
     assert len(answer["events"]) == before
 

@@ -1,0 +1,81 @@
+"""Clear from the scratch folder of a store what nobody has used for `runtime.scratch_days`.
+
+It is the teardown of a retraining: it runs however the run ends. The scratch folder (`jobs.runner.scratch`) holds what
+only unfinished jobs need, and those who go on where one was killed: their work, what Spark leaves when it is killed,
+copies of artifacts from a remote store. Artifacts and runs are never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from crane_core.config import RunConfig
+from crane_core.store import ArtifactStore
+from jobs.runner import run_job, scratch
+
+DAY_SECONDS = 86400.0
+
+
+def tidy(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    """Remove the old folders; how many, and their bytes."""
+    unused_since = time.time() - config.runtime.scratch_days * DAY_SECONDS
+    num_removed = num_bytes = 0
+    for folder in _folders(scratch(store.storage.uri), store.cache):
+        with _unless_at_work(folder) as free:
+            last_used, size = _last_used(folder)
+            if free and last_used < unused_since:
+                shutil.rmtree(folder)
+                num_removed, num_bytes = num_removed + 1, num_bytes + size
+    return {"status": "done", "num_removed": num_removed, "bytes": num_bytes}
+
+
+def _folders(base: Path, cache: Path) -> Iterator[Path]:
+    """What one job at a time works in, per stage, and the copies of remote artifacts."""
+    for top in (base, cache):
+        for stage in top.iterdir() if top.is_dir() else ():
+            if stage.is_dir() and stage != cache:
+                yield from (folder for folder in stage.iterdir() if folder.is_dir() and not folder.is_symlink())
+
+
+def _last_used(folder: Path) -> tuple[float, int]:
+    """Seconds since the epoch at which something in a folder was last written, or a copy last asked for; its bytes."""
+    last, size = folder.stat().st_mtime, 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            last, size = max(last, found.st_mtime), size + found.st_size
+    return last, size
+
+
+@contextlib.contextmanager
+def _unless_at_work(folder: Path) -> Iterator[bool]:
+    """Hold the lock of the job that works in a folder, where there is one; whether nobody else does.
+
+    The file of the lock stays: somebody may wait for it.
+    """
+    lock = folder.parent / f"{folder.name.partition('.')[0]}.lock"
+    if not lock.exists():
+        yield True
+        return
+    with lock.open("r+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_job("tidy", tidy, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
