@@ -6,8 +6,8 @@ Daily at midnight UTC, over the day that ended (`[start, end)`), one run at a ti
 how many shards there are; then the stages in order, `knn` mapped over its shards and `behaviour` beside the stages
 that prepare the content. Each stage leaves an artifact in the store or finds it there, so clearing a task, or the
 whole run, repeats only what is missing. `register` leaves a model version with the alias `candidate` and announces it
-with the asset `crane/candidate`, which starts `crane_promote`. `tidy` is the teardown of `plan`: however the run ends, it
-clears from the scratch folder what no job has used for `runtime.scratch_days`.
+with the asset `crane/candidate`, which starts `crane_promote`. `tidy`, the teardown of `plan`, clears from the scratch
+folder what no job has used for `runtime.scratch_days`, however the run ends.
 
 **By hand.** Trigger with `window_end` (and `window_start`, else one day) to rebuild another window, `run` to name the
 run, `config` for a preset or file, `overrides` for single fields (`train.num_epochs=20`).

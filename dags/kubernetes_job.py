@@ -30,6 +30,8 @@ POLL_SECONDS = 15.0
 class PodJobOperator(KubernetesPodOperator):
     """Run `python -m jobs.<job> <flags>` in a pod and return the plain values of the job's result.
 
+    Where Airflow's setting `operators.default_deferrable` is on, the task waits in the triggerer.
+
     Args:
         job: `<group>.<stage>`.
         template: name of the PodTemplate in the namespace.
@@ -109,7 +111,9 @@ class PodJobOperator(KubernetesPodOperator):
 class TrainJobOperator(BaseOperator):
     """Run `python -m jobs.<job> <flags>` on every node of a TrainJob (Kubeflow Trainer) and return node 0's result.
 
-    The name of the TrainJob follows from the task instance: a worker that takes over finds the training that runs.
+    The name of the TrainJob follows from the task instance: a worker that takes over finds the training that runs. The
+    task does not wait in the triggerer: no provider's trigger knows TrainJobs, and with another one a training would
+    outlive the task that a person ended.
 
     Args:
         job: `ml.<stage>`.

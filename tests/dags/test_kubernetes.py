@@ -1,5 +1,6 @@
 """The kubernetes profile: the DAGs render the very manifests of infra/kubernetes, and run them over the API."""
 
+import asyncio
 import json
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.definitions.mappedoperator import MappedOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 from cluster import Cluster, applied
 from conftest import DAGS, PROJECT
 from kubernetes_job import PodJobOperator, TrainJobOperator
@@ -142,6 +143,30 @@ def test_the_accounts_of_airflow_are_those_of_the_chart():
     assert applied("Namespace").keys() == {kubernetes_job.NAMESPACE}
 
 
+def test_the_chart_agrees_with_the_image_and_the_manifests():
+    values = yaml.safe_load((PROJECT / "infra/airflow/values.yaml").read_text())
+    environment = {each["name"]: each["value"] for each in values["env"]}
+    configurations = [PROJECT / "infra/kubernetes/base/crane.yaml"]
+    configurations += (PROJECT / "infra/kubernetes/overlays").glob("*/crane.yaml")
+    registries = {yaml.safe_load(path.read_text())["runtime"]["registry"] for path in configurations}
+    assert registries == {environment["AIRFLOW_VAR_CRANE_REGISTRY"]}
+    (registry,) = registries
+    service = applied("Service")["crane-mlflow"]
+    assert registry == f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    mounted = {mount["mountPath"] for mount in pod_spec("plan")["spec"]["containers"][0]["volumeMounts"]}
+    assert environment["AIRFLOW_VAR_CRANE_CONFIG"].rpartition("/")[0] in mounted
+    # The image is not the official one: it has neither its /entrypoint nor its /clean-logs.
+    for component in ("scheduler", "triggerer", "dagProcessor"):
+        assert values[component]["livenessProbe"]["command"][0] == "airflow"
+        assert values[component]["logGroomerSidecar"]["enabled"] is False
+    dockerfile = (PROJECT / "docker/airflow.Dockerfile").read_text()
+    assert "/entrypoint" not in dockerfile and "AIRFLOW_HOME=/opt/airflow " in dockerfile
+    assert values["securityContexts"]["containers"]["readOnlyRootFilesystem"] is True
+    assert {mount["mountPath"] for mount in values["volumeMounts"]} == {"/opt/airflow", "/tmp"}
+    # What starts a pod may do so in the namespace of the jobs alone.
+    assert values["allowPodLaunching"] is False
+
+
 def test_the_dags_name_only_templates_that_exist(monkeypatch):
     monkeypatch.setattr(deployment, "PROFILE", "kubernetes")
     bag = DagBag(dag_folder=str(DAGS))
@@ -164,19 +189,21 @@ def test_a_pod_returns_what_its_job_printed(cluster, play):
     assert play.calls()[-1]["argv"] == ["--part", "2"]
 
 
-def test_a_deferred_pod_returns_the_same(cluster):
-    operator = task("plan", returns="ml.knn")
-    pod = cluster.start_pod(
-        {
-            "metadata": {"name": "p", "namespace": "crane", "labels": {}},
-            "spec": {"containers": [{"name": "job", "command": ["python"], "args": ["-m", "jobs.plan"]}]},
-        }
-    )
-    while pod["status"]["phase"] == "Running":
-        pass
-    event = {"status": "success", "name": "p", "namespace": "crane", "message": ""}
-    assert operator.trigger_reentry(context(), event) == ["0", "1", "2"]
-    assert cluster.deleted == ["p"]
+def test_a_task_waits_for_its_pod_in_the_triggerer(cluster):
+    """Deferral is what the chart's `operators.default_deferrable` asks for: the provider's trigger watches the pod."""
+    operator = task("plan", returns="ml.knn", deferrable=True)
+    with pytest.raises(TaskDeferred) as deferred:
+        operator.execute(context())
+    assert cluster.deleted == []
+
+    async def fire():
+        return await anext(deferred.value.trigger.run())
+
+    event = asyncio.run(fire())
+    assert event.payload["status"] == "success"
+    resumed = task("plan", returns="ml.knn", deferrable=True)
+    assert getattr(resumed, deferred.value.method_name)(context(), event.payload) == ["0", "1", "2"]
+    assert cluster.deleted == [event.payload["name"]]
 
 
 @pytest.mark.parametrize(("name", "code"), [("etl.features", 2), ("ml.train", 3), ("ml.refine", 4)])

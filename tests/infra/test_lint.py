@@ -154,3 +154,13 @@ def test_rendered_overlays_agree(copy):
             assert all(f"    {role} = {{" in terraform for role in roles)
             accounts = [each["metadata"]["name"] for each in documents if each["kind"] == "ServiceAccount"]
             assert all(f'"crane:{name}"' in terraform for name in accounts)
+            values = yaml.safe_load((copy / "infra" / "airflow" / "values.yaml").read_text())
+            for each in values.values():
+                account = each.get("serviceAccount") if isinstance(each, dict) else None
+                if account is None:
+                    continue
+                role = account.get("annotations", {}).get("eks.amazonaws.com/role-arn", "").rpartition("/")[2]
+                assert (f'"airflow:{account["name"]}"' in terraform) == (role == "crane-airflow")
+            repositories = (copy / "infra" / "terraform" / "registry.tf").read_text()
+            for image in (*images.values(), values["images"]["airflow"]["repository"] + ":"):
+                assert f'"{image.partition("/")[2].rpartition(":")[0]}"' in repositories
