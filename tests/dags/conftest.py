@@ -75,6 +75,7 @@ class Play:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.settings: dict[str, str] = {}
         for name in ALL_JOBS:
             path = folder / "jobs" / f"{name.replace('.', '/')}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +95,9 @@ class Play:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def environment(self) -> dict[str, str]:
-        """The settings that make the operator use it."""
-        return {"AIRFLOW_VAR_CRANE_PROJECT": str(self.folder), "AIRFLOW_VAR_CRANE_JOBS_PYTHON": sys.executable}
+        """The settings that make the operator use it, and further `settings` of a test."""
+        own = {"AIRFLOW_VAR_CRANE_PROJECT": str(self.folder), "AIRFLOW_VAR_CRANE_JOBS_PYTHON": sys.executable}
+        return own | self.settings
 
 
 @pytest.fixture

@@ -39,6 +39,23 @@ RETRAIN = {
 }
 
 
+HEARING = """
+from pathlib import Path
+from airflow.sdk import BaseNotifier
+
+class Hearing(BaseNotifier):
+    template_fields = ("message",)
+
+    def __init__(self, message):
+        super().__init__()
+        self.message = message
+
+    def notify(self, context):
+        with Path(__file__).with_name("heard.txt").open("a") as handle:
+            handle.write(self.message + "\\n")
+"""
+
+
 @pytest.fixture(scope="module")
 def airflow_database():
     subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True, timeout=180)
@@ -62,6 +79,19 @@ def run(play, *runs):
 @pytest.mark.slow
 def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
     play = Play(tmp_path)
+    (tmp_path / "hearing.py").write_text(HEARING)
+    play.settings = {
+        "PYTHONPATH": str(tmp_path),
+        "AIRFLOW_VAR_CRANE_NOTIFIERS": json.dumps(
+            [
+                {
+                    "class": "hearing.Hearing",
+                    "on": ["decision"],
+                    "arguments": {"message": "{{ dag.dag_id }} {{ dag_run.run_id }} decided"},
+                }
+            ]
+        ),
+    }
     window = ["window.start=1998-04-22T00:00:00+00:00", "window.end=1998-04-23T00:00:00+00:00"]
     retrain, promote = "1998-04-23T00:00:00+00:00", "1998-04-24T00:00:00+00:00"
     answer = run(
@@ -92,6 +122,9 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
             **{task: ["skipped"] for task in ("judge", "approve", "restore")},
         },
     }
+
+    (heard,) = (tmp_path / "heard.txt").read_text().splitlines()
+    assert heard.startswith("crane_promote manual__") and heard.endswith(" decided")
 
     calls = play.calls()
     identity = ["--store", "/data/a store", "--run", "r1"]

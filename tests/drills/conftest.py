@@ -51,6 +51,23 @@ def dag_policy(dag):
         for task in dag.tasks:
             task.start_date = dag.start_date
 '''
+HEARING = '''
+"""A notifier of Airflow's kind that writes down what it is told."""
+
+from airflow.sdk import BaseNotifier
+
+
+class Hearing(BaseNotifier):
+    template_fields = ("message",)
+
+    def __init__(self, message, path):
+        super().__init__()
+        self.message, self.path = message, path
+
+    def notify(self, context):
+        with open(self.path, "a") as handle:
+            handle.write(self.message + "\\n")
+'''
 
 _outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
 _started = time.monotonic()
@@ -140,6 +157,11 @@ class Deployment:
         name = f"{dag_id}.{task}"
         return [each for each in events if each["job"]["name"] == name and each["eventType"] == "COMPLETE"]
 
+    def heard(self) -> list[str]:
+        """What the configured notifier was told."""
+        path = self.root / "heard.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
     def assert_whole(self, store: ArtifactStore | None = None) -> int:
         """Every artifact of the store is complete and unchanged, the alias is where a whole ledger says; how many."""
         store = store or self.store
@@ -190,6 +212,18 @@ def deployment() -> Iterator[Deployment]:
             {
                 "AIRFLOW_VAR_CRANE_STORE": str(root / "store"),
                 "AIRFLOW_VAR_CRANE_CONFIG": str(root / "config.yaml"),
+                "AIRFLOW_VAR_CRANE_NOTIFIERS": json.dumps(
+                    [
+                        {
+                            "class": "hearing.Hearing",
+                            "on": ["failure"],
+                            "arguments": {
+                                "message": "{{ dag.dag_id }} {{ dag_run.run_id }} failed",
+                                "path": str(root / "heard.txt"),
+                            },
+                        }
+                    ]
+                ),
                 "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps(
                     {"type": "file", "log_file_path": str(root / "lineage.jsonl"), "append": True}
                 ),
@@ -201,6 +235,7 @@ def deployment() -> Iterator[Deployment]:
         )
         (airflow.home / "config").mkdir()
         (airflow.home / "config" / "airflow_local_settings.py").write_text(POLICY.format(days=SCHEDULED_DAYS))
+        (airflow.home / "config" / "hearing.py").write_text(HEARING)
         airflow.prepare()
         stops.append(airflow.stop)
         airflow.start()

@@ -93,10 +93,14 @@ def test_parameters_reach_the_jobs_over_the_rest_api(deployment: Deployment) -> 
     assert flags[flags.index("etl.test_days=3") - 1] == "--set"
     (step,) = planned(deployment.airflow.log("crane_backfill", run_id, "plan"))
     assert step[0] == str(deployment.day(8))
+
+
+def test_a_failed_run_is_told_to_whom_the_deployment_names(deployment: Deployment) -> None:
     # The order of two dates is no matter of a schema: the first task refuses it.
     run_id, state = deployment.airflow.do("crane_backfill", days(deployment, 1, 2))
     assert state == "failed"
     assert deployment.airflow.states("crane_backfill", run_id)["plan"] == ["upstream_failed"]
+    until("the notice", lambda: f"crane_backfill {run_id} failed" in deployment.heard())
 
 
 def test_a_killed_scheduler_is_replaced(deployment: Deployment) -> None:
