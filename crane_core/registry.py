@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 # mlflow reads these when it is imported: a pipeline sends no telemetry, and its log lines are its own.
@@ -22,6 +22,7 @@ import mlflow
 import mlflow.artifacts
 import mlflow.pyfunc
 import pandas as pd
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -49,6 +50,9 @@ logger = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 
 _MODEL = "model"
+_LOADER = "crane_core.serving"
+_DESCRIPTION = {"data", "env", "loader_module", "python_version"}
+"""What a model says of itself to MLflow; `code` and `config` would run or steer something else."""
 _EVIDENCE = "evidence"
 _EVIDENCE_TAG = "crane.evidence."
 _TRAINING_TAG = "crane.training"
@@ -194,7 +198,7 @@ class Registry:
         with mlflow.start_run(run_id=run):
             model = mlflow.pyfunc.log_model(
                 name=_MODEL,
-                loader_module="crane_core.serving",
+                loader_module=_LOADER,
                 data_path=str(release.folder),
                 signature=SIGNATURE,
                 input_example=(release.input_example, {"k": DEFAULT_K}),
@@ -309,9 +313,9 @@ class Registry:
         """
         try:
             folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version.number}"))
-            data = folder / mlflow.models.Model.load(str(folder)).flavors["python_function"]["data"]
-        except (MlflowException, OSError, KeyError) as error:
+        except (MlflowException, OSError) as error:
             raise self._refused(version, f"its files cannot be read ({error})") from error
+        data = served_folder(folder)
         if not (data / CHECKSUMS).is_file() or sha256_file(data / CHECKSUMS) != version.tags.get(_CHECKSUMS_TAG):
             raise self._refused(version, "its checksums are not those that were registered")
         return data
@@ -323,10 +327,12 @@ class Registry:
             reference: `@alias` or `/number`.
 
         Raises:
-            ArtifactError: the model was tampered with, or nothing is there.
+            ArtifactError: the model was tampered with, asks for other code than ours, or nothing is there.
         """
         try:
-            return mlflow.pyfunc.load_model(f"models:/{self.name}{reference}")
+            folder = mlflow.artifacts.download_artifacts(f"models:/{self.name}{reference}")
+            served_folder(Path(folder))
+            return mlflow.pyfunc.load_model(folder)
         except MlflowException as error:
             raise ArtifactError(
                 f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
@@ -410,6 +416,33 @@ class Registry:
         )
 
 
+def served_folder(model: Path) -> Path:
+    """The folder that `serving.load_model` reads, inside a model as MLflow keeps it.
+
+    `mlflow.pyfunc.load_model` imports whatever module the file `MLmodel` names and puts the folder that it calls `code`
+    first in Python's path. Whoever loads on their own calls this before.
+
+    Args:
+        model: local folder with the file `MLmodel`.
+
+    Raises:
+        ArtifactError: the file cannot be read, or asks for anything but our own loader.
+    """
+    try:
+        flavor = yaml.safe_load((model / "MLmodel").read_text())["flavors"]["python_function"]
+        asked = {key: value for key, value in flavor.items() if value}
+        data = PurePosixPath(asked.get("data", "."))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise _untrusted(model, f"its MLmodel cannot be read ({error!r})") from error
+    if asked.get("loader_module") != _LOADER:
+        raise _untrusted(model, f"its loader is {asked.get('loader_module')!r}, expected {_LOADER!r}")
+    if strange := set(asked) - _DESCRIPTION:
+        raise _untrusted(model, f"its MLmodel asks for {', '.join(sorted(map(str, strange)))}")
+    if len(data.parts) != 2 or data.parts[0] != "data" or data.parts[1] == "..":
+        raise _untrusted(model, f"its data lie in {str(data)!r}")
+    return model / data
+
+
 def open_registry(runtime: Runtime, store_uri: str) -> Registry:
     """The registry of a run: the one configured, else a SQLite file inside a local store.
 
@@ -434,6 +467,10 @@ def _alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _untrusted(model: Path, found: str) -> ArtifactError:
+    return ArtifactError(f"Model {model} is refused: {found}.", "Register the run's model again and promote that.")
 
 
 def _metric_name(name: str) -> str:

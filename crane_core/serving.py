@@ -8,7 +8,8 @@
     model.json               format, sizes, run and window
     checksums.json           size and sha256 of every other file
 
-MLflow loads it through `_load_pyfunc`; nothing in it can execute.
+MLflow loads it through `_load_pyfunc`; nothing in it can execute, and `registry.served_folder` sees to it that the file
+MLmodel around it names no other loader.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+import yaml
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
@@ -106,6 +107,42 @@ def test_a_tampered_model_is_refused(registry, release, store):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=r"embeddings\.safetensors does not match its sha256"):
         registry.load(f"/{version.number}")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"loader_module": "planted"}, "its loader is 'planted', expected 'crane_core.serving'"),
+        ({"code": "code"}, "its MLmodel asks for code"),
+        ({"config": {"k": 1}}, "its MLmodel asks for config"),
+        ({"data": "../elsewhere"}, r"its data lie in '\.\./elsewhere'"),
+        ({"data": "data/.."}, r"its data lie in 'data/\.\.'"),
+        ({"data": 3}, "its MLmodel cannot be read"),
+        (None, "its MLmodel cannot be read"),
+    ],
+)
+def test_a_model_that_asks_for_other_code_is_refused_before_it_runs(
+    registry, release, store, monkeypatch, change, found
+):
+    version, _ = registry.register(release)
+    (path,) = (path for path in files(store) if path.name == "MLmodel")
+    # What a loader of somebody else's would find: on the path, as `code` would put it there.
+    (store / "planted").mkdir()
+    for place in (store / "planted" / "planted.py", path.parent / "code" / "crane_core" / "serving.py"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    monkeypatch.syspath_prepend(store / "planted")
+    described = yaml.safe_load(path.read_text())
+    if change is None:
+        path.write_text("flavors: [\n")
+    else:
+        described["flavors"]["python_function"] |= change
+        path.write_text(yaml.safe_dump(described))
+    with pytest.raises(ArtifactError, match=found):
+        registry.load(f"/{version.number}")
+    with pytest.raises(ArtifactError, match=found):
+        registry.model_folder(version)
+    assert not list(store.rglob("ran"))
 
 
 def test_forged_checksums_are_refused(registry, release, store):
