@@ -10,6 +10,7 @@ import numpy as np
 from crane_core.config import RunConfig
 from crane_core.content import load_modalities
 from crane_core.matrix import open_matrix
+from crane_core.pipeline import STAGES
 from crane_core.refine import Modality
 from crane_core.store import Artifact, ArtifactStore
 from jobs.runner import Job
@@ -68,6 +69,7 @@ def find_base(job: Job, modalities: list[Modality]) -> Base | None:
     then = load_modalities(features, profiles)
     widths = [[(each.name, each.items.shape[1]) for each in side] for side in (then, modalities)]
     fits = {
+        "same_version": refined.manifest["stage_version"] == job.stage.version,
         "same_ids": ids.fingerprint == job.input("etl.interactions").facts["base"],
         "same_settings": refined.manifest["config"]["refine"] == job.config.refine.model_dump(mode="json"),
         "same_modalities": widths[0] == widths[1],
@@ -88,8 +90,10 @@ def find_base_graph(job: Job) -> BaseGraph | None:
     run = job.config.etl.base_run
     assert run is not None
     refined, graph = (job.store.artifact(run, name) for name in KNN_FROM)
-    if graph.manifest["config"]["knn"] != job.config.knn.model_dump(mode="json"):
-        logger.warning("build_anew base=%s same_settings=False", run)
+    same_version = graph.manifest["stage_version"] == STAGES["ml.graph"].version
+    same_settings = graph.manifest["config"]["knn"] == job.config.knn.model_dump(mode="json")
+    if not (same_version and same_settings):
+        logger.warning("build_anew base=%s same_version=%s same_settings=%s", run, same_version, same_settings)
         return None
     for artifact in (refined, graph):
         artifact.verify()
