@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from crane_core import fusion
 from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.evaluation import dot_product, rank_users, user_metrics
@@ -78,3 +79,28 @@ def test_what_recall_cannot_tell_apart_ndcg_decides() -> None:
     near = [share for share, gap in gaps.items() if gap.mean() <= gap.std() / len(users) ** 0.5]
     assert len(near) > 1
     assert trust.share == max(near, key=lambda share: found[share]["ndcg@20"].mean())
+
+
+@pytest.mark.parametrize(
+    ("lead", "ndcg", "expected"),
+    [
+        pytest.param(0.9, {0.3: 0.6}, 0.3, id="within one standard error NDCG decides"),
+        pytest.param(1.1, {0.3: 0.6}, 0.8, id="beyond one it does not"),
+        pytest.param(0.0, {}, 0.3, id="the smallest of equals"),
+    ],
+)
+def test_shares_within_one_standard_error_are_one_choice(
+    lead: float, ndcg: dict[float, float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Over 64 users the lead of 0.8 on 0.3 is `lead` standard errors long; every other share is far behind.
+    deviations = np.tile([-0.08, 0.08], 32)
+    recalls = {0.8: np.full(64, 0.5), 0.3: 0.5 - lead * 0.01 - deviations}
+    shares = iter(SHARES)
+
+    def measured(*_: object) -> dict[str, np.ndarray]:
+        share = next(shares)
+        return {"recall@20": recalls.get(share, np.zeros(64)), "ndcg@20": np.full(64, ndcg.get(share, 0.5))}
+
+    monkeypatch.setattr(fusion, "user_metrics", measured)
+    behaviour, crane = rows(3), rows(4)
+    assert choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), Train()).share == expected

@@ -607,6 +607,14 @@ def test_edge_dropout_keeps_the_promised_share_and_spares_rare_ends() -> None:
     assert len(drop_edges(users, items, 0.0, np.random.default_rng(0))) == 2000
 
 
+def test_an_edge_is_kept_by_the_root_of_the_degrees_of_its_ends() -> None:
+    # Every user has one edge; half of the edges lead to items of degree 9, which weigh a third of the others.
+    users = np.arange(1800)
+    items = np.concatenate([np.repeat(np.arange(100), 9), 100 + np.arange(900)])
+    popular = [(drop_edges(users, items, 0.98, np.random.default_rng(seed)) < 900).mean() for seed in range(100)]
+    assert np.mean(popular) == pytest.approx(1 / 4, abs=0.03)
+
+
 def test_the_last_item_left_to_a_user_is_found_at_once() -> None:
     size = 100_000
     own = np.delete(np.arange(size, dtype=np.int32), 777)
