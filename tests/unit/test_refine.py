@@ -197,6 +197,61 @@ def test_chunks_of_the_catalog_equal_the_whole(phi: str) -> None:
     assert len(small[2]) == config.num_recursions + 1
 
 
+def plain_fit_losses(
+    refiner: Refiner, modalities: list[Modality], train: ItemLists, config: Refine
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranking and agreement of the first mini-batch without RCA, item by item and in float64."""
+
+    def fused(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.cat(rows) @ refiner.fusion, dim=0)
+
+    def project(items: set[int], scaled: bool) -> list[torch.Tensor]:
+        rows = []
+        for m, modality in enumerate(modalities):
+            held = [torch.from_numpy(modality.items[item]).double() for item in items if modality.present[item]]
+            scale = refiner.get_buffer("profile_scales")[m] if scaled else 1.0
+            row = sum(held) / scale @ refiner.weights[m] + refiner.biases[m] if held else refiner.missing[m]
+            rows.append(row)
+        return rows
+
+    generator = np.random.default_rng(config.seed)
+    picked = generator.integers(len(train.items), size=config.batch_size)
+    landmarks = generator.choice(len(modalities[0].items), size=config.num_landmarks, replace=False)
+    targets = train.items[picked].tolist()
+    candidates = {*targets, *landmarks.tolist()}
+    rows = {item: project({item}, scaled=False) for item in candidates}
+    ranking = []
+    for user, target in zip(train.users()[picked], targets, strict=True):
+        others = set(train.items[train.indptr[user] : train.indptr[user + 1]].tolist()) - {target}
+        profile = fused(project(others, scaled=True))
+        logits = {item: profile @ fused(rows[item]) / config.temperature for item in candidates - others}
+        ranking.append(torch.stack(list(logits.values())).logsumexp(0) - logits[target])
+    both = [item for item in sorted({*targets}) if all(modality.present[item] for modality in modalities)]
+    left, right = (torch.nn.functional.normalize(torch.stack([rows[item][m] for item in both])) for m in (1, 0))
+    similar = left @ right.T / config.temperature
+    return torch.stack(ranking).mean(), (similar.logsumexp(1) - similar.diag()).mean()
+
+
+def test_one_step_of_the_fit_equals_the_step_by_hand() -> None:
+    modalities, train = planted_modalities(), checkerboard().train
+    config = CONFIG.model_copy(
+        update={"num_recursions": 0, "num_steps": 1, "batch_size": 24, "num_landmarks": 12, "agreement_weight": 2.0}
+    )
+    before = Refiner([m.items.shape[1] for m in modalities], profile_scales(modalities), config).double()
+    after, report = fit(modalities, train, "sum", config)
+    ranking, agreement = plain_fit_losses(before, modalities, train, config)
+    assert report["curve"][0]["ranking"] == pytest.approx(ranking.item(), rel=1e-5)
+    assert report["curve"][0]["agreement"] == pytest.approx(agreement.item(), rel=1e-5)
+    (ranking + 2.0 * agreement).backward()
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert old.grad is not None, name
+        clear = old.grad.abs() > 1e-4
+        assert clear.any(), name
+        # Adam's first step is as long as its rate, against the gradient.
+        moved = (new.double() - old)[clear]
+        torch.testing.assert_close(moved, -config.learning_rate * old.grad[clear].sign(), rtol=1e-3, atol=1e-6)
+
+
 def test_the_fit_finds_the_planted_groups_and_repeats() -> None:
     modalities, train = planted_modalities(), checkerboard().train
     refiner, report = fit(modalities, train, "sum", CONFIG)
