@@ -37,6 +37,15 @@ def test_metrics_by_hand() -> None:
     assert metrics["ndcg@3"].tolist() == pytest.approx([(1 / math.log2(3) + 1 / math.log2(4)) / best, 1 / math.log2(3)])
 
 
+def test_the_best_list_is_no_longer_than_the_cut_off() -> None:
+    relevant = ItemLists.from_pairs(np.zeros(4, dtype=np.int64), np.array([1, 2, 3, 4], dtype=np.int32), 1)
+    metrics = user_metrics(np.array([[1, 9, 2, 3, 4]], dtype=np.int32), relevant, np.array([0]), (2, 5))
+    assert metrics["recall@2"].tolist() == [1 / 4] and metrics["recall@5"].tolist() == [1.0]
+    discounts = 1 / np.log2(np.arange(2, 7))
+    assert metrics["ndcg@2"][0] == pytest.approx(discounts[0] / discounts[:2].sum())
+    assert metrics["ndcg@5"][0] == pytest.approx(discounts[[0, 2, 3, 4]].sum() / discounts[:4].sum())
+
+
 def test_ranking_equals_a_plain_loop_and_never_shows_what_was_seen() -> None:
     generator = torch.Generator().manual_seed(0)
     users, items = torch.randn(9, 4, generator=generator), torch.randn(30, 4, generator=generator)

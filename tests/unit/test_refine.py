@@ -74,6 +74,13 @@ def test_a_profile_of_the_target_alone_is_missing() -> None:
     assert present[0].tolist() == [False]
 
 
+def test_profiles_are_brought_to_the_length_of_an_item_row() -> None:
+    items = np.array([[3.0, 4.0], [0.0, 1.0], [9.0, 9.0]], dtype=np.float32)
+    profiles = np.array([[6.0, 8.0], [0.0, 8.0], [7.0, 7.0]], dtype=np.float32)
+    modality = Modality("m", items, np.array([True, True, False]), profiles, np.array([2, 8, 0]))
+    assert profile_scales([modality]) == [pytest.approx(9.0 / 3.0)]
+
+
 PHIS: list[Phi] = ["softmax", "tanh", "linear", "block", "landmark"]
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA, TruncatedSVD
 
 from crane_core import matrix
-from crane_core.standardisation import fit_projection, projected, standardised
+from crane_core.standardisation import fit_projection, fit_standardisation, projected, standardised
 
 
 @pytest.fixture
@@ -48,3 +48,10 @@ def test_only_training_rows_decide_and_missing_rows_stay_zero(rows: NDArray[np.f
     assert axes["axes"].tobytes() == again["axes"].tobytes()
     assert found[:70].tobytes() == moved[:70].tobytes() and (moved[81:] != found[81:]).all()
     assert (found[80] == 0).all() and (found[79] != 0).any()
+
+
+def test_only_items_with_training_interactions_are_fitted_on() -> None:
+    raw = np.array([[1.0, 5.0], [3.0, 5.0], [1e6, -1e6], [7e6, 0.0]], dtype=np.float32)
+    present, is_train = np.array([True, True, True, False]), np.array([True, True, False, True])
+    fitted = fit_standardisation(raw, present, is_train, "zscore")
+    assert fitted["mean"].tolist() == [2.0, 5.0] and fitted["scale"].tolist() == [1.0, 1.0]
