@@ -1,5 +1,7 @@
 """Fusion: scores by hand, and a trust that follows the validation split."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -56,6 +58,17 @@ def test_noise_is_not_trusted_and_a_second_opinion_is() -> None:
     assert both.recall > both.curve[0][1]
     content = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 1.0), Train())
     assert content.share >= 0.9
+
+
+def test_a_cold_item_stands_where_its_neighbours_do_in_the_behavioural_view() -> None:
+    behaviour, crane = rows(3), rows(4)
+    every = wanted(behaviour, crane, 0.5)
+    train = ItemLists.from_pairs(np.full(79, 60), np.arange(1, 80, dtype=np.int32), 61)
+    trust = choose_trust(behaviour, crane, CHAIN, dataclasses.replace(every, train=train), Train())
+    assert 0 < trust.share < 1
+    # The first item of the chain has one neighbour.
+    expected = (1 - trust.share) ** 0.5 * behaviour[1][1]
+    torch.testing.assert_close(trust.rows[1][0, :5], expected)
 
 
 def test_without_validation_items_nothing_is_trusted() -> None:
