@@ -182,7 +182,10 @@ def test_recall_among_the_cold_items_shares_the_places_of_a_tie() -> None:
     assert found.tolist() == pytest.approx([np.mean([1 if item < 10 else 10 / 40 for item in own]) for own in wanted])
     per_user = {
         name: {"recall@20": np.ones(300), **rank_cold(lambda u, t=table: t[u].clone(), interactions, users)}
-        for name, table in (("nothing", torch.zeros(300, 60)), ("noise", torch.rand(300, 60)))
+        for name, table in (
+            ("nothing", torch.zeros(300, 60)),
+            ("noise", torch.rand(300, 60, generator=torch.Generator().manual_seed(0))),
+        )
     }
     per_user["earlier"] = {name: per_user["noise"][name] for name in ("recall@20", "cold_auc")}
     summary = summarise_cold(interactions, per_user, 300, seed=0)
