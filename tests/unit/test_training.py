@@ -146,6 +146,21 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@both_kinds
+def test_the_test_split_decides_nothing(tmp_path: Path, kind: Kind) -> None:
+    interactions = checkerboard()
+    # Another user's items: were they looked for, nothing would be found.
+    test = dataclasses.replace(interactions.test, items=(interactions.test.items + 16) % 32)
+    other = dataclasses.replace(interactions, test=test)
+    config = SMALL.model_copy(update={"num_epochs": 3})
+    curves = []
+    for name, each in (("one", interactions), ("other", other)):
+        ours = trainer(tmp_path / name, each, config, kind)
+        ours.run()
+        curves.append(ours.progress.curve)
+    assert curves[0] == curves[1]
+
+
 class Killed(Exception):
     pass
 
