@@ -63,8 +63,8 @@ STAGES: dict[str, Stage] = {
             joint_inputs=("etl.features", "etl.profiles"),
             joint_sections=("refine", "knn"),
         ),
-        Stage("ml.evaluate", 4, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
-        Stage("ml.register", 1, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
-        Stage("ml.export", 2, ("etl.interactions", "ml.train"), ("export",)),
+        Stage("ml.evaluate", 5, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
+        Stage("ml.register", 2, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
+        Stage("ml.export", 3, ("etl.interactions", "ml.train"), ("export",)),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ REFINE_FROM = ("etl.interactions", "etl.features", "etl.profiles", "ml.refine")
 """Stages of the earlier run that `ml.refine` reads."""
 KNN_FROM = ("ml.refine", "ml.graph")
 """Stages of the earlier run that `ml.knn` reads."""
+HOW = {"num_shards", "memory", "certificate_sample", "min_recall"}
+"""Settings of `knn` that say how lists are found and judged, not which they are."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ def find_base(job: Job, modalities: list[Modality]) -> Base | None:
     then = load_modalities(features, profiles)
     widths = [[(each.name, each.items.shape[1]) for each in side] for side in (then, modalities)]
     fits = {
-        "same_version": refined.manifest["stage_version"] == job.stage.version,
         "same_ids": ids.fingerprint == job.input("etl.interactions").facts["base"],
+        "same_version": refined.manifest["stage_version"] == job.stage.version,
         "same_settings": refined.manifest["config"]["refine"] == job.config.refine.model_dump(mode="json"),
         "same_modalities": widths[0] == widths[1],
         "same_profiles": profiles.facts["aggregate"] == job.config.profiles.aggregate,
@@ -90,12 +93,20 @@ def find_base_graph(job: Job) -> BaseGraph | None:
     run = job.config.etl.base_run
     assert run is not None
     refined, graph = (job.store.artifact(run, name) for name in KNN_FROM)
-    same_version = graph.manifest["stage_version"] == STAGES["ml.graph"].version
-    same_settings = graph.manifest["config"]["knn"] == job.config.knn.model_dump(mode="json")
-    if not (same_version and same_settings):
-        logger.warning("build_anew base=%s same_version=%s same_settings=%s", run, same_version, same_settings)
+    fits = {
+        "same_version": graph.manifest["stage_version"] == STAGES["ml.graph"].version,
+        "same_settings": _deciding(graph.manifest["config"]["knn"])
+        == _deciding(job.config.knn.model_dump(mode="json")),
+    }
+    if not all(fits.values()):
+        logger.warning("build_anew base=%s %s", run, " ".join(f"{name}={fit}" for name, fit in fits.items()))
         return None
     for artifact in (refined, graph):
         artifact.verify()
     names = ("neighbours.npy", "similarities.npy")
     return BaseGraph(open_matrix(refined.file("fused_items.npy")), *(open_matrix(graph.file(name)) for name in names))
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `knn` on which lists of neighbours depend."""
+    return {name: value for name, value in settings.items() if name not in HOW}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ import torch
 from crane_core.config import load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
 from crane_core.knn import search
+from crane_core.pipeline import STAGES
 from crane_core.refine import Modality, project_items
 from crane_core.store import ArtifactStore
 from jobs import plan
@@ -192,6 +195,31 @@ def test_other_features_of_the_same_width_are_built_anew(tmp_path: Path, capfd: 
     one, two = (open_store(str(store)).artifact(run, "ml.refine") for run in ("one", "two"))
     assert "growth" not in two.facts
     assert two.file("rca.safetensors").read_bytes() != one.file("rca.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "grows"), [(("knn.num_shards=3", "knn.memory=2000000"), True), (("knn.mode=approx",), False)]
+)
+def test_lists_grow_while_the_settings_that_decide_them_stay(
+    grown: Path, tmp_path: Path, settings: tuple[str, ...], grows: bool
+) -> None:
+    plant(grown, tmp_path, "three", modalities(20, 3, (4, 50, 119)), "two")
+    for job, part in ((refine, []), (knn, ["--part", "0"])):
+        assert job.main([*flags(grown, "three", 3, "etl.base_run=two", *settings), *part]) == EXIT_OK
+    assert ("num_touched" in open_store(str(grown)).artifact("three", "ml.knn", "0").facts) == grows
+
+
+@pytest.mark.parametrize(("stage", "job"), [("ml.refine", refine), ("ml.graph", knn)])
+def test_what_another_version_left_is_not_grown_from(
+    grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, job: ModuleType
+) -> None:
+    plant(grown, tmp_path, "three", modalities(20, 3, (4, 50, 119)), "two")
+    assert job is refine or refine.main(flags(grown, "three", 3, "etl.base_run=two")) == EXIT_OK
+    monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], version=99))
+    part = [] if job is refine else ["--part", "0"]
+    assert job.main([*flags(grown, "three", 3, "etl.base_run=two"), *part]) == EXIT_OK
+    found = open_store(str(grown)).artifact("three", "ml.refine" if job is refine else "ml.knn", "".join(part[1:]))
+    assert not {"growth", "num_touched"} & set(found.facts)
 
 
 def test_another_number_of_neighbours_measures_another_drift(grown: Path, tmp_path: Path) -> None:
