@@ -69,7 +69,8 @@ class Hearing(BaseNotifier):
             handle.write(self.message + "\\n")
 '''
 
-_outcomes: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
+_COUNTED = {"passed": ("passed",), "failed": ("failed", "error"), "skipped": ("skipped",)}
+_outcomes: dict[str, int] = {}
 _started = time.monotonic()
 
 
@@ -80,9 +81,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.drill)
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" or report.outcome != "passed":
-        _outcomes[report.outcome] += 1
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count all that ran, those beside other tests too."""
+    for name, keys in _COUNTED.items():
+        _outcomes[name] = sum(len(terminalreporter.stats.get(key, [])) for key in keys)
 
 
 def pytest_unconfigure() -> None:
@@ -181,7 +183,7 @@ class Deployment:
 
 
 @pytest.fixture(scope="session")
-def deployment() -> Iterator[Deployment]:
+def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     # Not pytest's folder: PostgreSQL runs as somebody else and must be able to reach its own.
     root = Path(tempfile.mkdtemp(prefix="crane-drill-"))
     root.chmod(0o755)
@@ -243,7 +245,7 @@ def deployment() -> Iterator[Deployment]:
     finally:
         for stop in reversed(stops):
             stop()
-        if _outcomes["failed"]:
+        if request.session.testsfailed:
             print(f"kept for inspection: {root}")
         else:
             shutil.rmtree(root, ignore_errors=True)
