@@ -38,6 +38,23 @@ def popularity(interactions: Interactions) -> Scorer:
     return score
 
 
+def popular_for_strangers(score: Scorer, interactions: Interactions) -> Scorer:
+    """The same scores, but what is popular for users without training items: a served model does not know them."""
+    is_stranger = interactions.train.counts() == 0
+    if not is_stranger.any():
+        return score
+    popular = popularity(interactions)
+
+    def shown(users: np.ndarray) -> torch.Tensor:
+        scores = score(users)
+        strangers = np.flatnonzero(is_stranger[users])
+        if len(strangers):
+            scores[torch.from_numpy(strangers)] = popular(users[strangers]).to(scores.device)
+        return scores
+
+    return shown
+
+
 def item_knn(interactions: Interactions, num_neighbours: int = 100, shrinkage: float = 10.0) -> Scorer:
     """An item's similarity to those of the user's training items that are among its neighbours, summed.
 

@@ -188,7 +188,11 @@ def measure(
     absent = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
     known = model.user_ids.get_indexer(user_ids[users])
     ranked = np.full((len(users), _K), -1, dtype=np.int32)
-    popularity = np.where(rows >= 0, model.popularity()[rows], -np.inf).astype(np.float32)
+    counts = np.where(rows >= 0, model.popularity()[rows], -np.inf)
+    # Places, not counts: many are equal, and the evaluation puts equal ones by row.
+    popularity = np.empty(len(rows), dtype=np.float32)
+    popularity[np.argsort(-counts, kind="stable")] = -np.arange(len(rows))
+    popularity[rows < 0] = -np.inf
     one = np.ones((interactions.num_users, 1), dtype=np.float32)
     everybody = np.zeros((interactions.num_users, model.user_embeddings.shape[1]), dtype=np.float32)
     everybody[users[known >= 0]] = model.user_embeddings[known[known >= 0]]

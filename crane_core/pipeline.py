@@ -63,7 +63,7 @@ STAGES: dict[str, Stage] = {
             joint_inputs=("etl.features", "etl.profiles"),
             joint_sections=("refine", "knn"),
         ),
-        Stage("ml.evaluate", 5, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
+        Stage("ml.evaluate", 6, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
         Stage("ml.register", 2, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
         Stage("ml.export", 3, ("etl.interactions", "ml.train"), ("export",)),
     )

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from crane_core.baselines import item_knn, popularity
+from crane_core.baselines import item_knn, popular_for_strangers, popularity
 from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
 from crane_core.errors import DataError
 from crane_core.evaluation import (
@@ -59,8 +59,8 @@ def run(job: Job) -> Result:
             "Lengthen etl.test_days or choose another etl.split.",
         )
     models = {
-        "crane": _scorer(job.input("ml.train"), device),
-        "lightgcn": _scorer(job.input("ml.behaviour"), device),
+        "crane": popular_for_strangers(_scorer(job.input("ml.train"), device), interactions),
+        "lightgcn": popular_for_strangers(_scorer(job.input("ml.behaviour"), device), interactions),
         "item_knn": item_knn(interactions),
         "popularity": popularity(interactions),
     }

@@ -38,6 +38,7 @@ def make_run(
     window_end: str = "2026-03-01",
     cold_noise: float | None = None,
     seed: int = 0,
+    num_untrained: int = 0,
     edit: Callable[[dict[str, np.ndarray], np.ndarray, np.ndarray], None] | None = None,
 ) -> list[str]:
     """Publish `etl.interactions`, `ml.refine`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
@@ -47,6 +48,7 @@ def make_run(
         lightgcn_noise: the same for the baseline.
         cold_noise: noise on the rows of the cold items, `noise` when None.
         seed: of the noise; the data are the same for every run.
+        num_untrained: users, the first ones, whose items are all held out.
         edit: changes the rows of the run's model in place, given the true embeddings of users and items.
 
     Returns:
@@ -58,7 +60,7 @@ def make_run(
     artifacts.start_run(run_id, config)
     world = np.random.default_rng(7)
     users, items = world.normal(size=(NUM_USERS, DIM)), world.normal(size=(NUM_ITEMS, DIM))
-    _interactions(store, run_id, config, users, items)
+    _interactions(store, run_id, config, users, items, num_untrained)
     folder = _folder(store)
     np.save(folder / "fused_items.npy", items.astype(np.float32))
     (folder / "fit.json").write_text(json.dumps({"curve": [], "mean_cosine": [0.1]}))
@@ -100,14 +102,17 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-def _interactions(store: Path, run_id: str, config: RunConfig, users: np.ndarray, items: np.ndarray) -> None:
+def _interactions(
+    store: Path, run_id: str, config: RunConfig, users: np.ndarray, items: np.ndarray, num_untrained: int
+) -> None:
     world = np.random.default_rng(8)
     order = np.argsort(-(users @ items.T + 0.5 * world.gumbel(size=(NUM_USERS, NUM_ITEMS))), axis=1)
     rows = []
     for user in range(NUM_USERS):
         warm = [item for item in order[user] if item < NUM_ITEMS - NUM_COLD][:12]
         cold = [item for item in order[user][:12] if item >= NUM_ITEMS - NUM_COLD]
-        rows += [(user, item, TRAIN) for item in warm[::2]] + [(user, item, TEST) for item in warm[1::2] + cold]
+        trained = warm[::2] if user >= num_untrained else []
+        rows += [(user, item, TRAIN) for item in trained] + [(user, item, TEST) for item in warm[1::2] + cold]
     rows.sort()
     folder = _folder(store)
     columns = list(zip(*rows, strict=True))

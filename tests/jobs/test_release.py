@@ -145,6 +145,14 @@ def test_promotion_from_the_first_champion_to_a_better_one(place):
     assert table["fallback"].tolist() == [False, True]
 
 
+def test_users_without_training_items_are_evaluated_as_they_are_served(place):
+    argv = place.run("run-1", noise=0.3, num_untrained=30)
+    assert place.job(promote, argv)["decision"] == "promoted"
+    users = pq.read_table(place.store.artifact("run-1", "ml.evaluate").file("per_user.parquet")).slice(0, 30)
+    for metric in ("recall@20", "ndcg@20"):
+        assert users.column(f"crane.{metric}").equals(users.column(f"popularity.{metric}"))
+
+
 def test_the_champion_is_measured_as_it_was_evaluated(place):
     """Both runs see the same data, so the champion's numbers must be those of its own evaluation."""
     place.job(promote, place.run("run-1", noise=0.8))

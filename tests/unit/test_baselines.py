@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from crane_core import baselines
-from crane_core.baselines import content, item_knn, popularity
+from crane_core.baselines import content, item_knn, popular_for_strangers, popularity
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.evaluation import Scorer, rank_users, user_metrics
+from crane_core.evaluation import Scorer, dot_product, rank_users, user_metrics
 from crane_core.refine import Modality
 from tests.unit.planted import checkerboard
 
@@ -37,6 +37,16 @@ def test_popularity_counts_and_breaks_ties_by_row() -> None:
     many = popularity(interactions([70, 90], [90], num_items=100))(np.array([0]))[0]
     rest = [item for item in range(100) if item not in (70, 90)]
     assert many.argsort(descending=True).tolist() == [90, 70, *rest]
+
+
+def test_users_without_training_items_are_shown_what_is_popular() -> None:
+    log = interactions([0], [], [0, 3], [], num_items=4)
+    rows = torch.eye(4)
+    scores = popular_for_strangers(dot_product(rows, rows), log)(np.array([3, 2, 1]))
+    assert scores[1].tolist() == [0, 0, 1, 0]
+    assert all(scores[row].argsort(descending=True).tolist() == [0, 3, 1, 2] for row in (0, 2))
+    score = dot_product(rows, rows)
+    assert popular_for_strangers(score, interactions([0], [3], num_items=4)) is score
 
 
 def test_item_knn_by_hand() -> None:
