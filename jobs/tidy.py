@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,20 @@ def tidy(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore)
     unused_since = time.time() - config.runtime.scratch_days * DAY_SECONDS
     num_removed = num_bytes = 0
     for folder in _folders(scratch(store.storage.uri), store.cache):
-        with _unless_at_work(folder) as free:
-            last_used, size = _last_used(folder)
-            if free and last_used < unused_since:
-                shutil.rmtree(folder)
+        # A job that ends meanwhile takes its folder away.
+        with contextlib.suppress(FileNotFoundError), _unless_at_work(folder) as free:
+            last_used, size = _last_used(folder) if free else (unused_since, 0)
+            if last_used < unused_since:
+                _remove(folder)
                 num_removed, num_bytes = num_removed + 1, num_bytes + size
     return {"status": "done", "num_removed": num_removed, "bytes": num_bytes}
 
 
 def _folders(base: Path, cache: Path) -> Iterator[Path]:
-    """What one job at a time works in, per stage, and the copies of remote artifacts."""
+    """What one job at a time works in, per stage, and the copies of remote artifacts; nothing behind a link."""
     for top in (base, cache):
         for stage in top.iterdir() if top.is_dir() else ():
-            if stage.is_dir() and stage != cache:
+            if stage.is_dir() and not stage.is_symlink() and stage != cache:
                 yield from (folder for folder in stage.iterdir() if folder.is_dir() and not folder.is_symlink())
 
 
@@ -52,6 +54,16 @@ def _last_used(folder: Path) -> tuple[float, int]:
             found = path.lstat()
             last, size = max(last, found.st_mtime), size + found.st_size
     return last, size
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder under another name: half a copy, or half a checkpoint, must not stay where a job looks for it.
+
+    What a `tidy` that is killed leaves of it, a later one finds.
+    """
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,57 @@ def test_the_folder_of_a_job_at_work_stays_however_old(tmp_path: Path, capsys: p
         assert run(str(tmp_path), capsys)["num_removed"] == 0
     assert run(str(tmp_path), capsys)["num_removed"] == 1
     assert not work.exists()
+
+
+def test_a_folder_that_its_job_takes_away_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = scratch(str(tmp_path))
+    folders = [plant(base / "spark" / f"blockmgr-{number}", 8) for number in range(2)]
+    real = tidy._unless_at_work
+
+    def ended(folder: Path) -> AbstractContextManager[bool]:
+        if folder == folders[0]:
+            shutil.rmtree(folder)
+        return real(folder)
+
+    monkeypatch.setattr(tidy, "_unless_at_work", ended)
+    assert run(str(tmp_path), capsys)["num_removed"] == 1
+
+
+def test_nothing_behind_a_link_is_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = plant(tmp_path / "disk" / "somebody", 80)
+    base = scratch(str(tmp_path / "store"))
+    plant(base / "ml.train" / "f1.work", 1)
+    (base / "spark").symlink_to(tmp_path / "disk")
+    (base / "ml.train" / "f2.work").symlink_to(elsewhere)
+    assert run(str(tmp_path / "store"), capsys)["num_removed"] == 0
+    assert (elsewhere / "deep" / "file").exists()
+
+
+def test_killed_in_the_middle_it_leaves_no_half_of_a_copy(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = open_store(s3_uri)
+    (tmp_path / "f1").mkdir()
+    (tmp_path / "f1" / "data").write_text("f1")
+    copy = store.publish(tmp_path / "f1", {"stage": "ml.graph", "fingerprint": "f1", "facts": {}}).path
+    for each in (*copy.rglob("*"), copy):
+        os.utime(each, (0, 0))
+
+    def killed(folder: Path) -> None:
+        (folder / "data").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("jobs.tidy.shutil.rmtree", killed)
+        tidy.main(["--store", s3_uri, "--run", "r1", *WINDOW])
+    assert (found := store.find("ml.graph", "f1")) and found.file("data").read_text() == "f1"
+    (left,) = (path for path in copy.parent.iterdir() if path != copy)
+    for each in (*left.rglob("*"), left):
+        os.utime(each, (0, 0))
+    assert run(s3_uri, capsys)["num_removed"] == 1 and not left.exists()
 
 
 def test_copies_of_remote_artifacts_go_a_week_after_they_were_last_asked_for(
