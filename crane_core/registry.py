@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -294,11 +298,7 @@ class Registry:
         """
         expected = version.tags.get(f"{_EVIDENCE_TAG}{name}")
         try:
-            path = Path(
-                mlflow.artifacts.download_artifacts(
-                    run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri
-                )
-            )
+            path = _download(run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri)
         except (MlflowException, OSError) as error:
             raise self._refused(version, f"its evidence {name} cannot be read ({error})") from error
         if sha256_file(path) != expected:
@@ -312,7 +312,7 @@ class Registry:
             ArtifactError: it is missing, or its checksums are not those that were registered.
         """
         try:
-            folder = Path(mlflow.artifacts.download_artifacts(f"models:/{self.name}/{version.number}"))
+            folder = _download(artifact_uri=f"models:/{self.name}/{version.number}")
         except (MlflowException, OSError) as error:
             raise self._refused(version, f"its files cannot be read ({error})") from error
         data = served_folder(folder)
@@ -330,9 +330,9 @@ class Registry:
             ArtifactError: the model was tampered with, asks for other code than ours, or nothing is there.
         """
         try:
-            folder = mlflow.artifacts.download_artifacts(f"models:/{self.name}{reference}")
-            served_folder(Path(folder))
-            return mlflow.pyfunc.load_model(folder)
+            folder = _download(artifact_uri=f"models:/{self.name}{reference}")
+            served_folder(folder)
+            return mlflow.pyfunc.load_model(str(folder))
         except MlflowException as error:
             raise ArtifactError(
                 f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
@@ -459,6 +459,24 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root / ".mlflow.lock"):
         return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
+
+
+def _download(**what: str) -> Path:
+    """Local path of what a registry holds: in place where it is local, else a copy that goes with this process."""
+    before = tempfile.tempdir
+    tempfile.tempdir = _copies()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(**what))
+    finally:
+        tempfile.tempdir = before
+
+
+@functools.cache
+def _copies() -> str:
+    """Folder of this process: what MLflow downloads it leaves in the temporary folder for good."""
+    folder = tempfile.mkdtemp(prefix="crane-registry-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextlib.contextmanager

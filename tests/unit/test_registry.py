@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,3 +222,26 @@ def test_a_training_shows_its_epochs_while_it_runs_and_goes_on_in_the_same_run(r
 
 def _refuse(*_, **__):
     raise mlflow.exceptions.MlflowException("no answer")
+
+
+DOWNLOAD = """
+import tempfile
+from crane_core import registry
+registry.mlflow.artifacts.download_artifacts = lambda **_: tempfile.mkdtemp()
+before = tempfile.gettempdir()
+print(registry._download(artifact_uri="models:/crane/1"), tempfile.gettempdir() == before)
+"""
+
+
+def test_what_is_downloaded_goes_with_the_process(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-c", DOWNLOAD],
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    copy, same = ran.stdout.split()
+    assert Path(copy).is_relative_to(tmp_path / "tmp") and same == "True"
+    assert list((tmp_path / "tmp").iterdir()) == []
