@@ -185,6 +185,8 @@ def measure(
         block: users at a time.
     """
     rows = model.item_ids.get_indexer(item_ids)
+    # Tombstones keep their numbers, and a model from before knows them: they are outside the catalog all the same.
+    rows[interactions.gone] = -1
     absent = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
     known = model.user_ids.get_indexer(user_ids[users])
     ranked = np.full((len(users), _K), -1, dtype=np.int32)

@@ -136,8 +136,9 @@ def test_numbers_are_json_and_complete(recall):
     assert set(numbers["differences"]) == set(PRIMARY)
 
 
-def test_a_model_of_another_window_answers_by_external_ids():
-    """Items in another order, an item and a user the model never met, and one item that is gone."""
+@pytest.mark.parametrize("tombstones", [[], ["gone"]])
+def test_a_model_of_another_window_answers_by_external_ids(tombstones):
+    """Items in another order, an item and a user the model never met, and one item that is gone, or a tombstone."""
     model = make_model(
         users={"ann": [1, 0], "bob": [0, 1]},
         items={"gone": [9, 9], "c": [0, 3], "b": [2, 2], "a": [3, 0]},
@@ -146,10 +147,11 @@ def test_a_model_of_another_window_answers_by_external_ids():
     # The judged window: users cyd (new), bob, ann; items a, b, new, c.
     train = ItemLists.from_pairs(np.array([1, 2, 0]), np.array([3, 0, 3]), 3)
     test = ItemLists.from_pairs(np.array([0, 1, 2]), np.array([0, 1, 2]), 3)
-    judged = Interactions(3, 4, train, test, test)
+    items = ["a", "b", "new", "c", *tombstones]
+    judged = Interactions(3, len(items), train, test, test, np.arange(4, len(items)))
     found = measure(
         model, "1", datetime(2026, 3, 1, tzinfo=UTC), judged, np.array(["cyd", "bob", "ann"], dtype=object),
-        np.array(["a", "b", "new", "c"], dtype=object), np.arange(3), block=2,
+        np.array(items, dtype=object), np.arange(3), block=2,
     )  # fmt: skip
     # cyd gets what is popular: c is masked, so a and b (no interactions) by either order, and a is within the 20.
     # bob: c masked, b (2) before a (0): hit at rank 1. ann wants `new`, which the model cannot recommend.
