@@ -1,7 +1,8 @@
 """Register the model of a run: `python -m jobs.ml.register --store URI --run RUN_ID`.
 
 Leaves a version in the model registry with its evidence and lineage, and the alias `candidate` unless the run is a
-backfill. The same model and evaluation are the same version, however often it is asked.
+backfill. The same model and evaluation, laid out by the same version of this stage, are the same version, however often
+it is asked.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
     started = time.monotonic()
     inputs = _inputs(config, store, arguments.run)
     contents = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
-    fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
+    identity = [STAGES["ml.register"].version, *contents]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
     if version is None:

@@ -21,6 +21,7 @@ from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
 from crane_core.lease import Lease
 from crane_core.ledger import Ledger
+from crane_core.pipeline import STAGES
 from crane_core.registry import Registry, open_registry
 from crane_core.store import ArtifactStore
 from jobs.commands.query import verify_ledger
@@ -91,6 +92,12 @@ def test_registering_twice_gives_one_version(place):
     assert version.tags["crane.window_end"] == "2026-03-01T00:00:00Z"
     assert version.tags["crane.artifact.ml.train"] == "run-1"
     assert {"crane.config_hash", "crane.artifact.ml.evaluate", "crane.fingerprint"} <= set(version.tags)
+
+
+def test_another_way_to_lay_a_model_out_makes_another_version(place, monkeypatch):
+    argv = place.run("run-1")
+    monkeypatch.setitem(STAGES, "ml.register", replace(STAGES["ml.register"], version=99))
+    assert place.job(register, argv)["version"] == "2"
 
 
 def test_a_crash_before_the_alias_is_made_good(place):
