@@ -250,6 +250,7 @@ def refine_to_files(
     chunk_size: int,
     folder: Path,
     frozen: Callable[[int], Keys] | None = None,
+    keep_keys: bool = False,
 ) -> list[float]:
     """Run every item and every user through the refiner from file to file; every rank calls it.
 
@@ -264,8 +265,8 @@ def refine_to_files(
         modalities: features and profiles.
         chunk_size: rows per chunk.
         folder: shared by the ranks; holds `refined_files` and the state to go on from, twice the rows in all.
-        frozen: a recursion, counted from 1, to its keys. Without it they are made of the items here, and what
-            `Correlation.restore` makes them from again is left in `keys_file`.
+        frozen: a recursion, counted from 1, to its keys; without it they are made of the items here.
+        keep_keys: leave what `Correlation.restore` makes these keys from again in `keys_file`.
 
     Returns:
         The mean cosine before the first and after each recursion, as `refine_catalog`.
@@ -293,7 +294,7 @@ def refine_to_files(
             state.write(written.name, bytes(len(chunks)))
         if num_ranks > 1:
             dist.barrier()
-        transform = _step(refiner, modalities, step, sizes["items"], chunk_size, folder, frozen)
+        transform = _step(refiner, modalities, step, sizes["items"], chunk_size, folder, frozen, keep_keys)
         flags = np.memmap(written, bool, "r+")
         left = [number for number in mine if not flags[number]]
         if len(left) < len(mine):
@@ -333,6 +334,7 @@ def _step(
     chunk_size: int,
     folder: Path,
     frozen: Callable[[int], Keys] | None,
+    keep_keys: bool,
 ) -> Callable[[str, slice], Tensor]:
     """What makes a chunk of a step: of `items` or `users`, float32 [n, M, d]."""
     if step == 0:
@@ -349,7 +351,7 @@ def _step(
         keys = frozen(step)
     else:
         keys = _prepare(recursion, refiner.rca.correlation, lambda part: read("items", part), num_items, chunk_size)
-        if _ranks()[0] == 0:
+        if keep_keys and _ranks()[0] == 0:
             np.save(keys_file(folder, step), keys.source.cpu().numpy())
     return lambda name, part: recursion.refine(read(name, part), keys, chunk_size)
 

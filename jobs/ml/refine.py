@@ -185,7 +185,8 @@ def _refine_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, key
                 source = torch.from_numpy(np.array(open_matrix(keys[recursion - 1])))
                 return refiner.rca.correlation.restore(source.to(device))
 
-        likeness = refine_to_files(refiner, modalities, config.refine.chunk_size, work, frozen)
+        keep_keys = config.refine.max_drift > 0
+        likeness = refine_to_files(refiner, modalities, config.refine.chunk_size, work, frozen, keep_keys)
         if not dist.is_initialized() or dist.get_rank() == 0:
             LocalStorage(work).write("likeness.json", json.dumps(likeness).encode())
 
