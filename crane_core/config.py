@@ -145,6 +145,9 @@ class Features(Section):
     they are taken over the narrow rows."""
     projection: Literal["pca", "svd"] = "pca"
     """How: onto the principal axes of the items with training interactions, around their mean or around the origin."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """Number type of the matrices. `float16` halves what they take on disk and on the way to a GPU; whatever reads them
+    goes on from the rounded numbers in float32 or float64. The run stops where a number does not fit."""
     binary: Literal["float16", "float32", "float64"] = "float32"
     """Number type of vectors that are delivered as fixed-size binary, little-endian."""
     max_quarantine_share: float = Field(0.5, gt=0, le=1)

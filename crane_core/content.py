@@ -56,7 +56,8 @@ class JointContent(nn.Module):
     average.
 
     Args:
-        modalities: standardised features, and profiles where the model reads user rows. Kept whole on the device.
+        modalities: standardised features, and profiles where the model reads user rows. Kept whole on the device, as
+            float32: a step would widen them all.
         refiner: projection and RCA; its parameters become the model's.
         chunk_size: bounds the blocks of scores. The rows themselves, a few times M d numbers for each recursion, are
             kept for the backward pass.
@@ -90,7 +91,7 @@ class JointContent(nn.Module):
         self.chunk_size = chunk_size
         self.k = k
         self.graph_epochs = graph_epochs
-        self.items = [(_tensor(each.items, device), _tensor(each.present, device)) for each in modalities]
+        self.items = [(_tensor(each.items, device).float(), _tensor(each.present, device)) for each in modalities]
         self.users = [
             (_tensor(each.profiles, device) / scale, _tensor(each.counts, device) > 0)
             for each, scale in zip(modalities, refiner.get_buffer("profile_scales"), strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from crane_core.errors import ArtifactError
 
@@ -25,7 +25,7 @@ class RowWriter:
         dtype: element type.
     """
 
-    def __init__(self, path: Path, num_rows: int, dim: int, dtype: type = np.float32) -> None:
+    def __init__(self, path: Path, num_rows: int, dim: int, dtype: DTypeLike = np.float32) -> None:
         self.shape = (num_rows, dim)
         self.dtype = np.dtype(dtype)
         path.parent.mkdir(parents=True, exist_ok=True)

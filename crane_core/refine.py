@@ -38,7 +38,7 @@ class Modality:
 
     Attributes:
         name: its name.
-        items: float32 [num_items, dim], standardised.
+        items: float32 or float16 [num_items, dim], standardised.
         present: bool [num_items].
         profiles: float32 [num_users, dim], sum or mean over the user's training items.
         counts: int [num_users], items in each profile.
@@ -415,7 +415,8 @@ def _item_rows(
     modalities: list[Modality], rows: np.ndarray | slice, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
     return (
-        [_to(device, _finite(m.items[rows], m.name, "items")) for m in modalities],
+        # Widened where they are used: half precision halves the way to a GPU.
+        [_to(device, _finite(m.items[rows], m.name, "items")).float() for m in modalities],
         [_to(device, m.present[rows]) for m in modalities],
     )
 
@@ -490,7 +491,8 @@ def _agreement(rows: Tensor, modalities: list[Modality], items: np.ndarray, temp
 
 def _mean_norm(rows: np.ndarray, keep: np.ndarray) -> float:
     picked = np.flatnonzero(keep)[:100_000]
-    return float(np.linalg.norm(rows[picked], axis=1).mean()) if len(picked) else 0.0
+    # Squares leave half precision long before the numbers do.
+    return float(np.linalg.norm(rows[picked].astype(np.float32), axis=1).mean()) if len(picked) else 0.0
 
 
 def _sample(length: int, most: int = 2000) -> Tensor:

@@ -174,9 +174,14 @@ def run(job: Job) -> Result:
             written = projected(written, masks[name], axes)
             facts[name] |= {"dim": most, "delivered_dim": dim, "explained": float(axes["explained"])}
             dim = most
-        with RowWriter(folder / "matrix.npy", num_items, dim) as writer:
-            for block, values in written:
-                writer.write(np.arange(block.start, block.stop), values)
+        num_unfit = _write_matrix(folder / "matrix.npy", written, (num_items, dim), config.features.dtype)
+        if num_unfit:
+            raise DataError(
+                f"{root / FEATURES_FOLDER / name}: {num_unfit} of {present} vectors have numbers beyond the largest of "
+                f"{config.features.dtype}, {np.finfo(config.features.dtype).max:.6g}, where features.standardise is "
+                f"{kind}.",
+                "Correct these vectors, or choose another features.standardise or features.dtype.",
+            )
         np.save(folder / "mask.npy", masks[name])
         logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)
     quarantine = {name: {reason: n for reason, n in found.items() if reason} for name, found in counts.items()}
@@ -251,6 +256,20 @@ def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Feature
                 f"({', '.join(f'{reason} {count}' for reason, count in found.items())}).",
                 "Use the item ids of the interactions in the features.",
             )
+
+
+def _write_matrix(
+    path: Path, rows: Iterator[tuple[slice, NDArray[np.float64]]], shape: tuple[int, int], dtype: str
+) -> int:
+    """Write blocks of rows in a number type; how many rows do not fit into it."""
+    num_unfit = 0
+    with RowWriter(path, *shape, dtype) as writer:
+        for block, values in rows:
+            with np.errstate(over="ignore"):
+                stored = values.astype(dtype)
+            num_unfit += int((~np.isfinite(stored)).any(axis=1).sum())
+            writer.write(np.arange(block.start, block.stop), stored)
+    return num_unfit
 
 
 def _write_raw_matrices(work: Path, dims: Mapping[str, int], num_items: int) -> dict[str, NDArray[np.bool_]]:

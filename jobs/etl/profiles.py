@@ -75,13 +75,13 @@ def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[NDArray[np.
         yield users, items
 
 
-def segment_sums(rows: NDArray[np.float32], items: NDArray[np.int32], starts: NDArray[np.int64]) -> NDArray[np.float64]:
+def segment_sums(rows: NDArray, items: NDArray[np.int32], starts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sum `rows[items]` from each start to the next, in float64.
 
     A segment is summed in blocks counted from its own start, so its sum depends on its items only.
 
     Args:
-        rows: float32 [num_items, dim].
+        rows: float32 or float16 [num_items, dim].
         items: int32 [n].
         starts: int64 [segments], strictly increasing, from 0.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -387,6 +388,50 @@ def test_bad_vectors_are_quarantined_and_counted(reference: Path, raw: Path) -> 
     assert np.load(found.file("text/matrix.npy")).tolist() == [[1, 0], [3, 4], [0, 2], [0, 0]]
     assert np.load(found.file("text/mask.npy")).tolist() == [True, True, True, False]
     assert len(rows_of(found, "quarantine")) == 10
+
+
+@pytest.mark.spark
+def test_features_are_stored_in_half_precision_and_summed_exactly(reference: Path, given: Path) -> None:
+    assert etl(reference, given, run="half", features__dtype="float16") == EXIT_OK
+    found = artifact(reference, "features", "half").file("text/matrix.npy")
+    whole = np.load(artifact(reference, "features").file("text/matrix.npy"))
+    rows = np.load(found)
+    assert rows.dtype == np.float16 and rows.tolist() == whole.astype(np.float16).tolist()
+    assert found.stat().st_size - 128 == whole.nbytes // 2
+    rows = rows.astype(np.float64)
+    sums = np.array([rows[0] + rows[1], rows[0] + rows[2], rows[2]]).astype(np.float32)
+    np.testing.assert_array_equal(np.load(artifact(reference, "profiles", "half").file("text.npy")), sums)
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(
+    ("dtype", "vectors", "standardise", "expected"),
+    [
+        ("float16", {"i2": [3.0, -65520.0], "i4": [70000.0, 1.0]}, "none", "2 of 4 vectors .* of float16, 65504"),
+        ("float16", {"i4": [5.0, 1e6]}, "zscore", "1 of 4 vectors .* of float16, 65504"),
+        (
+            "float32",
+            {"i1": [0, 1e-11], "i2": [1, 0], "i3": [2, 0], "i4": [0, 3e38]},
+            "zscore",
+            "1 of 4 .* float32, 3",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_stop_the_run(
+    reference: Path,
+    raw: Path,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    vectors: dict[str, list[float]],
+    standardise: str,
+    expected: str,
+) -> None:
+    write_vectors(raw, "text", list({**dict(VECTORS), **vectors}.items()))
+    settings = {"features__dtype": dtype, "features__standardise": standardise}
+    run = f"beyond-{dtype}-{standardise}"
+    assert etl(reference, raw, ("interactions", "features"), run=run, **settings) == EXIT_DATA
+    message = capsys.readouterr().err
+    assert re.search(f"{raw}/features/text: {expected}", message) and "Remedy: " in message
 
 
 @pytest.mark.spark

@@ -36,6 +36,7 @@ SETTINGS = [
     "knn.certificate_sample=30",
     "runtime.num_threads=1",
 ]
+ML = ("ml.refine", "ml.graph")
 
 
 def flags(store: Path, run: str, day: int, *settings: str) -> list[str]:
@@ -142,6 +143,23 @@ def test_untouched_rows_stay_and_the_others_are_refined_by_the_same_keys(grown: 
     assert len(found) == NUM_USERS + 3 and np.abs(found[[2, 30, 31, 32]]).min() > 0
     for name in ("keys-1.npy", "keys-2.npy", "anchors.npy", "anchor_items.npy", "rca.safetensors"):
         assert two.file(name).read_bytes() == one.file(name).read_bytes()
+
+
+def test_features_in_half_precision_grow_to_the_same_rows_and_lists(tmp_path: Path) -> None:
+    """Equal numbers in another type: every later artifact is the same."""
+    found = []
+    for dtype in ("float16", "float32"):
+        store = tmp_path / dtype / "store"
+        for run, base, content in (("one", None, modalities()), ("two", "one", modalities(12, 3, (4, 50, 119)))):
+            items = [each.items.astype(np.float16).astype(dtype) for each in content]
+            content = [replace(each, items=rows) for each, rows in zip(content, items, strict=True)]
+            plant(store, tmp_path / dtype, run, content, base)
+        finish(store, "one", 1)
+        finish(store, "two", 2, "etl.base_run=one")
+        kept = open_store(str(store))
+        assert kept.artifact("two", "ml.refine").facts["growth"]["num_items"] == 15
+        found.append([kept.artifact(run, stage).manifest["content"] for run in ("one", "two") for stage in ML])
+    assert found[0] == found[1]
 
 
 def test_the_lists_are_those_of_a_search_from_nothing(grown: Path) -> None:

@@ -18,7 +18,7 @@ from crane_core.model import Batch, Crane
 from crane_core.refine import Modality, Refiner, fit, refine_catalog
 from crane_core.training import Trainer
 from tests.unit.planted import checkerboard
-from tests.unit.test_refine import planted_modalities
+from tests.unit.test_refine import halves, planted_modalities
 
 CPU = torch.device("cpu")
 REFINE = Refine(embedding_dim=8, num_steps=5, batch_size=64, num_recursions=2)
@@ -50,6 +50,14 @@ def gradients(ours: Trainer) -> dict[str, Tensor | None]:
     drawn = batch(ours)
     torch.stack(list(ours.model.losses(ours.model(ours.graph), drawn).values())).sum().backward()
     return {name: parameter.grad for name, parameter in ours.model.named_parameters()}
+
+
+def test_features_in_half_precision_are_used_in_full(tmp_path: Path) -> None:
+    half, full = (start(halves(planted_modalities(), dtype)) for dtype in ("float16", "float32"))
+    assert torch.equal(half.rows()[0], full.rows()[0]) and torch.equal(half.neighbours, full.neighbours)
+    found = [gradients(trainer(tmp_path, content)) for content in (half, full)]
+    weights = [each["content.refiner.weights.1"] for each in found]
+    assert weights[0] is not None and weights[1] is not None and torch.equal(*weights)
 
 
 @pytest.mark.parametrize("form", FORMS)

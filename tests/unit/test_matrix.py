@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from crane_core import matrix
 from crane_core.errors import ArtifactError
@@ -29,6 +31,19 @@ def test_file_is_what_numpy_would_write(tmp_path: Path) -> None:
         writer.write(np.arange(4), rows)
     np.save(tmp_path / "numpy.npy", rows)
     assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_torch_maps_a_file_without_a_copy(dtype: str, tmp_path: Path) -> None:
+    with RowWriter(tmp_path / "m.npy", 1000, 8, dtype) as writer:
+        writer.write(np.arange(1000), np.arange(8000).reshape(1000, 8) % 2048)
+    found = open_matrix(tmp_path / "m.npy")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.from_numpy(found)
+    assert (tensor.data_ptr(), tensor.dtype) == (found.ctypes.data, getattr(torch, dtype))
+    assert tensor[999].tolist() == [n % 2048 for n in range(7992, 8000)]
+    assert (tmp_path / "m.npy").stat().st_size == 128 + 8000 * np.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("index", [[2, 1], [1, 1], [0], [7]])

@@ -81,6 +81,27 @@ def test_profiles_are_brought_to_the_length_of_an_item_row() -> None:
     assert profile_scales([modality]) == [pytest.approx(9.0 / 3.0)]
 
 
+def halves(modalities: list[Modality], dtype: str) -> list[Modality]:
+    """The modalities with items that half precision holds, in a number type."""
+    rounded = [each.items.astype(np.float16).astype(dtype) for each in modalities]
+    return [dataclasses.replace(each, items=items) for each, items in zip(modalities, rounded, strict=True)]
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "mean"])
+def test_the_number_type_of_the_features_decides_nothing(aggregate: str, tmp_path: Path) -> None:
+    found = []
+    for dtype in ("float16", "float32"):
+        modalities = halves(planted_modalities(), dtype)
+        refiner, _ = fit(modalities, checkerboard().train, aggregate, CONFIG)
+        likeness = refine_to_files(refiner, modalities, 7, tmp_path / dtype)
+        items, users, _ = refine_catalog(refiner, modalities, 7)
+        found.append([likeness, *refiner.state_dict().values(), items, users, *rows_in(tmp_path / dtype).values()])
+    assert all(np.array_equal(*pair) for pair in zip(*found, strict=True))
+    long = [dataclasses.replace(each, items=100 * each.items) for each in planted_modalities()]
+    squares = profile_scales(halves(long, "float16")), profile_scales(halves(long, "float32"))
+    assert squares[0] == squares[1] and min(squares[0]) > 0, "the squares of these leave half precision"
+
+
 PHIS: list[Phi] = ["softmax", "tanh", "linear", "block", "landmark"]
 
 
