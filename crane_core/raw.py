@@ -256,7 +256,8 @@ def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Fo
     footers += [_matrix_header(file, files) for file in matrices]
     if not any(footer.num_rows for footer in footers):
         raise DataError(
-            f"{files[0].path.parent} has 0 rows in {len(files)} files.", "Deliver the features or remove the folder."
+            f"{files[0].path.parent} has 0 rows in {len(files)} files.",
+            "Deliver the features, remove the folder, or name the other modalities in features.modalities.",
         )
     return footers
 

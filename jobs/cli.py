@@ -173,7 +173,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     start_logging()
     torch.set_num_threads(arguments.threads)
     pictures = str(arguments.pictures.absolute()) if arguments.pictures else ""
-    recipe = Recipe(arguments.model, tuple(arguments.columns or ()), pictures)
+    recipe = Recipe(arguments.model, tuple(arguments.columns or ()), pictures, arguments.picture_column)
     encoded = encode(arguments.raw, arguments.modality, recipe, arguments.batch_size, arguments.device)
     _result(arguments, vars(encoded), [f"{key:<9} {value}" for key, value in vars(encoded).items()])
     return EXIT_OK
@@ -376,6 +376,9 @@ def _parser() -> argparse.ArgumentParser:
     source = encoding.add_mutually_exclusive_group(required=True)
     source.add_argument("--columns", nargs="+", metavar="COLUMN", help="text columns of the catalog")
     source.add_argument("--pictures", type=Path, metavar="FOLDER", help="of ITEM_ID.jpg, .jpeg, .png or .webp")
+    source.add_argument(
+        "--picture-column", default="", metavar="COLUMN", help="column of the catalog, paths of pictures below RAW"
+    )
     encoding.add_argument("--batch-size", type=int, default=64, help="items at once (default: %(default)s)")
     encoding.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     encoding.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
