@@ -295,6 +295,10 @@ class Train(Section):
     training; likewise for an item."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
+    num_neighbours: int | None = Field(None, ge=1)
+    """An epoch propagates over a random part of the user-item graph, about so many edges for every node, weighted so
+    that products stay right on average: for graphs whose propagation costs more than the batches do, or that a GPU
+    cannot hold. Validation ranks by the whole graph. None propagates over all of it."""
     validation_users: int = Field(20_000, ge=1)
     """Users the validation recall is measured on; a fixed sample where there are more."""
     checkpoint_steps: int = Field(200, ge=1)

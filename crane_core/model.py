@@ -380,7 +380,7 @@ class Crane(LightGCN):
         if self.item_shards.world_size == 1:
             return whole
         if self._cut is None or self._cut[0] is not whole:
-            self._cut = whole, SymmetricGraph(whole.matrix, whole.device, self.item_shards)
+            self._cut = whole, SymmetricGraph(whole.matrix[self.item_shards.parts()[0]], whole.device, self.item_shards)
         return self._cut[1]
 
     def _semantic(self, graph: SymmetricGraph) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crane_core.sharding import Shards
+
+_BLOCK_ENTRIES = 1 << 24
+"""Entries of a matrix that are brought to the device at a time: 128 MiB."""
 
 
 class SymmetricGraph:
@@ -25,25 +29,27 @@ class SymmetricGraph:
     the gradient of a rank's rows is again its rows of the product with the gathered gradients.
 
     Args:
-        matrix: symmetric float32 CSR [n, n]; its indices are int32 unless there are 2**31 entries.
+        matrix: the rows of this rank of a symmetric matrix, float32 CSR [m, n]; its indices are int32 unless there are
+            2**31 entries.
         device: where the rows will be.
         shards: who keeps which rows; one rank keeps all when None.
-
-    Attributes:
-        matrix: the rows of this rank, float32 CSR [m, n].
+        resident: keep the matrix on the device. Otherwise it stays in the memory of the machine, and a product
+            brings it over block by block.
     """
 
-    def __init__(self, matrix: sp.csr_array, device: torch.device, shards: Shards | None = None) -> None:
+    def __init__(
+        self, matrix: sp.csr_array, device: torch.device, shards: Shards | None = None, resident: bool = True
+    ) -> None:
         self.shards = shards or Shards([matrix.shape[0]])
-        if self.shards.world_size > 1:
-            matrix = sp.vstack([matrix[part] for part in self.shards.parts()], format="csr")
         self.matrix = matrix
         self.device = device
         width = np.int32 if matrix.nnz < 2**31 else np.int64
-        self._offsets, self._indices = (
-            torch.from_numpy(part.astype(width, copy=False)).to(device) for part in (matrix.indptr, matrix.indices)
-        )
-        self._values = torch.from_numpy(matrix.data).to(device)
+        arrays = matrix.indptr.astype(width, copy=False), matrix.indices.astype(width, copy=False), matrix.data
+        home = device if resident else torch.device("cpu")
+        self._offsets, self._indices, self._values = (torch.from_numpy(array).to(home) for array in arrays)
+        block = matrix.nnz if resident else _BLOCK_ENTRIES
+        inner = np.searchsorted(matrix.indptr, np.arange(block, matrix.nnz, max(1, block)))
+        self._cuts = np.unique([0, *inner, matrix.shape[0]]).tolist()
 
     def __matmul__(self, rows: Tensor) -> Tensor:
         """float32 or float64 [m, d] -> [m, d], the rows of this rank."""
@@ -55,14 +61,22 @@ class SymmetricGraph:
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The product without a gradient."""
-        return F.embedding_bag(
-            self._indices,
-            self.shards.collect(rows.detach().contiguous()),
-            self._offsets,
-            mode="sum",
-            per_sample_weights=self._values.to(rows.dtype),
-            include_last_offset=True,
-        )
+        gathered = self.shards.collect(rows.detach().contiguous())
+        if len(self._cuts) == 2:
+            return _sum_rows(gathered, self._offsets, self._indices, self._values)
+        blocks = []
+        for start, stop in pairwise(self._cuts):
+            offsets = self._offsets[start : stop + 1]
+            entries = slice(int(offsets[0]), int(offsets[-1]))
+            arrays = offsets - offsets[0], self._indices[entries], self._values[entries]
+            blocks.append(_sum_rows(gathered, *(array.to(self.device) for array in arrays)))
+        return torch.cat(blocks)
+
+
+def _sum_rows(rows: Tensor, offsets: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    return F.embedding_bag(
+        indices, rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype), include_last_offset=True
+    )
 
 
 class _SymmetricProduct(torch.autograd.Function):

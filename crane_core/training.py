@@ -21,7 +21,7 @@ from crane_core.config import Train
 from crane_core.dataset import Interactions, ItemLists
 from crane_core.errors import DataError, TrainingError, TrainingStopped
 from crane_core.evaluation import dot_product, rank_users, user_metrics, users_at_a_time
-from crane_core.graph import user_item_graph
+from crane_core.graph import sampled_user_item_graph, user_item_graph
 from crane_core.memory import check_memory, free_bytes
 from crane_core.model import Batch, LightGCN, PickedViews, Rows
 from crane_core.monitors import GRADIENT, cosine_moments, effective_rank, signs
@@ -171,7 +171,8 @@ class Trainer:
             )
         self.weights = _user_weights(np.where(exhausted, 0, interactions.train.counts()), config.user_balance)
         self._known = torch.from_numpy(interactions.train.counts() > 0)
-        self.graph = self._graph(np.arange(len(self.users)))
+        whole = user_item_graph(self.users, self.items, self.shards)
+        self.graph = SymmetricGraph(whole, device, self.shards, resident=config.num_neighbours is None)
         self.progress = Progress()
         self._started = self._reported = time.monotonic()
         self._rows = 0
@@ -247,8 +248,7 @@ class Trainer:
             # Resumed within an epoch, what the model made at its start is in the checkpoint.
             self.model.start_epoch(progress.epoch)
         self.model.train()
-        kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, progress.epoch))
-        graph = self.graph if len(kept) == len(self.users) else self._graph(kept)
+        graph = self._epoch_graph()
         order = self.sampled[self._generator(2, progress.epoch).permutation(len(self.sampled))]
         step_size = config.batch_size * config.batches_per_step
         num_steps = -(-len(order) // step_size)
@@ -428,9 +428,17 @@ class Trainer:
             if self.rank == 0:
                 logger.warning(last[name])
 
-    def _graph(self, kept: np.ndarray) -> SymmetricGraph:
-        interactions = self.interactions
-        matrix = user_item_graph(self.users[kept], self.items[kept], interactions.num_users, interactions.num_items)
+    def _epoch_graph(self) -> SymmetricGraph:
+        """What is left of the user-item graph for this epoch."""
+        epoch, num_neighbours = self.progress.epoch, self.config.num_neighbours
+        kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, epoch))
+        if num_neighbours is None and len(kept) == len(self.users):
+            return self.graph
+        edges = self.users[kept], self.items[kept], self.shards
+        if num_neighbours is None:
+            matrix = user_item_graph(*edges)
+        else:
+            matrix = sampled_user_item_graph(*edges, num_neighbours, self._generator(4, epoch))
         return SymmetricGraph(matrix, self.device, self.shards)
 
     def _generator(self, *purpose: int) -> np.random.Generator:

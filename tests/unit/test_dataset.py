@@ -14,6 +14,7 @@ from crane_core.dataset import ItemLists, load_interactions
 from crane_core.errors import ArtifactError
 from crane_core.graph import user_item_graph
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
+from crane_core.sharding import Shards
 from crane_core.store import Artifact
 
 NUM_USERS, NUM_ITEMS = 60, 40
@@ -68,7 +69,7 @@ def test_the_graph_does_not_depend_on_the_order_of_the_pairs() -> None:
     met = np.random.default_rng(2).random((30, 20)) < 0.2
     users, items = np.nonzero(met)
     order = np.random.default_rng(3).permutation(len(users))
-    sorted_graph, graph = (user_item_graph(users[rows], items[rows], 30, 20) for rows in (slice(None), order))
+    sorted_graph, graph = (user_item_graph(users[rows], items[rows], Shards((30, 20))) for rows in (slice(None), order))
     assert graph.has_sorted_indices and graph.indices.dtype == graph.indptr.dtype == np.int32
     assert (graph != sorted_graph).nnz == 0 and (graph != graph.T).nnz == 0
     degrees = np.maximum(np.concatenate([met.sum(1), met.sum(0)]), 1)

@@ -18,6 +18,7 @@ from crane_core.content import Content
 from crane_core.graph import user_item_graph
 from crane_core.model import POWERS, Batch, Crane, LightGCN, Views, bpr, fill_cold, info_nce, sampled_softmax
 from crane_core.propagation import SymmetricGraph, propagate
+from crane_core.sharding import Shards
 
 CPU = torch.device("cpu")
 NUM_USERS, NUM_ITEMS, DIM, WIDTH = 6, 8, 3, 4
@@ -39,7 +40,7 @@ SHARED = BATCH._replace(
 
 def graph() -> SymmetricGraph:
     users, items = np.array(PAIRS).T
-    return SymmetricGraph(user_item_graph(users, items, NUM_USERS, NUM_ITEMS), CPU)
+    return SymmetricGraph(user_item_graph(users, items, Shards((NUM_USERS, NUM_ITEMS))), CPU)
 
 
 def item_matrix() -> np.ndarray:

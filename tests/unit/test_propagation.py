@@ -41,6 +41,17 @@ def test_rows_in_any_layout_and_indices_of_any_width() -> None:
     assert torch.equal(SymmetricGraph(wide, CPU) @ rows, expected)
 
 
+@pytest.mark.parametrize("density", [0.0, 0.2])
+def test_a_matrix_that_stays_in_memory_gives_the_same_bits(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, rows = symmetric(50, density), torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    expected = SymmetricGraph(matrix, CPU) @ rows
+    for entries in (1, 40, 100_000):
+        monkeypatch.setattr("crane_core.propagation._BLOCK_ENTRIES", entries)
+        streamed = SymmetricGraph(matrix, CPU, resident=False)
+        assert torch.equal(streamed @ rows, expected)
+        assert torch.equal(streamed.degrees(), torch.from_numpy(np.diff(matrix.indptr)).long())
+
+
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
 def test_the_gradient_is_that_of_the_dense_product(num_layers: int) -> None:
     matrix = symmetric(30, 0.2)

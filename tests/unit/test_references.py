@@ -17,6 +17,7 @@ from crane_core.graph import user_item_graph
 from crane_core.model import Batch, LightGCN
 from crane_core.propagation import DirectedGraph, SymmetricGraph
 from crane_core.references import Freedom, FreedomSettings, Mgcn, MgcnSettings, modality_graph
+from crane_core.sharding import Shards
 from crane_core.training import Trainer
 from tests.unit.planted import checkerboard
 from tests.unit.test_refine import planted_modalities
@@ -39,7 +40,8 @@ def build(
 
 def adjacency(interactions: Interactions) -> SymmetricGraph:
     log = interactions.train
-    return SymmetricGraph(user_item_graph(log.users(), log.items, interactions.num_users, interactions.num_items), CPU)
+    shards = Shards((interactions.num_users, interactions.num_items))
+    return SymmetricGraph(user_item_graph(log.users(), log.items, shards), CPU)
 
 
 def dense_graph(rows: np.ndarray, k: int, weighted: bool) -> Tensor:
