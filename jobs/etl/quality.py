@@ -61,8 +61,8 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
         F.hour(local).alias("hour"),
         F.floor(2 * F.log2(1 + F.col(WEIGHT))).alias("weight"),
         EVENT_CODE,
+        F.pmod(ITEM_KEY, F.lit(ITEM_GROUPS)).alias("items"),
         USER_KEY,
-        ITEM_KEY,
     )
     figures: dict[str, tuple[Counter[str], Counter[str]]] = {}
 
@@ -71,16 +71,15 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
 
     rows = F.count(F.lit(1)).alias("rows")
     days = 1
-    for row in sided.groupBy("is_day", "hour", "weight", EVENT_CODE).agg(rows, F.min("day").alias("first")).collect():
+    cells = sided.groupBy("is_day", "hour", "weight", EVENT_CODE, "items").agg(rows, F.min("day").alias("first"))
+    for row in cells.collect():
         days = max(days, -row["first"])
-        for name in ("hour", "weight", EVENT_CODE):
+        for name in ("hour", "weight", EVENT_CODE, "items"):
             add(name.removesuffix("_code"), row["is_day"], row[name], row["rows"])
     daily = sided.groupBy("is_day", "day", USER_KEY).count()
     octaves = daily.groupBy("is_day", F.floor(F.log2("count")).alias("value")).agg(F.sum("count").alias("rows"))
-    groups = sided.groupBy("is_day", F.pmod(ITEM_KEY, F.lit(ITEM_GROUPS)).alias("value")).agg(rows)
-    for name, table in (("user_activity", octaves), ("items", groups)):
-        for row in table.collect():
-            add(name, row["is_day"], row["value"], row["rows"])
+    for row in octaves.collect():
+        add("user_activity", row["is_day"], row["value"], row["rows"])
     reference, found = (sum(counts.values()) for counts in figures.get("hour", (Counter(), Counter())))
     result: dict[str, Any] = {"rows": found, "reference_rows": reference, "reference_days": days}
     if min(reference, found) < etl.drift_min_rows:
