@@ -3,8 +3,9 @@
     python -m tests.bench.bench_etl --rows 5000000
 
 A log is generated, the job runs as its command line does, then DuckDB judges, deduplicates, splits and numbers the
-same files and writes the same tables. The two are compared row by row, by external ids, numbers and quarantine counts,
-before anything is reported. `--cores 1 2` repeats the job on each number of cores.
+same files, counts what drift is measured by, and writes the same tables. The two are compared row by row, by external
+ids, numbers, quarantine counts and the rows on both sides of the drift, before anything is reported. `--cores 1 2`
+repeats the job on each number of cores.
 """
 
 from __future__ import annotations
@@ -174,6 +175,12 @@ def compare(mine: Path, facts: dict[str, Any], peer: Path) -> dict[str, Any]:
     counted = dict(
         connection.execute(f"select reason, count(*) from '{peer}/quarantine/*.parquet' group by 1").fetchall()
     )
+    drift = json.loads((mine / "quality.json").read_text())["drift"]
+    for name, is_day in (("rows", True), ("reference_rows", False)):
+        for column in ("hour", "activity"):
+            counted = f"select sum(rows)::bigint from '{peer}/drift/*.parquet'"
+            row = connection.execute(f"{counted} where is_day = {is_day} and {column} is not null").fetchone()
+            found[f"drift {name} by {column}"] = 0 if row == (drift[name],) else {"spark": drift[name], "duckdb": row}
     found["quarantine"] = {} if counted == facts["quarantine"] else {"spark": facts["quarantine"], "duckdb": counted}
     return found
 

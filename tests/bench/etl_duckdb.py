@@ -49,7 +49,7 @@ def main(raw: str, out: str, threads: str, memory: str, text: str) -> None:
     connection.execute(
         """
         create table events as
-        select user_id, item_id, event_time, weight, dt,
+        select user_id, item_id, event_time, event_type, weight, dt,
             case when row_number() over pair > 1 then
                 case when event_time = lag(event_time) over pair then 'duplicate' else 'repeat' end
             end as reason
@@ -76,7 +76,7 @@ def main(raw: str, out: str, threads: str, memory: str, text: str) -> None:
                 ) using (item_id)
                 """
             )
-    for table in ("users", "items", "interactions", "quarantine", "cold"):
+    for table in ("users", "items", "interactions", "quarantine", "cold", "drift"):
         (Path(out) / table).mkdir()
     connection.execute(
         f"""
@@ -87,6 +87,16 @@ def main(raw: str, out: str, threads: str, memory: str, text: str) -> None:
         from events left join users using (user_id) left join items using (item_id) where reason is null
         """
     )
+    # The last day beside those before it, over all usable events.
+    cut = f"timestamptz '{config.window.end}' - interval 1 day"
+    connection.execute(
+        f"""
+        create view recent as
+        select event_time >= {cut} as is_day, floor(epoch(event_time - ({cut})) / 86400) as day,
+            hour(event_time) as hour, floor(2 * log2(1 + weight)) as octave, event_type, hash(item_id) % 16 as items, user_id
+        from events where event_time >= {cut} - interval {etl.drift_days} day
+        """
+    )
     style = "(format parquet, compression zstd)"
     columns = "user_idx, item_idx, event_time, weight, split"
     known = "user_idx is not null and item_idx is not null"
@@ -95,6 +105,9 @@ def main(raw: str, out: str, threads: str, memory: str, text: str) -> None:
         "cold": f"select * from placed where not ({known})",
         "users": "select user_idx::int as user_idx, user_id from users order by 1",
         "items": "select item_idx::int as item_idx, item_id, title from items order by 1",
+        "drift": "select is_day, hour, octave, event_type, items, null as activity, count(*) as rows, min(day) as first "
+        "from recent group by all union all select is_day, null, null, null, null, floor(log2(n)), sum(n), null from "
+        "(select is_day, day, user_id, count(*) as n from recent group by all) group by 1, 6",
         "quarantine": "select user_id, item_id, event_time, weight, reason from marked where reason is not null "
         "union all select user_id, item_id, event_time, weight, reason from events where reason is not null",
     }
