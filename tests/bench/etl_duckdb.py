@@ -105,9 +105,9 @@ def main(raw: str, out: str, threads: str, memory: str, text: str) -> None:
         "cold": f"select * from placed where not ({known})",
         "users": "select user_idx::int as user_idx, user_id from users order by 1",
         "items": "select item_idx::int as item_idx, item_id, title from items order by 1",
-        "drift": "select is_day, hour, octave, event_type, items, null as activity, count(*) as rows, min(day) as first "
-        "from recent group by all union all select is_day, null, null, null, null, floor(log2(n)), sum(n), null from "
-        "(select is_day, day, user_id, count(*) as n from recent group by all) group by 1, 6",
+        "drift": "select is_day, hour, octave, event_type, items, null as activity, count(*) as rows, min(day) as "
+        "first from recent group by all union all select is_day, null, null, null, null, floor(log2(n)), sum(n), null "
+        "from (select is_day, day, user_id, count(*) as n from recent group by all) group by 1, 6",
         "quarantine": "select user_id, item_id, event_time, weight, reason from marked where reason is not null "
         "union all select user_id, item_id, event_time, weight, reason from events where reason is not null",
     }
