@@ -178,8 +178,8 @@ def compare(mine: Path, facts: dict[str, Any], peer: Path) -> dict[str, Any]:
     drift = json.loads((mine / "quality.json").read_text())["drift"]
     for name, is_day in (("rows", True), ("reference_rows", False)):
         for column in ("hour", "activity"):
-            counted = f"select sum(rows)::bigint from '{peer}/drift/*.parquet'"
-            row = connection.execute(f"{counted} where is_day = {is_day} and {column} is not null").fetchone()
+            query = f"select sum(rows)::bigint from '{peer}/drift/*.parquet'"
+            row = connection.execute(f"{query} where is_day = {is_day} and {column} is not null").fetchone()
             found[f"drift {name} by {column}"] = 0 if row == (drift[name],) else {"spark": drift[name], "duckdb": row}
     found["quarantine"] = {} if counted == facts["quarantine"] else {"spark": facts["quarantine"], "duckdb": counted}
     return found
