@@ -93,7 +93,8 @@ def main(raw: str, out: str, threads: str, memory: str, text: str) -> None:
         f"""
         create view recent as
         select event_time >= {cut} as is_day, floor(epoch(event_time - ({cut})) / 86400) as day,
-            hour(event_time) as hour, floor(2 * log2(1 + weight)) as octave, event_type, hash(item_id) % 16 as items, user_id
+            hour(event_time) as hour, floor(2 * log2(1 + weight)) as octave, event_type, hash(item_id) % 16 as items,
+            user_id
         from events where event_time >= {cut} - interval {etl.drift_days} day
         """
     )
