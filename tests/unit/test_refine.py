@@ -131,7 +131,8 @@ def test_two_ranks_leave_the_rows_of_one(tmp_path: Path) -> None:
         items, users, likeness = refine_catalog(fresh_refiner(modalities, phi), modalities, 1000)
         found = rows_in(tmp_path / phi)
         for name, expected in (("items", items.numpy()), ("users", users.numpy())):
-            assert np.abs(found[name] - expected).max() < 1e-6 * np.abs(expected).max()
+            # Other blocks are summed in another order: without fused multiply-add that is worth 2.4e-6 here.
+            assert np.abs(found[name] - expected).max() < 1e-5 * np.abs(expected).max()
         for rank in (0, 1):
             np.testing.assert_allclose(np.load(tmp_path / f"{phi}-{rank}.npy"), likeness, atol=1e-6)
 

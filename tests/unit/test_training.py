@@ -32,7 +32,7 @@ from crane_core.memory import check_memory, free_bytes
 from crane_core.model import Batch, Crane, LightGCN, Rows
 from crane_core.propagation import SymmetricGraph, drop_edges
 from crane_core.sharding import Shards
-from crane_core.training import NegativeSampler, Trainer, _user_weights
+from crane_core.training import STEERING_METRIC, NegativeSampler, Trainer, _user_weights
 from tests.unit.planted import checkerboard, checkerboard_content
 
 CPU = torch.device("cpu")
@@ -129,6 +129,18 @@ def test_the_planted_answer_is_found(tmp_path: Path, kind: Kind) -> None:
     for rows in ours.rankings().values():
         ranked = rank_users(dot_product(*rows), interactions.train, users, 2)
         assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_as_many_epochs_as_patience_follow_the_best(
+    patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recalls = [0.1, 0.3, *[0.3] * 8]
+    monkeypatch.setattr(
+        Trainer, "_validate", lambda self, rankings: ("cosine", {STEERING_METRIC: recalls[self.progress.epoch]})
+    )
+    result = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 10, "patience": patience})).run()
+    assert (result["best_epoch"], result["num_epochs"]) == (1, 2 + patience)
 
 
 def finish(work: Path, kind: Kind, seed: int = 0) -> tuple[dict, list, dict[str, Tensor]]:
@@ -357,6 +369,7 @@ def test_the_gradient_norms_are_those_of_the_first_batch_at_the_last_weights(tmp
     config = SMALL.model_copy(update={"num_epochs": 1, "regularisation": 0.1, "contrast_weight": 0.1})
     ours = trainer(tmp_path, config=config, kind=kind)
     ours.run()
+    ours.progress.epoch = 0
     graph = ours._epoch_graph()
     order = ours._generator(2, 0).permutation(len(ours.users))
     batch = ours._batch(order[:64], ours._generator(3, 0, 0))
