@@ -2,54 +2,73 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from pathlib import Path
 
 import torch
 
-from crane_core.config import Train
 from crane_core.errors import TrainingError
-from crane_core.sharding import Shards
+from crane_core.model import LightGCN
 
 _FLOAT = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_memory(config: Train, shards: Shards, shares_negatives: bool, free: int) -> None:
+def check_memory(model: LightGCN, free: int) -> None:
     """Refuse a training whose step cannot fit, before it is killed for it.
 
-    An estimate of what a step holds beside graph and embeddings. By node of this rank: gradient, two moments and two
-    propagated layers; by node of all ranks: the gathered rows, the rows the loss reads and their gradient; by row of a
-    batch: its users, positives and negatives with their gradients, and under `softmax` its scores, their exponentials,
-    their gradient and the mask.
-
     Args:
-        config: sizes.
-        shards: nodes of this rank and of all.
-        shares_negatives: whether a batch has one score for each of its rows and negatives.
+        model: what a step propagates and learns from.
         free: bytes.
 
     Raises:
-        TrainingError: with the batch or the number of ranks that would fit.
+        TrainingError: with the batch, or else the width and the means, that would fit.
     """
-    width = config.embedding_dim * _FLOAT
-    nodes = (5 * shards.num_local + 3 * shards.num_rows) * width
-    row = 6 * width + ((3 * _FLOAT + 1) * config.num_negatives if shares_negatives else 0)
-    if nodes + config.batch_size * row <= free:
+    batch_size, dim = model.config.batch_size, model.config.embedding_dim
+    nodes, rows = node_bytes(model, dim), batch_bytes(model, batch_size, dim)
+    if nodes + rows <= free:
         return
-    fitting = (free - nodes) // row
-    if fitting > 0:
+    fitting = bisect(range(1, batch_size), free - nodes, key=lambda size: batch_bytes(model, size, dim))
+    if fitting:
         remedy = f"Set train.batch_size to {fitting} or less, and train.batches_per_step higher by the same factor."
     else:
-        dim = free // (8 * shards.num_rows * _FLOAT)
-        remedy = (
-            f"Raise runtime.world_size, use machines with more memory, or set train.embedding_dim to {dim} or less."
+        remedy = "Raise runtime.world_size, or use machines with more memory"
+        fitting = bisect(
+            range(1, dim), free, key=lambda dim: node_bytes(model, dim) + batch_bytes(model, batch_size, dim)
         )
+        remedy += f", or set train.embedding_dim to {fitting} or less." if fitting else "."
     raise TrainingError(
-        f"A step needs about {(nodes + config.batch_size * row) / 1e9:.2f} GB, of which {nodes / 1e9:.2f} GB for the "
-        f"rows of {shards.num_rows} nodes and {config.batch_size * row / 1e9:.2f} GB for {config.batch_size} "
-        f"interactions; {free / 1e9:.2f} GB are free.",
+        f"A step needs about {(nodes + rows) / 1e9:.2f} GB, of which {nodes / 1e9:.2f} GB for the rows of "
+        f"{model.shards.num_rows} nodes and {rows / 1e9:.2f} GB for {batch_size} interactions; {free / 1e9:.2f} GB are "
+        "free.",
         remedy,
     )
+
+
+def node_bytes(model: LightGCN, dim: int) -> int:
+    """Bytes a step of `dim` columns holds for the nodes, beside graphs, embeddings and frozen content.
+
+    By node of this rank: gradient, two moments, the propagated layers, and what CRANE's views are made of; by node of
+    all ranks and view: the gathered rows, the rows the loss reads, and their gradient. The refinement of a joint
+    training is not in it.
+    """
+    local = (4 + model.num_views) * dim + model.content_width
+    return (local * model.shards.num_local + 3 * model.num_views * dim * model.shards.num_rows) * _FLOAT
+
+
+def batch_bytes(model: LightGCN, batch_size: int, dim: int) -> int:
+    """Bytes a step holds for the rows of a batch.
+
+    By row: its users, positives and negatives, what the loss makes of them, and the gradients; under `softmax` its
+    scores, their exponentials, their gradient and the mask. By pair of contrasted nodes: scores, their gradient and,
+    where users are contrasted with items, two masks.
+    """
+    row = 18 * dim * _FLOAT + ((3 * _FLOAT + 1) * model.config.num_negatives if model.shares_negatives else 0)
+    users, items = (min(batch_size, size) for size in model.shards.sizes)
+    pairs = 0
+    if model.num_views > 1:
+        pairs = 13 * (users + items) ** 2 if model.contrasts_kinds else 2 * _FLOAT * (users**2 + items**2)
+    return batch_size * row + pairs
 
 
 def free_bytes(device: torch.device) -> int:

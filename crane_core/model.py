@@ -152,6 +152,8 @@ class LightGCN(nn.Module):
         edge_dropout: share of the edges a training epoch goes without; LightGCN keeps them all.
         shares_negatives: whether the rows of a batch share their negatives, or have one each.
         contrasts_kinds: whether users are contrasted with items, which needs `Batch.known`.
+        num_views: how many of the views differ.
+        content_width: numbers of a node's refined row that its view reads.
     """
 
     def __init__(self, num_users: int, num_items: int, config: Train, loss: Loss = "bpr") -> None:
@@ -159,6 +161,8 @@ class LightGCN(nn.Module):
         self.edge_dropout = 0.0
         self.shares_negatives = loss == "softmax"
         self.contrasts_kinds = False
+        self.num_views = 1
+        self.content_width = 0
         self.num_users = num_users
         self.num_items = num_items
         self.config = config
@@ -314,6 +318,8 @@ class Crane(LightGCN):
         self._cut: tuple[SymmetricGraph, SymmetricGraph] | None = None
         self.edge_dropout = config.edge_dropout
         self.contrasts_kinds = config.contrast_negatives == "both_kinds"
+        self.num_views = 3
+        self.content_width = content.width if config.own_content else 0
         generator = torch.Generator().manual_seed(config.seed + 1)
         dim, width = config.embedding_dim, content.width
         self.fusion = nn.Parameter(_xavier(width, dim, generator))

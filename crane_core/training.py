@@ -196,7 +196,7 @@ class Trainer:
             )
         # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
         sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        check_memory(self.config, self.shards, self.model.shares_negatives, free_bytes(self.device) // sharing)
+        check_memory(self.model, free_bytes(self.device) // sharing)
         torch.use_deterministic_algorithms(True)
         self._resume()
         progress, num_exhausted = self.progress, int(self.sampler.exhausted.sum())

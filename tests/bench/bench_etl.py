@@ -91,12 +91,13 @@ def main() -> None:
         "cpu_seconds": round(runs[most]["cpu_seconds"], 1),
         "peer_cpu_seconds": round(peer["cpu_seconds"], 1),
         "seconds": {str(cores): round(value, 1) for cores, value in seconds.items()},
-        "generated_rows_per_second": round(arguments.rows / generated["seconds"]),
         "same_rows": True,
         "command": " ".join(["python -m tests.bench.bench_etl", *sys.argv[1:]]),
         "device": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}",
         "versions": {name: version(name) for name in ("pyspark", "duckdb", "pyarrow")},
     }
+    if arguments.raw is None:
+        report["generated_rows_per_second"] = round(arguments.rows / generated["seconds"])
     if len(seconds) > 1:
         report["scaling"] = round(seconds[min(seconds)] / seconds[most], 2)
     print(json.dumps(report))
