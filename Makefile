@@ -14,8 +14,10 @@ demo: setup ## build, judge, serve a recommender through Airflow: MovieLens 100K
 	@.venv/bin/crane demo $(if $(DATA),--data "$(DATA)")
 
 test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow
-	$(JOBS) pytest -m 'not drill' --ignore=tests/dags --ignore=tests/infra
-	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags
+	@mkdir -p .crane/logs; trap 'kill $$dags' INT TERM; \
+	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags >.crane/logs/test-dags.log 2>&1 & dags=$$!; \
+	$(JOBS) pytest -m 'not drill' --ignore=tests/dags --ignore=tests/infra; jobs=$$?; \
+	wait $$dags; dags=$$?; cat .crane/logs/test-dags.log; [ $$((jobs | dags)) -eq 0 ]
 
 drill: setup ## the long drills: real scheduler, PostgreSQL, MLflow; kills, outages, crowds (apt-get install postgresql)
 	$(JOBS) pytest -q -m drill tests/drills tests/jobs
