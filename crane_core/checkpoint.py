@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,11 +77,20 @@ class Checkpoints:
         """The newest checkpoint, with the rows of this rank; None before the first.
 
         Raises:
-            ArtifactError: it is of another format or of other numbers of rows.
+            ArtifactError: it is of another format or of other numbers of rows, or damaged.
         """
         path = self.folder / POINTER
         if not path.exists():
             return None
+        try:
+            return self._read(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ArtifactError(
+                f"The checkpoint in {self.folder} is damaged: {type(error).__name__}: {error}.",
+                "Remove the folder to train from the start.",
+            ) from error
+
+    def _read(self, path: Path) -> Checkpoint:
         pointer = json.loads(path.read_text())
         if pointer["format"] != FORMAT or tuple(pointer["sizes"]) != self.shards.sizes:
             raise ArtifactError(

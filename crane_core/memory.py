@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,7 +34,8 @@ def check_memory(model: LightGCN, free: int) -> None:
     if fitting:
         remedy = f"Set train.batch_size to {fitting} or less, and train.batches_per_step higher by the same factor."
     else:
-        remedy = "Raise runtime.world_size, or use machines with more memory"
+        # Ranks that share a machine's memory need more of it together than one alone.
+        remedy = "Train on more or larger machines or GPUs, with no more ranks on a machine's CPU"
         fitting = bisect(
             range(1, dim), free, key=lambda dim: node_bytes(model, dim) + batch_bytes(model, batch_size, dim)
         )
@@ -69,6 +72,25 @@ def batch_bytes(model: LightGCN, batch_size: int, dim: int) -> int:
     if model.num_views > 1:
         pairs = 13 * (users + items) ** 2 if model.contrasts_kinds else 2 * _FLOAT * (users**2 + items**2)
     return batch_size * row + pairs
+
+
+@contextmanager
+def naming_out_of_memory() -> Iterator[None]:
+    """Turn what numpy and torch raise when there is no more memory into an error with a remedy.
+
+    Raises:
+        TrainingError: memory ran out inside.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On the CPU torch has no type of its own for it.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            found = " ".join(str(error).split()) or type(error).__name__
+            raise TrainingError(
+                f"Memory ran out: {found}", "Use more or larger machines or GPUs, or a smaller train.embedding_dim."
+            ) from error
+        raise
 
 
 def free_bytes(device: torch.device) -> int:

@@ -22,7 +22,7 @@ class SymmetricGraph:
 
     Because the matrix equals its transpose, the gradient is the same product. The kernel is torch's embedding bag, a
     weighted sum of rows for each row, which on a CPU is code that FBGEMM generates for the width at hand: it measured
-    3 to 6 times the CSR kernels of scipy and MKL and 10 times `torch.sparse.mm` over COO. A row is summed in the
+    2.7 to 7 times the CSR kernels of scipy and MKL and 8 to 13 times `torch.sparse.mm` over COO. A row is summed in the
     order of its entries by one thread, so the bits do not depend on the number of threads.
 
     Of several ranks, each keeps and multiplies the rows of its shard: all ranks' rows are gathered, and by symmetry

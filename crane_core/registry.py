@@ -342,8 +342,9 @@ class Registry:
     def watch(self, name: str, fingerprint: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
         """Show a training's epochs while it runs, in a run of MLflow of its own.
 
-        A training that goes on from a checkpoint goes on in the same run. A server that does not answer costs the
-        points of its absence, not the training: they are in the training's own curve.
+        A training that goes on from a checkpoint goes on in the same run. A server that stops answering
+        costs the points of its absence, not the training: they are in the training's own curve. At the start it must
+        answer.
 
         Args:
             name: of the run.

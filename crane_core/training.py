@@ -249,6 +249,7 @@ class Trainer:
             self.model.start_epoch(progress.epoch)
         self.model.train()
         graph = self._epoch_graph()
+        self._reported, self._rows = time.monotonic(), 0
         order = self.sampled[self._generator(2, progress.epoch).permutation(len(self.sampled))]
         step_size = config.batch_size * config.batches_per_step
         num_steps = -(-len(order) // step_size)
@@ -366,7 +367,7 @@ class Trainer:
         return bool(answer > 0)
 
     def _report(self, num_steps: int, num_rows: int) -> None:
-        """Log how the epoch goes, every few seconds: rows per second, mean loss, resident memory, time left."""
+        """Log how the epoch goes, every few seconds: rows per second, mean loss, resident memory, what is left."""
         progress, now = self.progress, time.monotonic()
         self._rows += min(self.config.batch_size * self.config.batches_per_step, num_rows)
         if now - self._reported < LOG_SECONDS:
@@ -374,7 +375,7 @@ class Trainer:
         rate = self._rows / (now - self._reported)
         self._reported, self._rows = now, 0
         logger.info(
-            "train epoch=%d step=%d total=%d loss=%.4f rate=%.0f/s memory=%.2fGB left=%.0fs",
+            "train epoch=%d step=%d total=%d loss=%.4f rate=%.0f/s memory=%.2fGB epoch_left=%.0fs",
             progress.epoch,
             progress.step,
             num_steps,

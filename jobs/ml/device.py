@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -10,9 +12,14 @@ from crane_core.errors import ConfigError
 
 
 def use_torch_threads(runtime: Runtime) -> None:
-    """Set the number of torch threads: for jobs that compute on the CPU, whatever `runtime.device` is."""
+    """Set the number of torch threads: for jobs that compute on the CPU, whatever `runtime.device` is.
+
+    Where neither `runtime.num_threads` nor OMP_NUM_THREADS says it, the ranks of a machine share its cores.
+    """
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def use_device(runtime: Runtime) -> torch.device:

@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from crane_core.config import RunConfig, Runtime
 from crane_core.dataset import Interactions, load_interactions
 from crane_core.errors import ArtifactError, ConfigError, DataError, TrainingError, TrainingStopped
+from crane_core.memory import naming_out_of_memory
 from crane_core.model import LightGCN
 from crane_core.pipeline import STAGES
 from crane_core.store import Artifact, ArtifactStore
@@ -39,6 +40,8 @@ PUBLICATION_SECONDS = 1800.0
 """How long the other nodes wait after training for the first one's artifact."""
 MAX_RESTARTS = 1
 """How often the ranks are started again within one attempt at the stage."""
+SHUTDOWN_SECONDS = 600
+"""How long ranks asked to stop may take for the step at work and its checkpoint before they are killed."""
 _REFUSALS = {each.__name__: each for each in (ConfigError, DataError, ArtifactError, TrainingError)}
 """What a rank may end with for good, by the name that reaches its agent."""
 
@@ -162,6 +165,7 @@ def _launch(work: Callable[..., None], stage: str, arguments: tuple[Any, ...]) -
         local_addr=None if node.num_nodes > 1 else ADDRESS,
         max_restarts=MAX_RESTARTS,
         start_method="spawn",
+        shutdown_timeout=SHUTDOWN_SECONDS,
     )
     resumes = "Start the same command again: it goes on from what is finished."
     try:
@@ -273,7 +277,7 @@ def _live_curve(
 @record
 def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
     """What every rank does; rank 0 leaves the results in `work`."""
-    with rank(config.runtime) as device:
+    with naming_out_of_memory(), rank(config.runtime) as device:
         store = open_store(store_uri)
         interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
         model = build(store, run_id, interactions, config, device)

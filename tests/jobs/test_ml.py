@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from crane_core.config import Runtime, load_config
 from crane_core.content import load_graph
 from crane_core.dataset import ItemLists
-from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, ConfigError, DataError
+from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, EXIT_UNEXPECTED, ConfigError, DataError
 from crane_core.graph import build_graph
 from crane_core.knn import brute_force
 from crane_core.model import Rows
@@ -293,14 +293,14 @@ def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(fi
         assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
 
 
-def test_the_ranks_of_one_machine_listen_on_loopback_only(tmp_path: Path) -> None:
+def test_two_ranks_listen_on_loopback_only_and_stop_on_sigterm(tmp_path: Path) -> None:
     plant(tmp_path / "store", tmp_path / "scratch")
     extra = ("runtime.world_size=2", "train.num_epochs=100000", "train.patience=100000")
     store = open_store(str(tmp_path / "store"))
     store.start_run("long", load_config(None, [*SETTINGS, *extra]))
     store.record("long", "etl.interactions", "", {"fingerprint": "planted"})
     command = [sys.executable, "-m", "jobs.ml.behaviour", *flags(tmp_path / "store", "long", "", extra)]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         while not list((tmp_path / "store" / ".scratch").glob("ml.behaviour/*.work/checkpoint.json")):
             assert process.poll() is None, "the job ended before it trained"
@@ -312,11 +312,15 @@ def test_the_ranks_of_one_machine_listen_on_loopback_only(tmp_path: Path) -> Non
             for connection in each.net_connections("tcp")
             if connection.status == psutil.CONN_LISTEN
         ]
+        process.terminate()
+        _, said = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert set(found) == {"127.0.0.1"} and len(found) >= 3, "a store, and a socket of gloo for each rank"
+    assert process.returncode == EXIT_UNEXPECTED and "error=TrainingStopped" in said
+    assert launch.SHUTDOWN_SECONDS > 60, "nobody was killed above, and a step at scale takes half a minute"
 
 
 def test_two_nodes_train_as_one_with_two_processes_does(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from crane_core import memory, training
 from crane_core.config import Train
 from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists
-from crane_core.errors import DataError, TrainingError, TrainingStopped
+from crane_core.errors import ArtifactError, DataError, TrainingError, TrainingStopped
 from crane_core.evaluation import dot_product, rank_users, user_metrics
 from crane_core.graph import build_graph, user_item_graph
 from crane_core.knn import search
-from crane_core.memory import batch_bytes, check_memory, free_bytes, node_bytes
+from crane_core.memory import batch_bytes, check_memory, free_bytes, naming_out_of_memory, node_bytes
 from crane_core.model import Batch, Crane, LightGCN, Rows
 from crane_core.propagation import SymmetricGraph, drop_edges
 from crane_core.training import STEERING_METRIC, NegativeSampler, Trainer, _user_weights
@@ -608,13 +608,38 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mon
     check_memory(model(fitting), 300_000_000)
     with pytest.raises(TrainingError):
         check_memory(model(fitting + 1), 300_000_000)
-    with pytest.raises(TrainingError, match=r"machines with more memory, or set train.embedding_dim to 8 or less"):
+    with pytest.raises(TrainingError, match=r"a machine's CPU, or set train.embedding_dim to 8 or less"):
         check_memory(model(100_000), 100_000_000)
     check_memory(model(100_000, 8), 100_000_000)
-    with pytest.raises(TrainingError, match=r"machines with more memory\."):
+    with pytest.raises(TrainingError, match=r"a machine's CPU\."):
         check_memory(model(100_000), 1_000_000)
     monkeypatch.setattr(training, "free_bytes", lambda _: 1000)
     with pytest.raises(TrainingError, match="72 nodes"):
+        trainer(tmp_path).run()
+
+
+def test_memory_that_runs_out_is_a_typed_error() -> None:
+    for allocate in (lambda: np.empty(2**60, np.uint8), lambda: torch.empty(2**60, dtype=torch.uint8)):
+        with pytest.raises(TrainingError, match=r"Memory ran out: .*llocat"), naming_out_of_memory():
+            allocate()
+    with pytest.raises(RuntimeError, match=r"^another$"), naming_out_of_memory():
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "rank-0.safetensors", "replicated.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_refused_with_a_remedy(file: str, damage: str, tmp_path: Path) -> None:
+    ours = trainer(tmp_path)
+    ours._checkpoint()
+    (path,) = tmp_path.rglob(file)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:5])
+    else:
+        path.unlink()
+    if file == "checkpoint.json" and damage == "gone":
+        assert ours.checkpoints.read() is None
+        return
+    with pytest.raises(ArtifactError, match=r"is damaged|is refused"):
         trainer(tmp_path).run()
 
 
