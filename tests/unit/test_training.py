@@ -684,15 +684,17 @@ def _peak_of_a_step(kind: Kind, contrast: Literal["same_kind", "both_kinds"], ba
     ],
 )
 def test_a_step_takes_the_memory_it_is_said_to(
-    kind: Kind, contrast: Literal["same_kind", "both_kinds"], batch_size: int
+    kind: Kind, contrast: Literal["same_kind", "both_kinds"], batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # glibc gives back at once what it frees; otherwise the gaps it keeps count too, by chance a third more or less.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     context = mp.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak_of_a_step, args=(kind, contrast, batch_size, queue))
     process.start()
     taken, estimated = queue.get(timeout=120)
     process.join()
-    assert 0.65 < taken / estimated < 1.25
+    assert 0.6 < taken / estimated < 1
 
 
 def test_pages_of_files_are_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
