@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,8 @@ from crane_core.errors import ArtifactError
 from crane_core.evaluation import bootstrap
 from crane_core.sharding import Shards
 
-_BLOCK_ROWS = 1 << 16
-"""Nodes whose edges get their values at a time."""
-_BLOCK_EDGES = 1 << 22
-"""Edges drawn at a time."""
+_BLOCK_EDGES = 1 << 20
+"""Edges that are drawn, or get their values, at a time."""
 
 
 def merge_shards(
@@ -144,11 +143,13 @@ def _lay_out(
     width = np.int32 if met.nnz + met_by.nnz < 2**31 else np.int64
     indptr = np.concatenate([met.indptr, np.add(met_by.indptr[1:], met.nnz, dtype=np.int64)], dtype=width)
     indices = np.concatenate([met.indices + num_users, met_by.indices], dtype=width)
+    del met, met_by
     counts, own_roots = np.diff(indptr), np.concatenate([roots[own_users], roots[own_items]])
     values = np.empty(len(indices), dtype=np.float32)
-    for start in range(0, len(counts), _BLOCK_ROWS):
-        entries = slice(indptr[start], indptr[min(start + _BLOCK_ROWS, len(counts))])
-        left = np.repeat(own_roots[start : start + _BLOCK_ROWS], counts[start : start + _BLOCK_ROWS])
+    cuts = np.searchsorted(indptr, np.arange(0, len(indices) + _BLOCK_EDGES, _BLOCK_EDGES)).clip(max=len(counts))
+    for start, stop in pairwise(np.unique(cuts)):
+        entries = slice(indptr[start], indptr[stop])
+        left = np.repeat(own_roots[start:stop], counts[start:stop])
         right = roots[indices[entries]]
         values[entries] = left * right
         if num_neighbours is not None:

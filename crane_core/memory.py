@@ -13,39 +13,69 @@ from crane_core.errors import TrainingError
 from crane_core.model import LightGCN
 
 _FLOAT = 4
+_EDGE = 16
+"""Bytes of an edge in a graph: a column and a value in the row of either end."""
+_LISTED_EDGE = 20
+"""Bytes of its user and its places among the rows to learn from and in the order of an epoch."""
+_DRAWN_EDGE = 40
+"""Bytes instead of those while graphs are laid out and the edges of an epoch drawn."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_memory(model: LightGCN, free: int) -> None:
-    """Refuse a training whose step cannot fit, before it is killed for it.
+def check_memory(model: LightGCN, num_edges: int, device: torch.device, free: int) -> None:
+    """Refuse a training that cannot fit, before its graph is laid out.
 
     Args:
         model: what a step propagates and learns from.
-        free: bytes.
+        num_edges: training interactions.
+        device: of the model.
+        free: bytes there.
 
     Raises:
         TrainingError: with the batch, or else the width and the means, that would fit.
     """
     batch_size, dim = model.config.batch_size, model.config.embedding_dim
-    nodes, rows = node_bytes(model, dim), batch_bytes(model, batch_size, dim)
-    if nodes + rows <= free:
+    edges, nodes, rows = (
+        edge_bytes(model, num_edges, device),
+        node_bytes(model, dim),
+        batch_bytes(model, batch_size, dim),
+    )
+    laid_out = edges + (0 if device.type == "cuda" else (_DRAWN_EDGE - _LISTED_EDGE) * num_edges)
+    needed = max(edges + nodes + rows, laid_out)
+    if needed <= free:
         return
-    fitting = bisect(range(1, batch_size), free - nodes, key=lambda size: batch_bytes(model, size, dim))
+    left = free - edges if laid_out <= free else 0
+    fitting = bisect(range(1, batch_size), left - nodes, key=lambda size: batch_bytes(model, size, dim))
     if fitting:
         remedy = f"Set train.batch_size to {fitting} or less, and train.batches_per_step higher by the same factor."
     else:
         # Ranks that share a machine's memory need more of it together than one alone.
         remedy = "Train on more or larger machines or GPUs, with no more ranks on a machine's CPU"
         fitting = bisect(
-            range(1, dim), free, key=lambda dim: node_bytes(model, dim) + batch_bytes(model, batch_size, dim)
+            range(1, dim), left, key=lambda dim: node_bytes(model, dim) + batch_bytes(model, batch_size, dim)
         )
         remedy += f", or set train.embedding_dim to {fitting} or less." if fitting else "."
     raise TrainingError(
-        f"A step needs about {(nodes + rows) / 1e9:.2f} GB, of which {nodes / 1e9:.2f} GB for the rows of "
-        f"{model.shards.num_rows} nodes and {rows / 1e9:.2f} GB for {batch_size} interactions; {free / 1e9:.2f} GB are "
-        "free.",
+        f"Training needs about {needed / 1e9:.2f} GB: {edges / 1e9:.2f} GB for {num_edges} edges, and in a step "
+        f"{nodes / 1e9:.2f} GB for the rows of {model.shards.num_rows} nodes and {rows / 1e9:.2f} GB for {batch_size} "
+        f"interactions; {free / 1e9:.2f} GB are free.",
         remedy,
     )
+
+
+def edge_bytes(model: LightGCN, num_edges: int, device: torch.device) -> int:
+    """Bytes held for the edges on the device, beside their items.
+
+    This rank's rows of the graph and of what is left of it for an epoch; on a CPU also the lists of the edges, whole on
+    every rank. What graphs are sampled from stays off a GPU.
+    """
+    on_gpu, num_neighbours = device.type == "cuda", model.config.num_neighbours
+    in_graphs = 0 if on_gpu and num_neighbours is not None else num_edges
+    if num_neighbours is not None:
+        in_graphs += min(num_edges, num_neighbours * model.shards.num_rows)
+    elif model.edge_dropout:
+        in_graphs += round(num_edges * (1 - model.edge_dropout))
+    return _EDGE * in_graphs // model.shards.world_size + (0 if on_gpu else _LISTED_EDGE * num_edges)
 
 
 def node_bytes(model: LightGCN, dim: int) -> int:

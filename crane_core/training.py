@@ -131,6 +131,7 @@ class Trainer:
 
     Raises:
         DataError: no user has both a training interaction and an item left that could be a negative.
+        TrainingError: the training does not fit in memory.
     """
 
     def __init__(
@@ -171,6 +172,9 @@ class Trainer:
             )
         self.weights = _user_weights(np.where(exhausted, 0, interactions.train.counts()), config.user_balance)
         self._known = torch.from_numpy(interactions.train.counts() > 0)
+        # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
+        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        check_memory(model, len(self.items), device, free_bytes(device) // sharing)
         whole = user_item_graph(self.users, self.items, self.shards)
         self.graph = SymmetricGraph(whole, device, self.shards, resident=config.num_neighbours is None)
         self.progress = Progress()
@@ -185,7 +189,7 @@ class Trainer:
             `users_without_negatives`, how many users were set aside because they have met every item.
 
         Raises:
-            TrainingError: the loss is not finite, nobody has a validation item, or a step does not fit in memory.
+            TrainingError: the loss is not finite, or nobody has a validation item.
             TrainingStopped: somebody asked for it.
         """
         if not (self.interactions.validation.counts() > 0).any():
@@ -194,9 +198,6 @@ class Trainer:
                 "another.",
                 "Widen etl.validation_days, or deliver rows of the label 1 under etl.split=label.",
             )
-        # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
-        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        check_memory(self.model, free_bytes(self.device) // sharing)
         torch.use_deterministic_algorithms(True)
         self._resume()
         progress, num_exhausted = self.progress, int(self.sampler.exhausted.sum())
