@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from crane_core.errors import ArtifactError
 from crane_core.sharding import Shards
+from crane_core.storage.local import sync
 from crane_core.tensors import load_tensors
 
 POINTER = "checkpoint.json"
@@ -64,11 +64,11 @@ class Checkpoints:
             return
         pointer = {"format": FORMAT, "folder": target.name, "sizes": shards.sizes, "world_size": shards.world_size}
         spooled = self.folder / f".{POINTER}"
-        with spooled.open("w") as handle:
-            handle.write(json.dumps({**pointer, "state": checkpoint.state}))
-            handle.flush()
-            os.fsync(handle.fileno())
+        spooled.write_text(json.dumps({**pointer, "state": checkpoint.state}))
+        sync(spooled)
         spooled.replace(self.folder / POINTER)
+        # Until the new name is on the disk, a machine that loses power may still want what is removed here.
+        sync(self.folder)
         for other in self.folder.glob("checkpoint-*"):
             if other != target:
                 shutil.rmtree(other)
@@ -127,6 +127,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file that is complete or absent, and on the disk when it is there."""
     spooled = path.with_name(f".{path.name}")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, spooled)
-    with spooled.open("rb") as handle:
-        os.fsync(handle.fileno())
+    sync(spooled)
     spooled.replace(path)
+    sync(path.parent)

@@ -46,7 +46,7 @@ class LocalStorage:
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in folder.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         # A rename across file systems is not atomic: bring the folder over under a hidden name first.
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         shutil.move(folder, hidden)
@@ -57,7 +57,7 @@ class LocalStorage:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return False
             raise
-        _sync(target.parent)
+        sync(target.parent)
         return True
 
     def fetch(self, key: str, cache: Path) -> Path:
@@ -69,7 +69,7 @@ class LocalStorage:
         spooled = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         try:
             spooled.write_bytes(data)
-            _sync(spooled)
+            sync(spooled)
         except OSError:
             # A full disk must not be filled further.
             spooled.unlink(missing_ok=True)
@@ -77,7 +77,8 @@ class LocalStorage:
         return spooled
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -111,7 +111,8 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
 
     With `runtime.world_size` above 1 the ranks run under torchrun's elastic agent, which starts them all again from the
     last checkpoint when one is lost, once. Killed at any moment, the next attempt goes on from the last checkpoint and
-    ends with the same result; asked to end by SIGTERM, the training finishes its step and writes one.
+    ends with the same result; asked to end by SIGTERM, the training finishes its step and writes one. A rank that alone
+    gets SIGTERM counts as lost: all write a checkpoint after the step, and start again from it.
 
     Args:
         job: the stage at work.

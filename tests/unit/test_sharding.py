@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +52,11 @@ def _meet(rank: int, world_size: int, folder: str) -> None:
     summed = shards.add_up(rows * (rank + 1))
     torch.testing.assert_close(summed, shards.local(rows) * sum(range(1, world_size + 1)))
     state = {"step": world_size}
+    # The others are late: nothing counts before they have written their rows.
+    time.sleep(0.5 if rank else 0)
     Checkpoints(Path(folder), shards).write("1", Checkpoint({"ids": shards.local(rows)}, {"bias": rows[:2]}, state))
+    if rank == 0:
+        assert len(list(Path(folder, "checkpoint-1").glob("rank-*"))) >= world_size
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -85,6 +94,31 @@ def test_a_checkpoint_counts_when_it_is_whole_and_replaces_the_one_before(
     found = checkpoints.read()
     assert found is not None and found.state == {"number": 3} and bool((found.sharded["ids"] == 3).all())
     assert [path.name for path in sorted(tmp_path.glob("checkpoint*"))] == ["checkpoint-2", "checkpoint.json"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts_and_counts_before_another_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, done = Checkpoints(tmp_path, Shards(SIZES)), []
+    checkpoints.write("1", checkpoint(1))
+    calls = {"sync": os.fsync, "name": Path.replace, "remove": shutil.rmtree}
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def call(what: Any, *rest: Any) -> Any:
+            path = Path(f"/proc/self/fd/{what}").readlink() if isinstance(what, int) else what
+            done.append((name, path.name.lstrip(".")))
+            return calls[name](what, *rest)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", recorded("sync"))
+    monkeypatch.setattr(Path, "replace", recorded("name"))
+    monkeypatch.setattr(shutil, "rmtree", recorded("remove"))
+    checkpoints.write("2", checkpoint(2))
+    files = ["rank-0.safetensors", "replicated.safetensors"]
+    parts = [step for file in files for step in (("sync", file), ("name", file), ("sync", "checkpoint-2"))]
+    pointer = [("sync", "checkpoint.json"), ("name", "checkpoint.json"), ("sync", tmp_path.name)]
+    assert done == [*parts, *pointer, ("remove", "checkpoint-1")]
 
 
 def test_a_checkpoint_of_other_rows_is_refused(tmp_path: Path) -> None:

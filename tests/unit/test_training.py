@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -395,6 +396,20 @@ def test_a_contrast_that_overwhelms_the_ranking_is_logged_once(
         assert said == ([] if weight < 1 else ["overwhelmed epoch=0 term=contrast"])
 
 
+def test_a_line_tells_the_rate_the_loss_the_memory_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, seconds = trainer(tmp_path), iter([3.0, 10.0])
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(training, "resident_bytes", lambda: 1_500_000_000)
+    ours.progress.epoch, ours.progress.sums, ours._reported = 2, {"ranking": 1.0, "norm": 0.5}, 0.0
+    with caplog.at_level(logging.INFO):
+        for ours.progress.step in (1, 2):
+            ours._report(5, 300)
+    # 2 x 64 rows in 10 seconds; 180 of 300 are left.
+    assert caplog.messages == ["train epoch=2 step=2 total=5 loss=0.7500 rate=13/s memory=1.50GB epoch_left=14s"]
+
+
 def uneven(kind: Kind, work: Path) -> Trainer:
     """33 users and 21 items, which neither two nor four ranks can share evenly, in steps of two batches.
 
@@ -429,6 +444,12 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     half = uneven("crane", Path(folder) / f"half{world_size}")
     half.config = half.config.model_copy(update={"num_epochs": 1})
     half.run()
+    # What one rank is asked, all do.
+    stopped = uneven("crane", Path(folder) / f"stopped{world_size}")
+    if rank == world_size - 1:
+        stopped.stopping.set()
+    with pytest.raises(TrainingStopped, match="after step 1 of"):
+        stopped.run()
     torch.distributed.destroy_process_group()
 
 
