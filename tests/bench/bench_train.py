@@ -13,9 +13,10 @@ sides take turns, so that what else the machine does burdens both. The last line
   same by the time of the processor. `epoch_seconds`: of a whole epoch, computed from the steps unless `--whole`.
 - `peak_bytes`: the resident set at its largest (VmHWM), the peer's included unless `--whole`.
 - With `--data`: `recall@20` and `peer_recall@20` on validation and `seconds` of each, trained until it stops rising.
-- With `--whole`: the interactions are written as Parquet shards and read from there, an epoch is trained and all users
-  are ranked; `seconds` and `cpu_seconds` of each part. `--whole-steps` and `--whole-users` take a part of the epoch and
-  of the users, and the seconds of the whole are computed from it. The peer is left out.
+- With `--whole`: the interactions are written as Parquet shards and read from there, an epoch is trained, validated and
+  written as a checkpoint, and all users are ranked; `seconds` and `cpu_seconds` of each part. `--whole-steps` and
+  `--whole-users` take a part of the epoch and of the users, and the seconds of the whole are computed from it. With
+  `--crane`, CRANE learns in place of LightGCN, from random rows of two modalities. The peer is left out.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crane_core.config import Train
+from crane_core.content import Content
 from crane_core.dataset import Interactions, ItemLists, load_interactions
 from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks, rank_users, user_metrics
 from crane_core.experiments.data import load_dataset
-from crane_core.graph import user_item_graph
-from crane_core.model import LightGCN
+from crane_core.graph import build_graph, user_item_graph
+from crane_core.model import Crane, LightGCN
+from crane_core.propagation import SymmetricGraph
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.sharding import Shards
 from crane_core.store import Artifact
@@ -117,6 +120,7 @@ def main() -> int:
     parser.add_argument("--num-epochs", type=int, default=1000, help="bound with --data")
     parser.add_argument("--steps", type=int, default=10, help="of each side")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--crane", action="store_true", help="with --whole")
     parser.add_argument("--whole-steps", type=int, help="of the epoch; all when absent")
     parser.add_argument("--whole-users", type=int, help="ranked; all when absent")
     parser.add_argument("--device", default="cpu")
@@ -267,7 +271,7 @@ def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: tor
     part("write_shards")
     interactions = load_interactions(artifact)
     part("read_shards")
-    trainer = make_trainer(interactions, config, folder, device)
+    trainer = make_trainer(interactions, config, folder, device, args.crane)
     part("adjacency_and_state")
     size = config.batch_size * config.batches_per_step
     num_steps = -(-len(trainer.users) // size)
@@ -281,9 +285,14 @@ def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: tor
         trainer._step(graph, trainer._batches(picked), len(picked))
         print(f"step={step + 1} of {num_steps} seconds={time.perf_counter() - before['seconds']:.0f}", file=sys.stderr)
     part("steps")
-    with torch.no_grad():
-        users, items = trainer.rankings()["dot"]
+    trainer.progress.step += 1
+    trainer._checkpoint()
+    part("checkpoint")
+    rankings = trainer.rankings()
     part("final_rows")
+    ranking, _ = trainer._validate(rankings)
+    users, items = rankings[ranking]
+    part("validation")
     ranked, block = min(args.whole_users or args.users, args.users), max(1, SCORE_BYTES // (4 * args.items))
     for _ in rank_blocks(dot_product(users, items), interactions.train, np.arange(ranked), 20, block):
         pass
@@ -299,16 +308,29 @@ def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: tor
         "steps": f"{done} of {num_steps}",
         "users_ranked": ranked,
         "loss": sum(trainer.progress.sums.values()) / done,
+        "checkpoint_bytes": sum(path.stat().st_size for path in folder.glob("checkpoint-*/*")),
+        "content": "random" if args.crane else None,
         **parts,
         "peer": None,
         "peer_interactions_per_second": None,
     }
 
 
-def make_trainer(interactions: Interactions, config: Train, folder: Path, device: torch.device) -> Trainer:
-    return Trainer(
-        LightGCN(interactions.num_users, interactions.num_items, config), interactions, config, folder, device
-    )
+def make_trainer(
+    interactions: Interactions, config: Train, folder: Path, device: torch.device, crane: bool = False
+) -> Trainer:
+    sizes = interactions.num_users, interactions.num_items
+    model = Crane(*sizes, random_content(*sizes, device), config) if crane else LightGCN(*sizes, config)
+    return Trainer(model, interactions, config, folder, device)
+
+
+def random_content(num_users: int, num_items: int, device: torch.device) -> Content:
+    """Refined rows of two modalities and a graph of ten neighbours for each item."""
+    generator = torch.Generator().manual_seed(0)
+    items, users = (torch.randn(size, 2, 64, generator=generator) for size in (num_items, num_users))
+    neighbours = torch.randint(num_items, (num_items, 10), generator=generator, dtype=torch.int32)
+    graph = SymmetricGraph(build_graph(neighbours.numpy()), device)
+    return Content(F.normalize(items, dim=2).to(device), graph, F.normalize(users, dim=2).to(device))
 
 
 def synthetic(num_users: int, num_items: int, num_interactions: int) -> Interactions:
