@@ -93,14 +93,13 @@ def batch_bytes(model: LightGCN, batch_size: int, dim: int) -> int:
     """Bytes a step holds for the rows of a batch.
 
     By row: its users, positives and negatives, what the loss makes of them, and the gradients; under `softmax` its
-    scores, their exponentials, their gradient and the mask. By pair of contrasted nodes: scores, their gradient and,
-    where users are contrasted with items, two masks.
+    scores and the mask. By pair of contrasted nodes: scores and, where users are contrasted with items, two masks.
     """
-    row = 18 * dim * _FLOAT + ((3 * _FLOAT + 1) * model.config.num_negatives if model.shares_negatives else 0)
+    row = 18 * dim * _FLOAT + ((_FLOAT + 1) * model.config.num_negatives if model.shares_negatives else 0)
     users, items = (min(batch_size, size) for size in model.shards.sizes)
     pairs = 0
     if model.num_views > 1:
-        pairs = 13 * (users + items) ** 2 if model.contrasts_kinds else 2 * _FLOAT * (users**2 + items**2)
+        pairs = (_FLOAT + 2) * (users + items) ** 2 if model.contrasts_kinds else _FLOAT * (users**2 + items**2)
     return batch_size * row + pairs
 
 

@@ -254,9 +254,42 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Te
         float32 [n].
     """
     users, positives, negatives = (F.normalize(rows, dim=1) for rows in (users, positives, negatives))
-    others = (users @ negatives.T / temperature).masked_fill(met, -torch.inf)
-    own = (users * positives).sum(1, keepdim=True) / temperature
-    return torch.cat([own, others], dim=1).logsumexp(1) - own[:, 0]
+    users = users / temperature
+    return F.softplus(log_sum_exp(users, negatives, met) - (users * positives).sum(1))
+
+
+def log_sum_exp(left: Tensor, right: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Logarithm of the sum over j of `exp(left_i . right_j)`, in one block of n x m numbers from score to gradient.
+
+    Args:
+        left: float32 [n, d].
+        right: float32 [m, d].
+        left_out: bool [n, m], the pairs that are not in the sum.
+
+    Returns:
+        float32 [n]; -inf where all pairs are left out.
+    """
+    return _LogSumExp.apply(left, right, left_out)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, left_out: Tensor | None) -> Tensor:
+        scores = left @ right.T
+        if left_out is not None:
+            scores.masked_fill_(left_out, -torch.inf)
+        limits = torch.finfo(scores.dtype)
+        largest = scores.max(1).values.clamp(min=limits.min)
+        weights = scores.sub_(largest[:, None]).exp_()
+        total = weights.sum(1)
+        ctx.save_for_backward(left, right, weights, total.clamp(min=limits.tiny))
+        return largest + total.log()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        left, right, weights, total = ctx.saved_tensors
+        share = (gradients[0] / total)[:, None]
+        return share * (weights @ right), weights.T @ (share * left), None
 
 
 def info_nce(
@@ -284,12 +317,10 @@ def info_nce(
     """
     distinct = torch.unique(nodes)
     own = batch.mine(torch.arange(len(distinct), device=nodes.device))
-    left = F.normalize(anchors[distinct[own]], dim=1)
+    left = F.normalize(anchors[distinct[own]], dim=1) / temperature
     right = F.normalize(others[distinct], dim=1)
-    scores = left @ right.T / temperature
-    if false is not None:
-        scores = scores.masked_fill(false[own], -torch.inf)
-    return F.cross_entropy(scores, own, reduction="sum") / len(distinct)
+    all_scores = log_sum_exp(left, right, None if false is None else false[own])
+    return (all_scores - (left * right[own]).sum(1)).sum() / len(distinct)
 
 
 class Crane(LightGCN):
