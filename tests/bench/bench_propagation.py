@@ -29,7 +29,7 @@ from crane_core.sharding import Shards
 from tests.bench.bench_rca import device_name
 from tests.bench.bench_train import synthetic
 
-LIMITS = {"embedding bag, bf16": 0.2}
+LIMITS = {"embedding bag, bf16": 0.02}
 """Largest difference to float64 over the largest value; `LIMIT` for all others."""
 LIMIT = 1e-4
 
