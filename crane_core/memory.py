@@ -17,8 +17,8 @@ _EDGE = 16
 """Bytes of an edge in a graph: a column and a value in the row of either end."""
 _LISTED_EDGE = 20
 """Bytes of its user and its places among the rows to learn from and in the order of an epoch."""
-_DRAWN_EDGE = 40
-"""Bytes instead of those while graphs are laid out and the edges of an epoch drawn."""
+_DRAWN_EDGE = 20
+"""Bytes beside all that while graphs are laid out and the edges of an epoch drawn, when no step is at work."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -35,12 +35,9 @@ def check_memory(model: LightGCN, num_edges: int, device: torch.device, free: in
         TrainingError: with the batch, or else the width and the means, that would fit.
     """
     batch_size, dim = model.config.batch_size, model.config.embedding_dim
-    edges, nodes, rows = (
-        edge_bytes(model, num_edges, device),
-        node_bytes(model, dim),
-        batch_bytes(model, batch_size, dim),
-    )
-    laid_out = edges + (0 if device.type == "cuda" else (_DRAWN_EDGE - _LISTED_EDGE) * num_edges)
+    edges = edge_bytes(model, num_edges, device)
+    nodes, rows = node_bytes(model, dim), batch_bytes(model, batch_size, dim)
+    laid_out = edges + (0 if device.type == "cuda" else _DRAWN_EDGE * num_edges)
     needed = max(edges + nodes + rows, laid_out)
     if needed <= free:
         return
