@@ -17,8 +17,8 @@ from typing import Any
 
 from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
-from crane_core.store import check_run_id
-from jobs.commands import place, sizing
+from crane_core.storage.artifacts import check_run_id
+from jobs.commands import capacity, place
 from jobs.runner import redacted
 
 STOPPED_BY_HAND = 128 + signal.SIGINT
@@ -146,14 +146,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    found = sizing.plan(arguments.users, arguments.items, arguments.interactions, arguments.modalities)
-    print(json.dumps(found) if arguments.json else "\n".join(sizing.lines(found)))
+    found = capacity.plan(arguments.users, arguments.items, arguments.interactions, arguments.modalities)
+    print(json.dumps(found) if arguments.json else "\n".join(capacity.lines(found)))
     return EXIT_OK
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from crane_core import importers
-    from crane_core.importers import Imported
+    from crane_core.raw import importers
+    from crane_core.raw.importers import Imported
 
     importer: dict[str, Callable[[Path, Path], Imported]] = {
         "amazon": importers.import_amazon,
@@ -167,7 +167,7 @@ def _import(arguments: argparse.Namespace) -> int:
 def _encode(arguments: argparse.Namespace) -> int:
     import torch
 
-    from crane_core.encoding import Recipe, encode
+    from crane_core.raw.encoding import Recipe, encode
     from jobs.runner import start_logging
 
     start_logging()
@@ -180,7 +180,7 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from crane_core.generator import Plan, generate
+    from crane_core.raw.generator import Plan, generate
 
     plan = Plan(
         num_rows=arguments.rows,
@@ -337,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument(
         "--modalities",
         nargs="+",
-        type=sizing.modality,
+        type=capacity.modality,
         required=True,
         metavar="NAME:WIDTH",
         help="for example text:384",

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.pipeline import STAGES
-from crane_core.store import ArtifactStore
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.runner import run_job
 
 

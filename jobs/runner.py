@@ -24,9 +24,9 @@ from typing import Any
 
 from crane_core.config import PREVIOUS, RunConfig, Runtime, load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
-from crane_core.pipeline import STAGES, Stage
+from crane_core.stages import STAGES, Stage
 from crane_core.storage import open_storage
-from crane_core.store import Artifact, ArtifactStore, check_run_id, fingerprint_of
+from crane_core.storage.artifacts import Artifact, ArtifactStore, check_run_id, fingerprint_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.store import ArtifactStore
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.runner import run_job, scratch
 
 DAY_SECONDS = 86400.0

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from crane_core.config import Phi
-from crane_core.experiments.cells import Cells, PeakMemory
 from crane_core.experiments.data import Dataset, fingerprint
-from crane_core.experiments.harness import VERSION, Recipe
-from crane_core.refine import Modality, Refiner, fit, refine_catalog
+from crane_core.experiments.models import VERSION, Recipe
+from crane_core.experiments.trials import Cells, PeakMemory
+from crane_core.refine.fit import Modality, Refiner, fit, refine_catalog
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from crane_core.config import Features
-from crane_core.dataset import Interactions, ItemLists
+from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.dataset.standardisation import fit_standardisation, standardised
 from crane_core.errors import DataError
-from crane_core.importers.mmrec import LABELS, read_mmrec
-from crane_core.refine import Modality
-from crane_core.standardisation import fit_standardisation, standardised
+from crane_core.raw.importers.mmrec import LABELS, read_mmrec
+from crane_core.refine.fit import Modality
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def load_dataset(folder: str | Path) -> Dataset:
     of user and item counts once, as in the pipeline: in train before validation before test.
 
     Raises:
-        DataError: see `crane_core.importers.mmrec`.
+        DataError: see `crane_core.raw.importers.mmrec`.
     """
     folder = Path(folder)
     found = read_mmrec(folder)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from crane_core.config import Phi, RunConfig, Train, load_config
 from crane_core.errors import ConfigError
-from crane_core.experiments.harness import Recipe
+from crane_core.experiments.models import Recipe
 
 NAMES = ("form", "training", "rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
 """The experiments of every run; `search` is run when it is asked for."""

@@ -25,10 +25,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from crane_core.config import Phi
 from crane_core.errors import ArtifactError, TrainingError
-from crane_core.experiments.cells import Cells
 from crane_core.experiments.data import Dataset, fingerprint
-from crane_core.experiments.harness import VERSION, Recipe
+from crane_core.experiments.models import VERSION, Recipe
 from crane_core.experiments.plans import SECTIONS, changed
+from crane_core.experiments.trials import Cells
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,8 @@ from typing import Any, get_args
 
 from crane_core.config import Phi
 from crane_core.errors import ConfigError, DataError
-from crane_core.evaluation import interest_entropy
-from crane_core.experiments import answers
-from crane_core.experiments.answers import Measured
-from crane_core.experiments.cells import Cells
+from crane_core.evaluation.metrics import interest_entropy
+from crane_core.experiments import summary as answers
 from crane_core.experiments.cost import (
     MOST_SECONDS,
     Measurements,
@@ -22,8 +20,10 @@ from crane_core.experiments.cost import (
     measure_growth,
 )
 from crane_core.experiments.data import Dataset, held
-from crane_core.experiments.harness import NEED_FEATURES, Recipe
+from crane_core.experiments.models import NEED_FEATURES, Recipe
 from crane_core.experiments.plans import NAMES, SEARCH, Experiment, Variant, changed, plan
+from crane_core.experiments.summary import Measured
+from crane_core.experiments.trials import Cells
 
 _FIT_ONLY = {"phi", "num_steps", "batch_size", "learning_rate", "temperature", "agreement_weight"}
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from crane_core.config import PREVIOUS, RunConfig, load_config
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.pipeline import STAGES
-from crane_core.store import ArtifactStore, fingerprint_of
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore, fingerprint_of
 from jobs.commands.demo import run_id
 from jobs.etl import features, interactions
 from jobs.runner import Job, Result, produce, run_command

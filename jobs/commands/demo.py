@@ -18,7 +18,7 @@ from typing import Any
 
 from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import ConfigError, CraneError
-from crane_core.importers import Imported, import_mmrec, import_movielens
+from crane_core.raw.importers import Imported, import_mmrec, import_movielens
 from jobs.commands.airflow import LocalAirflow
 from jobs.commands.place import Last, remember
 from jobs.commands.query import example_users, figures, recommend, served

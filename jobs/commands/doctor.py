@@ -174,7 +174,7 @@ def _store(store: str | None) -> Check:
 def _registry(store: str | None, runtime: Runtime) -> Check:
     if store is None and runtime.registry is None:
         return Check("registry", "absent", "no store yet", "Run make demo, or give --store or --registry.")
-    from crane_core.registry import open_registry
+    from crane_core.release.registry import open_registry
 
     registry = open_registry(runtime, store or str(HOME))
     return Check("registry", "ok", f"{registry.uri} holds {len(registry.versions())} versions of {registry.name!r}")

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from crane_core.errors import ConfigError
-from crane_core.experiments.answers import best_by_validation
-from crane_core.experiments.cells import Cells
 from crane_core.experiments.data import load_dataset
 from crane_core.experiments.plans import SEARCH, load_recipe
 from crane_core.experiments.report import render
 from crane_core.experiments.study import Budget, Study, chosen
-from crane_core.knn import use_threads
+from crane_core.experiments.summary import best_by_validation
+from crane_core.experiments.trials import Cells
+from crane_core.graph.exact import use_threads
 from jobs.commands import place
 from jobs.commands.steps import Steps
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
-from crane_core.pipeline import STAGES
+from crane_core.stages import STAGES
 from jobs.commands.steps import Steps, split_failure
 
 RETRAIN = tuple(name for name in STAGES if name != "ml.export")

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.errors import ArtifactError, ConfigError, DataError
-from crane_core.ledger import CHAMPION
-from crane_core.pipeline import STAGES
+from crane_core.release.ledger import CHAMPION
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
-from crane_core.store import Artifact, ArtifactStore
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import Artifact, ArtifactStore
 
 NUM_EXAMPLES = 3
 
@@ -47,7 +47,7 @@ def served(store: ArtifactStore, runtime: Runtime) -> Served:
         ArtifactError: there is no champion, or its export is missing.
     """
     # Importing the registry costs seconds: only the questions that need it pay.
-    from crane_core.registry import open_registry
+    from crane_core.release.registry import open_registry
 
     registry = open_registry(runtime, store.storage.uri)
     number = registry.holder(CHAMPION)
@@ -133,8 +133,8 @@ def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
     Raises:
         ArtifactError: the ledger was tampered with, or the alias is not where it puts it.
     """
-    from crane_core.ledger import CHAMPION, Ledger
-    from crane_core.registry import open_registry
+    from crane_core.release.ledger import CHAMPION, Ledger
+    from crane_core.release.registry import open_registry
 
     registry = open_registry(runtime, store.storage.uri)
     ledger = Ledger(store.storage, registry.name)
@@ -187,7 +187,7 @@ def _run(store: ArtifactStore, run_id: str, aliases: dict[str, list[str]]) -> di
 def _aliases(store: ArtifactStore, runtime: Runtime) -> dict[str, list[str]]:
     if not any(store.entry(run_id, "ml.register") for run_id in store.run_ids()):
         return {}
-    from crane_core.registry import open_registry
+    from crane_core.release.registry import open_registry
 
     registry = open_registry(runtime, store.storage.uri)
     return {version.number: sorted(version.aliases) for version in registry.versions()}

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from crane_core.config import Etl, RunConfig
 from crane_core.config import Window as RunWindow
-from crane_core.raw import Footer, RawFile
+from crane_core.raw.files import Footer, RawFile
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,

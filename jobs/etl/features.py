@@ -22,11 +22,10 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from crane_core.config import Features, RunConfig
-from crane_core.dataset import load_ids
+from crane_core.dataset.interactions import load_ids
+from crane_core.dataset.standardisation import fit_projection, fit_standardisation, projected, standardised
 from crane_core.errors import DataError
-from crane_core.location import Location
-from crane_core.matrix import RowWriter, open_matrix
-from crane_core.raw import (
+from crane_core.raw.files import (
     FEATURES_FOLDER,
     MATRIX,
     Footer,
@@ -35,9 +34,10 @@ from crane_core.raw import (
     raw_root,
     read_matrix_rows,
 )
+from crane_core.raw.location import Location
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
-from crane_core.standardisation import fit_projection, fit_standardisation, projected, standardised
-from crane_core.store import ArtifactStore
+from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.matrix import RowWriter, open_matrix
 from jobs.etl.session import open_session, readable, unreadable
 from jobs.etl.tables import tally, write_table
 from jobs.runner import Job, Result, run_stage, scratch

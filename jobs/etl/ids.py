@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
 from crane_core.schema import COLD, EVENT_TIME, GONE, ITEM_ID, STATE, TITLE, TRAIN, TRAINED, USER_ID
-from crane_core.store import Artifact, ArtifactStore
+from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.etl.events import DAY, ITEM_KEY, USER_KEY, key_of, temporal_split
 from jobs.etl.tables import number_rows
 

@@ -20,8 +20,7 @@ from pyspark.storagelevel import StorageLevel
 
 from crane_core.config import RunConfig
 from crane_core.errors import DataError
-from crane_core.location import Location
-from crane_core.raw import (
+from crane_core.raw.files import (
     INTERACTIONS_FOLDER,
     Footer,
     arrives_within,
@@ -32,6 +31,7 @@ from crane_core.raw import (
     list_items,
     raw_root,
 )
+from crane_core.raw.location import Location
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,
@@ -50,7 +50,7 @@ from crane_core.schema import (
     VALIDATION,
     WEIGHT,
 )
-from crane_core.store import Artifact, ArtifactStore
+from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.etl.events import (
     CODED_COLUMNS,
     DAY,

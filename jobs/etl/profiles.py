@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from crane_core.matrix import RowWriter, blocks, changed_rows, open_matrix, rows_per_block
 from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX
-from crane_core.store import Artifact
+from crane_core.storage.artifacts import Artifact
+from crane_core.storage.matrix import RowWriter, blocks, changed_rows, open_matrix, rows_per_block
 from jobs.etl.session import open_session
 from jobs.etl.tables import lookup, write_balanced, write_parts
 from jobs.runner import Job, Result, run_stage, scratch

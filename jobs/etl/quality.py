@@ -12,8 +12,8 @@ from pyspark.sql import functions as F
 
 from crane_core.config import Etl
 from crane_core.config import Window as RunWindow
-from crane_core.drift import population_stability_index
 from crane_core.errors import DataError
+from crane_core.numerics.stability import population_stability_index
 from crane_core.schema import EVENT_TIME, WEIGHT
 from jobs.etl.events import EVENT_CODE, ITEM_KEY, USER_KEY
 

@@ -12,8 +12,8 @@ from pyspark.sql.datasource import DataSource, DataSourceReader, InputPartition
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import StructType
 
-from crane_core.location import Location
-from crane_core.raw import RawFile
+from crane_core.raw.files import RawFile
+from crane_core.raw.location import Location
 from jobs.etl.session import glob_escaped, unreadable
 
 BATCH_ROWS = 65_536

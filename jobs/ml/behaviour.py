@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from crane_core.config import RunConfig
-from crane_core.dataset import Interactions
-from crane_core.model import LightGCN
-from crane_core.store import ArtifactStore
+from crane_core.dataset.interactions import Interactions
+from crane_core.model.crane import LightGCN
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.launch import run_training, save_embeddings, train
 from jobs.runner import Job, Result
 

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from crane_core.baselines import item_knn, popular_for_strangers, popularity
-from crane_core.dataset import Interactions, ItemLists, load_ids, load_interactions
+from crane_core.dataset.interactions import Interactions, ItemLists, load_ids, load_interactions
 from crane_core.errors import DataError
-from crane_core.evaluation import (
+from crane_core.evaluation.baselines import item_knn, popular_for_strangers, popularity
+from crane_core.evaluation.metrics import (
     Scorer,
     bootstrap,
     coverage,
@@ -36,10 +36,10 @@ from crane_core.evaluation import (
     user_metrics,
     without,
 )
-from crane_core.knn import unit_rows
-from crane_core.matrix import open_matrix
+from crane_core.graph.exact import unit_rows
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
-from crane_core.store import Artifact
+from crane_core.storage.artifacts import Artifact
+from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
 from jobs.ml.launch import load_embeddings
 from jobs.runner import Job, Result, run_stage

@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.export import write_popular, write_recommendations, write_similar
-from crane_core.knn import write_index
-from crane_core.pipeline import STAGES
-from crane_core.serving import load_recommender
-from crane_core.store import ArtifactStore
+from crane_core.graph.exact import write_index
+from crane_core.serving.export import write_popular, write_recommendations, write_similar
+from crane_core.serving.model_folder import load_recommender
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import take_desk
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job

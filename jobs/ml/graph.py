@@ -13,12 +13,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crane_core.dataset import load_interactions
+from crane_core.dataset.interactions import load_interactions
 from crane_core.errors import ArtifactError
-from crane_core.graph import build_graph, certify, co_interaction_lift, merge_shards, split_sample, stratified_sample
-from crane_core.knn import brute_force, use_threads
-from crane_core.lists import find_neighbours
-from crane_core.matrix import open_matrix
+from crane_core.graph.exact import brute_force, use_threads
+from crane_core.graph.item_graph import (
+    build_graph,
+    certify,
+    co_interaction_lift,
+    merge_shards,
+    split_sample,
+    stratified_sample,
+)
+from crane_core.graph.lists import find_neighbours
+from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_torch_threads
 from jobs.runner import Job, Result, run_stage
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from crane_core.config import RunConfig
-from crane_core.content import load_modalities
-from crane_core.matrix import open_matrix
-from crane_core.pipeline import STAGES
-from crane_core.refine import Modality
-from crane_core.store import Artifact, ArtifactStore
+from crane_core.model.content import load_modalities
+from crane_core.refine.fit import Modality
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.storage.matrix import open_matrix
 from jobs.runner import Job
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.ledger import Ledger
-from crane_core.registry import open_registry
-from crane_core.store import ArtifactStore
+from crane_core.release.ledger import Ledger
+from crane_core.release.registry import open_registry
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.promote import Judge
 from jobs.runner import peak_bytes, run_job
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from crane_core.config import RunConfig
-from crane_core.growth import grow_neighbours
-from crane_core.knn import use_threads
-from crane_core.lists import find_neighbours
-from crane_core.matrix import open_matrix
-from crane_core.store import ArtifactStore
+from crane_core.graph.exact import use_threads
+from crane_core.graph.growth import grow_neighbours
+from crane_core.graph.lists import find_neighbours
+from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
 from jobs.ml.growth import KNN_FROM, base_contents, find_base_graph
 from jobs.runner import Job, Result, run_stage

@@ -24,14 +24,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import RunConfig, Runtime
-from crane_core.dataset import Interactions, load_interactions
+from crane_core.dataset.interactions import Interactions, load_interactions
 from crane_core.errors import ArtifactError, ConfigError, DataError, TrainingError, TrainingStopped
-from crane_core.memory import naming_out_of_memory
-from crane_core.model import LightGCN
-from crane_core.pipeline import STAGES
-from crane_core.store import Artifact, ArtifactStore
-from crane_core.tensors import load_tensors
-from crane_core.training import Trainer
+from crane_core.model.crane import LightGCN
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.storage.tensors import load_tensors
+from crane_core.training.memory import naming_out_of_memory
+from crane_core.training.trainer import Trainer
 from jobs.ml.device import use_device
 from jobs.ml.rendezvous import ADDRESS, BACKEND, register, stay_on_this_machine
 from jobs.runner import Job, Result, entry_of, identify, open_store, produce, run_job, scratch, start_logging
@@ -270,7 +270,7 @@ def _live_curve(
     if not config.runtime.live_curves or (dist.is_initialized() and dist.get_rank() > 0):
         return nullcontext()
     # Imported where it is wanted: MLflow takes longer to import than a small model to train.
-    from crane_core.registry import open_registry
+    from crane_core.release.registry import open_registry
 
     return open_registry(config.runtime, store_uri).watch(f"{run_id} {work.parent.name}", work.stem)
 

@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig
-from crane_core.dataset import load_ids, load_interactions
+from crane_core.dataset.interactions import load_ids, load_interactions
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.gate import PRIMARY, Decision, Standing, decide, measure
-from crane_core.ledger import ANCHOR_TAG, Action, Entry
-from crane_core.registry import Registry, Version, open_registry
+from crane_core.release.gate import PRIMARY, Decision, Standing, decide, measure
+from crane_core.release.ledger import ANCHOR_TAG, Action, Entry
+from crane_core.release.registry import Registry, Version, open_registry
 from crane_core.schema import ITEM_ID, USER_ID, USER_IDX
-from crane_core.serving import load_model
-from crane_core.store import ArtifactStore
+from crane_core.serving.model_folder import load_model
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import take_desk
 from jobs.runner import peak_bytes, run_job
 

@@ -26,17 +26,17 @@ from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import RunConfig
-from crane_core.content import load_modalities
-from crane_core.dataset import load_interactions
+from crane_core.dataset.interactions import load_interactions
 from crane_core.errors import DataError
-from crane_core.growth import choose_anchors, drift, load_selected, outgrown, touched, write_selected
-from crane_core.matrix import blocks, open_matrix
-from crane_core.monitors import profile_spreads
-from crane_core.rca import Keys
-from crane_core.refine import Modality, Refiner, fit, keys_file, project_items, refine_to_files, refined_files
+from crane_core.graph.growth import choose_anchors, drift, load_selected, outgrown, touched, write_selected
+from crane_core.model.content import load_modalities
+from crane_core.refine.fit import Modality, Refiner, fit, keys_file, project_items, refine_to_files, refined_files
+from crane_core.refine.recursion import Keys
+from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.local import LocalStorage
-from crane_core.store import ArtifactStore
-from crane_core.tensors import load_tensors
+from crane_core.storage.matrix import blocks, open_matrix
+from crane_core.storage.tensors import load_tensors
+from crane_core.training.monitors import profile_spreads
 from jobs.ml.device import use_device
 from jobs.ml.growth import REFINE_FROM, Base, base_contents, find_base
 from jobs.ml.launch import on_ranks, rank

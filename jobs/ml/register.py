@@ -21,11 +21,11 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.pipeline import STAGES
-from crane_core.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
+from crane_core.release.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
 from crane_core.schema import USER_ID
-from crane_core.serving import load_recommender, make_probe, write_model
-from crane_core.store import Artifact, ArtifactStore
+from crane_core.serving.model_folder import load_recommender, make_probe, write_model
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.runner import peak_bytes, run_job, scratch
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.ledger import Ledger
-from crane_core.report import render
-from crane_core.store import ArtifactStore
+from crane_core.release.ledger import Ledger
+from crane_core.report.run import render
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.runner import peak_bytes, run_job
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.store import ArtifactStore
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import take_desk
 from jobs.runner import peak_bytes, run_job
 

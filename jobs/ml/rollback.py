@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.errors import ArtifactError
-from crane_core.ledger import Entry, Ledger
-from crane_core.store import ArtifactStore
+from crane_core.release.ledger import Entry, Ledger
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import Desk, take_desk
 from jobs.runner import load_runtime, peak_bytes, run_command
 

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 
 from crane_core.config import RunConfig
-from crane_core.content import (
+from crane_core.dataset.interactions import Interactions, load_interactions
+from crane_core.model.content import (
     Content,
     JointContent,
     joint_content,
@@ -25,12 +26,11 @@ from crane_core.content import (
     load_modalities,
     neighbour_graph,
 )
-from crane_core.dataset import Interactions, load_interactions
-from crane_core.fusion import choose_trust
-from crane_core.model import Crane
-from crane_core.propagation import SymmetricGraph
-from crane_core.store import ArtifactStore
-from crane_core.tensors import load_tensors
+from crane_core.model.crane import Crane
+from crane_core.model.propagation import SymmetricGraph
+from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.tensors import load_tensors
+from crane_core.training.share import choose_trust
 from jobs.ml.launch import load_embeddings, run_training, save_embeddings, train
 from jobs.runner import Job, Result
 

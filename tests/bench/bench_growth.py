@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crane_core import growth
 from crane_core.config import Features, Knn, Refine
-from crane_core.dataset import Interactions, ItemLists
+from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.experiments.data import Dataset, load_dataset
-from crane_core.growth import choose_anchors, drift, grow_neighbours
-from crane_core.knn import search
-from crane_core.refine import Refiner, fit, project_items, refine_catalog
+from crane_core.graph import growth
+from crane_core.graph.exact import search
+from crane_core.graph.growth import choose_anchors, drift, grow_neighbours
+from crane_core.refine.fit import Refiner, fit, project_items, refine_catalog
 
 
 def only(dataset: Dataset, num_items: int) -> Dataset:

@@ -36,8 +36,8 @@ import faiss
 import numpy as np
 import torch
 
-from crane_core.knn import brute_force, search, unit_rows, use_threads
-from crane_core.lists import build_lists, search_lists
+from crane_core.graph.exact import brute_force, search, unit_rows, use_threads
+from crane_core.graph.lists import build_lists, search_lists
 from tests.bench.bench_rca import device_name
 
 

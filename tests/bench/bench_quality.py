@@ -33,15 +33,15 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from crane_core.baselines import popularity
-from crane_core.dataset import Interactions, ItemLists
+from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
-from crane_core.evaluation import interest_entropy, rank_users, slices, summarise_cold, user_metrics
-from crane_core.experiments.answers import METRICS, NUM_RESAMPLES, averaged, difference, intervals
-from crane_core.experiments.cells import Cell, Cells
+from crane_core.evaluation.baselines import popularity
+from crane_core.evaluation.metrics import interest_entropy, rank_users, slices, summarise_cold, user_metrics
 from crane_core.experiments.data import Dataset, load_dataset
-from crane_core.experiments.harness import MODELS, NEED_FEATURES, VERSION, Recipe
-from crane_core.knn import use_threads
+from crane_core.experiments.models import MODELS, NEED_FEATURES, VERSION, Recipe
+from crane_core.experiments.summary import METRICS, NUM_RESAMPLES, averaged, difference, intervals
+from crane_core.experiments.trials import Cell, Cells
+from crane_core.graph.exact import use_threads
 
 logger = logging.getLogger("bench_quality")
 

@@ -45,9 +45,17 @@ import torch
 from torch import Tensor
 
 from crane_core.config import Refine
-from crane_core.matrix import open_matrix
-from crane_core.rca import Correlation, GramKeys, Keys, ListedKeys, Recursion, RecursiveCrossModalAttention, attend
-from crane_core.refine import Modality, Refiner, refine_rows, refine_to_files
+from crane_core.refine.fit import Modality, Refiner, refine_rows, refine_to_files
+from crane_core.refine.recursion import (
+    Correlation,
+    GramKeys,
+    Keys,
+    ListedKeys,
+    Recursion,
+    RecursiveCrossModalAttention,
+    attend,
+)
+from crane_core.storage.matrix import open_matrix
 
 OWN_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest error against its own definition that a run passes with, by precision."""

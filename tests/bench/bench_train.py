@@ -39,17 +39,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crane_core.config import Train
-from crane_core.content import Content
-from crane_core.dataset import Interactions, ItemLists, load_interactions
-from crane_core.evaluation import SCORE_BYTES, dot_product, rank_blocks, rank_users, user_metrics
+from crane_core.dataset.interactions import Interactions, ItemLists, load_interactions
+from crane_core.evaluation.metrics import SCORE_BYTES, dot_product, rank_blocks, rank_users, user_metrics
 from crane_core.experiments.data import load_dataset
-from crane_core.graph import build_graph, user_item_graph
-from crane_core.model import Crane, LightGCN
-from crane_core.propagation import SymmetricGraph
+from crane_core.graph.item_graph import build_graph, user_item_graph
+from crane_core.model.content import Content
+from crane_core.model.crane import Crane, LightGCN
+from crane_core.model.propagation import SymmetricGraph
+from crane_core.model.sharding import Shards
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
-from crane_core.sharding import Shards
-from crane_core.store import Artifact
-from crane_core.training import NegativeSampler, Trainer
+from crane_core.storage.artifacts import Artifact
+from crane_core.training.trainer import NegativeSampler, Trainer
 from tests.bench.bench_rca import device_name, status_bytes
 
 PEER_BATCH = 2048

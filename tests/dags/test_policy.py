@@ -188,7 +188,7 @@ def test_a_retraining_tidies_up_however_it_ends(dags):
 def test_every_stage_runs_after_the_stages_it_reads(dags):
     """The order here and the table of the jobs' environment say the same."""
     program = (
-        "import json; from crane_core.pipeline import STAGES; "
+        "import json; from crane_core.stages import STAGES; "
         "print(json.dumps({name: stage.inputs + stage.joint_inputs for name, stage in STAGES.items()}))"
     )
     python = PROJECT / ".venv" / "bin" / "python"

@@ -15,7 +15,7 @@ PYTHON = PROJECT / ".venv" / "bin" / "python"
 RAW = """
 import sys
 from pathlib import Path
-from tests.raw_data import write_items, write_log
+from tests.worlds.raw_data import write_items, write_log
 users, items = ("ann", "bob", "cat"), ("i1", "i2", "i3")
 write_log(Path(sys.argv[1]), [(u, i, f"2026-01-{10 + n:02} 10:00") for n, i in enumerate(items) for u in users])
 """

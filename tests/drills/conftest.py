@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import yaml
 
-from crane_core.ledger import Ledger
-from crane_core.registry import Registry
-from crane_core.store import ArtifactStore
+from crane_core.release.ledger import Ledger
+from crane_core.release.registry import Registry
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.runner import open_store
-from tests.drills.services import Airflow, Mlflow, Postgres, Proxy
-from tests.raw_data import write_items, write_log, write_vectors
+from tests.worlds.raw_data import write_items, write_log, write_vectors
+from tests.worlds.services import Airflow, Mlflow, Postgres, Proxy
 
 NUM_GROUPS, NUM_USERS, NUM_ITEMS, NUM_DAYS = 4, 96, 96, 40
 SCHEDULED_DAYS = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from tests.drills.conftest import SCHEDULED_DAYS, Deployment
-from tests.drills.services import until
+from tests.worlds.services import until
 
 DAILY = ("etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.graph", "ml.behaviour", "ml.train")
 BACKFILLED_DAYS = 5

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.runner import open_store
 from tests.drills.conftest import Deployment
-from tests.drills.services import PATIENCE, children, small_disk, until
+from tests.worlds.services import PATIENCE, children, small_disk, until
 
 CONTENT = ["ml.graph"]
 PLANNED = re.compile(r"plan day=(\S+) run=(\S+) stage=(\S+) part=(\S*) state=(\S+) fingerprint=(\w+)")

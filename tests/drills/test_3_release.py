@@ -7,13 +7,13 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from crane_core.ledger import Ledger
-from crane_core.registry import Registry
+from crane_core.release.ledger import Ledger
+from crane_core.release.registry import Registry
 from jobs.ml import promote, register
 from jobs.runner import open_store
 from tests.drills.conftest import Deployment
-from tests.drills.services import until
-from tests.jobs.release_runs import make_run
+from tests.worlds.release_runs import make_run
+from tests.worlds.services import until
 
 NUM_PROMOTIONS = 30
 

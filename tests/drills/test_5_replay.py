@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
-from crane_core.importers import import_movielens
+from crane_core.raw.importers import import_movielens
 from jobs.commands import place
 from jobs.commands.demo import wheel
 from jobs.commands.steps import Steps

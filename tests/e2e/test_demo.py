@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crane_core.errors import EXIT_ARTIFACT, EXIT_DATA, EXIT_OK
-from crane_core.pipeline import STAGES
+from crane_core.stages import STAGES
 from jobs.runner import open_store
 from tests.e2e.conftest import NUM_GROUPS, NUM_ITEMS, NUM_USERS, World, ask, crane, demo
 

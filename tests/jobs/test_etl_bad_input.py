@@ -22,10 +22,10 @@ from pyspark.sql import SparkSession
 
 from crane_core.config import Etl, RunConfig, load_config
 from crane_core.errors import EXIT_DATA, EXIT_OK, DataError
-from crane_core.raw import check_interactions, list_interactions
+from crane_core.raw.files import check_interactions, list_interactions
 from jobs.etl import interactions
 from jobs.runner import open_store
-from tests.raw_data import write_items
+from tests.worlds.raw_data import write_items
 
 FIRST, LAST, END = date(2026, 1, 5), date(2026, 1, 18), date(2026, 1, 19)
 SETTINGS = {

@@ -20,16 +20,16 @@ from pyspark.sql import SparkSession
 
 from crane_core.config import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, EXIT_OK
-from crane_core.generator import DIRT, Plan, generate, make_world
-from crane_core.importers import import_movielens
+from crane_core.raw.generator import DIRT, Plan, generate, make_world
+from crane_core.raw.importers import import_movielens
 from crane_core.schema import INTERACTIONS
-from crane_core.store import Artifact
+from crane_core.storage.artifacts import Artifact
 from jobs.commands import place
 from jobs.commands.demo import wheel
 from jobs.commands.steps import Steps
 from jobs.etl import features, interactions, profiles
 from jobs.runner import open_store
-from tests.raw_data import at, write_day, write_items, write_log, write_vectors
+from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
 pytestmark = pytest.mark.spark
 

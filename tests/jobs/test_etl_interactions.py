@@ -13,7 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
-from crane_core.raw import check_interactions, list_interactions
+from crane_core.raw.files import check_interactions, list_interactions
 from jobs.etl.events import (
     assign_split,
     find_bots,
@@ -29,7 +29,7 @@ from jobs.etl.events import (
 from jobs.etl.ids import first_seen, number_ids
 from jobs.etl.interactions import clean_catalog
 from jobs.etl.tables import number_rows, tally, write_table
-from tests.raw_data import at, write_day
+from tests.worlds.raw_data import at, write_day
 
 pytestmark = pytest.mark.spark
 

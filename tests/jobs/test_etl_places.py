@@ -19,10 +19,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from crane_core.errors import EXIT_OK
-from crane_core.generator import Plan, generate
+from crane_core.raw.generator import Plan, generate
 from jobs.runner import open_store
-from tests.jobs.etl_stages import main as run_stages
-from tests.s3_faults import FaultyProxy
+from tests.worlds.etl_stages import main as run_stages
+from tests.worlds.s3_faults import FaultyProxy
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
@@ -61,7 +61,7 @@ def environment(**more: str) -> dict[str, str]:
 def run(arguments: list[str], log: Path, **more: str) -> None:
     """The stages in a process of their own."""
     with log.open("w") as out:
-        command = [sys.executable, "-m", "tests.jobs.etl_stages", *arguments]
+        command = [sys.executable, "-m", "tests.worlds.etl_stages", *arguments]
         code = subprocess.run(command, env=environment(**more), stdout=out, stderr=out, check=False).returncode
     assert code == EXIT_OK, log.read_text()[-4000:]
 

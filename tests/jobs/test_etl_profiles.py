@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
-from crane_core import matrix
+from crane_core.storage import matrix
 from jobs.etl.profiles import segment_sums, sum_profiles, whole_users
 
 

@@ -23,12 +23,12 @@ from pyspark.sql import SparkSession
 
 from crane_core.config import load_config
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK
-from crane_core.importers import import_mmrec
+from crane_core.raw.importers import import_mmrec
 from crane_core.schema import INTERACTIONS
-from crane_core.store import Artifact
+from crane_core.storage.artifacts import Artifact
 from jobs.etl import features, interactions, profiles
 from jobs.runner import open_store
-from tests.raw_data import at, write_day, write_items, write_log, write_vectors
+from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
 LFM2K = Path(__file__).parents[3] / "shared" / "data" / "lfm2k"
 JOBS = {"interactions": interactions, "features": features, "profiles": profiles}

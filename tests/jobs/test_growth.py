@@ -15,10 +15,10 @@ import torch
 
 from crane_core.config import load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
-from crane_core.knn import search
-from crane_core.pipeline import STAGES
-from crane_core.refine import Modality, project_items
-from crane_core.store import ArtifactStore
+from crane_core.graph.exact import search
+from crane_core.refine.fit import Modality, project_items
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore
 from jobs import plan
 from jobs.ml import graph, knn, refine
 from jobs.runner import open_store

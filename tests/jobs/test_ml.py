@@ -21,20 +21,20 @@ from safetensors.numpy import load_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import Runtime, load_config
-from crane_core.content import load_graph
-from crane_core.dataset import ItemLists
+from crane_core.dataset.interactions import ItemLists
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, EXIT_UNEXPECTED, ConfigError, DataError
-from crane_core.graph import build_graph
-from crane_core.knn import brute_force
-from crane_core.model import Rows
-from crane_core.pipeline import STAGES
-from crane_core.store import ArtifactStore
-from crane_core.training import STEERING_METRIC, Trainer
+from crane_core.graph.exact import brute_force
+from crane_core.graph.item_graph import build_graph
+from crane_core.model.content import load_graph
+from crane_core.model.crane import Rows
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore
+from crane_core.training.trainer import STEERING_METRIC, Trainer
 from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.launch import Node
 from jobs.runner import open_store
-from tests.unit.planted import checkerboard
-from tests.unit.test_refine import planted_modalities
+from tests.unit.refine.test_fit import planted_modalities
+from tests.worlds.planted import checkerboard
 
 SETTINGS = [
     "window.start=2026-01-01",

@@ -19,16 +19,16 @@ from safetensors.numpy import load_file, save_file
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
-from crane_core.lease import Lease
-from crane_core.ledger import Ledger
-from crane_core.pipeline import STAGES
-from crane_core.registry import Registry, open_registry
-from crane_core.store import ArtifactStore
+from crane_core.release.lease import Lease
+from crane_core.release.ledger import Ledger
+from crane_core.release.registry import Registry, open_registry
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.commands.query import verify_ledger
 from jobs.ml import desk, export, judge, promote, register, report, restore, rollback
 from jobs.runner import open_store
-from tests.jobs.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
-from tests.mlflow_tables import copy_tables
+from tests.worlds.mlflow_tables import copy_tables
+from tests.worlds.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
 
 
 class Place:
@@ -256,7 +256,7 @@ def test_evidence_that_does_not_fit_the_model_is_refused(place, monkeypatch):
     path = trained.path / "embeddings.safetensors"
     rows = load_file(path)
     save_file({name: np.ascontiguousarray(values[::-1]) for name, values in rows.items()}, path)
-    monkeypatch.setattr("crane_core.store.Artifact.verify", lambda artifact: None)
+    monkeypatch.setattr("crane_core.storage.artifacts.Artifact.verify", lambda artifact: None)
     place.job(register, argv)
     place.job(promote, argv, code=4)
     assert place.ledger.size() == 0

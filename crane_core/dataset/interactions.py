@@ -1,0 +1,204 @@
+"""The artifacts of the ETL as arrays: what the torch stages train and evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from crane_core.errors import ArtifactError
+from crane_core.schema import GONE, ITEM_IDX, SPLIT, STATE, TEST, TRAIN, USER_IDX, VALIDATION
+from crane_core.storage.artifacts import Artifact
+
+_BLOCK_ROWS = 1 << 20
+"""Interactions read or sorted at a time."""
+
+
+@dataclass(frozen=True)
+class ItemLists:
+    """A list of items for each user, in compressed rows.
+
+    Attributes:
+        indptr: int64 [num_users + 1].
+        items: int32 [num_pairs], ascending within a user.
+    """
+
+    indptr: np.ndarray
+    items: np.ndarray
+
+    @classmethod
+    def from_pairs(cls, users: np.ndarray, items: np.ndarray, num_users: int) -> ItemLists:
+        """Group (user, item) pairs, any order, no pair twice."""
+        order = np.lexsort((items, users))
+        indptr = np.zeros(num_users + 1, dtype=np.int64)
+        np.cumsum(np.bincount(users, minlength=num_users), out=indptr[1:])
+        return cls(indptr, items[order].astype(np.int32, copy=False))
+
+    @property
+    def num_users(self) -> int:
+        return len(self.indptr) - 1
+
+    def counts(self) -> np.ndarray:
+        """int64 [num_users], the length of each list."""
+        return np.diff(self.indptr)
+
+    def users(self) -> np.ndarray:
+        """int32 [num_pairs], the user of each entry of `items`."""
+        return np.repeat(np.arange(self.num_users, dtype=np.int32), self.counts())
+
+    def where(self, keep: np.ndarray) -> ItemLists:
+        """The lists reduced to the entries where `keep`, bool [num_pairs], is true."""
+        return ItemLists.from_pairs(self.users()[keep], self.items[keep], self.num_users)
+
+    def holds(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Whether each item is in the list of the user beside it: int [n], int [n] -> bool [n], by binary search."""
+        low, stop = self.indptr[users], self.indptr[users + 1]
+        high, searched = stop.copy(), np.flatnonzero(low < stop)
+        while len(searched):
+            middle = (low[searched] + high[searched]) // 2
+            is_below = self.items[middle] < items[searched]
+            low[searched[is_below]] = middle[is_below] + 1
+            high[searched[~is_below]] = middle[~is_below]
+            searched = searched[low[searched] < high[searched]]
+        found = low < stop
+        found[found] = self.items[low[found]] == items[found]
+        return found
+
+    def rows(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The entries of some users.
+
+        Args:
+            users: int [n].
+
+        Returns:
+            int64 [m] positions into `users`, int32 [m] items, in order.
+        """
+        starts, counts = self.indptr[users], self.indptr[users + 1] - self.indptr[users]
+        positions = np.repeat(np.arange(len(users)), counts)
+        within = np.arange(len(positions)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return positions, self.items[np.repeat(starts, counts) + within]
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Users, items and who met what, split by time.
+
+    Attributes:
+        num_users, num_items: sizes of the id maps.
+        train, validation, test: items per user.
+        gone: int, numbers that an earlier run gave to items that are no more; nobody is recommended these.
+    """
+
+    num_users: int
+    num_items: int
+    train: ItemLists
+    validation: ItemLists
+    test: ItemLists
+    gone: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def item_counts(self) -> np.ndarray:
+        """int64 [num_items], training interactions of each item."""
+        return np.bincount(self.train.items, minlength=self.num_items)
+
+    def cold_items(self) -> np.ndarray:
+        """int64, the items in use without a training interaction, ascending."""
+        return np.setdiff1d(np.flatnonzero(self.item_counts() == 0), self.gone)
+
+    def validation_users(self, most: int, seed: int) -> np.ndarray:
+        """Users with validation items, ascending; a fixed sample where there are more than `most`."""
+        users = np.flatnonzero(self.validation.counts() > 0)
+        if len(users) > most:
+            users = np.sort(np.random.default_rng(seed).choice(users, most, replace=False))
+        return users
+
+
+def load_interactions(artifact: Artifact) -> Interactions:
+    """Read the output of `etl.interactions`, a block of its rows at a time.
+
+    Memory holds the lists themselves, 4 bytes an interaction, and one block.
+
+    Raises:
+        ArtifactError: an index lies outside the id maps.
+    """
+    num_users, num_items = artifact.facts["num_users"], artifact.facts["num_items"]
+    counts = {part: np.zeros(num_users, dtype=np.int64) for part in (TRAIN, VALIDATION, TEST)}
+    for users, items, split in _blocks(artifact):
+        for name, values, size in ((USER_IDX, users, num_users), (ITEM_IDX, items, num_items)):
+            if len(values) and not 0 <= values.min() <= values.max() < size:
+                raise ArtifactError(
+                    f"{artifact.path} has {name} outside 0..{size - 1}.", "Run etl.interactions again for this window."
+                )
+        for part, lengths in counts.items():
+            lengths += np.bincount(users[split == part], minlength=num_users)
+    lists = {part: _OpenLists(lengths) for part, lengths in counts.items()}
+    for users, items, split in _blocks(artifact):
+        for part, open_lists in lists.items():
+            open_lists.append(users[split == part], items[split == part])
+    gone = np.empty(0, dtype=np.int64)
+    if artifact.facts.get("num_tombstones", {}).get("items"):
+        gone = np.flatnonzero(load_ids(artifact, "items", STATE).to_numpy() == GONE)
+    return Interactions(
+        num_users, num_items, lists[TRAIN].close(), lists[VALIDATION].close(), lists[TEST].close(), gone
+    )
+
+
+class _OpenLists:
+    """Item lists of known lengths, filled by blocks of pairs in any order.
+
+    Args:
+        lengths: int64 [num_users].
+    """
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self._indptr = np.concatenate([[0], np.cumsum(lengths)])
+        self._items = np.empty(self._indptr[-1], dtype=np.int32)
+        self._ends = self._indptr[:-1].copy()
+
+    def append(self, users: np.ndarray, items: np.ndarray) -> None:
+        order = np.argsort(users, kind="stable")
+        users = users[order]
+        starts = np.flatnonzero(np.diff(users, prepend=-1))
+        lengths = np.diff(starts, append=len(users))
+        self._items[self._ends[users] + np.arange(len(users)) - np.repeat(starts, lengths)] = items[order]
+        self._ends[users[starts]] += lengths
+
+    def close(self) -> ItemLists:
+        """The lists, each sorted, a block of users at a time."""
+        lists = ItemLists(self._indptr, self._items)
+        # As many users as have a block of rows together, or one.
+        blocks = self._indptr[1:] // _BLOCK_ROWS
+        for part in np.split(np.arange(lists.num_users), np.flatnonzero(np.diff(blocks)) + 1):
+            if len(part):
+                positions, items = lists.rows(part)
+                order = np.lexsort((items, positions))
+                self._items[self._indptr[part[0]] : self._indptr[part[-1] + 1]] = items[order]
+        return lists
+
+
+def _blocks(artifact: Artifact) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Users, items and splits of the interactions, in order."""
+    names = [USER_IDX, ITEM_IDX, SPLIT]
+    data = ds.dataset(artifact.file("interactions"), format="parquet", partitioning="hive")
+    for batch in data.to_batches(columns=names, batch_size=_BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
+        users, items, split = (batch.column(name).to_numpy(zero_copy_only=False) for name in names)
+        yield users, items, split
+
+
+def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
+    """External ids or titles in the order of the indices.
+
+    Args:
+        artifact: output of `etl.interactions`.
+        table: `users` or `items`.
+        column: `user_id`, `item_id` or `title`.
+
+    Returns:
+        String array whose position is the index.
+    """
+    index = USER_IDX if table == "users" else ITEM_IDX
+    rows = pq.read_table(artifact.file(table), columns=[index, column]).sort_by(index)
+    return rows.column(column)

@@ -1,0 +1,357 @@
+"""Train one model on one dataset: the same data, masks, stopping rule and measure for every model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crane_core.config import Features, Knn, Loss, Profiles, Refine, Section, Train
+from crane_core.dataset.interactions import Interactions
+from crane_core.errors import ConfigError
+from crane_core.evaluation.baselines import content, item_knn, popularity
+from crane_core.evaluation.metrics import Scorer, dot_product, rank_users, user_metrics
+from crane_core.experiments.data import Dataset, fingerprint, held
+from crane_core.experiments.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
+from crane_core.graph.exact import search
+from crane_core.graph.item_graph import build_graph
+from crane_core.model.content import Content, JointContent, joint_content
+from crane_core.model.crane import Crane, LightGCN, Rows
+from crane_core.model.propagation import SymmetricGraph
+from crane_core.refine.fit import fit, refine_catalog
+from crane_core.storage.local import LocalStorage
+from crane_core.storage.tensors import load_tensors
+from crane_core.training.monitors import profile_spreads
+from crane_core.training.share import choose_trust
+from crane_core.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+VERSION = 3
+"""Raised when a training comes to mean something else: what was trained before is then not found."""
+
+
+class Recipe(Section):
+    """The parts of a run's configuration that decide a model, and the settings of the published references."""
+
+    features: Features = Features()
+    profiles: Profiles = Profiles()
+    refine: Refine = Refine()
+    knn: Knn = Knn()
+    train: Train = Train()
+    freedom: FreedomSettings = FreedomSettings()
+    mgcn: MgcnSettings = MgcnSettings()
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The same recipe with every random choice drawn from another seed.
+
+        Raises:
+            ConfigError: the seed is out of range.
+        """
+        if not 0 <= seed < 2**31:
+            raise ConfigError(f"{seed} is no seed.", f"Give whole numbers from 0 to {2**31 - 1}.")
+        return self.model_copy(
+            update={
+                "refine": self.refine.model_copy(update={"seed": seed}),
+                "train": self.train.model_copy(update={"seed": seed}),
+            }
+        )
+
+
+def version_of(recipe: Recipe) -> int | str:
+    """The version of the trainings by a recipe. Those of `both_kinds` came to mean something else, and only those."""
+    return f"{VERSION}, false negatives masked" if recipe.train.contrast_negatives == "both_kinds" else VERSION
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that can rank.
+
+    Attributes:
+        score: user rows int [b] to scores float32 [b, num_items].
+        validation: Recall@20 on the validation split, what every choice is made by.
+        seconds: of everything the model needed beyond the dataset.
+        facts: what else is worth reporting, JSON values.
+        alone: `score` of a fused model's own rows, LightGCN's left out.
+    """
+
+    score: Scorer
+    validation: float
+    seconds: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    alone: Scorer | None = None
+
+
+TrainModel = Callable[[Dataset, Recipe, Path], Trained]
+"""Dataset, recipe and a folder of its own for the checkpoints of this training, so that it goes on after a kill. What
+several trainings share lies beside that folder."""
+
+View = tuple[Rows, dict[str, Any]]
+"""Best rows of a training, and its summary."""
+
+ITEM_KNN_GRID = tuple((size, shrinkage) for size in (20, 100, 1000) for shrinkage in (0.0, 100.0, 1000.0))
+"""Neighbours and shrinkage: the best were 100 and 0 on Last.fm 2K, 1000 and 100 on Baby, 100 and 1000 on TikTok."""
+CONTENT_GRID = ("l2", "zscore")
+
+
+def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """LightGCN alone."""
+    rows, summary = behaviour(dataset.interactions, recipe.train, work)
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
+
+
+def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """LightGCN with CRANE's ranking loss: what of CRANE's gain is owed to the loss alone."""
+    rows, summary = behaviour(dataset.interactions, recipe.train, work, "softmax")
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
+
+
+def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """LightGCN fused with `lightgcn_softmax` as it is with CRANE: what is owed to the loss and the fusion together.
+
+    There is no item graph, so nothing stands for a cold item in LightGCN's rows.
+    """
+    interactions = dataset.interactions
+    view = behaviour(interactions, recipe.train, work)
+    own = behaviour(interactions, recipe.train, work, "softmax")
+    size = interactions.num_items
+    no_graph = SymmetricGraph(sp.csr_array((size, size), dtype=np.float32), CPU)
+    return _fused(view, own, no_graph, dataset, recipe)
+
+
+def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """CRANE: LightGCN beside RCA, item graph and the CRANE network, staged or joint, trusted as validation says.
+
+    The seconds are those of all parts, whether they were made now or found.
+    """
+    interactions = dataset.interactions
+    view = behaviour(interactions, recipe.train, work)
+    content, prepared = content_of(dataset, recipe, work)
+    model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
+    own = train_to_best(model, interactions, recipe.train, work / "crane")
+    # The graph of the best epoch: a joint content has it from the best weights.
+    fused = _fused(view, own, content.graph, dataset, recipe)
+    return replace(fused, seconds=fused.seconds + prepared["content_seconds"], facts=fused.facts | prepared)
+
+
+def train_crane_joint(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """CRANE with RCA in every step, whatever the recipe says."""
+    train = recipe.train.model_copy(update={"mode": "joint"})
+    return train_crane(dataset, recipe.model_copy(update={"train": train}), work)
+
+
+_LIGHTGCN = {
+    "embedding_dim",
+    "num_layers",
+    "learning_rate",
+    "batch_size",
+    "num_epochs",
+    "patience",
+    "regularisation",
+    "validation_users",
+    "seed",
+}
+_SOFTMAX = {"num_negatives", "ranking_negatives", "ranking_temperature", "user_balance"}
+
+
+def train_bpr_mf(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """Matrix factorisation under the BPR loss (Rendle et al., UAI 2009): LightGCN without propagation."""
+    train = recipe.train.model_copy(update={"num_layers": 0})
+    return train_lightgcn(dataset, recipe.model_copy(update={"train": train}), work)
+
+
+def train_popularity(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """`baselines.popularity`."""
+    return _choose(iter([({}, popularity(dataset.interactions))]), dataset, recipe)
+
+
+def train_item_knn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """`baselines.item_knn` with the neighbours and the shrinkage of `ITEM_KNN_GRID` that validation prefers."""
+    candidates = (
+        ({"num_neighbours": size, "shrinkage": shrinkage}, item_knn(dataset.interactions, size, shrinkage))
+        for size, shrinkage in ITEM_KNN_GRID
+    )
+    return _choose(candidates, dataset, recipe)
+
+
+def train_content(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """`baselines.content`, standardised as validation prefers.
+
+    Raises:
+        DataError: the dataset has no features.
+    """
+    candidates = (
+        (
+            {"standardise": kind},
+            content(dataset.modalities(recipe.features.model_copy(update={"standardise": kind}))),
+        )
+        for kind in CONTENT_GRID
+    )
+    return _choose(candidates, dataset, recipe)
+
+
+def train_freedom(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """FREEDOM on the raw features.
+
+    Raises:
+        DataError: the dataset has no features.
+    """
+    return _train_reference(Freedom, recipe.freedom, dataset, recipe, work)
+
+
+def train_mgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
+    """MGCN on the raw features.
+
+    Raises:
+        DataError: the dataset has no features.
+    """
+    return _train_reference(Mgcn, recipe.mgcn, dataset, recipe, work)
+
+
+MODELS: dict[str, TrainModel] = {
+    "crane": train_crane,
+    "crane_joint": train_crane_joint,
+    "lightgcn": train_lightgcn,
+    "lightgcn_softmax": train_lightgcn_softmax,
+    "lightgcn_fused": train_lightgcn_fused,
+    "bpr_mf": train_bpr_mf,
+    "popularity": train_popularity,
+    "item_knn": train_item_knn,
+    "content": train_content,
+    "freedom": train_freedom,
+    "mgcn": train_mgcn,
+}
+"""Every model by name."""
+NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"})
+"""Those that read item features, and raise a `DataError` where there are none."""
+
+
+def behaviour(interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr") -> View:
+    """The behavioural view: LightGCN's best rows and the trainer's summary.
+
+    It is trained once for the same training and validation interactions, loss and settings, in a folder beside
+    `work`; a training that has ended there is read back.
+    """
+    train, validation = interactions.train, interactions.validation
+    read, name = (_LIGHTGCN, "lightgcn") if loss == "bpr" else (_LIGHTGCN | _SOFTMAX, "lightgcn_softmax")
+    settings = config.model_dump(mode="json", include=read)
+    key = fingerprint(
+        VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
+    )
+    shared = work.parent / f"{name}-{key}"
+    with held(shared):
+        model = LightGCN(interactions.num_users, interactions.num_items, config, loss)
+        return train_to_best(model, interactions, config, shared)
+
+
+def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, recipe: Recipe) -> Trained:
+    """LightGCN's view beside a model's own, at the share validation trusts the latter with."""
+    started = time.monotonic()
+    (behavioural, alone), (rows, summary) = view, own
+    trust = choose_trust(behavioural, rows, item_graph, dataset.interactions, recipe.train)
+    seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
+    facts = summary | {"trust": trust.share, "curve": trust.curve}
+    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts, dot_product(*rows))
+
+
+def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, dict[str, Any]]:
+    """What CRANE learns on, and the facts of it: `content_seconds` and `profile_spread` by modality."""
+    fitted: dict[str, Tensor] = {}
+    seconds = 0.0
+    if recipe.train.mode == "staged" or recipe.train.joint_start == "fitted":
+        frozen, fitted, facts = shared_content(dataset, recipe, work)
+        if recipe.train.mode == "staged":
+            return frozen, facts
+        seconds = facts["content_seconds"]
+    started = time.monotonic()
+    modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
+    content = joint_content(modalities, fitted, recipe.refine, recipe.knn, recipe.train, CPU)
+    seconds += time.monotonic() - started
+    return content, {"content_seconds": seconds, "profile_spread": profile_spreads(modalities)}
+
+
+def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, dict[str, Tensor], dict[str, Any]]:
+    """What `prepare_content` makes and the facts of it, made once for the same data and sections of the recipe.
+
+    It lies beside `work`, as the behavioural view does.
+    """
+    sections = recipe.model_dump(mode="json", include={"features", "profiles", "refine", "knn"})
+    shared = work.parent / f"content-{fingerprint(VERSION, dataset.without_test().fingerprint, sections)}"
+    with held(shared):
+        if not (shared / "prepared.json").exists():
+            started = time.monotonic()
+            content, fitted, spreads = prepare_content(dataset, recipe)
+            seconds = time.monotonic() - started
+            assert content.users is not None
+            save_file({"items": content.items, "users": content.users}, shared / "rows.safetensors")
+            save_file(fitted, shared / "rca.safetensors")
+            sp.save_npz(shared / "graph.npz", content.graph.matrix)
+            # Last, and at once: without it the rest is made again.
+            LocalStorage(shared).write(
+                "prepared.json", json.dumps({"seconds": seconds, "profile_spread": spreads}).encode()
+            )
+        rows, fitted = (load_tensors(shared / f"{name}.safetensors") for name in ("rows", "rca"))
+        graph = SymmetricGraph(sp.csr_array(sp.load_npz(shared / "graph.npz")), CPU)
+        known = json.loads((shared / "prepared.json").read_text())
+        facts = {"content_seconds": known["seconds"], "profile_spread": known.get("profile_spread", {})}
+        return Content(rows["items"], graph, rows["users"]), fitted, facts
+
+
+def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str, Tensor], dict[str, float]]:
+    """What `ml.refine`, `ml.knn` and `ml.graph` leave, in memory: rows and graph, fitted weights, profile spreads."""
+    modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
+    refiner, _ = fit(modalities, dataset.interactions.train, recipe.profiles.aggregate, recipe.refine)
+    items, users, _ = refine_catalog(refiner, modalities, recipe.refine.chunk_size)
+    with torch.no_grad():
+        fused = refiner.fuse(items).numpy()
+    neighbours, _ = search(fused, range(len(fused)), recipe.knn.k)
+    graph = SymmetricGraph(build_graph(neighbours), CPU)
+    items, users = (F.normalize(rows, dim=2) for rows in (items, users))
+    return Content(items, graph, users), refiner.state_dict(), profile_spreads(modalities)
+
+
+def train_to_best(model: LightGCN, interactions: Interactions, config: Train, work: Path) -> View:
+    """Train a model to its best validation recall; its rows there, and the trainer's summary and curve (`epochs`)."""
+    work.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model, interactions, config, work, CPU)
+    summary = trainer.run()
+    return trainer.best_rows(), summary | {"epochs": trainer.progress.curve}
+
+
+def _train_reference(
+    build: Any, settings: FreedomSettings | MgcnSettings, dataset: Dataset, recipe: Recipe, work: Path
+) -> Trained:
+    started = time.monotonic()
+    interactions, config = dataset.interactions, settings.applied(recipe.train)
+    raw = recipe.features.model_copy(update={"standardise": "none"})
+    features = [modality.items for modality in dataset.modalities(raw)]
+    model = build(interactions.num_users, interactions.num_items, features, config, settings)
+    prepared = time.monotonic() - started
+    rows, summary = train_to_best(model, interactions, config, work)
+    return Trained(dot_product(*rows), summary["validation"]["recall@20"], prepared + summary["seconds"], summary)
+
+
+def _choose(candidates: Iterator[tuple[dict[str, Any], Scorer]], dataset: Dataset, recipe: Recipe) -> Trained:
+    """The candidate with the best validation Recall@20, the first of equals; `facts` are its settings."""
+    started = time.monotonic()
+    interactions, train = dataset.interactions, recipe.train
+    users = interactions.validation_users(train.validation_users, train.seed)
+    best: tuple[float, dict[str, Any], Scorer] | None = None
+    for facts, score in candidates:
+        ranked = rank_users(score, interactions.train, users, 20)
+        recalls = user_metrics(ranked, interactions.validation, users, (20,))["recall@20"]
+        recall = float(recalls.mean()) if len(users) else 0.0
+        if best is None or recall > best[0]:
+            best = recall, facts, score
+    assert best is not None
+    return Trained(best[2], best[0], time.monotonic() - started, best[1])

@@ -1,0 +1,159 @@
+"""Propagation over a symmetric sparse graph: one kernel, forward and backward."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crane_core.model.sharding import Shards
+
+_BLOCK_ENTRIES = 1 << 24
+"""Entries of a matrix that are brought to the device at a time: 128 MiB."""
+
+
+class SymmetricGraph:
+    """A symmetric sparse matrix that multiplies dense rows.
+
+    Because the matrix equals its transpose, the gradient is the same product. The kernel is torch's embedding bag, a
+    weighted sum of rows for each row, which on a CPU is code that FBGEMM generates for the width at hand: it measured
+    2.7 to 7 times the CSR kernels of scipy and MKL and 8 to 13 times `torch.sparse.mm` over COO. A row is summed in the
+    order of its entries by one thread, so the bits do not depend on the number of threads.
+
+    Of several ranks, each keeps and multiplies the rows of its shard: all ranks' rows are gathered, and by symmetry
+    the gradient of a rank's rows is again its rows of the product with the gathered gradients.
+
+    Args:
+        matrix: the rows of this rank of a symmetric matrix, float32 CSR [m, n]; its indices are int32 unless there are
+            2**31 entries.
+        device: where the rows will be.
+        shards: who keeps which rows; one rank keeps all when None.
+        resident: keep the matrix on the device. Otherwise it stays in the memory of the machine, and a product
+            brings it over block by block.
+    """
+
+    def __init__(
+        self, matrix: sp.csr_array, device: torch.device, shards: Shards | None = None, resident: bool = True
+    ) -> None:
+        self.shards = shards or Shards([matrix.shape[0]])
+        self.matrix = matrix
+        self.device = device
+        width = np.int32 if matrix.nnz < 2**31 else np.int64
+        arrays = matrix.indptr.astype(width, copy=False), matrix.indices.astype(width, copy=False), matrix.data
+        home = device if resident else torch.device("cpu")
+        self._offsets, self._indices, self._values = (torch.from_numpy(array).to(home) for array in arrays)
+        block = matrix.nnz if resident else _BLOCK_ENTRIES
+        inner = np.searchsorted(matrix.indptr, np.arange(block, matrix.nnz, max(1, block)))
+        self._cuts = np.unique([0, *inner, matrix.shape[0]]).tolist()
+
+    def __matmul__(self, rows: Tensor) -> Tensor:
+        """float32 or float64 [m, d] -> [m, d], the rows of this rank."""
+        return _SymmetricProduct.apply(rows, self)
+
+    def degrees(self) -> Tensor:
+        """int64 [n], entries of each row of all ranks."""
+        return self.shards.collect(self._offsets.diff().long())
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The product without a gradient."""
+        gathered = self.shards.collect(rows.detach().contiguous())
+        if len(self._cuts) == 2:
+            return _sum_rows(gathered, self._offsets, self._indices, self._values)
+        blocks = []
+        for start, stop in pairwise(self._cuts):
+            offsets = self._offsets[start : stop + 1]
+            entries = slice(int(offsets[0]), int(offsets[-1]))
+            arrays = offsets - offsets[0], self._indices[entries], self._values[entries]
+            blocks.append(_sum_rows(gathered, *(array.to(self.device) for array in arrays)))
+        return torch.cat(blocks)
+
+
+def _sum_rows(rows: Tensor, offsets: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    return F.embedding_bag(
+        indices, rows, offsets, mode="sum", per_sample_weights=values.to(rows.dtype), include_last_offset=True
+    )
+
+
+class _SymmetricProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, graph: SymmetricGraph) -> Tensor:
+        ctx.graph = graph
+        return graph.multiply(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.graph.multiply(gradients[0]), None
+
+
+def propagate(graph: SymmetricGraph, embeddings: Tensor, num_layers: int) -> Tensor:
+    """Mean of the embeddings over propagation steps 0..num_layers (LightGCN, eq. 7-8).
+
+    Args:
+        graph: symmetric-normalised [num_nodes, num_nodes].
+        embeddings: float32 [num_nodes, dim]; users first, then items.
+        num_layers: steps, >= 0.
+
+    Returns:
+        float32 [num_nodes, dim].
+    """
+    layer = total = embeddings
+    for _ in range(num_layers):
+        layer = graph @ layer
+        total = total + layer
+    return total / (num_layers + 1)
+
+
+def drop_edges(users: np.ndarray, items: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
+    """Choose the user-item edges of an epoch: popular ends lose more (degree-sensitive edge dropout).
+
+    Exactly `round(share * num_edges)` edges go; an edge is kept with weight `1 / sqrt(deg_user * deg_item)`, drawn
+    without replacement.
+
+    Args:
+        users, items: int [num_edges].
+        share: of the edges to drop, in [0, 1).
+        generator: of the draw.
+
+    Returns:
+        Sorted int64 positions of the kept edges.
+    """
+    num_kept = len(users) - round(share * len(users))
+    if num_kept == len(users):
+        return np.arange(len(users))
+    weights = (np.bincount(users)[users] * np.bincount(items)[items].astype(np.float64)) ** -0.5
+    # Exponential keys (Efraimidis and Spirakis, 2006) draw without replacement in one pass.
+    keys = generator.exponential(size=len(users)) / weights
+    return np.sort(np.argpartition(keys, num_kept - 1)[:num_kept])
+
+
+class DirectedGraph:
+    """A sparse matrix that multiplies dense rows; the gradient is the product with its transpose.
+
+    Args:
+        matrix: float32 CSR [n, m].
+        device: where the rows will be.
+    """
+
+    def __init__(self, matrix: sp.csr_array, device: torch.device) -> None:
+        # Each direction is a product without a gradient, which needs no symmetry.
+        self.onward, self.back = (SymmetricGraph(part, device) for part in (matrix, matrix.T.tocsr()))
+
+    def __matmul__(self, rows: Tensor) -> Tensor:
+        """float32 [m, d] -> [n, d]."""
+        return _DirectedProduct.apply(rows, self)
+
+
+class _DirectedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, graph: DirectedGraph) -> Tensor:
+        ctx.graph = graph
+        return graph.onward.multiply(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.graph.back.multiply(gradients[0]), None

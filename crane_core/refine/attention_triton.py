@@ -1,0 +1,235 @@
+"""Triton kernels of RCA for CUDA: tanh attention, and softmax over groups of keys; keys are the values.
+
+What PyTorch's fused attention does not offer: another phi than softmax, and, for the inverted lists of `block`, many
+small attentions in one launch whose mass is returned so that they can be merged. Blocks of scores stay in registers,
+forward and backward; products are summed in float32. Inputs are float32 (three TF32 products for each, about as exact
+as float32) or bfloat16.
+
+Checked on a CPU by Triton's interpreter against float64 (`tests/unit/refine/test_attention_triton.py`). Not yet
+measured on a GPU, and the block sizes not tuned on one. Imported where a tensor lies on CUDA only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crane_core.errors import ConfigError
+
+MOST_DIMS = 128
+"""Widest rows: a block of them must fit the registers of a program."""
+_BLOCK = {"rows": 128, "keys": 64}
+_BLOCK_BACKWARD = {"rows": 64, "keys": 64}
+
+Phi = Literal["softmax", "tanh"]
+Group = tuple[int, int, int, int]
+
+
+def attend(queries: Tensor, keys: Tensor, groups: list[Group], phi: Phi) -> tuple[Tensor, Tensor]:
+    """Attention of each group of queries to its keys.
+
+    Args:
+        queries: float32 or bfloat16 [n, d], contiguous, d <= 128.
+        keys: like the queries, [m, d].
+        groups: queries [start, stop) and their keys [start, stop); every query is in one group.
+        phi: `softmax`, or `tanh`, whose sum is not divided by anything.
+
+    Returns:
+        like the queries [n, d], and for `softmax` the logarithm of the sum of the exponentials, float32 [n].
+
+    Raises:
+        ConfigError: the rows are too wide.
+    """
+    queries, keys = queries.contiguous(), keys.contiguous()
+    output, mass = torch.empty_like(queries), queries.new_empty(len(queries), dtype=torch.float32)
+    tiles = _tiles(groups, _BLOCK["rows"], queries.device)
+    _attend[(len(tiles),)](
+        queries, keys, output, mass, tiles, queries.shape[1] ** -0.5, **_constants(queries, phi), **_blocks(_BLOCK)
+    )
+    return output, mass
+
+
+def attend_backward(
+    queries: Tensor,
+    keys: Tensor,
+    incoming: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    groups: list[Group],
+    phi: Phi,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `attend`.
+
+    Args:
+        queries, keys, groups, phi: as given to `attend`; a key is in one group at most.
+        incoming: gradient of the output, [n, d].
+        statistics: of `softmax`, float32 [n] each: the logarithm of the sum of the exponentials, and the product of
+            each row's gradient and output. Of a row whose keys are spread over several groups, those of all of them.
+
+    Returns:
+        gradients of the queries [n, d] and of the keys [m, d], like these.
+    """
+    queries, keys = queries.contiguous(), keys.contiguous()
+    incoming = incoming.to(keys.dtype).contiguous()
+    normaliser, delta = statistics or (queries.new_empty(0, dtype=torch.float32),) * 2
+    query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
+    given = (queries, keys, incoming, normaliser.contiguous(), delta.contiguous())
+    settings = _constants(queries, phi) | _blocks(_BLOCK_BACKWARD)
+    scale = queries.shape[1] ** -0.5
+    tiles = _tiles(groups, _BLOCK_BACKWARD["rows"], queries.device)
+    _query_gradient[(len(tiles),)](*given, query_gradient, tiles, scale, **settings)
+    flipped = [(first, last, start, stop) for start, stop, first, last in groups]
+    tiles = _tiles(flipped, _BLOCK_BACKWARD["keys"], queries.device)
+    _key_gradient[(len(tiles),)](*given, key_gradient, tiles, scale, **settings)
+    return query_gradient, key_gradient
+
+
+def _tiles(groups: list[Group], block: int, device: torch.device) -> Tensor:
+    """The groups, cut into blocks along their first side: int64 [num_tiles, 4]."""
+    cut = [(at, min(at + block, stop), *other) for start, stop, *other in groups for at in range(start, stop, block)]
+    return torch.tensor(cut, dtype=torch.int64).to(device)
+
+
+def _constants(queries: Tensor, phi: Phi) -> dict[str, int | bool | str]:
+    dim = queries.shape[1]
+    if dim > MOST_DIMS:
+        raise ConfigError(
+            f"The GPU kernels of {phi} over groups take rows of up to {MOST_DIMS} numbers, found {dim}.",
+            f"Lower refine.embedding_dim to {MOST_DIMS}, or choose refine.phi softmax, landmark or linear.",
+        )
+    precision = "interpreted" if triton.knobs.runtime.interpret else "tf32x3"
+    return {"DIM": dim, "WIDTH": max(16, triton.next_power_of_2(dim)), "TANH": phi == "tanh", "PRECISION": precision}
+
+
+def _blocks(sizes: dict[str, int]) -> dict[str, int]:
+    return {"ROWS": sizes["rows"], "KEYS": sizes["keys"]}
+
+
+@triton.jit
+def _load(source, index, stop, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a matrix, zero behind the last one."""
+    columns = tl.arange(0, WIDTH)
+    inside = (index < stop)[:, None] & (columns < DIM)[None, :]
+    return tl.load(source + index[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(target, index, stop, values, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    inside = (index < stop)[:, None] & (columns < DIM)[None, :]
+    tl.store(target + index[:, None] * DIM + columns[None, :], values.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dot(left, right, PRECISION: tl.constexpr):
+    """The product, summed in float32."""
+    if PRECISION == "interpreted":
+        # The interpreter multiplies the bit patterns of bfloat16. In float32 the products are the exact ones.
+        return tl.dot(left.to(tl.float32), right.to(tl.float32))
+    return tl.dot(left, right, input_precision=PRECISION)
+
+
+@triton.jit
+def _products(left, right, PRECISION: tl.constexpr):
+    return _dot(left, tl.trans(right), PRECISION)
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _attend(
+    queries, keys, output, mass, tiles, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 4
+    stop, first, last = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    rows = tl.load(tile) + tl.arange(0, ROWS)
+    block = _load(queries, rows, stop, DIM, WIDTH)
+    total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    row_mass = tl.zeros([ROWS], dtype=tl.float32)
+    for at in range(first, last, KEYS):
+        columns = at + tl.arange(0, KEYS)
+        part = _load(keys, columns, last, DIM, WIDTH)
+        scores = _products(block, part, PRECISION) * scale
+        if TANH:
+            weights = _tanh(scores)
+        else:
+            scores = tl.where((columns < last)[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shrink = tl.exp(top - new_top)
+            weights = tl.exp(scores - new_top[:, None])
+            row_mass = row_mass * shrink + tl.sum(weights, 1)
+            total = total * shrink[:, None]
+            top = new_top
+        total += _dot(weights.to(part.dtype), part, PRECISION)
+    if not TANH:
+        total = total / row_mass[:, None]
+        tl.store(mass + rows, top + tl.log(row_mass), mask=rows < stop)
+    _store(output, rows, stop, total, DIM, WIDTH)
+
+
+@triton.jit
+def _query_gradient(
+    queries, keys, incoming, normaliser, delta, gradient, tiles, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 4
+    stop, first, last = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    rows = tl.load(tile) + tl.arange(0, ROWS)
+    block, arrived = _load(queries, rows, stop, DIM, WIDTH), _load(incoming, rows, stop, DIM, WIDTH)
+    if not TANH:
+        row_normaliser = tl.load(normaliser + rows, mask=rows < stop, other=0.0)
+        row_delta = tl.load(delta + rows, mask=rows < stop, other=0.0)
+    total = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+    for at in range(first, last, KEYS):
+        columns = at + tl.arange(0, KEYS)
+        part = _load(keys, columns, last, DIM, WIDTH)
+        scores = _products(block, part, PRECISION) * scale
+        slope = _products(arrived, part, PRECISION)
+        if TANH:
+            weights = _tanh(scores)
+            slope = slope * (1.0 - weights * weights)
+        else:
+            weights = tl.exp(scores - row_normaliser[:, None])
+            slope = tl.where((columns < last)[None, :], weights * (slope - row_delta[:, None]), 0.0)
+        total += _dot(slope.to(part.dtype), part, PRECISION)
+    _store(gradient, rows, stop, total * scale, DIM, WIDTH)
+
+
+@triton.jit
+def _key_gradient(
+    queries, keys, incoming, normaliser, delta, gradient, tiles, scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, TANH: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 4
+    stop, first, last = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    columns = tl.load(tile) + tl.arange(0, KEYS)
+    part = _load(keys, columns, stop, DIM, WIDTH)
+    as_values = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
+    as_keys = tl.zeros([KEYS, WIDTH], dtype=tl.float32)
+    for at in range(first, last, ROWS):
+        rows = at + tl.arange(0, ROWS)
+        block, arrived = _load(queries, rows, last, DIM, WIDTH), _load(incoming, rows, last, DIM, WIDTH)
+        scores = _products(part, block, PRECISION) * scale
+        slope = _products(part, arrived, PRECISION)
+        if TANH:
+            weights = _tanh(scores)
+            slope = slope * (1.0 - weights * weights)
+        else:
+            row_normaliser = tl.load(normaliser + rows, mask=rows < last, other=float("inf"))
+            row_delta = tl.load(delta + rows, mask=rows < last, other=0.0)
+            weights = tl.exp(scores - row_normaliser[None, :])
+            slope = weights * (slope - row_delta[None, :])
+        as_values += _dot(weights.to(part.dtype), arrived, PRECISION)
+        as_keys += _dot(slope.to(part.dtype), block, PRECISION)
+    _store(gradient, columns, stop, as_values + as_keys * scale, DIM, WIDTH)

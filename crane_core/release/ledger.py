@@ -1,0 +1,351 @@
+"""The append-only ledger of the model registry: who became champion, when and why.
+
+One object per entry, `{store}/ledger/{seq:08d}.json`, made only if it does not exist, and chained: each entry
+carries the hash of the one before and its own. The ledger is the truth about the champion: an entry is written
+first, the alias follows, and after a crash in between the alias is set to what the ledger says. Whoever writes holds
+the lease of the store (`crane_core.release.lease`); the entry carries its token, and no entry follows one with a higher
+token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+from crane_core.errors import ArtifactError, CraneError
+from crane_core.release.lease import lost
+from crane_core.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "ledger"
+GENESIS = "0" * 64
+CHAMPION = "champion"
+MAX_MOVES = 10
+ANCHOR_TAG = "crane.ledger."
+SMOKE_TAG = "crane.smoke"
+
+Action = Literal["promote", "refuse", "rollback", "restore"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision.
+
+    Attributes:
+        seq: position, from 1.
+        previous: hash of the entry before, zeros for the first.
+        at: when, ISO 8601 UTC.
+        model: registered model.
+        action: `promote` and `rollback` make `version` champion; `refuse` leaves the champion alone; `restore`
+            takes a promotion or rollback back whose smoke test failed, or what had to follow it.
+        version: the version the decision is about.
+        champion_before: champion until now, None when there was none.
+        champion: champion from now on, None when there is none.
+        run_id: run that asked.
+        reason: one sentence.
+        numbers: everything the decision rests on, JSON values.
+        fence: token of the lease it was written under, 0 without one.
+        hash: sha256 of all of the above.
+    """
+
+    seq: int
+    previous: str
+    at: str
+    model: str
+    action: Action
+    version: str
+    champion_before: str | None
+    champion: str | None
+    run_id: str
+    reason: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    fence: int = 0
+    hash: str = ""
+
+    def computed_hash(self) -> str:
+        """sha256 over every field but `hash`."""
+        content = {name: value for name, value in asdict(self).items() if name != "hash"}
+        # Entries from before there were leases were hashed without the field.
+        if not self.fence:
+            del content["fence"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+
+class Ledger:
+    """The entries of one store.
+
+    Args:
+        storage: where they live.
+        model: registered model this reader is about; the chain runs through the entries of all models.
+    """
+
+    def __init__(self, storage: Storage, model: str) -> None:
+        self.storage = storage
+        self.model = model
+
+    def entries(self) -> list[Entry]:
+        """Every entry of every model, verified.
+
+        Raises:
+            ArtifactError: an entry was changed, removed or does not follow the one before.
+        """
+        entries: list[Entry] = []
+        previous = GENESIS
+        for seq, name in enumerate(self.storage.names(FOLDER), start=1):
+            entry = self._read(name)
+            if name != _name(seq) or entry.seq != seq:
+                raise self._broken(f"{name} found where {_name(seq)} belongs")
+            if entry.hash != entry.computed_hash():
+                raise self._broken(f"{name} does not match its own hash")
+            if entry.previous != previous:
+                raise self._broken(f"{name} does not follow the entry before it")
+            previous = entry.hash
+            entries.append(entry)
+        return entries
+
+    def verify(self, anchors: Mapping[int, str] | None = None) -> int:
+        """Check the whole chain.
+
+        Args:
+            anchors: seq to hash as noted elsewhere (on the registry's versions): an entry cut off the end of the
+                chain, or a chain written anew, shows by them.
+
+        Returns:
+            The number of entries.
+
+        Raises:
+            ArtifactError: the chain is broken or lacks an anchored entry.
+        """
+        hashes = {entry.seq: entry.hash for entry in self.entries()}
+        for seq, expected in (anchors or {}).items():
+            if hashes.get(seq) != expected:
+                raise self._broken(f"entry {seq} is not the one the registry remembers ({expected[:12]})")
+        return len(hashes)
+
+    def history(self) -> list[Entry]:
+        """The entries of this model, oldest first, the chain verified."""
+        return [entry for entry in self.entries() if entry.model == self.model]
+
+    def champion(self) -> str | None:
+        """The version that ought to carry the alias."""
+        history = self.history()
+        return history[-1].champion if history else None
+
+    def earlier_champions(self) -> list[str]:
+        """Champions that can be gone back to, the nearest last.
+
+        A rollback discards what it goes back over, so going back twice goes back two champions, never to the one
+        that was left.
+        """
+        stack: list[str] = []
+        for entry in self.history():
+            if entry.champion is None:
+                stack = []
+            elif entry.champion in stack and entry.action in ("rollback", "restore"):
+                del stack[stack.index(entry.champion) + 1 :]
+            elif entry.champion not in stack[-1:]:
+                stack.append(entry.champion)
+        return stack[:-1]
+
+    def append(
+        self,
+        seen: int,
+        action: Action,
+        version: str,
+        champion: str | None,
+        run_id: str,
+        reason: str,
+        numbers: dict[str, Any] | None = None,
+        fence: int = 0,
+    ) -> Entry:
+        """Add an entry, if nobody has since the caller looked.
+
+        Args:
+            seen: number of entries the decision was made on.
+            action, version, champion, run_id, reason, numbers, fence: see `Entry`.
+
+        Raises:
+            LeaseLost: another entry took the place, or a later holder of the lease has written: the caller must read
+                and decide again.
+        """
+        entries = self.entries()
+        newest = max((entry.fence for entry in entries), default=0)
+        if len(entries) != seen or newest > fence:
+            raise lost(fence, newest)
+        before = next((entry.champion for entry in reversed(entries) if entry.model == self.model), None)
+        entry = Entry(
+            seq=seen + 1,
+            previous=entries[-1].hash if entries else GENESIS,
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            model=self.model,
+            action=action,
+            version=version,
+            champion_before=before,
+            champion=champion,
+            run_id=run_id,
+            reason=reason,
+            numbers=json.loads(json.dumps(numbers or {})),
+            fence=fence,
+        )
+        entry = Entry(**{**asdict(entry), "hash": entry.computed_hash()})
+        if not self.storage.create(f"{FOLDER}/{_name(entry.seq)}", entry.encode()):
+            raise lost(fence, fence)
+        logger.info(
+            "ledger seq=%d action=%s version=%s champion=%s before=%s", entry.seq, action, version, champion, before
+        )
+        return entry
+
+    def size(self) -> int:
+        """Number of entries of all models."""
+        return len(self.storage.names(FOLDER))
+
+    def _read(self, name: str) -> Entry:
+        text = self.storage.read(f"{FOLDER}/{name}")
+        try:
+            return Entry(**json.loads(text or b""))
+        except (TypeError, ValueError) as error:
+            raise self._broken(f"{name} is not an entry ({error})") from error
+
+    def _broken(self, found: str) -> ArtifactError:
+        return ArtifactError(
+            f"The ledger {self.storage.uri}/{FOLDER} was tampered with: {found}.",
+            "Restore the folder from a backup; no alias moves until the chain is whole.",
+        )
+
+
+class Aliases(Protocol):
+    """What the ledger needs of a model registry."""
+
+    def holder(self, alias: str) -> str | None:
+        """The version an alias points to."""
+
+    def set_alias(self, alias: str, number: str | None) -> None:
+        """Point an alias to a version, or nowhere."""
+
+    def tag(self, number: str, tags: Mapping[str, str]) -> None:
+        """Note something on a version."""
+
+    def noted(self, number: str, tag: str) -> str | None:
+        """What was noted on a version under a tag."""
+
+
+def settle(ledger: Ledger, aliases: Aliases) -> str | None:
+    """Make the alias follow the ledger, whoever died or raced in between; read both again after every move.
+
+    Returns:
+        The champion, who carries the alias.
+
+    Raises:
+        ArtifactError: the registry has a champion and the ledger no entry, the chain is broken, or somebody else keeps
+            moving the alias.
+    """
+    for _ in range(MAX_MOVES):
+        history = ledger.history()
+        holder = aliases.holder(CHAMPION)
+        if not history:
+            if holder is not None:
+                raise ArtifactError(
+                    f"Version {holder} of model {ledger.model!r} carries the alias {CHAMPION!r} without an entry in "
+                    f"{ledger.storage.uri}/{FOLDER}.",
+                    "Use the store whose ledger belongs to this registry, or remove the alias.",
+                )
+            return None
+        champion = history[-1].champion
+        if holder == champion:
+            return champion
+        logger.info("alias %s from=%s to=%s ledger_seq=%d", CHAMPION, holder, champion, history[-1].seq)
+        aliases.set_alias(CHAMPION, champion)
+    raise ArtifactError(
+        f"The alias {CHAMPION!r} of model {ledger.model!r} does not stay where the ledger puts it.",
+        "Find out who else moves it: only the jobs of the pipeline may.",
+    )
+
+
+def recover(ledger: Ledger, aliases: Aliases, smoke: Callable[[Entry], object], fence: int) -> Entry | None:
+    """Finish what a holder of the lease that died has left: a stale alias, or a champion that nobody has tested.
+
+    Args:
+        ledger, aliases: whose.
+        smoke: tests the version of an entry through the alias and raises when its answers are wrong.
+        fence: token of the lease that is held.
+
+    Returns:
+        The entry whose test was made up for and passed, None when there was none. The champion is tested either way.
+    """
+    settle(ledger, aliases)
+    moves = [entry for entry in ledger.history() if entry.action != "refuse"]
+    if not moves or is_confirmed(moves[-1], aliases):
+        return None
+    logger.warning("unfinished ledger_seq=%d version=%s: testing it now", moves[-1].seq, moves[-1].version)
+    try:
+        hand_over(ledger, aliases, moves[-1], lambda: smoke(moves[-1]), fence)
+    except ArtifactError as error:
+        logger.warning("%s", error.found)
+        settle(ledger, aliases)
+        return None
+    return moves[-1]
+
+
+def is_confirmed(entry: Entry, aliases: Aliases) -> bool:
+    """Whether the smoke test of an entry has passed; what is restored was confirmed when it was promoted."""
+    return entry.action == "restore" or aliases.noted(entry.version, SMOKE_TAG) == str(entry.seq)
+
+
+def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[], object], fence: int) -> None:
+    """Carry out an entry that makes a version champion: move the alias, test through it, confirm or take it back.
+
+    Args:
+        ledger: holds the entry already.
+        aliases: the registry.
+        entry: a `promote` or `rollback`, the newest entry that moves the champion.
+        smoke: loads the model through the alias and raises when its answers are wrong.
+        fence: token of the lease that is held.
+
+    Raises:
+        ArtifactError: the smoke test failed; the alias is back where it was and the ledger says so.
+    """
+    aliases.tag(entry.version, {f"{ANCHOR_TAG}{entry.seq}": entry.hash})
+    settle(ledger, aliases)
+    try:
+        smoke()
+    except Exception as error:
+        restored = restore(ledger, aliases, entry, f"version {entry.version} failed its smoke test ({error})", fence)
+        remedy = error.remedy if isinstance(error, CraneError) else "Look at the model's files and register it again."
+        raise ArtifactError(
+            f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is "
+            f"{restored.champion or 'nobody'} again.",
+            remedy,
+        ) from error
+    aliases.tag(entry.version, {SMOKE_TAG: str(entry.seq)})
+
+
+def restore(ledger: Ledger, aliases: Aliases, entry: Entry, why: str, fence: int) -> Entry:
+    """Take the newest move of the champion back: one line in the ledger, then the alias.
+
+    Args:
+        ledger, aliases: whose.
+        entry: the `promote` or `rollback`.
+        why: half a sentence.
+        fence: token of the lease that is held.
+    """
+    reason = f"Restored: {why}."
+    before = entry.champion_before
+    restored = ledger.append(
+        ledger.size(), "restore", entry.version, before, entry.run_id, reason, {"restores": entry.seq}, fence
+    )
+    settle(ledger, aliases)
+    aliases.tag(entry.version, {f"{ANCHOR_TAG}{restored.seq}": restored.hash})
+    return restored
+
+
+def _name(seq: int) -> str:
+    return f"{seq:08d}.json"

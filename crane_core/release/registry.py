@@ -1,0 +1,500 @@
+"""The model registry: versions, their evidence and their aliases. The only module that imports mlflow."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import functools
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# mlflow reads these when it is imported: a pipeline sends no telemetry, and its log lines are its own.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import mlflow
+import mlflow.artifacts
+import mlflow.pyfunc
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.pyfunc import PyFuncModel
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
+
+from crane_core.config import Runtime
+from crane_core.errors import ArtifactError, ConfigError
+from crane_core.release.ledger import ANCHOR_TAG
+from crane_core.schema import USER_ID
+from crane_core.serving.model_folder import CHECKSUMS, DEFAULT_K
+from crane_core.storage.artifacts import sha256_file
+
+logger = logging.getLogger(__name__)
+
+CANDIDATE = "candidate"
+
+_MODEL = "model"
+_LOADER = "crane_core.serving"
+_DESCRIPTION = {"data", "env", "loader_module", "python_version"}
+"""What a model says of itself to MLflow; `code` and `config` would run or steer something else."""
+_EVIDENCE = "evidence"
+_EVIDENCE_TAG = "crane.evidence."
+_TRAINING_TAG = "crane.training"
+_FINGERPRINT = "crane.fingerprint"
+_CHECKSUMS_TAG = "crane.checksums"
+_PARAM_LENGTH = 500
+_TAG_LENGTH = 5000
+_BATCH = 1000
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, USER_ID)]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, USER_ID),
+            ColSpec(Array(DataType.string), "item_ids"),
+            ColSpec(Array(DataType.double), "scores"),
+            ColSpec(DataType.boolean, "fallback"),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("k", DataType.integer, DEFAULT_K)]),
+)
+
+
+@dataclass(frozen=True)
+class DatasetReference:
+    """An artifact a model was made from.
+
+    Attributes:
+        name: the stage.
+        digest: fingerprint of the artifact.
+        source: where it lies.
+        context: what it was used for: `training` or `evaluation`.
+    """
+
+    name: str
+    digest: str
+    source: str
+    context: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """All that is registered of a trained model.
+
+    Attributes:
+        fingerprint: identity of model and evaluation; the same fingerprint is the same version.
+        run_id: the pipeline's run.
+        folder: model folder as `serving.write_model` leaves it.
+        evidence: files the gate reads again later.
+        input_example: a request the model answers.
+        params: the flattened configuration.
+        metrics: name to value; `@` is written `_at_`, which MLflow allows.
+        curve: one mapping per epoch, `epoch` and metrics.
+        datasets: what it was made from.
+        tags: lineage.
+    """
+
+    fingerprint: str
+    run_id: str
+    folder: Path
+    evidence: Sequence[Path]
+    input_example: pd.DataFrame
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]]
+    datasets: Sequence[DatasetReference]
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version.
+
+    Attributes:
+        number: version number as MLflow writes it.
+        mlflow_run: MLflow run that holds parameters, metrics and evidence.
+        tags: lineage and decisions.
+        aliases: aliases that point here.
+    """
+
+    number: str
+    mlflow_run: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def run_id(self) -> str:
+        """The pipeline's run that made it."""
+        return self.tags["crane.run"]
+
+
+class Registry:
+    """One registered model in one MLflow registry.
+
+    Args:
+        uri: tracking and registry URI.
+        artifact_root: URI where artifacts of a new experiment go; the server's choice when None.
+        name: name of the registered model.
+
+    Raises:
+        ConfigError: the registry does not answer.
+    """
+
+    def __init__(self, uri: str, artifact_root: str | None, name: str) -> None:
+        self.uri = uri
+        self.name = name
+        try:
+            mlflow.set_tracking_uri(uri)
+            mlflow.set_registry_uri(uri)
+            self._client = MlflowClient(uri, uri)
+            experiment = self._client.get_experiment_by_name(name)
+            self._experiment_id = (
+                experiment.experiment_id if experiment else self._client.create_experiment(name, artifact_root)
+            )
+            with contextlib.suppress(MlflowException):
+                self._client.create_registered_model(
+                    name, description="CRANE recommender; the alias champion is served."
+                )
+        except (MlflowException, OSError) as error:
+            raise ConfigError(
+                f"The model registry {uri} does not answer ({error}).", "Correct runtime.registry or start the server."
+            ) from error
+
+    def register(self, release: Release) -> tuple[Version, bool]:
+        """Make a version, or find the one of the same fingerprint.
+
+        Returns:
+            The version, and whether it is new.
+        """
+        found = self.find(release.fingerprint)
+        if found:
+            return found, False
+        started = time.monotonic()
+        evidence_tags = {f"{_EVIDENCE_TAG}{path.name}": sha256_file(path) for path in release.evidence}
+        tags = {
+            **release.tags,
+            **evidence_tags,
+            "crane.run": release.run_id,
+            _FINGERPRINT: release.fingerprint,
+            _CHECKSUMS_TAG: sha256_file(release.folder / CHECKSUMS),
+        }
+        run = self._client.create_run(self._experiment_id, run_name=release.run_id).info.run_id
+        with mlflow.start_run(run_id=run):
+            model = mlflow.pyfunc.log_model(
+                name=_MODEL,
+                loader_module=_LOADER,
+                data_path=str(release.folder),
+                signature=SIGNATURE,
+                input_example=(release.input_example, {"k": DEFAULT_K}),
+                pip_requirements=["crane-pipeline"],
+            )
+        for path in release.evidence:
+            self._client.log_artifact(run, str(path), _EVIDENCE)
+        self._log_figures(run, model.model_id, release, tags)
+        version = self._client.create_model_version(
+            self.name, model.model_uri, run, tags=_clipped(tags), model_id=model.model_id
+        )
+        first = self.find(release.fingerprint)
+        assert first is not None
+        if first.number != str(version.version):
+            # Somebody registered the same model while we did: one fingerprint, one version.
+            self._client.delete_model_version(self.name, version.version)
+            return first, False
+        logger.info("registered version=%s seconds=%.1f", first.number, time.monotonic() - started)
+        return first, True
+
+    def find(self, fingerprint: str) -> Version | None:
+        """The version of a fingerprint, None when there is none."""
+        versions = [version for version in self.versions() if version.tags.get(_FINGERPRINT) == fingerprint]
+        return versions[0] if versions else None
+
+    def versions(self) -> list[Version]:
+        """Every version, oldest first."""
+        aliases: dict[str, list[str]] = {}
+        for alias, number in self._client.get_registered_model(self.name).aliases.items():
+            aliases.setdefault(str(number), []).append(alias)
+        found: list[Version] = []
+        token = None
+        while True:
+            page = self._client.search_model_versions(f"name = '{self.name}'", max_results=_BATCH, page_token=token)
+            found += [
+                Version(
+                    str(each.version), each.run_id or "", dict(each.tags), tuple(aliases.get(str(each.version), ()))
+                )
+                for each in page
+            ]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: int(version.number))
+
+    def version(self, number: str) -> Version:
+        """One version by number.
+
+        Raises:
+            ArtifactError: there is no such version.
+        """
+        versions = {version.number: version for version in self.versions()}
+        if number not in versions:
+            raise ArtifactError(
+                f"Model {self.name!r} has no version {number!r}.", f"Known versions: {', '.join(versions) or 'none'}."
+            )
+        return versions[number]
+
+    def holder(self, alias: str) -> str | None:
+        """Number of the version an alias points to, None when it points nowhere."""
+        number = self._client.get_registered_model(self.name).aliases.get(alias)
+        return None if number is None else str(number)
+
+    def set_alias(self, alias: str, number: str | None) -> None:
+        """Point an alias to a version, or nowhere."""
+        if number is None:
+            self._client.delete_registered_model_alias(self.name, alias)
+        else:
+            self._client.set_registered_model_alias(self.name, alias, number)
+
+    def tag(self, number: str, tags: Mapping[str, str]) -> None:
+        """Note something on a version."""
+        for key, value in _clipped(tags).items():
+            self._client.set_model_version_tag(self.name, number, key, value)
+
+    def noted(self, number: str, tag: str) -> str | None:
+        """What was noted on a version under a tag."""
+        return self.version(number).tags.get(tag)
+
+    def ledger_anchors(self) -> dict[int, str]:
+        """Ledger entries the versions remember: seq to hash."""
+        return {
+            int(key.removeprefix(ANCHOR_TAG)): value
+            for version in self.versions()
+            for key, value in version.tags.items()
+            if key.startswith(ANCHOR_TAG)
+        }
+
+    def evidence(self, version: Version, name: str) -> Path:
+        """Local copy of a file of a version's evidence.
+
+        Raises:
+            ArtifactError: it is missing, or not the file that was registered.
+        """
+        expected = version.tags.get(f"{_EVIDENCE_TAG}{name}")
+        try:
+            path = _download(run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri)
+        except (MlflowException, OSError) as error:
+            raise self._refused(version, f"its evidence {name} cannot be read ({error})") from error
+        if sha256_file(path) != expected:
+            raise self._refused(version, f"its evidence {name} is not what was registered")
+        return path
+
+    def model_folder(self, version: Version) -> Path:
+        """Local copy of the model folder that `serving.load_model` reads.
+
+        Raises:
+            ArtifactError: it is missing, or its checksums are not those that were registered.
+        """
+        try:
+            folder = _download(artifact_uri=f"models:/{self.name}/{version.number}")
+        except (MlflowException, OSError) as error:
+            raise self._refused(version, f"its files cannot be read ({error})") from error
+        data = served_folder(folder)
+        if not (data / CHECKSUMS).is_file() or sha256_file(data / CHECKSUMS) != version.tags.get(_CHECKSUMS_TAG):
+            raise self._refused(version, "its checksums are not those that were registered")
+        return data
+
+    def load(self, reference: str) -> PyFuncModel:
+        """Load a version as a serving process would.
+
+        Args:
+            reference: `@alias` or `/number`.
+
+        Raises:
+            ArtifactError: the model was tampered with, asks for other code than ours, or nothing is there.
+        """
+        try:
+            folder = _download(artifact_uri=f"models:/{self.name}{reference}")
+            served_folder(folder)
+            return mlflow.pyfunc.load_model(str(folder))
+        except MlflowException as error:
+            raise ArtifactError(
+                f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
+            ) from error
+
+    @contextlib.contextmanager
+    def watch(self, name: str, fingerprint: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
+        """Show a training's epochs while it runs, in a run of MLflow of its own.
+
+        A training that goes on from a checkpoint goes on in the same run. A server that stops answering
+        costs the points of its absence, not the training: they are in the training's own curve. At the start it must
+        answer.
+
+        Args:
+            name: of the run.
+            fingerprint: of the stage.
+
+        Yields:
+            What takes the entry of every epoch.
+        """
+        query = f"tags.`{_TRAINING_TAG}` = '{fingerprint}'"
+        found = self._client.search_runs([self._experiment_id], query, max_results=1)
+        if found:
+            run = found[0].info.run_id
+            self._client.update_run(run, status="RUNNING")
+        else:
+            tags = {_TRAINING_TAG: fingerprint}
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+
+        def log(entry: Mapping[str, float]) -> None:
+            now, epoch = int(time.time() * 1000), int(entry["epoch"])
+            points = [
+                Metric(_metric_name(f"epoch/{name}"), float(value), now, epoch)
+                for name, value in entry.items()
+                if name != "epoch"
+            ]
+            try:
+                self._client.log_batch(run, metrics=points)
+            except MlflowException as error:
+                logger.warning("curve_not_shown epoch=%d run=%s error=%s", epoch, run, error)
+
+        status = "FAILED"
+        try:
+            yield log
+            status = "FINISHED"
+        finally:
+            with contextlib.suppress(MlflowException):
+                self._client.set_terminated(run, status)
+
+    def _log_figures(self, run: str, model_id: str, release: Release, tags: Mapping[str, str]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(_metric_name(name), float(value), now, 0, model_id=model_id)
+            for name, value in release.metrics.items()
+        ]
+        metrics += [
+            Metric(_metric_name(f"epoch/{name}"), float(value), now, int(point["epoch"]))
+            for point in release.curve
+            for name, value in point.items()
+            if name != "epoch" and isinstance(value, int | float)
+        ]
+        params = [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in release.params.items()]
+        run_tags = [RunTag(name, value) for name, value in _clipped(tags).items()]
+        self._client.log_batch(run, params=params[:100], tags=run_tags[:100])
+        for start in range(100, len(params), 100):
+            self._client.log_batch(run, params=params[start : start + 100])
+        for start in range(0, len(metrics), _BATCH):
+            self._client.log_batch(run, metrics=metrics[start : start + _BATCH])
+        inputs = [
+            DatasetInput(
+                Dataset(each.name, each.digest[:36], "local", f'{{"uri": "{each.source}"}}'),
+                [InputTag("mlflow.data.context", each.context)],
+            )
+            for each in release.datasets
+        ]
+        self._client.log_inputs(run, inputs)
+
+    def _refused(self, version: Version, found: str) -> ArtifactError:
+        return ArtifactError(
+            f"Version {version.number} of model {self.name!r} is refused: {found}.",
+            "Register the run's model again and promote that.",
+        )
+
+
+def served_folder(model: Path) -> Path:
+    """The folder that `serving.load_model` reads, inside a model as MLflow keeps it.
+
+    `mlflow.pyfunc.load_model` imports whatever module the file `MLmodel` names and puts the folder that it calls `code`
+    first in Python's path. Whoever loads on their own calls this before.
+
+    Args:
+        model: local folder with the file `MLmodel`.
+
+    Raises:
+        ArtifactError: the file cannot be read, or asks for anything but our own loader.
+    """
+    try:
+        flavor = yaml.safe_load((model / "MLmodel").read_text())["flavors"]["python_function"]
+        asked = {key: value for key, value in flavor.items() if value}
+        data = PurePosixPath(asked.get("data", "."))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise _untrusted(model, f"its MLmodel cannot be read ({error!r})") from error
+    if asked.get("loader_module") != _LOADER:
+        raise _untrusted(model, f"its loader is {asked.get('loader_module')!r}, expected {_LOADER!r}")
+    if strange := set(asked) - _DESCRIPTION:
+        raise _untrusted(model, f"its MLmodel asks for {', '.join(sorted(map(str, strange)))}")
+    if len(data.parts) != 2 or data.parts[0] != "data" or data.parts[1] == "..":
+        raise _untrusted(model, f"its data lie in {str(data)!r}")
+    return model / data
+
+
+def open_registry(runtime: Runtime, store_uri: str) -> Registry:
+    """The registry of a run: the one configured, else a SQLite file inside a local store.
+
+    Raises:
+        ConfigError: none is configured for a remote store, or it does not answer.
+    """
+    if runtime.registry:
+        return Registry(runtime.registry, None, runtime.model_name)
+    if "://" in store_uri:
+        raise ConfigError(
+            f"Store {store_uri} is remote and no model registry is configured.", "Set runtime.registry to its URI."
+        )
+    root = Path(store_uri)
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root / ".mlflow.lock"):
+        return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
+
+
+def _download(**what: str) -> Path:
+    """Local path of what a registry holds: in place where it is local, else a copy that goes with this process."""
+    before = tempfile.tempdir
+    tempfile.tempdir = _copies()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(**what))
+    finally:
+        tempfile.tempdir = before
+
+
+@functools.cache
+def _copies() -> str:
+    """Folder of this process: what MLflow downloads it leaves in the temporary folder for good."""
+    folder = tempfile.mkdtemp(prefix="crane-registry-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two processes that create the tables of one SQLite file at once would both fail."""
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _untrusted(model: Path, found: str) -> ArtifactError:
+    return ArtifactError(f"Model {model} is refused: {found}.", "Register the run's model again and promote that.")
+
+
+def _metric_name(name: str) -> str:
+    return name.replace("@", "_at_")
+
+
+def _clipped(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: value[:_TAG_LENGTH] for key, value in tags.items()}

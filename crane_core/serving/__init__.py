@@ -1,0 +1,8 @@
+"""The model as it leaves the pipeline.
+
+Every registered model names this package as its loader, so `_load_pyfunc` stays here.
+"""
+
+from crane_core.serving.model_folder import _load_pyfunc
+
+__all__ = ["_load_pyfunc"]

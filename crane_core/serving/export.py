@@ -1,0 +1,128 @@
+"""What the champion recommends, for systems that only read files: keyed by external ids, made in bounded memory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from crane_core.dataset.interactions import ItemLists
+from crane_core.evaluation.metrics import SCORE_BYTES, dot_product, rank_blocks
+from crane_core.graph.exact import CPU, search
+from crane_core.progress import track
+from crane_core.schema import ITEM_ID, USER_ID
+
+logger = logging.getLogger(__name__)
+
+RECOMMENDATIONS = pa.schema(
+    [
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+SIMILAR = pa.schema(
+    [
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("similar_item_id", pa.string(), nullable=False),
+        pa.field("similarity", pa.float32(), nullable=False),
+    ]
+)
+
+
+def write_recommendations(
+    path: Path,
+    user_embeddings: np.ndarray,
+    item_embeddings: np.ndarray,
+    seen: ItemLists,
+    user_ids: np.ndarray,
+    item_ids: np.ndarray,
+    k: int,
+    score_bytes: int = SCORE_BYTES,
+    device: torch.device = CPU,
+) -> int:
+    """Write the best unseen items of every user, sorted by user id and rank.
+
+    Args:
+        path: Parquet file, schema `RECOMMENDATIONS`.
+        user_embeddings: float32 [num_users, d].
+        item_embeddings: float32 [num_items, d].
+        seen: items a user is not shown: the training items.
+        user_ids, item_ids: external ids, position = row.
+        k: items per user; users who have seen almost everything get fewer.
+        score_bytes: bound of the score matrix in memory.
+        device: where users are ranked.
+
+    Returns:
+        The number of rows.
+    """
+    block = max(1, score_bytes // (4 * len(item_embeddings)))
+    order = np.argsort(user_ids)
+    num_rows = 0
+    with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
+        left, right = (torch.from_numpy(rows).to(device) for rows in (user_embeddings, item_embeddings))
+        for users, values, indices in rank_blocks(dot_product(left, right), seen, order, k, block):
+            scores, items = values.numpy(), indices.numpy()
+            rerank = np.lexsort((items, -scores), axis=1)
+            scores, items = np.take_along_axis(scores, rerank, 1), np.take_along_axis(items, rerank, 1)
+            keep = scores > -np.inf
+            rank = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.int32), scores.shape)
+            columns = [np.repeat(user_ids[users], keep.sum(1)), rank[keep], item_ids[items[keep]], scores[keep]]
+            writer.write_table(_table(columns, RECOMMENDATIONS))
+            num_rows += int(keep.sum())
+    return num_rows
+
+
+def write_similar(
+    path: Path,
+    item_embeddings: np.ndarray,
+    item_ids: np.ndarray,
+    num_similar: int,
+    block: int = 16384,
+    device: torch.device = CPU,
+) -> int:
+    """Write the items of highest cosine to every item, itself excluded, sorted by item id and rank.
+
+    Args:
+        path: Parquet file, schema `SIMILAR`.
+        item_embeddings: float32 [num_items, d].
+        item_ids: external ids, position = row.
+        num_similar: neighbours per item.
+        block: items at a time.
+        device: where they are compared.
+
+    Returns:
+        The number of rows.
+    """
+    order = np.argsort(item_ids)
+    ids, rows = item_ids[order], item_embeddings[order]
+    starts = range(0, len(rows), block)
+    num_rows = 0
+    with pq.ParquetWriter(path, SIMILAR) as writer:
+        for start in track(starts, len(starts), "similar", logger):
+            stop = min(start + block, len(rows))
+            neighbours, similarities = search(rows, range(start, stop), num_similar, device=device)
+            count, width = neighbours.shape
+            ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), count)
+            columns = [np.repeat(ids[start:stop], width), ranks, ids[neighbours.ravel()], similarities.ravel()]
+            writer.write_table(_table(columns, SIMILAR))
+            num_rows += neighbours.size
+    return num_rows
+
+
+def write_popular(path: Path, seen: ItemLists, item_ids: np.ndarray, k: int) -> None:
+    """Write the list for users nobody knows: the items with most training interactions."""
+    counts = np.bincount(seen.items, minlength=len(item_ids))
+    top = np.lexsort((np.arange(len(counts)), -counts))[:k]
+    ranks = np.arange(1, len(top) + 1, dtype=np.int32)
+    pq.write_table(pa.table({"rank": ranks, ITEM_ID: item_ids[top], "score": counts[top].astype(np.float32)}), path)
+
+
+def _table(columns: list[np.ndarray], schema: pa.Schema) -> pa.Table:
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)

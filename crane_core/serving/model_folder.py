@@ -1,0 +1,344 @@
+"""The model as it is served: a folder of safetensors, JSON and Parquet, verified before it answers.
+
+    embeddings.safetensors   user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d]
+    seen.safetensors         indptr i64 [num_users + 1], items i32 [num_pairs]: training items of each user
+    weights.safetensors      the trained weights behind the embeddings
+    users.parquet            user_id in the order of the rows
+    items.parquet            item_id and title in the order of the rows
+    model.json               format, sizes, run and window
+    checksums.json           size and sha256 of every other file
+
+MLflow loads it through `_load_pyfunc`; nothing in it can execute, and `registry.served_folder` sees to it that the file
+MLmodel around it names no other loader.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from crane_core.dataset.interactions import ItemLists, load_ids, load_interactions
+from crane_core.errors import ArtifactError, DataError
+from crane_core.schema import ITEM_ID, TITLE, USER_ID
+from crane_core.storage.artifacts import Artifact, check_files, sha256_file
+from crane_core.storage.tensors import load_arrays, tensor_shapes
+
+FORMAT = 1
+CHECKSUMS = "checksums.json"
+DEFAULT_K = 20
+USER_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """What of a run leaves the pipeline: users with training items, and items that are no tombstones, renumbered.
+
+    Attributes:
+        user_ids, item_ids, titles: external ids and titles in row order.
+        user_embeddings, item_embeddings: float32 [num_users, d] and [num_items, d]; the score is the dot product.
+        seen: training items of each user, never recommended to them.
+    """
+
+    user_ids: pa.ChunkedArray
+    item_ids: pa.ChunkedArray
+    titles: pa.ChunkedArray
+    user_embeddings: np.ndarray
+    item_embeddings: np.ndarray
+    seen: ItemLists
+
+    def save_embeddings(self, path: Path) -> None:
+        """Write the embeddings as safetensors."""
+        save_file({"user_embeddings": self.user_embeddings, "item_embeddings": self.item_embeddings}, path)
+
+    def write_ids(self, folder: Path) -> None:
+        """Write `users.parquet` and `items.parquet`; the row number is that of the embeddings."""
+        pq.write_table(pa.table({USER_ID: self.user_ids}), folder / "users.parquet")
+        pq.write_table(pa.table({ITEM_ID: self.item_ids, TITLE: self.titles}), folder / "items.parquet")
+
+
+def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
+    """Read the artifacts of `etl.interactions` and of a training."""
+    rows, known = load_arrays(trained.file("embeddings.safetensors")), load_interactions(interactions)
+    counts = known.train.counts()
+    users = np.flatnonzero(counts > 0)
+    items = np.setdiff1d(np.arange(known.num_items), known.gone)
+    # Nobody has met a tombstone in training: every item that was seen has a number here.
+    seen = np.searchsorted(items, known.train.items).astype(np.int32)
+    return Recommender(
+        load_ids(interactions, "users", USER_ID).take(pa.array(users)),
+        load_ids(interactions, "items", ITEM_ID).take(pa.array(items)),
+        load_ids(interactions, "items", TITLE).take(pa.array(items)),
+        rows["user_embeddings"][users],
+        rows["item_embeddings"][items],
+        ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen),
+    )
+
+
+def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Mapping[str, Any]) -> None:
+    """Lay a trained model out for serving.
+
+    Args:
+        folder: empty folder.
+        recommender: what it answers from.
+        weights: safetensors file with the trained weights.
+        facts: run and window, JSON values.
+    """
+    recommender.save_embeddings(folder / "embeddings.safetensors")
+    shutil.copyfile(weights, folder / "weights.safetensors")
+    seen = recommender.seen
+    save_file({"indptr": seen.indptr, "items": seen.items}, folder / "seen.safetensors")
+    recommender.write_ids(folder)
+    sizes = {
+        "num_users": len(recommender.user_ids),
+        "num_items": len(recommender.item_ids),
+        "num_seen": len(seen.items),
+    }
+    (folder / "model.json").write_text(json.dumps({"format": FORMAT, **sizes, **facts}, indent=1, sort_keys=True))
+    checksums = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1, sort_keys=True))
+
+
+def verify_model(folder: Path) -> dict[str, Any]:
+    """Compare every file with the checksums.
+
+    Returns:
+        The content of `model.json`.
+
+    Raises:
+        ArtifactError: a file is missing, added, changed, or of another format.
+    """
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refused(folder, f"{CHECKSUMS} cannot be read ({error})") from error
+    found = check_files(folder, checksums, CHECKSUMS)
+    if found:
+        raise _refused(folder, found)
+    for name, expected in checksums.items():
+        if sha256_file(folder / name) != expected["sha256"]:
+            raise _refused(folder, f"{name} does not match its sha256")
+    try:
+        facts = json.loads((folder / "model.json").read_text())
+        if facts["format"] != FORMAT:
+            raise _refused(folder, f"format {facts['format']!r} found, {FORMAT} expected")
+        sizes = [facts[name] for name in ("num_users", "num_items", "num_seen")]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
+        raise _refused(folder, f"model.json is none ({error!r})") from error
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise _refused(folder, f"model.json gives the sizes {sizes}")
+    return facts
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A verified model in memory.
+
+    Attributes:
+        user_ids: external ids, position = row of `user_embeddings`.
+        item_ids: external ids, position = row of `item_embeddings`.
+        user_embeddings: float32 [num_users, d].
+        item_embeddings: float32 [num_items, d].
+        seen: training items of each user.
+        facts: content of `model.json`.
+    """
+
+    user_ids: pd.Index
+    item_ids: pd.Index
+    user_embeddings: np.ndarray
+    item_embeddings: np.ndarray
+    seen: ItemLists
+    facts: dict[str, Any]
+
+    def popularity(self) -> np.ndarray:
+        """float32 [num_items], training interactions of each item."""
+        return np.bincount(self.seen.items, minlength=len(self.item_ids)).astype(np.float32)
+
+    def recommend(self, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best unseen items of some users.
+
+        Args:
+            users: int [n] rows; -1 is an unknown user, who gets the most popular items.
+            k: list length; the catalog's size where that is smaller.
+
+        Returns:
+            int64 [n, k] item rows by falling score, -1 where fewer than k items are left; float32 [n, k] scores.
+        """
+        k = min(k, len(self.item_ids))
+        items = np.empty((len(users), k), dtype=np.int64)
+        scores = np.empty((len(users), k), dtype=np.float32)
+        popularity = self.popularity()
+        for start in range(0, len(users), USER_BLOCK):
+            block = users[start : start + USER_BLOCK]
+            known = block >= 0
+            table = np.empty((len(block), len(self.item_ids)), dtype=np.float32)
+            table[~known] = popularity
+            table[known] = self.user_embeddings[block[known]] @ self.item_embeddings.T
+            rows, masked = self.seen.rows(block[known])
+            table[np.flatnonzero(known)[rows], masked] = -np.inf
+            top = np.argpartition(-table, k - 1, axis=1)[:, :k]
+            values = np.take_along_axis(table, top, axis=1)
+            order = np.lexsort((top, -values), axis=1)
+            values = np.take_along_axis(values, order, axis=1)
+            items[start : start + len(block)] = np.where(values > -np.inf, np.take_along_axis(top, order, axis=1), -1)
+            scores[start : start + len(block)] = values
+        return items, scores
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Recommendations for external user ids.
+
+        Args:
+            model_input: column `user_id`, strings.
+            params: `k`, the list length, 20 when absent.
+
+        Returns:
+            One row per input row: `user_id`; `item_ids`, a list of at most k ids by falling score; `scores`, floats
+            of the same length; `fallback`, true where the user is unknown and the list is the most popular items.
+
+        Raises:
+            DataError: no column `user_id`, or k below 1.
+        """
+        if USER_ID not in model_input:
+            raise DataError(f"Columns {list(model_input.columns)} hold no {USER_ID!r}.", f"Send a {USER_ID} column.")
+        k = int((params or {}).get("k", DEFAULT_K))
+        if k < 1:
+            raise DataError(f"k is {k}.", "Ask for at least one item.")
+        users = self.user_ids.get_indexer(model_input[USER_ID].astype(str))
+        items, scores = self.recommend(users, k)
+        ids = self.item_ids.to_numpy()
+        return pd.DataFrame(
+            {
+                USER_ID: model_input[USER_ID].to_numpy(),
+                "item_ids": [ids[row[row >= 0]].tolist() for row in items],
+                "scores": [values[row >= 0].tolist() for row, values in zip(items, scores, strict=True)],
+                "fallback": users < 0,
+            }
+        )
+
+
+def load_model(folder: Path) -> ServedModel:
+    """Verify a model folder and read it.
+
+    Raises:
+        ArtifactError: it was tampered with, or its tables and tensors do not fit together.
+    """
+    facts = verify_model(folder)
+    num_users, num_items, num_seen = facts["num_users"], facts["num_items"], facts["num_seen"]
+    shapes = tensor_shapes(folder / "embeddings.safetensors")
+    dim = shapes.get("user_embeddings", (0,))[-1]
+    shapes |= tensor_shapes(folder / "seen.safetensors")
+    expected = {
+        "user_embeddings": (num_users, dim),
+        "item_embeddings": (num_items, dim),
+        "indptr": (num_users + 1,),
+        "items": (num_seen,),
+    }
+    if shapes != expected:
+        raise _refused(folder, f"tensor shapes {shapes} found, {expected} expected")
+    embeddings = load_arrays(folder / "embeddings.safetensors")
+    seen = load_arrays(folder / "seen.safetensors")
+    ids = [
+        pd.Index(pq.read_table(folder / name, columns=[column]).column(column).to_pandas(), dtype=object)
+        for name, column in (("users.parquet", USER_ID), ("items.parquet", ITEM_ID))
+    ]
+    if [len(index) for index in ids] != [num_users, num_items]:
+        raise _refused(folder, f"{[len(index) for index in ids]} ids found, {[num_users, num_items]} expected")
+    return ServedModel(
+        ids[0],
+        ids[1],
+        embeddings["user_embeddings"],
+        embeddings["item_embeddings"],
+        ItemLists(seen["indptr"], seen["items"]),
+        facts,
+    )
+
+
+def make_probe(recommender: Recommender, most: int, k: int = DEFAULT_K) -> dict[str, Any]:
+    """The top k of some users straight from the embeddings, to hold a served model against.
+
+    Args:
+        recommender: with the rows the model was evaluated with.
+        most: how many users to ask about, spread evenly.
+        k: list length.
+    """
+    answers = []
+    user_embeddings, item_embeddings, seen = recommender.user_embeddings, recommender.item_embeddings, recommender.seen
+    user_ids, item_ids = recommender.user_ids, recommender.item_ids
+    users = np.linspace(0, len(user_ids) - 1, min(most, len(user_ids))).astype(int)
+    for user in users.tolist():
+        scores = item_embeddings.astype(np.float64) @ user_embeddings[user].astype(np.float64)
+        scores[seen.items[seen.indptr[user] : seen.indptr[user + 1]]] = -np.inf
+        order = np.argsort(-scores, kind="stable")[:k]
+        order = order[scores[order] > -np.inf]
+        answers.append(
+            {
+                USER_ID: user_ids[user].as_py(),
+                "item_ids": [item_ids[item].as_py() for item in order.tolist()],
+                "scores": scores[order].tolist(),
+            }
+        )
+    return {"k": k, "answers": answers}
+
+
+def smoke_test(predict: Callable[..., pd.DataFrame], probe: Mapping[str, Any]) -> int:
+    """Ask a served model what the embeddings it was evaluated with answer themselves.
+
+    Args:
+        predict: the served model's.
+        probe: as `make_probe` makes it.
+
+    Returns:
+        The number of users compared.
+
+    Raises:
+        ArtifactError: an answer differs by more than rounding, or an unknown user gets no marked fallback.
+    """
+    answers = probe["answers"]
+    nobody = "\x00nobody"
+    asked = pd.DataFrame({USER_ID: [answer[USER_ID] for answer in answers] + [nobody]})
+    table = predict(asked, params={"k": probe["k"]})
+    for answer, row in zip(answers, table.itertuples(), strict=False):
+        expected, found = np.asarray(answer["scores"]), np.asarray(row.scores)
+        tolerance = 1e-4 * max(1.0, float(np.abs(expected).max(initial=0.0)))
+        same = (
+            not row.fallback and found.shape == expected.shape and bool(np.all(np.abs(found - expected) <= tolerance))
+        )
+        if not same or not _same_but_for_ties(answer["item_ids"], list(row.item_ids), expected, tolerance):
+            raise ArtifactError(
+                f"The served model recommends {list(row.item_ids)[:3]}... to user {answer[USER_ID]!r}, its evaluation "
+                f"{answer['item_ids'][:3]}...",
+                "Register the run's model again.",
+            )
+    last = table.iloc[-1]
+    if not last["fallback"] or not len(last["item_ids"]):
+        raise ArtifactError("The served model has no fallback for an unknown user.", "Register the run's model again.")
+    return len(answers)
+
+
+def _same_but_for_ties(expected: list[str], found: list[str], scores: np.ndarray, tolerance: float) -> bool:
+    for position, (left, right) in enumerate(zip(expected, found, strict=True)):
+        around = scores[max(0, position - 1) : position + 2]
+        tied = position == len(scores) - 1 or np.sum(np.abs(around - scores[position]) <= tolerance) > 1
+        if left != right and not tied:
+            return False
+    return True
+
+
+def _load_pyfunc(data_path: str) -> ServedModel:
+    """MLflow's entry point (`loader_module`)."""
+    return load_model(Path(data_path))
+
+
+def _refused(folder: Path, found: str) -> ArtifactError:
+    return ArtifactError(f"Model {folder} is refused: {found}.", "Register the run's model again and promote that.")

@@ -1,0 +1,242 @@
+"""Every model by name on a planted dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crane_core.config import Features, Refine, Train, preset_names
+from crane_core.dataset.interactions import Interactions
+from crane_core.errors import DataError
+from crane_core.evaluation.baselines import item_knn
+from crane_core.evaluation.metrics import (
+    Scorer,
+    bootstrap,
+    dot_product,
+    paired_bootstrap,
+    rank_users,
+    slices,
+    user_metrics,
+)
+from crane_core.experiments import models as harness
+from crane_core.experiments.data import Dataset
+from crane_core.experiments.models import CONTENT_GRID, ITEM_KNN_GRID, MODELS, NEED_FEATURES, Recipe, Trained
+from crane_core.experiments.plans import load_recipe
+from crane_core.experiments.references import FreedomSettings, MgcnSettings
+from crane_core.model.crane import LightGCN
+from tests.unit.refine.test_fit import planted_modalities
+from tests.unit.training.test_trainer import with_everything
+from tests.worlds.planted import Communities, checkerboard, communities
+
+RECIPE = Recipe(
+    refine=Refine(embedding_dim=8, num_steps=10, batch_size=64),
+    train=Train(embedding_dim=8, batch_size=64, num_epochs=25, learning_rate=0.02),
+    freedom=FreedomSettings(k=4, learning_rate=0.02),
+    mgcn=MgcnSettings(k=4, learning_rate=0.02),
+)
+
+
+def planted() -> Dataset:
+    modalities = planted_modalities(noise=0.5)
+    features = {m.name: np.where(m.present[:, None], m.items, np.nan).astype(np.float32) for m in modalities}
+    return Dataset("planted", checkerboard(), features)
+
+
+def recall(dataset: Dataset, score: Scorer) -> float:
+    users = np.flatnonzero(dataset.interactions.test.counts() > 0)
+    ranked = rank_users(score, dataset.interactions.train, users, 3)
+    return float(user_metrics(ranked, dataset.interactions.test, users, (3,))["recall@3"].mean())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "popularity"])
+def test_every_model_beats_popularity_and_repeats_itself(name: str, tmp_path: Path) -> None:
+    dataset = planted()
+    first, second = (MODELS[name](dataset, RECIPE, tmp_path / attempt) for attempt in ("a", "b"))
+    users = np.arange(dataset.interactions.num_users)
+    assert first.score(users).shape == (dataset.interactions.num_users, dataset.interactions.num_items)
+    assert torch.equal(first.score(users), second.score(users))
+    assert first.validation == second.validation > 0 and first.seconds > 0
+    popularity = MODELS["popularity"](dataset, RECIPE, tmp_path / "popularity")
+    assert recall(dataset, first.score) > 2 * recall(dataset, popularity.score)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_user_who_has_met_everything_stops_no_model(name: str, tmp_path: Path) -> None:
+    train = RECIPE.train.model_copy(update={"num_epochs": 2})
+    dataset = dataclasses.replace(planted(), interactions=with_everything(1))
+    trained = MODELS[name](dataset, RECIPE.model_copy(update={"train": train}), tmp_path / "work")
+    assert trained.facts.get("users_without_negatives", 1) == 1
+    assert torch.isfinite(trained.score(np.arange(40))).all()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_trains(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["refine.num_steps=3", "train.num_epochs=3", "knn.k=4"])
+    trained = MODELS["crane"](planted(), recipe, tmp_path / "work")
+    assert trained.facts["num_epochs"] == 3 and 0 < trained.validation <= 1
+    assert torch.isfinite(trained.score(np.arange(40))).all()
+
+
+def test_crane_joint_is_crane_in_joint_mode(tmp_path: Path) -> None:
+    dataset = planted()
+    train = RECIPE.train.model_copy(update={"mode": "joint", "num_epochs": 3})
+    joint = RECIPE.model_copy(update={"train": train})
+    staged = joint.model_copy(update={"train": train.model_copy(update={"mode": "staged"})})
+    asked, named, other = (
+        {
+            key: value
+            for key, value in MODELS[name](dataset, recipe, tmp_path / f"{name}-{recipe.train.mode}").facts.items()
+            if "sec" not in key
+        }
+        for name, recipe in (("crane", joint), ("crane_joint", staged), ("crane", staged))
+    )
+    assert asked == named != other
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_dataset_without_features_is_refused_by_the_models_that_need_them(name: str, tmp_path: Path) -> None:
+    dataset = dataclasses.replace(planted(), features={})
+    if name in NEED_FEATURES:
+        with pytest.raises(DataError, match="planted has no item features"):
+            MODELS[name](dataset, RECIPE, tmp_path)
+    else:
+        MODELS[name](dataset, RECIPE, tmp_path)
+
+
+def test_an_unknown_modality_is_named() -> None:
+    with pytest.raises(DataError, match=r"modalities m0, m1, not \['smell'\]"):
+        planted().modalities(Features(modalities=("m0", "smell")))
+
+
+def test_bpr_mf_does_not_propagate(tmp_path: Path) -> None:
+    dataset = planted()
+    trained = MODELS["bpr_mf"](dataset, RECIPE, tmp_path / "work")
+    (folder,) = tmp_path.glob("lightgcn-*")
+    weights = load_file(folder / "best.safetensors")["ids"]
+    assert torch.equal(trained.score(np.array([3, 0])), weights[[3, 0]] @ weights[40:].T)
+
+
+def test_lightgcn_softmax_differs_from_lightgcn_by_the_loss_alone(tmp_path: Path) -> None:
+    dataset, train = planted(), RECIPE.train
+    plain, softmax = (MODELS[name](dataset, RECIPE, tmp_path / name) for name in ("lightgcn", "lightgcn_softmax"))
+    users = np.arange(40)
+    assert not torch.equal(plain.score(users), softmax.score(users))
+    model = LightGCN(40, 32, train, "softmax")
+    assert torch.equal(model.ids, LightGCN(40, 32, train).ids), "both start from the same embeddings"
+    rows, _ = harness.train_to_best(model, dataset.interactions, train, tmp_path / "by hand")
+    assert torch.equal(softmax.score(users), dot_product(*rows)(users))
+
+
+def test_lightgcn_fused_is_crane_without_content(tmp_path: Path) -> None:
+    dataset, users, names = planted(), np.arange(40), ("_fused", "", "_softmax")
+    fused, plain, softmax = (MODELS[f"lightgcn{name}"](dataset, RECIPE, tmp_path / "x") for name in names)
+    assert len(list(tmp_path.glob("lightgcn*"))) == 2, "the views of the others are found"
+    share = fused.facts["trust"]
+    assert 0 < share < 1, "one of the views alone shows nothing"
+    spread = float(plain.score(users).std() / softmax.score(users).std())
+    expected = (1 - share) * plain.score(users) + share * spread * softmax.score(users)
+    torch.testing.assert_close(fused.score(users), expected, rtol=1e-3, atol=1e-4)
+    recalls = dict(fused.facts["curve"])
+    assert (recalls[0.0], recalls[1.0]) == pytest.approx((plain.validation, softmax.validation))
+    assert fused.validation == recalls[share] and fused.seconds > plain.seconds + softmax.seconds
+
+
+def test_a_grid_is_searched_by_validation_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = planted()
+    held_out = dataset.interactions.validation
+    wanted = torch.zeros(40, 32)
+    wanted[held_out.users(), held_out.items] = 1
+
+    def fake(interactions: Interactions, num_neighbours: int, shrinkage: float) -> Scorer:
+        """Right when asked with the fourth entry of the grid or a later one, wrong before."""
+        sign = 1 if ITEM_KNN_GRID.index((num_neighbours, shrinkage)) >= 3 else -1
+        return lambda users: sign * wanted[users]
+
+    monkeypatch.setattr(harness, "item_knn", fake)
+    trained = MODELS["item_knn"](dataset, RECIPE, tmp_path)
+    assert trained.validation == 1.0
+    assert trained.facts == dict(zip(("num_neighbours", "shrinkage"), ITEM_KNN_GRID[3], strict=True))
+
+
+def test_the_chosen_item_knn_is_the_one_it_names(tmp_path: Path) -> None:
+    dataset = planted()
+    trained = MODELS["item_knn"](dataset, RECIPE, tmp_path)
+    users = np.arange(40)
+    assert torch.equal(trained.score(users), item_knn(dataset.interactions, **trained.facts)(users))
+    assert MODELS["content"](dataset, RECIPE, tmp_path).facts["standardise"] in CONTENT_GRID
+
+
+LARGER = Recipe(
+    refine=Refine(embedding_dim=8, num_steps=30, batch_size=64),
+    train=Train(embedding_dim=16, batch_size=512, num_epochs=30, learning_rate=0.02, num_negatives=64),
+)
+
+
+def group_features(world: Communities, seed: int) -> dict[str, np.ndarray]:
+    """Two modalities in which an item lies near the centre of its group."""
+    generator = np.random.default_rng(seed)
+    features = {}
+    for name, dim in (("sound", 12), ("words", 6)):
+        centers = generator.normal(size=(4, dim))[world.groups]
+        features[name] = (centers + 0.5 * generator.normal(size=centers.shape)).astype(np.float32)
+    return features
+
+
+def train_communities(
+    world: Communities, features: dict[str, np.ndarray], seed: int, work: Path
+) -> tuple[Trained, Trained]:
+    """CRANE and LightGCN."""
+    dataset = Dataset("communities", world.interactions, features)
+    crane, lightgcn = (MODELS[name](dataset, LARGER.with_seed(seed), work / name) for name in ("crane", "lightgcn"))
+    return crane, lightgcn
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_on_noise_crane_does_not_fall_below_lightgcn(seed: int, tmp_path: Path) -> None:
+    world, generator = communities(seed), np.random.default_rng(seed)
+    features = {name: generator.normal(size=(240, dim)).astype(np.float32) for name, dim in (("a", 12), ("b", 6))}
+    test, users, found = world.interactions.test, np.arange(240), []
+    for trained in train_communities(world, features, seed, tmp_path):
+        ranked = rank_users(trained.score, world.interactions.train, users, 20)
+        found.append(user_metrics(ranked, test, users, (20,)))
+    difference = paired_bootstrap(*found, 1000, seed)["recall@20"]
+    assert difference.high >= 0 and difference.mean > -0.01
+    assert found[0]["recall@20"].mean() >= bootstrap(found[1], 1000, seed)["recall@20"].low
+
+
+def test_cold_items_are_found_by_their_content_and_by_chance_without(tmp_path: Path) -> None:
+    world = communities(2)
+    features = group_features(world, 2)
+    order = np.random.default_rng(1).permutation(240)
+    users, is_warm = np.arange(240), world.interactions.item_counts() > 0
+    cold = slices(world.interactions)["cold_items"]
+    everywhere, among_cold = [], []
+    for attempt, shown in (("true", features), ("shuffled", {name: rows[order] for name, rows in features.items()})):
+        crane, _ = train_communities(world, shown, 2, tmp_path / attempt)
+        ranked = rank_users(crane.score, world.interactions.train, users, 20)
+        everywhere.append(user_metrics(ranked, cold, users, (20,))["recall@20"].mean())
+        scores = crane.score(users)
+        scores[:, torch.from_numpy(is_warm)] = -torch.inf
+        ranked = scores.topk(12, dim=1).indices.numpy()
+        among_cold.append(user_metrics(ranked, cold, users, (12,))["recall@12"].mean())
+    # By chance 20 of 226 items hold 9 % of what is wanted, and 12 of the 48 cold ones a quarter.
+    assert everywhere[0] > 2.5 * 20 / 226 and everywhere[1] < 1.5 * 20 / 226
+    assert among_cold[0] > 0.9 and 0.1 < among_cold[1] < 0.4
+
+
+def test_noise_has_the_shape_of_the_features_and_nothing_of_their_content() -> None:
+    dataset = planted()
+    noise = dataset.with_noise(seed=0)
+    assert noise.interactions is dataset.interactions and noise.fingerprint != dataset.fingerprint
+    assert {name: rows.shape for name, rows in noise.features.items()} == {
+        name: rows.shape for name, rows in dataset.features.items()
+    }
+    for name, rows in noise.features.items():
+        known = np.isfinite(dataset.features[name]).all(axis=1)
+        assert abs(np.corrcoef(rows[known].ravel(), dataset.features[name][known].ravel())[0, 1]) < 0.2
+    assert noise.with_noise(seed=0).fingerprint == noise.fingerprint

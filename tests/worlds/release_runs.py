@@ -1,0 +1,195 @@
+"""Runs as the retraining leaves them, made by hand: planted preferences, and models of a chosen quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+from crane_core.config import RunConfig, load_config
+from crane_core.schema import TEST, TRAIN
+from crane_core.storage.artifacts import Artifact
+from jobs.ml import evaluate
+from jobs.runner import open_store
+
+NUM_USERS, NUM_ITEMS, NUM_COLD, DIM = 120, 90, 6, 8
+SETTINGS = ("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5")
+
+
+def flags(store: Path, run_id: str, window_end: str = "2026-03-01", *settings: str) -> list[str]:
+    """Command line of a job of such a run."""
+    end = datetime.fromisoformat(window_end).replace(tzinfo=UTC)
+    window = (f"window.start={(end - timedelta(days=1)).isoformat()}", f"window.end={end.isoformat()}")
+    pairs = [word for setting in (*SETTINGS, *window, *settings) for word in ("--set", setting)]
+    return ["--store", str(store), "--run", run_id, *pairs]
+
+
+def make_run(
+    store: Path,
+    run_id: str,
+    noise: float = 0.5,
+    lightgcn_noise: float = 2.0,
+    window_end: str = "2026-03-01",
+    cold_noise: float | None = None,
+    seed: int = 0,
+    num_untrained: int = 0,
+    edit: Callable[[dict[str, np.ndarray], np.ndarray, np.ndarray], None] | None = None,
+) -> list[str]:
+    """Publish `etl.interactions`, `ml.refine`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
+
+    Args:
+        noise: standard deviation added to the true embeddings by the model of the run; 0 is the best there can be.
+        lightgcn_noise: the same for the baseline.
+        cold_noise: noise on the rows of the cold items, `noise` when None.
+        seed: of the noise; the data are the same for every run.
+        num_untrained: users, the first ones, whose items are all held out.
+        edit: changes the rows of the run's model in place, given the true embeddings of users and items.
+
+    Returns:
+        Flags of the run's jobs.
+    """
+    argv = flags(store, run_id, window_end)
+    config = load_config(None, argv[5::2])
+    artifacts = open_store(str(store))
+    artifacts.start_run(run_id, config)
+    world = np.random.default_rng(7)
+    users, items = world.normal(size=(NUM_USERS, DIM)), world.normal(size=(NUM_ITEMS, DIM))
+    _interactions(store, run_id, config, users, items, num_untrained)
+    folder = _folder(store)
+    np.save(folder / "fused_items.npy", items.astype(np.float32))
+    (folder / "fit.json").write_text(json.dumps({"curve": [], "mean_cosine": [0.1]}))
+    _publish(store, run_id, "ml.refine", folder, {"modalities": ["planted"]})
+    for stage, scale in (("ml.train", noise), ("ml.behaviour", lightgcn_noise)):
+        generator = np.random.default_rng(seed + 100)
+        rows = {
+            "user_embeddings": users + scale * generator.normal(size=users.shape),
+            "item_embeddings": items + scale * generator.normal(size=items.shape),
+        }
+        if cold_noise is not None and stage == "ml.train":
+            rows["item_embeddings"][-NUM_COLD:] = cold_noise * generator.normal(size=(NUM_COLD, DIM)) - 5
+        if edit and stage == "ml.train":
+            edit(rows, users, items)
+        folder = _folder(store)
+        save_file({name: value.astype(np.float32) for name, value in rows.items()}, folder / "embeddings.safetensors")
+        save_file({"scale": np.float32([scale])}, folder / "weights.safetensors")
+        curve = [
+            {"epoch": e, "loss": 0.7 / (e + 1), "bpr": 0.6 / (e + 1), "recall@20": 0.3 - 0.2 / (e + 1),
+             "ndcg@20": 0.2 - 0.1 / (e + 1), "seconds": 0.5 * (e + 1)}
+            for e in range(12)
+        ]  # fmt: skip
+        (folder / "curve.json").write_text(json.dumps(curve))
+        facts = {"best_epoch": 11, "num_epochs": 12, "validation": {"recall@20": 0.28, "ndcg@20": 0.19}}
+        if stage == "ml.train":
+            (folder / "trust.json").write_text(
+                json.dumps({"share": 0.5, "curve": [[0.0, 0.2], [0.5, 0.3], [1.0, 0.25]]})
+            )
+            facts |= {"trust": 0.5}
+        _publish(store, run_id, stage, folder, facts)
+    assert evaluate.main(argv) == 0
+    return argv
+
+
+def damage(path: Path) -> None:
+    """Flip one byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _interactions(
+    store: Path, run_id: str, config: RunConfig, users: np.ndarray, items: np.ndarray, num_untrained: int
+) -> None:
+    world = np.random.default_rng(8)
+    order = np.argsort(-(users @ items.T + 0.5 * world.gumbel(size=(NUM_USERS, NUM_ITEMS))), axis=1)
+    rows = []
+    for user in range(NUM_USERS):
+        warm = [item for item in order[user] if item < NUM_ITEMS - NUM_COLD][:12]
+        cold = [item for item in order[user][:12] if item >= NUM_ITEMS - NUM_COLD]
+        trained = warm[::2] if user >= num_untrained else []
+        rows += [(user, item, TRAIN) for item in trained] + [(user, item, TEST) for item in warm[1::2] + cold]
+    rows.sort()
+    folder = _folder(store)
+    columns = list(zip(*rows, strict=True))
+    time = pa.array([config.window.start] * len(rows), pa.timestamp("us", tz="UTC"))
+    tables = {
+        "interactions": {
+            "user_idx": pa.array(columns[0], pa.int32()),
+            "item_idx": pa.array(columns[1], pa.int32()),
+            "event_time": time,
+            "weight": pa.array(np.ones(len(rows), np.float32)),
+            "split": pa.array(columns[2], pa.int8()),
+        },
+        # Ids that sort in another order than their indices.
+        "users": {"user_idx": pa.array(range(NUM_USERS), pa.int32()), "user_id": user_ids()},
+        "items": {
+            "item_idx": pa.array(range(NUM_ITEMS), pa.int32()),
+            "item_id": item_ids(),
+            "title": pa.array([f"Title {i}" if i % 10 else None for i in range(NUM_ITEMS)], pa.string()),
+        },
+        "cold": {
+            "user_id": ["stranger"],
+            "item_id": ["item-0"],
+            "event_time": time[:1],
+            "weight": pa.array([1.0], pa.float32()),
+            "split": pa.array([TEST], pa.int8()),
+            "user_idx": pa.array([None], pa.int32()),
+            "item_idx": pa.array([0], pa.int32()),
+            "reason": ["unknown_user"],
+        },
+    }
+    for name, table in tables.items():
+        (folder / name).mkdir()
+        pq.write_table(pa.table(table), folder / name / "part-0.parquet")
+    splits = np.bincount(columns[2], minlength=3).tolist()
+    quality = {
+        "num_users": NUM_USERS,
+        "num_items": NUM_ITEMS,
+        "num_rows_read": len(rows) + 4,
+        "num_train": splits[0],
+        "num_validation": splits[1],
+        "num_test": splits[2],
+        "num_cold_rows": 1,
+        "quarantine": {"null_user_id": 2, "duplicate_event": 1},
+    }
+    (folder / "quality.json").write_text(json.dumps({**quality, "events_per_day": {"2026-02-27": 300}}))
+    _publish(store, run_id, "etl.interactions", folder, quality)
+
+
+def user_ids() -> list[str]:
+    return [f"user-{(i * 37) % NUM_USERS}" for i in range(NUM_USERS)]
+
+
+def item_ids() -> list[str]:
+    return [f"item-{i}" for i in range(NUM_ITEMS)]
+
+
+def _folder(store: Path) -> Path:
+    folder = store / ".scratch" / f"made-{np.random.default_rng().integers(1 << 60):x}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _publish(store: Path, run_id: str, stage: str, folder: Path, facts: dict) -> Artifact:
+    artifacts = open_store(str(store))
+    manifest = {
+        "stage": stage,
+        "part": "",
+        "stage_version": 1,
+        "fingerprint": run_id,
+        "inputs": {},
+        "config": {},
+        "facts": facts,
+        "seconds": 1.25,
+        "peak_bytes": 300_000_000,
+    }
+    artifact = artifacts.publish(folder, manifest)
+    artifacts.record(
+        run_id, stage, "", {"status": "done", "fingerprint": run_id, "content": artifact.manifest["content"]}
+    )
+    return artifact
