@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from crane_core.dataset.interactions import Interactions
-from crane_core.evaluation.metrics import Scorer, dot_product
-from crane_core.refine.fit import Modality
+from crane_core.dataset.modalities import Modality
+from crane_core.evaluation.ranking import Scorer, dot_product
 
 _BLOCK_ENTRIES = 4_000_000
 """Co-occurrence counts held at once while neighbours are sought, a single item's excepted."""

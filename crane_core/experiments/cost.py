@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from crane_core.config import Phi
+from crane_core.dataset.modalities import Modality
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.models import VERSION, Recipe
 from crane_core.experiments.trials import Cells, PeakMemory
-from crane_core.refine.fit import Modality, Refiner, fit, refine_catalog
+from crane_core.refine.catalog import refine_catalog
+from crane_core.refine.fit import fit
+from crane_core.refine.refiner import Refiner
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from crane_core.config import Features
 from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.dataset.modalities import Modality
 from crane_core.dataset.standardisation import fit_standardisation, standardised
 from crane_core.errors import DataError
 from crane_core.raw.importers.mmrec import LABELS, read_mmrec
-from crane_core.refine.fit import Modality
 
 logger = logging.getLogger(__name__)
 

@@ -18,20 +18,24 @@ from torch import Tensor
 
 from crane_core.config import Features, Knn, Loss, Profiles, Refine, Section, Train
 from crane_core.dataset.interactions import Interactions
+from crane_core.dataset.modalities import profile_spreads
 from crane_core.errors import ConfigError
 from crane_core.evaluation.baselines import content, item_knn, popularity
-from crane_core.evaluation.metrics import Scorer, dot_product, rank_users, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import Scorer, dot_product, rank_users
 from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.experiments.references import Freedom, FreedomSettings, Mgcn, MgcnSettings
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content, JointContent, joint_content
-from crane_core.model.crane import Crane, LightGCN, Rows
+from crane_core.model.crane import Crane
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph
-from crane_core.refine.fit import fit, refine_catalog
+from crane_core.model.views import Rows
+from crane_core.refine.catalog import refine_catalog
+from crane_core.refine.fit import fit
 from crane_core.storage.local import LocalStorage
 from crane_core.storage.tensors import load_tensors
-from crane_core.training.monitors import profile_spreads
 from crane_core.training.share import choose_trust
 from crane_core.training.trainer import Trainer
 

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from crane_core.config import Section, Train
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import normalise
-from crane_core.model.crane import Batch, LightGCN, PickedViews, Views, info_nce
+from crane_core.model.lightgcn import LightGCN
+from crane_core.model.losses import info_nce
 from crane_core.model.propagation import DirectedGraph, SymmetricGraph, propagate
+from crane_core.model.views import Batch, PickedViews, Views
 
 CPU = torch.device("cpu")
 

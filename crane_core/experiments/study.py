@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from crane_core.config import Phi
 from crane_core.errors import ConfigError, DataError
-from crane_core.evaluation.metrics import interest_entropy
+from crane_core.evaluation.slices import interest_entropy
 from crane_core.experiments import summary as answers
 from crane_core.experiments.cost import (
     MOST_SECONDS,

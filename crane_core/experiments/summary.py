@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from crane_core.evaluation.metrics import bootstrap, paired_bootstrap
 from crane_core.experiments.trials import Cell, PerUser
+from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 from crane_core.report.page import signed
 
 METRICS = ("recall@20", "ndcg@20")

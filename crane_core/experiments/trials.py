@@ -29,7 +29,10 @@ import numpy as np
 
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import ConfigError
-from crane_core.evaluation.metrics import Scorer, rank_cold, rank_users, slices, user_metrics
+from crane_core.evaluation.cold import rank_cold
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import Scorer, rank_users
+from crane_core.evaluation.slices import slices_of_test
 from crane_core.experiments.data import Dataset, fingerprint, held
 from crane_core.experiments.models import MODELS, VERSION, Recipe, version_of
 from crane_core.storage.local import LocalStorage
@@ -198,7 +201,7 @@ def measure(score: Scorer, interactions: Interactions, alone: Scorer | None = No
     Returns:
         The parts of a `Cell`, `alone` among them where it is given.
     """
-    parts = slices(interactions)
+    parts = slices_of_test(interactions)
     measured = _metrics(score, interactions.train, {"validation": interactions.validation})
     of_test = {"test": interactions.test, "cold": parts["cold_items"]} | {name: parts[name] for name in _ITEM_SLICES}
     measured |= _metrics(score, interactions.train, of_test)

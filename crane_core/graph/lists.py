@@ -19,24 +19,23 @@ import torch
 from torch import Tensor
 
 from crane_core.config import Knn
-from crane_core.graph.exact import (
+from crane_core.graph.candidates import (
     CPU,
     MEMORY,
     NONE,
-    QUERY_BLOCK,
-    Keys,
-    Rows,
+    KeyBlock,
+    RowNumbers,
     compare_all,
     improve,
     key_block,
     rescore,
     save_whole,
-    search,
-    top_faiss,
     unit_rows,
     unpack,
     without_self,
 )
+from crane_core.graph.exact import QUERY_BLOCK, search
+from crane_core.graph.faiss_search import top_faiss
 from crane_core.progress import track
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ _SPARE = 1
 
 
 def find_neighbours(
-    rows: np.ndarray, queries: Rows, config: Knn, device: torch.device = CPU, work: Path | None = None
+    rows: np.ndarray, queries: RowNumbers, config: Knn, device: torch.device = CPU, work: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The neighbours of some rows, searched exactly or approximately as the configuration says.
 
@@ -80,13 +79,13 @@ class Lists:
     """
 
     centroids: np.ndarray
-    keys: Keys
+    keys: KeyBlock
     bounds: np.ndarray
 
-    def keys_of(self, number: int) -> Keys:
+    def keys_of(self, number: int) -> KeyBlock:
         """The keys in a list."""
         start, stop = self.bounds[number : number + 2]
-        return Keys(self.keys.rows[start:stop], self.keys.bounds[start : stop + 1], self.keys.ids)
+        return KeyBlock(self.keys.rows[start:stop], self.keys.bounds[start : stop + 1], self.keys.ids)
 
 
 def build_lists(
@@ -137,12 +136,12 @@ def build_lists(
         num_distinct += len(keys.rows)
         sizes += np.bincount(labels[keys.ids[keys.bounds[:-1]].numpy()], minlength=num_lists)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
-    keys = Keys(torch.from_numpy(distinct[:num_distinct]), bounds, torch.from_numpy(ids))
+    keys = KeyBlock(torch.from_numpy(distinct[:num_distinct]), bounds, torch.from_numpy(ids))
     return Lists(centroids, keys, np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def search_lists(
-    lists: Lists, queries: Rows, k: int, num_probes: int, *, memory: int = MEMORY, work: Path | None = None
+    lists: Lists, queries: RowNumbers, k: int, num_probes: int, *, memory: int = MEMORY, work: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k most similar other rows of some rows among those in their nearest lists.
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crane_core.config import Knn, Refine, Train
+from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.propagation import SymmetricGraph
-from crane_core.refine.fit import Modality, Refiner, profile_scales
+from crane_core.refine.refiner import Refiner, profile_scales
 from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import open_matrix
 
@@ -185,20 +186,6 @@ def load_graph(graph: Artifact, device: torch.device) -> SymmetricGraph:
     )
     size = len(indptr) - 1
     return SymmetricGraph(sp.csr_array((values, indices, indptr), shape=(size, size)), device)
-
-
-def load_modalities(features: Artifact, profiles: Artifact) -> list[Modality]:
-    """Read the artifacts of `etl.features` and `etl.profiles`, memory-mapped."""
-    return [
-        Modality(
-            name,
-            open_matrix(features.file(f"{name}/matrix.npy")),
-            open_matrix(features.file(f"{name}/mask.npy")),
-            open_matrix(profiles.file(f"{name}.npy")),
-            open_matrix(profiles.file(f"{name}.counts.npy")),
-        )
-        for name in sorted(features.facts["modalities"])
-    ]
 
 
 def _tensor(rows: np.ndarray, device: torch.device) -> Tensor:

@@ -28,7 +28,8 @@ from PIL import Image
 
 from crane_core.errors import ConfigError, DataError
 from crane_core.progress import track
-from crane_core.raw.files import FEATURES_FOLDER, check_items, check_modality, list_items
+from crane_core.raw.checks import check_items
+from crane_core.raw.files import FEATURES_FOLDER, check_modality, list_items
 from crane_core.schema import FEATURES, ITEM_ID, REASON
 from crane_core.storage.artifacts import sha256_file
 from crane_core.storage.local import LocalStorage

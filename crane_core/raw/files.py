@@ -1,46 +1,22 @@
-"""The raw data of a run: which files it reads, their identity, and whether their footers can be trusted.
-
-Footers are read with pyarrow before an engine starts, so that a wrong file costs seconds and names itself.
-"""
+"""Find the delivered files: daily partitions of the log, the catalog and the features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any
 from zoneinfo import ZoneInfo
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pyarrow.types as pt
 
 from crane_core.config import Etl, RunConfig, Window
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.location import Location
-from crane_core.schema import (
-    EVENT_TIME,
-    EVENT_TYPE,
-    INTERACTIONS,
-    ITEM_ID,
-    ITEMS,
-    LABEL,
-    TITLE,
-    USER_ID,
-    VECTOR,
-    WEIGHT,
-)
 
 INTERACTIONS_FOLDER = "interactions"
 ITEMS_FOLDER = "items"
 FEATURES_FOLDER = "features"
 DAY_PREFIX = "dt="
 MATRIX = ".npy"
-GROUP_ROWS = 262_144
-"""Rows of a matrix that one task reads."""
 
 
 @dataclass(frozen=True)
@@ -65,23 +41,6 @@ class RawFile:
     def identity(self) -> list[str | int]:
         """What a fingerprint needs to notice that the file was replaced."""
         return [self.name, self.size, self.mtime_ns]
-
-
-@dataclass(frozen=True)
-class Footer:
-    """What a Parquet file says about itself.
-
-    Attributes:
-        file: the file.
-        num_rows: its rows.
-        num_row_groups: its row groups.
-        types: column name to Arrow type; columns of type null are left out, they hold nothing.
-    """
-
-    file: RawFile
-    num_rows: int
-    num_row_groups: int
-    types: dict[str, pa.DataType]
 
 
 def raw_root(config: RunConfig, store_uri: str) -> Location:
@@ -179,105 +138,6 @@ def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str,
     return listed
 
 
-def check_interactions(files: Sequence[RawFile], window: Window, etl: Etl) -> list[Footer]:
-    """Read and check the footers of interaction files.
-
-    Args:
-        files: from `list_interactions`.
-        window: some partition that arrived within it must hold rows.
-        etl: tells the zone of the days, and whether the column `label` is required.
-
-    Raises:
-        DataError: a file is no Parquet, lacks a column or has one of a wrong type; or the window is empty.
-    """
-    footers = _footers(files)
-    needs_label = etl.split == "label"
-    for footer in footers:
-        _expect(footer, USER_ID, _is_text, "string", "Cast the ids to string when writing the file.")
-        _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
-        _expect(
-            footer,
-            EVENT_TIME,
-            _is_instant,
-            "timestamp with time zone",
-            "Write the instants as timestamp[us, tz=UTC].",
-        )
-        _expect(footer, WEIGHT, _is_number, "float32", "Write the weights as float32.", required=False)
-        _expect(footer, LABEL, pt.is_integer, "int8", "Write the labels as int8: 0, 1 or 2.", required=needs_label)
-        _expect(footer, EVENT_TYPE, _is_text, "string", "Write the event types as strings.", required=False)
-    rows = sum(footer.num_rows for footer in footers if arrives_within(footer.file, window, etl.time_zone))
-    if rows == 0:
-        days = [footer.file.day for footer in footers if footer.file.day]
-        raise DataError(
-            f"The window [{window.start:%Y-%m-%d %H:%M}, {window.end:%Y-%m-%d %H:%M}) is empty: 0 rows arrived in it; "
-            f"{files[0].path.parent.parent} holds data of {min(days)} to {max(days)}.",
-            "Move the window to days that have data, or deliver the missing partitions dt=YYYY-MM-DD.",
-        )
-    return footers
-
-
-def check_items(files: Sequence[RawFile]) -> list[Footer]:
-    """Read and check the footers of catalog files.
-
-    Raises:
-        DataError: a file is no Parquet, lacks `item_id` or has a column of a wrong type.
-    """
-    footers = _footers(files)
-    for footer in footers:
-        _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
-        _expect(footer, TITLE, _is_text, "string", "Write the titles as strings.", required=False)
-    return footers
-
-
-def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Footer]:
-    """Read and check the footers of the files of one modality, and the headers of its `.npy` matrices.
-
-    Args:
-        files: from `list_features`; those with the ids of a matrix are read with it.
-        binary: number type of vectors in fixed-size binary.
-
-    Raises:
-        DataError: a file is neither Parquet nor a matrix, lacks a column or has one of a wrong type; a matrix and its
-            ids do not fit; or there is no row.
-    """
-    matrices = [file for file in files if file.path.path.suffix == MATRIX]
-    ids = {str(_ids_of(file.path)) for file in matrices}
-    footers = _footers([file for file in files if file not in matrices and str(file.path) not in ids])
-    for footer in footers:
-        kind = footer.types.get(VECTOR)
-        if kind is not None and pt.is_fixed_size_binary(kind) and kind.byte_width % np.dtype(binary).itemsize:
-            raise DataError(
-                f"{footer.file.path} ({footer.num_rows} rows): column {VECTOR!r} is {kind}, which is no row of "
-                f"{binary}.",
-                "Correct features.binary, or write each item's vector as a list of float32.",
-            )
-        _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
-        _expect(footer, VECTOR, _is_vector, "list of float32", "Write each item's vector as a list of float32.")
-    footers += [_matrix_header(file, files) for file in matrices]
-    if not any(footer.num_rows for footer in footers):
-        raise DataError(
-            f"{files[0].path.parent} has 0 rows in {len(files)} files.",
-            "Deliver the features, remove the folder, or name the other modalities in features.modalities.",
-        )
-    return footers
-
-
-def read_matrix_rows(path: Location, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """One group of `GROUP_ROWS` rows of a matrix under the columns of `schema.FEATURES`, in batches."""
-    ids = _read_ids(_ids_of(path))
-    with path.filesystem.open_input_file(str(path.path)) as file:
-        shape, kind = _read_header(file)
-        begin = file.tell()
-        for first in range(group * GROUP_ROWS, min(shape[0], (group + 1) * GROUP_ROWS), batch_rows):
-            count = min(batch_rows, shape[0] - first, (group + 1) * GROUP_ROWS - first)
-            row_bytes = shape[1] * kind.itemsize
-            file.seek(begin + first * row_bytes)
-            data = file.read(count * row_bytes)
-            values = np.frombuffer(data, kind, count * shape[1]).astype(np.float32)
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), shape[1])
-            yield pa.record_batch([ids.slice(first, count), vectors], names=[ITEM_ID, VECTOR])
-
-
 def arrives_within(file: RawFile, window: Window, time_zone: str) -> bool:
     """Whether the arrival day of the file overlaps the window."""
     assert file.day is not None
@@ -290,17 +150,6 @@ def day_bounds(day: date, time_zone: str) -> tuple[datetime, datetime]:
     zone = ZoneInfo(time_zone)
     begin, end = (datetime.combine(each, time(), zone) for each in (day, day + timedelta(days=1)))
     return begin.astimezone(UTC), end.astimezone(UTC)
-
-
-def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:
-    """Columns that are in the files and not in the schema, with the names of the files that have them."""
-    found: dict[str, list[str]] = {}
-    for footer in footers:
-        known = ITEMS if footer.file.day is None else INTERACTIONS
-        for name in footer.types:
-            if name not in known.names:
-                found.setdefault(name, []).append(footer.file.name)
-    return dict(sorted(found.items()))
 
 
 def _files(root: Location, folder: Location, day: date | None = None) -> list[RawFile]:
@@ -322,109 +171,3 @@ def _day(entry: Location) -> date:
             f"{entry} ({size}, row count unknown) is no daily partition.",
             "Move it into a folder dt=YYYY-MM-DD, the day it arrived.",
         ) from error
-
-
-def _ids_of(path: Location) -> Location:
-    return path.parent / f"{path.path.stem}.ids.txt"
-
-
-def _read_ids(path: Location) -> pa.Array:
-    with path.filesystem.open_input_file(str(path.path)) as file:
-        lines = file.read().decode().split("\n")
-    return pa.array(lines[:-1] if lines[-1] == "" else lines, pa.string())
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, is_fortran, kind = read(file)
-    if is_fortran or len(shape) != 2 or kind.kind != "f" or shape[1] == 0:
-        raise ValueError(f"shape {list(shape)} of {kind}{', column by column' if is_fortran else ''}")
-    return shape, kind
-
-
-def _matrix_header(file: RawFile, files: Sequence[RawFile]) -> Footer:
-    try:
-        with file.path.filesystem.open_input_file(str(file.path.path)) as handle:
-            shape, kind = _read_header(handle)
-            if handle.tell() + shape[0] * shape[1] * kind.itemsize != file.size:
-                raise ValueError(f"{file.size} bytes are not what shape {list(shape)} of {kind} takes")
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(
-            f"{file.path} ({file.size} bytes, row count unknown) is no complete matrix of floating numbers: {error}.",
-            "Save it again with numpy.save, one row per item.",
-        ) from error
-    ids = _ids_of(file.path)
-    try:
-        found = len(_read_ids(ids)) if str(ids) in {str(each.path) for each in files} else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{ids} cannot be read: {error}.", "Write one item id a line, in UTF-8.") from error
-    if found != shape[0]:
-        raise DataError(
-            f"{file.path} ({shape[0]} rows) has {'no' if found is None else found} ids in {ids}.",
-            "Deliver the item of each row, one id a line.",
-        )
-    groups = -(-shape[0] // GROUP_ROWS)
-    return Footer(file, shape[0], groups, {ITEM_ID: pa.string(), VECTOR: pa.list_(pa.float32())})
-
-
-def _footers(files: Sequence[RawFile]) -> list[Footer]:
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(_footer, files))
-
-
-def _footer(file: RawFile) -> Footer:
-    try:
-        with pq.ParquetFile(str(file.path.path), filesystem=file.path.filesystem) as parquet:
-            schema = parquet.schema_arrow
-            return Footer(
-                file,
-                parquet.metadata.num_rows,
-                parquet.metadata.num_row_groups,
-                {field.name: field.type for field in schema if not pt.is_null(field.type)},
-            )
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file.path} ({file.size} bytes, row count unknown) is no complete Parquet file: {error}.",
-            "It is truncated or of another format: deliver it again, or remove it.",
-        ) from error
-
-
-def _expect(
-    footer: Footer,
-    column: str,
-    accepts: Callable[[pa.DataType], bool],
-    expected: str,
-    remedy: str,
-    required: bool = True,
-) -> None:
-    found = footer.types.get(column)
-    if found is None and required:
-        raise DataError(
-            f"{footer.file.path} ({footer.num_rows} rows) has no column {column!r}, expected {expected}; "
-            f"it has {', '.join(footer.types) or 'none'}.",
-            f"Deliver the file again with the column. {remedy}",
-        )
-    if found is not None and not accepts(found):
-        raise DataError(
-            f"{footer.file.path} ({footer.num_rows} rows): column {column!r} is {found}, expected {expected}.", remedy
-        )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pt.is_dictionary(kind):
-        kind = kind.value_type
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
-
-
-def _is_instant(kind: pa.DataType) -> bool:
-    return pt.is_timestamp(kind) and kind.tz is not None
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pt.is_float32(kind) or pt.is_float64(kind) or pt.is_signed_integer(kind)
-
-
-def _is_vector(kind: pa.DataType) -> bool:
-    listed = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-    return pt.is_fixed_size_binary(kind) or (listed and pt.is_floating(kind.value_type))

@@ -5,50 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
-import torch
 
 from crane_core.config import Evaluate, Promote
-from crane_core.dataset.interactions import Interactions
-from crane_core.evaluation.metrics import (
-    Interval,
-    coverage,
-    dot_product,
-    paired_bootstrap,
-    popularity_bias,
-    rank_users,
-    slices,
-    user_metrics,
-)
-from crane_core.serving.model_folder import ServedModel
+from crane_core.numerics.bootstrap import Interval, paired_bootstrap
+from crane_core.release.measure import Measurement
 
 PRIMARY = ("ndcg@20", "recall@20")
-_K = 20
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How a model does on the window that is judged.
-
-    Attributes:
-        version: registered version.
-        window_end: end of the window it was made from.
-        metrics: `ndcg@20` and `recall@20`, each float [num_users]; all standings of one decision list the same users
-            in the same order.
-        coverage: share of the catalog in at least one top 20.
-        popularity_bias: training popularity of the top 20 over that of the users' own items.
-        cold_recall: Recall@20 of held-out items without training interactions, None where there are none.
-    """
-
-    version: str
-    window_end: datetime
-    metrics: Mapping[str, np.ndarray]
-    coverage: float
-    popularity_bias: float
-    cold_recall: float | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +71,8 @@ class Decision:
 
 
 def decide(
-    challenger: Standing,
-    champion: Standing | None,
+    challenger: Measurement,
+    champion: Measurement | None,
     baselines: Mapping[str, float],
     rule: Promote,
     bootstrap: Evaluate,
@@ -160,66 +125,7 @@ def decide(
     return _decision(not failed, reason, challenger, champion, num_users, differences, checks, rule)
 
 
-def measure(
-    model: ServedModel,
-    version: str,
-    window_end: datetime,
-    interactions: Interactions,
-    user_ids: np.ndarray,
-    item_ids: np.ndarray,
-    users: np.ndarray,
-    block: int,
-) -> Standing:
-    """What a served model would have shown on a window, matched by external ids.
-
-    Users the model does not know get its most popular items, as in serving. Items outside the window's catalog are
-    passed over. Training items of the window are masked, whatever window the model comes from.
-
-    Args:
-        model: the model.
-        version: its version.
-        window_end: end of the window it was made from.
-        interactions: the judged window.
-        user_ids, item_ids: external ids of that window, position = index.
-        users: int [n] evaluated users of that window.
-        block: users at a time.
-    """
-    rows = model.item_ids.get_indexer(item_ids)
-    # Tombstones keep their numbers, and a model from before knows them: they are outside the catalog all the same.
-    rows[interactions.gone] = -1
-    absent = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
-    known = model.user_ids.get_indexer(user_ids[users])
-    ranked = np.full((len(users), _K), -1, dtype=np.int32)
-    counts = np.where(rows >= 0, model.popularity()[rows], -np.inf)
-    # Places, not counts: many are equal, and the evaluation puts equal ones by row.
-    popularity = np.empty(len(rows), dtype=np.float32)
-    popularity[np.argsort(-counts, kind="stable")] = -np.arange(len(rows))
-    popularity[rows < 0] = -np.inf
-    one = np.ones((interactions.num_users, 1), dtype=np.float32)
-    everybody = np.zeros((interactions.num_users, model.user_embeddings.shape[1]), dtype=np.float32)
-    everybody[users[known >= 0]] = model.user_embeddings[known[known >= 0]]
-    # A constant coordinate carries -inf into the scores of items the model has never heard of.
-    item_rows = np.column_stack([np.where(rows[:, None] >= 0, model.item_embeddings[rows], 0.0), absent])
-    sides = (
-        (known >= 0, np.column_stack([everybody, one]), item_rows),
-        (known < 0, one, popularity[:, None]),
-    )
-    for who, left, right in sides:
-        score = dot_product(torch.from_numpy(left), torch.from_numpy(right))
-        ranked[who] = rank_users(score, interactions.train, users[who], _K, block)
-    cold = slices(interactions)["cold_items"]
-    members = np.flatnonzero(cold.counts()[users] > 0)
-    return Standing(
-        version,
-        window_end,
-        user_metrics(ranked, interactions.test, users, (_K,)),
-        coverage(ranked, interactions.num_items - len(interactions.gone)),
-        popularity_bias(ranked, users, interactions.train, interactions.num_items),
-        float(user_metrics(ranked[members], cold, users[members], (_K,))["recall@20"].mean()) if len(members) else None,
-    )
-
-
-def _why(failed: list[Check], champion: Standing | None, differences: Mapping[str, Interval]) -> str:
+def _why(failed: list[Check], champion: Measurement | None, differences: Mapping[str, Interval]) -> str:
     others = [check.sentence() for check in failed if not check.compares]
     if champion is None or len(others) == len(failed):
         return "; ".join(check.sentence() for check in failed)
@@ -235,7 +141,7 @@ def _difference(name: str, interval: Interval) -> str:
     return f"{name} {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
-def _guardrails(challenger: Standing, champion: Standing, rule: Promote) -> list[Check]:
+def _guardrails(challenger: Measurement, champion: Measurement, rule: Promote) -> list[Check]:
     checks = [
         _check("coverage@20", challenger.coverage, ">=", rule.min_coverage_ratio * champion.coverage),
         _check(
@@ -256,8 +162,8 @@ def _check(name: str, found: float, sense: str, limit: float, compares: bool = F
 def _decision(
     promoted: bool,
     reason: str,
-    challenger: Standing,
-    champion: Standing | None,
+    challenger: Measurement,
+    champion: Measurement | None,
     num_users: int,
     differences: Mapping[str, Interval],
     checks: list[Check],

@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import load_ids, load_interactions
+from crane_core.dataset.modalities import PROFILE_SPREAD
 from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Entry
 from crane_core.report.page import FAINT, GRID, INK, STYLE, clean, environment, interval, number, plot_monitors, svg
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
-from crane_core.training.monitors import OVERWHELMED, PROFILE_SPREAD
+from crane_core.training.monitors import OVERWHELMED
 
 COLOURS = {
     "crane": "#0f5c8c",

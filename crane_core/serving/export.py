@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import torch
 
 from crane_core.dataset.interactions import ItemLists
-from crane_core.evaluation.metrics import SCORE_BYTES, dot_product, rank_blocks
-from crane_core.graph.exact import CPU, search
+from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks
+from crane_core.graph.candidates import CPU
+from crane_core.graph.exact import search
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
 

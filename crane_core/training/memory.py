@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from crane_core.errors import TrainingError
-from crane_core.model.crane import LightGCN
+from crane_core.model.lightgcn import LightGCN
 
 _FLOAT = 4
 _EDGE = 16

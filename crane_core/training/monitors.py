@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from crane_core.refine.fit import Modality
-
-logger = logging.getLogger(__name__)
 
 COLLAPSE = 0.02
 """How far from 1 to d the effective rank of the users' rows must reach, or they have collapsed. LightGCN under BPR
@@ -21,13 +15,8 @@ passes through 0.036 (Last.fm 2K, d = 64) while popularity is all it knows, and 
 OVERWHELMED = 2.0
 """Times the gradient of the ranking that the gradient of another term of the loss may reach. At the default settings
 CRANE's contrast stays at 0.005 and LightGCN's regularisation at 0.04 (Last.fm 2K)."""
-PROFILE_SPREAD = 2.0
-"""Orders of magnitude that the norms of profiles may spread over; sums spread over 0.65 on Last.fm 2K."""
-
 GRADIENT = "gradient_"
 """What the name of a term is prefixed with where the norm of its gradient is meant."""
-
-_PROFILE_SAMPLE = 100_000
 
 
 def effective_rank(rows: Tensor) -> float:
@@ -95,28 +84,3 @@ def signs(entry: Mapping[str, float], dim: int) -> dict[str, str]:
                 f"overwhelmed epoch={entry['epoch']} term={term} gradient={norm:.2e} ranking_gradient={ranking:.2e}"
             )
     return found
-
-
-def profile_spreads(modalities: Sequence[Modality]) -> dict[str, float]:
-    """How far the norms of the users' profiles spread, log10 of the 95th over the 5th percentile, by modality.
-
-    Of at most 100,000 of the users who have a profile; 0 where nobody has one. A line in the log where it is beyond
-    `PROFILE_SPREAD`.
-    """
-    spreads = {}
-    for modality in modalities:
-        users = np.flatnonzero(modality.counts > 0)
-        users = users[:: -(-len(users) // _PROFILE_SAMPLE) or 1]
-        norms = np.linalg.norm(modality.profiles[users], axis=1)
-        low, high = np.quantile(norms, [0.05, 0.95]) if len(norms) else (1.0, 1.0)
-        # Opposite features may add up to nothing.
-        spreads[modality.name] = spread = math.log10(max(high, 1e-12) / max(low, 1e-12))
-        if spread > PROFILE_SPREAD:
-            logger.warning(
-                "profiles_spread modality=%s orders_of_magnitude=%.1f p5=%.2e p95=%.2e",
-                modality.name,
-                spread,
-                low,
-                high,
-            )
-    return spreads

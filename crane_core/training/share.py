@@ -15,9 +15,11 @@ import torch
 
 from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions
-from crane_core.evaluation.metrics import dot_product, rank_users, user_metrics, users_at_a_time
-from crane_core.model.crane import Rows, fill_cold
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time
+from crane_core.model.crane import fill_cold
 from crane_core.model.propagation import SymmetricGraph
+from crane_core.model.views import Rows
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 

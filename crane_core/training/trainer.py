@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +17,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crane_core.config import Train
-from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError, TrainingError, TrainingStopped
-from crane_core.evaluation.metrics import dot_product, rank_users, user_metrics, users_at_a_time
-from crane_core.graph.item_graph import sampled_user_item_graph, user_item_graph
-from crane_core.model.crane import Batch, LightGCN, PickedViews, Rows
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph, drop_edges
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import sampled_user_item_graph, user_item_graph
+from crane_core.model.views import Batch, PickedViews, Rows
 from crane_core.progress import LOG_SECONDS, resident_bytes
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.checkpoint import Checkpoint, Checkpoints, write_tensors
 from crane_core.training.memory import check_memory, free_bytes
 from crane_core.training.monitors import GRADIENT, cosine_moments, effective_rank, signs
+from crane_core.training.negatives import NegativeSampler
 
 logger = logging.getLogger(__name__)
-
-_ROUNDS = 50
-"""Draws of a negative before the items left to a user are listed: half of the items rejects one in 10**15."""
 SHARDED = "ids"
 """The parameter of which every rank keeps its own rows; the others are the same on all ranks."""
 STEERING_METRIC = "recall@20"
@@ -51,67 +51,6 @@ class Progress:
     curve: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-
-
-class NegativeSampler:
-    """Items a user has not met.
-
-    Args:
-        train: training items per user.
-        num_items: catalog size.
-        pool: what shared negatives are drawn from, `warm` items or the whole `catalog`.
-
-    Attributes:
-        exhausted: bool [num_users], users who have met every item; no negative exists for them.
-    """
-
-    def __init__(self, train: ItemLists, num_items: int, pool: Literal["warm", "catalog"] = "warm") -> None:
-        self.exhausted = train.counts() >= num_items
-        self.num_items = num_items
-        self._train = train
-        self._pool = np.unique(train.items) if pool == "warm" else np.arange(num_items)
-
-    def one_each(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """One item for each user, uniform over the catalog by exact rejection: int [n] -> int64 [n].
-
-        None of the users is exhausted.
-        """
-        items = generator.integers(self.num_items, size=len(users))
-        rejected = np.arange(len(users))
-        for _ in range(_ROUNDS):
-            rejected = rejected[self._train.holds(users[rejected], items[rejected])]
-            if not len(rejected):
-                return items
-            items[rejected] = generator.integers(self.num_items, size=len(rejected))
-        # Who has met nearly all items would be rejected nearly forever.
-        for row in rejected[self._train.holds(users[rejected], items[rejected])]:
-            own = self._train.rows(users[[row]])[1]
-            items[row] = generator.choice(np.setdiff1d(np.arange(self.num_items), own))
-        return items
-
-    def shared(self, users: np.ndarray, size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Random items of the pool, the same for all users.
-
-        Args:
-            users: int [n].
-            size: items drawn; the distinct ones among them are kept.
-            generator: of the draw.
-
-        Returns:
-            Ascending int64 [m], m <= size; `met` of them.
-        """
-        items = np.unique(generator.choice(self._pool, size)).astype(np.int64)
-        return items, self.met(users, items)
-
-    def met(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each user has met each item: int [n] and distinct int [m] -> bool [n, m]."""
-        column = np.full(self.num_items, -1, dtype=np.int32)
-        column[items] = np.arange(len(items))
-        rows, known = self._train.rows(users)
-        columns = column[known]
-        met = np.zeros((len(users), len(items)), dtype=bool)
-        met[rows[columns >= 0], columns[columns >= 0]] = True
-        return met
 
 
 class Trainer:

@@ -25,7 +25,7 @@ from crane_core.experiments.report import render
 from crane_core.experiments.study import Budget, Study, chosen
 from crane_core.experiments.summary import best_by_validation
 from crane_core.experiments.trials import Cells
-from crane_core.graph.exact import use_threads
+from crane_core.graph.faiss_search import use_threads
 from jobs.commands import place
 from jobs.commands.steps import Steps
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.errors import ArtifactError, ConfigError, DataError
-from crane_core.release.ledger import CHAMPION
+from crane_core.release.handover import CHAMPION
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
@@ -133,7 +133,8 @@ def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
     Raises:
         ArtifactError: the ledger was tampered with, or the alias is not where it puts it.
     """
-    from crane_core.release.ledger import CHAMPION, Ledger
+    from crane_core.release.handover import CHAMPION
+    from crane_core.release.ledger import Ledger
     from crane_core.release.registry import open_registry
 
     registry = open_registry(runtime, store.storage.uri)

@@ -17,7 +17,8 @@ from pyspark.sql import functions as F
 
 from crane_core.config import Etl, RunConfig
 from crane_core.config import Window as RunWindow
-from crane_core.raw.files import Footer, RawFile
+from crane_core.raw.checks import Footer
+from crane_core.raw.files import RawFile
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,

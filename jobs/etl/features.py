@@ -25,15 +25,8 @@ from crane_core.config import Features, RunConfig
 from crane_core.dataset.interactions import load_ids
 from crane_core.dataset.standardisation import fit_projection, fit_standardisation, projected, standardised
 from crane_core.errors import DataError
-from crane_core.raw.files import (
-    FEATURES_FOLDER,
-    MATRIX,
-    Footer,
-    check_features,
-    list_features,
-    raw_root,
-    read_matrix_rows,
-)
+from crane_core.raw.checks import Footer, check_features, read_matrix_rows
+from crane_core.raw.files import FEATURES_FOLDER, MATRIX, list_features, raw_root
 from crane_core.raw.location import Location
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
 from crane_core.storage.artifacts import ArtifactStore

@@ -20,17 +20,8 @@ from pyspark.storagelevel import StorageLevel
 
 from crane_core.config import RunConfig
 from crane_core.errors import DataError
-from crane_core.raw.files import (
-    INTERACTIONS_FOLDER,
-    Footer,
-    arrives_within,
-    check_interactions,
-    check_items,
-    ignored_columns,
-    list_interactions,
-    list_items,
-    raw_root,
-)
+from crane_core.raw.checks import Footer, check_interactions, check_items, ignored_columns
+from crane_core.raw.files import INTERACTIONS_FOLDER, arrives_within, list_interactions, list_items, raw_root
 from crane_core.raw.location import Location
 from crane_core.schema import (
     EVENT_TIME,

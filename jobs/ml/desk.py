@@ -11,10 +11,11 @@ from typing import Any
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
+from crane_core.release.handover import CHAMPION, hand_over, is_confirmed, recover, restore
 from crane_core.release.lease import Lease, Tenure
-from crane_core.release.ledger import CHAMPION, Action, Entry, Ledger, hand_over, is_confirmed, recover, restore
+from crane_core.release.ledger import Action, Entry, Ledger
 from crane_core.release.registry import Registry, open_registry
-from crane_core.serving.model_folder import smoke_test
+from crane_core.serving.probe import smoke_test
 from crane_core.storage.artifacts import ArtifactStore
 
 logger = logging.getLogger(__name__)

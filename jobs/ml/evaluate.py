@@ -21,22 +21,12 @@ import torch
 from crane_core.dataset.interactions import Interactions, ItemLists, load_ids, load_interactions
 from crane_core.errors import DataError
 from crane_core.evaluation.baselines import item_knn, popular_for_strangers, popularity
-from crane_core.evaluation.metrics import (
-    Scorer,
-    bootstrap,
-    coverage,
-    dot_product,
-    interest_entropy,
-    paired_bootstrap,
-    popularity_bias,
-    rank_cold,
-    rank_users,
-    slices,
-    summarise_cold,
-    user_metrics,
-    without,
-)
-from crane_core.graph.exact import unit_rows
+from crane_core.evaluation.cold import rank_cold, summarise_cold
+from crane_core.evaluation.metrics import coverage, popularity_bias, user_metrics
+from crane_core.evaluation.ranking import Scorer, dot_product, rank_users, without
+from crane_core.evaluation.slices import interest_entropy, slices_of_test
+from crane_core.graph.candidates import unit_rows
+from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 from crane_core.schema import ITEM_IDX, REASON, SPLIT, TEST, USER_ID, USER_IDX
 from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import open_matrix
@@ -84,7 +74,7 @@ def run(job: Job) -> Result:
             "model=%s recall@20=%.4f ndcg@20=%.4f", name, *(metrics[m].mean() for m in ("recall@20", "ndcg@20"))
         )
     items = unit_rows(open_matrix(job.input("ml.refine").file("fused_items.npy")))
-    parts = slices(interactions, interest_entropy(items, interactions.train, config.seed))
+    parts = slices_of_test(interactions, interest_entropy(items, interactions.train, config.seed))
     for label, lists in parts.items():
         members = np.flatnonzero(np.isin(users, np.flatnonzero(lists.counts() > 0)))
         report["slices"][label] = {"users": len(members)} | {

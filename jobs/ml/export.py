@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.graph.exact import write_index
+from crane_core.graph.faiss_search import write_index
 from crane_core.serving.export import write_popular, write_recommendations, write_similar
 from crane_core.serving.model_folder import load_recommender
 from crane_core.stages import STAGES

@@ -15,15 +15,10 @@ import numpy as np
 
 from crane_core.dataset.interactions import load_interactions
 from crane_core.errors import ArtifactError
-from crane_core.graph.exact import brute_force, use_threads
-from crane_core.graph.item_graph import (
-    build_graph,
-    certify,
-    co_interaction_lift,
-    merge_shards,
-    split_sample,
-    stratified_sample,
-)
+from crane_core.graph.certificate import certify, co_interaction_lift, split_sample, stratified_sample
+from crane_core.graph.exact import brute_force
+from crane_core.graph.faiss_search import use_threads
+from crane_core.graph.item_graph import build_graph, merge_shards
 from crane_core.graph.lists import find_neighbours
 from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_torch_threads

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from crane_core.config import RunConfig
-from crane_core.model.content import load_modalities
-from crane_core.refine.fit import Modality
+from crane_core.dataset.modalities import Modality, load_modalities
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.storage.matrix import open_matrix

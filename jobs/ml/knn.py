@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from crane_core.config import RunConfig
-from crane_core.graph.exact import use_threads
+from crane_core.graph.faiss_search import use_threads
 from crane_core.graph.growth import grow_neighbours
 from crane_core.graph.lists import find_neighbours
 from crane_core.storage.artifacts import ArtifactStore

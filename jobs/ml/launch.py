@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from crane_core.config import RunConfig, Runtime
 from crane_core.dataset.interactions import Interactions, load_interactions
 from crane_core.errors import ArtifactError, ConfigError, DataError, TrainingError, TrainingStopped
-from crane_core.model.crane import LightGCN
+from crane_core.model.lightgcn import LightGCN
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.storage.tensors import load_tensors

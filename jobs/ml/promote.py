@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import load_ids, load_interactions
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.release.gate import PRIMARY, Decision, Standing, decide, measure
+from crane_core.release.gate import PRIMARY, Decision, decide
 from crane_core.release.ledger import ANCHOR_TAG, Action, Entry
+from crane_core.release.measure import Measurement, measure
 from crane_core.release.registry import Registry, Version, open_registry
 from crane_core.schema import ITEM_ID, USER_ID, USER_IDX
 from crane_core.serving.model_folder import load_model
@@ -100,7 +101,7 @@ class Judge:
         self._metrics = json.loads(registry.evidence(version, "metrics.json").read_text())
         self._per_user = pq.read_table(registry.evidence(version, "per_user.parquet"))
         self._users = self._per_user.column(USER_IDX).to_numpy()
-        self._standings: dict[str, Standing] = {}
+        self._standings: dict[str, Measurement] = {}
 
     def decide(self, champion: str | None) -> tuple[Decision, dict[str, Any]]:
         """The gate's decision, and its numbers for the ledger."""
@@ -117,7 +118,7 @@ class Judge:
         }
         return decision, decision.as_dict() | {"standings": standings, "baselines": baselines}
 
-    def _challenger(self) -> Standing:
+    def _challenger(self) -> Measurement:
         """The registered per-user evidence, which the registered model must reproduce."""
         measured = self._standing(self.version)
         metrics = {name: self._per_user.column(f"crane.{name}").to_numpy().astype(np.float64) for name in PRIMARY}
@@ -131,7 +132,7 @@ class Judge:
                 )
         return replace(measured, metrics=metrics)
 
-    def _standing(self, version: Version) -> Standing:
+    def _standing(self, version: Version) -> Measurement:
         if version.number not in self._standings:
             window_end = datetime.fromisoformat(version.tags["crane.window_end"])
             measured = measure(
@@ -150,7 +151,7 @@ class Judge:
         return self._standings[version.number]
 
 
-def _summary(standing: Standing) -> dict[str, Any]:
+def _summary(standing: Measurement) -> dict[str, Any]:
     figures = {name: float(values.mean()) for name, values in standing.metrics.items()}
     return {
         "version": standing.version,

@@ -27,16 +27,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import load_interactions
+from crane_core.dataset.modalities import Modality, load_modalities, profile_spreads
 from crane_core.errors import DataError
-from crane_core.graph.growth import choose_anchors, drift, load_selected, outgrown, touched, write_selected
-from crane_core.model.content import load_modalities
-from crane_core.refine.fit import Modality, Refiner, fit, keys_file, project_items, refine_to_files, refined_files
-from crane_core.refine.recursion import Keys
+from crane_core.graph.drift import drift
+from crane_core.refine.attention import Keys
+from crane_core.refine.catalog import keys_file, refine_to_files, refined_files
+from crane_core.refine.fit import fit
+from crane_core.refine.growth import choose_anchors, load_selected, outgrown, touched, write_selected
+from crane_core.refine.refiner import Refiner, project_items
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.local import LocalStorage
 from crane_core.storage.matrix import blocks, open_matrix
 from crane_core.storage.tensors import load_tensors
-from crane_core.training.monitors import profile_spreads
 from jobs.ml.device import use_device
 from jobs.ml.growth import REFINE_FROM, Base, base_contents, find_base
 from jobs.ml.launch import on_ranks, rank

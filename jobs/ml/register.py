@@ -23,7 +23,8 @@ import pandas as pd
 from crane_core.config import RunConfig
 from crane_core.release.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
 from crane_core.schema import USER_ID
-from crane_core.serving.model_folder import load_recommender, make_probe, write_model
+from crane_core.serving.model_folder import load_recommender, write_model
+from crane_core.serving.probe import make_probe
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.runner import peak_bytes, run_job, scratch

@@ -17,15 +17,8 @@ import torch
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, load_interactions
-from crane_core.model.content import (
-    Content,
-    JointContent,
-    joint_content,
-    load_content,
-    load_graph,
-    load_modalities,
-    neighbour_graph,
-)
+from crane_core.dataset.modalities import load_modalities
+from crane_core.model.content import Content, JointContent, joint_content, load_content, load_graph, neighbour_graph
 from crane_core.model.crane import Crane
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore

@@ -27,10 +27,14 @@ import torch
 from crane_core.config import Features, Knn, Refine
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.experiments.data import Dataset, load_dataset
-from crane_core.graph import growth
+from crane_core.graph.drift import drift
 from crane_core.graph.exact import search
-from crane_core.graph.growth import choose_anchors, drift, grow_neighbours
-from crane_core.refine.fit import Refiner, fit, project_items, refine_catalog
+from crane_core.graph.growth import grow_neighbours
+from crane_core.refine import growth
+from crane_core.refine.catalog import refine_catalog
+from crane_core.refine.fit import fit
+from crane_core.refine.growth import choose_anchors
+from crane_core.refine.refiner import Refiner, project_items
 
 
 def only(dataset: Dataset, num_items: int) -> Dataset:

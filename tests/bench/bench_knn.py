@@ -36,7 +36,9 @@ import faiss
 import numpy as np
 import torch
 
-from crane_core.graph.exact import brute_force, search, unit_rows, use_threads
+from crane_core.graph.candidates import unit_rows
+from crane_core.graph.exact import brute_force, search
+from crane_core.graph.faiss_search import use_threads
 from crane_core.graph.lists import build_lists, search_lists
 from tests.bench.bench_rca import device_name
 

@@ -23,9 +23,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from crane_core.graph.item_graph import user_item_graph
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import user_item_graph
 from tests.bench.bench_rca import device_name
 from tests.bench.bench_train import synthetic
 

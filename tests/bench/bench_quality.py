@@ -36,12 +36,15 @@ from pydantic import ValidationError
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.evaluation.baselines import popularity
-from crane_core.evaluation.metrics import interest_entropy, rank_users, slices, summarise_cold, user_metrics
+from crane_core.evaluation.cold import summarise_cold
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import rank_users
+from crane_core.evaluation.slices import interest_entropy, slices_of_test
 from crane_core.experiments.data import Dataset, load_dataset
 from crane_core.experiments.models import MODELS, NEED_FEATURES, VERSION, Recipe
 from crane_core.experiments.summary import METRICS, NUM_RESAMPLES, averaged, difference, intervals
 from crane_core.experiments.trials import Cell, Cells
-from crane_core.graph.exact import use_threads
+from crane_core.graph.faiss_search import use_threads
 
 logger = logging.getLogger("bench_quality")
 
@@ -123,7 +126,7 @@ def summarise(
     return {
         "models": models,
         "differences": {model: difference(tables["crane"], tables[model]) for model in others},
-        "slices": {name: _slice(name, lists, cells) for name, lists in slices(interactions, entropy).items()},
+        "slices": {name: _slice(name, lists, cells) for name, lists in slices_of_test(interactions, entropy).items()},
         "cold_items": summarise_cold(interactions, cold, NUM_RESAMPLES, seed=0),
     }
 

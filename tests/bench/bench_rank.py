@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from crane_core.dataset.interactions import ItemLists
-from crane_core.evaluation.metrics import SCORE_BYTES, dot_product, rank_blocks
+from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks
 from tests.bench.bench_rca import device_name
 
 LIMIT = 1e-4

@@ -45,16 +45,11 @@ import torch
 from torch import Tensor
 
 from crane_core.config import Refine
-from crane_core.refine.fit import Modality, Refiner, refine_rows, refine_to_files
-from crane_core.refine.recursion import (
-    Correlation,
-    GramKeys,
-    Keys,
-    ListedKeys,
-    Recursion,
-    RecursiveCrossModalAttention,
-    attend,
-)
+from crane_core.dataset.modalities import Modality
+from crane_core.refine.attention import Correlation, GramKeys, Keys, ListedKeys, attend
+from crane_core.refine.catalog import refine_rows, refine_to_files
+from crane_core.refine.recursion import Recursion, RecursiveCrossModalAttention
+from crane_core.refine.refiner import Refiner
 from crane_core.storage.matrix import open_matrix
 
 OWN_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}

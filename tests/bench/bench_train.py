@@ -40,16 +40,20 @@ from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions, ItemLists, load_interactions
-from crane_core.evaluation.metrics import SCORE_BYTES, dot_product, rank_blocks, rank_users, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks, rank_users
 from crane_core.experiments.data import load_dataset
-from crane_core.graph.item_graph import build_graph, user_item_graph
+from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content
-from crane_core.model.crane import Crane, LightGCN
+from crane_core.model.crane import Crane
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import user_item_graph
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
-from crane_core.training.trainer import NegativeSampler, Trainer
+from crane_core.training.negatives import NegativeSampler
+from crane_core.training.trainer import Trainer
 from tests.bench.bench_rca import device_name, status_bytes
 
 PEER_BATCH = 2048

@@ -12,7 +12,9 @@ import pytest
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED
 from crane_core.evaluation.baselines import item_knn, popularity
-from crane_core.evaluation.metrics import interest_entropy, rank_users, slices, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import rank_users
+from crane_core.evaluation.slices import interest_entropy, slices_of_test
 from crane_core.experiments import models as harness
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.models import Recipe, Trained
@@ -79,7 +81,7 @@ def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.Captur
             assert (each["num_epochs"] == 4 and 0 <= each["best_epoch"] < 4) is (name in ("crane", "lightgcn_softmax"))
             assert (each["trust"] in SHARES) is (name == "crane")
     items = popular_by_hand(log)
-    parts = slices(log, interest_entropy(dataset.joint(Recipe().features), log.train))
+    parts = slices_of_test(log, interest_entropy(dataset.joint(Recipe().features), log.train))
     assert set(found["slices"]) == set(parts)
     for name, lists in parts.items():
         asked = np.flatnonzero(lists.counts() > 0)

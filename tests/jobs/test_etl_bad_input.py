@@ -22,7 +22,8 @@ from pyspark.sql import SparkSession
 
 from crane_core.config import Etl, RunConfig, load_config
 from crane_core.errors import EXIT_DATA, EXIT_OK, DataError
-from crane_core.raw.files import check_interactions, list_interactions
+from crane_core.raw.checks import check_interactions
+from crane_core.raw.files import list_interactions
 from jobs.etl import interactions
 from jobs.runner import open_store
 from tests.worlds.raw_data import write_items

@@ -13,7 +13,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
-from crane_core.raw.files import check_interactions, list_interactions
+from crane_core.raw.checks import check_interactions
+from crane_core.raw.files import list_interactions
 from jobs.etl.events import (
     assign_split,
     find_bots,

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from crane_core.config import load_config
+from crane_core.dataset.modalities import Modality
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
 from crane_core.graph.exact import search
-from crane_core.refine.fit import Modality, project_items
+from crane_core.refine.refiner import project_items
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs import plan

@@ -26,7 +26,7 @@ from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, EXIT_UNEXPECT
 from crane_core.graph.exact import brute_force
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import load_graph
-from crane_core.model.crane import Rows
+from crane_core.model.views import Rows
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.training.trainer import STEERING_METRIC, Trainer

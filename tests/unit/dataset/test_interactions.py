@@ -12,8 +12,8 @@ import pytest
 from crane_core.dataset import interactions as dataset
 from crane_core.dataset.interactions import ItemLists, load_interactions
 from crane_core.errors import ArtifactError
-from crane_core.graph.item_graph import user_item_graph
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import user_item_graph
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.dataset.modalities import Modality
 from crane_core.evaluation import baselines
 from crane_core.evaluation.baselines import content, item_knn, popular_for_strangers, popularity
-from crane_core.evaluation.metrics import Scorer, dot_product, rank_users, user_metrics
-from crane_core.refine.fit import Modality
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import Scorer, dot_product, rank_users
 from tests.worlds.planted import checkerboard
 
 

@@ -7,20 +7,11 @@ import pytest
 import torch
 
 from crane_core.dataset.interactions import Interactions, ItemLists
-from crane_core.evaluation.metrics import (
-    bootstrap,
-    coverage,
-    dot_product,
-    interest_entropy,
-    paired_bootstrap,
-    popularity_bias,
-    rank_cold,
-    rank_users,
-    slices,
-    summarise_cold,
-    user_metrics,
-    without,
-)
+from crane_core.evaluation.cold import rank_cold, summarise_cold
+from crane_core.evaluation.metrics import coverage, popularity_bias, user_metrics
+from crane_core.evaluation.ranking import dot_product, rank_users, without
+from crane_core.evaluation.slices import interest_entropy, slices_of_test
+from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 
 
 def lists(*rows: list[int]) -> ItemLists:
@@ -98,7 +89,7 @@ def test_coverage_and_popularity_bias_by_hand() -> None:
 def test_slices_split_the_test_items() -> None:
     train = lists([0, 1, 2], [0, 1], [0], [])
     interactions = Interactions(4, 5, train, lists([], [], [], []), lists([3], [2, 4], [1], [0]))
-    parts = slices(interactions)
+    parts = slices_of_test(interactions)
     by_item = [parts[name].items.tolist() for name in ("cold_items", "head_items", "tail_items")]
     assert by_item == [[3, 4], [0], [2, 1]]
     assert parts["cold_users"].counts().tolist() == [0, 0, 0, 1]
@@ -137,7 +128,7 @@ def test_cold_auc_equals_plain_loops_and_never_holds_more_than_a_block() -> None
     interactions = Interactions(20, 60, lists(*train), lists(*[[]] * 20), lists(*test))
     cold = np.flatnonzero(interactions.item_counts() == 0).tolist()
     scores = torch.from_numpy(generator.integers(4, size=(20, 60)).astype(np.float32))
-    users = np.flatnonzero(slices(interactions)["cold_items"].counts() > 0)
+    users = np.flatnonzero(slices_of_test(interactions)["cold_items"].counts() > 0)
     asked: list[int] = []
 
     def score(picked: np.ndarray) -> torch.Tensor:
@@ -244,10 +235,10 @@ def test_slices_by_entropy() -> None:
     train = lists([0], [0], [0], [0], [], [0])
     interactions = Interactions(6, 2, train, lists(*[[]] * 6), lists([1], [1], [1], [1], [1], []))
     # Of the users who are asked about, 0 to 3, one is a quarter; user 5 has no test item, user 4 no interests.
-    parts = slices(interactions, np.array([0.4, 0.1, 0.9, 0.5, np.nan, 2.0]))
+    parts = slices_of_test(interactions, np.array([0.4, 0.1, 0.9, 0.5, np.nan, 2.0]))
     assert np.flatnonzero(parts["diverse_users"].counts()).tolist() == [2]
     assert np.flatnonzero(parts["focused_users"].counts()).tolist() == [1]
-    assert not {"diverse_users", "focused_users"} & set(slices(interactions))
+    assert not {"diverse_users", "focused_users"} & set(slices_of_test(interactions))
 
 
 def test_tombstones_are_no_candidates_and_no_cold_items() -> None:

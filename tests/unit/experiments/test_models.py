@@ -14,21 +14,16 @@ from crane_core.config import Features, Refine, Train, preset_names
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError
 from crane_core.evaluation.baselines import item_knn
-from crane_core.evaluation.metrics import (
-    Scorer,
-    bootstrap,
-    dot_product,
-    paired_bootstrap,
-    rank_users,
-    slices,
-    user_metrics,
-)
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import Scorer, dot_product, rank_users
+from crane_core.evaluation.slices import slices_of_test
 from crane_core.experiments import models as harness
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.models import CONTENT_GRID, ITEM_KNN_GRID, MODELS, NEED_FEATURES, Recipe, Trained
 from crane_core.experiments.plans import load_recipe
 from crane_core.experiments.references import FreedomSettings, MgcnSettings
-from crane_core.model.crane import LightGCN
+from crane_core.model.lightgcn import LightGCN
+from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 from tests.unit.refine.test_fit import planted_modalities
 from tests.unit.training.test_trainer import with_everything
 from tests.worlds.planted import Communities, checkerboard, communities
@@ -214,7 +209,7 @@ def test_cold_items_are_found_by_their_content_and_by_chance_without(tmp_path: P
     features = group_features(world, 2)
     order = np.random.default_rng(1).permutation(240)
     users, is_warm = np.arange(240), world.interactions.item_counts() > 0
-    cold = slices(world.interactions)["cold_items"]
+    cold = slices_of_test(world.interactions)["cold_items"]
     everywhere, among_cold = [], []
     for attempt, shown in (("true", features), ("shuffled", {name: rows[order] for name, rows in features.items()})):
         crane, _ = train_communities(world, shown, 2, tmp_path / attempt)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions
-from crane_core.evaluation.metrics import dot_product, rank_users, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import dot_product, rank_users
 from crane_core.experiments.references import Freedom, FreedomSettings, Mgcn, MgcnSettings, modality_graph
-from crane_core.graph.item_graph import user_item_graph
-from crane_core.model.crane import Batch, LightGCN
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import DirectedGraph, SymmetricGraph
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.views import Batch
 from crane_core.training.trainer import Trainer
 from tests.unit.refine.test_fit import planted_modalities
 from tests.worlds.planted import checkerboard

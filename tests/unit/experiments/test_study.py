@@ -21,7 +21,8 @@ import yaml
 from crane_core.config import Phi, load_config
 from crane_core.dataset.interactions import ItemLists
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, DataError, TrainingError
-from crane_core.evaluation.metrics import rank_users, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import rank_users
 from crane_core.experiments import models as harness
 from crane_core.experiments import trials as cells_module
 from crane_core.experiments.cost import Measurements, SameWeights, catalog_sizes, fit_power_law, measure_growth

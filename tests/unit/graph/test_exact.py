@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from crane_core.errors import ArtifactError
-from crane_core.graph import exact as knn
-from crane_core.graph.exact import brute_force, nearest, pack, search, unit_rows, unpack
+from crane_core.graph import candidates, exact, faiss_search
+from crane_core.graph.candidates import pack, unit_rows, unpack
+from crane_core.graph.exact import brute_force, nearest, search
 
 
 def reference(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,13 +43,13 @@ def make_rows(kind: str) -> np.ndarray:
     return rows
 
 
-ALONE = os.environ | {"PYTHONPATH": str(Path(knn.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+ALONE = os.environ | {"PYTHONPATH": str(Path(exact.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 KINDS = ["random", "clustered", "near_ties", "duplicates", "some_duplicates", "zeros"]
 
 
-@pytest.mark.parametrize("top", [knn.top_faiss, knn.top_torch])
+@pytest.mark.parametrize("top", [faiss_search.top_faiss, exact.top_torch])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_sharding_equals_brute_force(kind: str, top: knn.Top) -> None:
+def test_any_sharding_equals_brute_force(kind: str, top: candidates.Top) -> None:
     rows = make_rows(kind)
     expected, expected_similarity = reference(rows, 10)
     for num_shards, memory in ((1, 1 << 30), (2, 200_000), (7, 500_000), (150, 1 << 20)):
@@ -62,8 +63,8 @@ def test_any_sharding_equals_brute_force(kind: str, top: knn.Top) -> None:
 
 def test_few_rows_are_compared_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    everything = knn.compare_all
-    monkeypatch.setattr(knn, "compare_all", lambda *given: compared.append(len(given[1])) or everything(*given))
+    everything = candidates.compare_all
+    monkeypatch.setattr(candidates, "compare_all", lambda *given: compared.append(len(given[1])) or everything(*given))
     for kind, most in (("random", 0), ("duplicates", 0), ("some_duplicates", 0), ("zeros", 1)):
         rows = np.concatenate([make_rows(kind), 1 + np.random.default_rng(1).normal(size=(100, 8))])
         compared.clear()
@@ -89,8 +90,8 @@ def test_packed_neighbours_keep_similarity_and_row_and_sort_by_both() -> None:
     assert values.tolist() == [1.0, 0.5, 0.5, 0.0, 0.0, -0.25, -1.0]
 
 
-@pytest.mark.parametrize("top", [knn.top_faiss, knn.top_torch])
-def test_candidates_are_the_best_scores(top: knn.Top) -> None:
+@pytest.mark.parametrize("top", [faiss_search.top_faiss, exact.top_torch])
+def test_candidates_are_the_best_scores(top: candidates.Top) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(size, 8, generator=generator) for size in (70, 333))
     scores = queries @ keys.T
@@ -108,7 +109,9 @@ def test_queries_and_keys_may_be_some_rows() -> None:
     for line, query, values in zip(neighbours, queries, similarity, strict=True):
         order = keys[np.lexsort((keys, -values))]
         assert line.tolist() == order[order != query][:4].tolist()
-    halves = [nearest(rows, range(150), 6, keys=part, top=knn.top_faiss) for part in (range(70, 150), range(70))]
+    halves = [
+        nearest(rows, range(150), 6, keys=part, top=faiss_search.top_faiss) for part in (range(70, 150), range(70))
+    ]
     merged = unpack(np.sort(np.concatenate(halves, axis=1), axis=1)[:, :6])
     np.testing.assert_array_equal(merged, search(rows, range(150), 6))
 

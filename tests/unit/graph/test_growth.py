@@ -8,20 +8,18 @@ import pytest
 import torch
 
 from crane_core.config import Knn, Refine
+from crane_core.dataset.modalities import Modality
 from crane_core.errors import ArtifactError
 from crane_core.graph import growth
-from crane_core.graph.exact import search, unpack
-from crane_core.graph.growth import (
-    choose_anchors,
-    drift,
-    grow_neighbours,
-    load_selected,
-    outgrown,
-    touched,
-    write_selected,
-)
+from crane_core.graph.candidates import unpack
+from crane_core.graph.drift import drift
+from crane_core.graph.exact import search
+from crane_core.graph.growth import grow_neighbours
 from crane_core.graph.lists import find_neighbours
-from crane_core.refine.fit import Modality, Refiner, project_items, refine_catalog
+from crane_core.refine import growth as refine_growth
+from crane_core.refine.catalog import refine_catalog
+from crane_core.refine.growth import choose_anchors, load_selected, outgrown, touched, write_selected
+from crane_core.refine.refiner import Refiner, project_items
 
 EXACT = Knn(k=6, mode="exact")
 
@@ -160,7 +158,7 @@ def test_drift_from_a_sample_is_near_that_of_all(monkeypatch: pytest.MonkeyPatch
     refiner = Refiner([6, 5], [1.0, 1.0], Refine(phi="softmax", embedding_dim=8, num_recursions=2))
     now, found = catalog(300, shift=1.5), {}
     for size in (100, 200):
-        monkeypatch.setattr(growth, "ANCHORS", size)
+        monkeypatch.setattr(refine_growth, "ANCHORS", size)
         anchors = choose_anchors(200, 0)
         with torch.no_grad():
             projected = project_items(refiner, catalog(200), anchors).numpy()

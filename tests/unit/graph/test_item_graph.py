@@ -5,16 +5,10 @@ import pytest
 
 from crane_core.dataset.interactions import ItemLists
 from crane_core.errors import ArtifactError
-from crane_core.graph.item_graph import (
-    build_graph,
-    certify,
-    co_interaction_lift,
-    merge_shards,
-    sampled_user_item_graph,
-    stratified_sample,
-    user_item_graph,
-)
+from crane_core.graph.certificate import certify, co_interaction_lift, stratified_sample
+from crane_core.graph.item_graph import build_graph, merge_shards
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import sampled_user_item_graph, user_item_graph
 
 
 def shard(start: int, stop: int, k: int = 2) -> tuple[int, int, np.ndarray, np.ndarray]:

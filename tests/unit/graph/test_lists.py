@@ -11,7 +11,8 @@ from torch import Tensor
 from crane_core.config import Knn
 from crane_core.errors import ArtifactError
 from crane_core.graph import lists as lists_module
-from crane_core.graph.exact import brute_force, search, unit_rows
+from crane_core.graph.candidates import unit_rows
+from crane_core.graph.exact import brute_force, search
 from crane_core.graph.lists import build_lists, find_neighbours, search_lists
 
 

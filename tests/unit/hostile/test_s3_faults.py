@@ -15,7 +15,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from crane_core.config import Etl, Window
 from crane_core.raw import location
-from crane_core.raw.files import check_interactions, list_interactions
+from crane_core.raw.checks import check_interactions
+from crane_core.raw.files import list_interactions
 from crane_core.raw.location import Location
 from crane_core.storage import s3
 from crane_core.storage.artifacts import ArtifactStore

@@ -11,11 +11,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from crane_core.config import Knn, Refine, Train
+from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import brute_force
 from crane_core.model import content as content_module
 from crane_core.model.content import Content, JointContent, joint_content, neighbour_graph
-from crane_core.model.crane import Batch, Crane
-from crane_core.refine.fit import Modality, Refiner, fit, refine_catalog
+from crane_core.model.crane import Crane
+from crane_core.model.views import Batch
+from crane_core.refine.catalog import refine_catalog
+from crane_core.refine.fit import fit
+from crane_core.refine.refiner import Refiner
 from crane_core.training.trainer import Trainer
 from tests.unit.refine.test_fit import halves, planted_modalities
 from tests.worlds.planted import checkerboard

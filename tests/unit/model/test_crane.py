@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from crane_core.config import Train
-from crane_core.graph.item_graph import user_item_graph
 from crane_core.model.content import Content
-from crane_core.model.crane import POWERS, Batch, Crane, LightGCN, Views, bpr, fill_cold, info_nce, sampled_softmax
+from crane_core.model.crane import Crane, fill_cold
+from crane_core.model.lightgcn import POWERS, LightGCN
+from crane_core.model.losses import bpr, info_nce, sampled_softmax
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
+from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.views import Batch, Views
 
 CPU = torch.device("cpu")
 NUM_USERS, NUM_ITEMS, DIM, WIDTH = 6, 8, 3, 4

@@ -20,8 +20,9 @@ from PIL import Image
 
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw import encoding
+from crane_core.raw.checks import check_features
 from crane_core.raw.encoding import Recipe, encode
-from crane_core.raw.files import check_features, list_features
+from crane_core.raw.files import list_features
 from jobs import cli
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -12,16 +12,8 @@ import pytest
 
 from crane_core.config import Etl, RunConfig, Window
 from crane_core.errors import ConfigError, DataError
-from crane_core.raw.files import (
-    check_features,
-    check_interactions,
-    check_items,
-    list_features,
-    list_interactions,
-    list_items,
-    raw_root,
-    read_matrix_rows,
-)
+from crane_core.raw.checks import check_features, check_interactions, check_items, read_matrix_rows
+from crane_core.raw.files import list_features, list_interactions, list_items, raw_root
 from crane_core.schema import INTERACTIONS
 from tests.worlds.raw_data import at, write_day, write_items, write_vectors
 
@@ -210,7 +202,7 @@ def write_matrix(folder: Path, name: str, rows: Any, ids: list[str]) -> Path:
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_matrices_with_ids_are_features(tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crane_core.raw.files.GROUP_ROWS", 3)
+    monkeypatch.setattr("crane_core.raw.checks.GROUP_ROWS", 3)
     rows = np.arange(14, dtype=kind).reshape(7, 2)
     write_matrix(tmp_path / "features" / "image", "a", rows, list("abcdefg"))
     write_vectors(tmp_path, "image", [("z", [1.0, 2.0])])

@@ -13,14 +13,8 @@ import pytest
 
 from crane_core.config import Etl, Window
 from crane_core.errors import ConfigError
-from crane_core.raw.files import (
-    check_features,
-    check_interactions,
-    check_items,
-    list_features,
-    list_interactions,
-    list_items,
-)
+from crane_core.raw.checks import check_features, check_interactions, check_items
+from crane_core.raw.files import list_features, list_interactions, list_items
 from crane_core.raw.generator import DIRT, Plan, generate, make_world
 
 PLAN = Plan(20_000, 500, 200, 10, date(2026, 1, 1), 10, {"text": 8, "image": 4}, dirt_share=0.04)

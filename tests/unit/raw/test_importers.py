@@ -15,14 +15,8 @@ import pytest
 
 from crane_core.config import Etl, Window
 from crane_core.errors import ConfigError, DataError
-from crane_core.raw.files import (
-    check_features,
-    check_interactions,
-    check_items,
-    list_features,
-    list_interactions,
-    list_items,
-)
+from crane_core.raw.checks import check_features, check_interactions, check_items
+from crane_core.raw.files import list_features, list_interactions, list_items
 from crane_core.raw.importers import import_amazon, import_mapped, import_mmrec, import_movielens
 
 DATA = Path(__file__).parents[4] / "shared" / "data"

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch; to
 
 from crane_core.errors import ConfigError
 from crane_core.refine import attention_triton as rca_triton
-from crane_core.refine.recursion import _attend_groups, _attend_groups_backward, _FusedTanh
+from crane_core.refine.kernels import FusedTanh, _attend_groups, _attend_groups_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
@@ -42,7 +42,7 @@ def test_tanh_and_its_gradients(dtype: torch.dtype, limit: float, num_rows: int,
     expected = tanh_dense(*exact)
     expected.backward(inputs[2].double())
     given = [each.to(DEVICE).requires_grad_() for each in inputs[:2]]
-    found = _FusedTanh.apply(*given, 4096)
+    found = FusedTanh.apply(*given, 4096)
     found.backward(inputs[2].to(DEVICE))
     assert found.dtype == dtype
     assert close(found.detach(), expected.detach(), limit)

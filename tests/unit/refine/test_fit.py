@@ -11,18 +11,12 @@ import torch.multiprocessing
 
 from crane_core.config import Phi, Refine
 from crane_core.dataset.interactions import ItemLists
+from crane_core.dataset.modalities import Modality
 from crane_core.errors import DataError, TrainingError
-from crane_core.refine.fit import (
-    Modality,
-    Refiner,
-    _profiles_without,
-    fit,
-    profile_scales,
-    refine_catalog,
-    refine_to_files,
-    refined_files,
-)
+from crane_core.refine.catalog import refine_catalog, refine_to_files, refined_files
+from crane_core.refine.fit import _profiles_without, fit
 from crane_core.refine.recursion import Recursion
+from crane_core.refine.refiner import Refiner, profile_scales
 from tests.worlds.planted import checkerboard
 
 CONFIG = Refine(embedding_dim=8, num_steps=60, batch_size=64, num_landmarks=64, learning_rate=0.01, chunk_size=7)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_core.refine.recursion import Correlation, ListedKeys, RecursiveCrossModalAttention, attend
+from crane_core.refine.attention import Correlation, ListedKeys, attend
+from crane_core.refine.recursion import RecursiveCrossModalAttention
 
 DENSE = (Correlation("softmax"), Correlation("tanh"), Correlation("linear"))
 SPARSE = (Correlation("block", num_lists=5, num_probes=2, seed=3), Correlation("landmark", num_landmarks=7, seed=3))

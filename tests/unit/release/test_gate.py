@@ -7,7 +7,8 @@ import pytest
 
 from crane_core.config import Evaluate, Promote
 from crane_core.dataset.interactions import Interactions, ItemLists
-from crane_core.release.gate import PRIMARY, Standing, decide, measure
+from crane_core.release.gate import PRIMARY, decide
+from crane_core.release.measure import Measurement, measure
 from tests.worlds.served import make_model
 
 RULE = Promote(min_users=50)
@@ -15,10 +16,10 @@ BOOTSTRAP = Evaluate(num_bootstrap=500)
 BASELINES = {"lightgcn": 0.30, "popularity": 0.10}
 
 
-def standing(version: str, recall: np.ndarray, ndcg: np.ndarray | None = None, **changes) -> Standing:
+def standing(version: str, recall: np.ndarray, ndcg: np.ndarray | None = None, **changes) -> Measurement:
     metrics = {"recall@20": recall, "ndcg@20": recall / 2 if ndcg is None else ndcg}
     fixed = {"coverage": 0.5, "popularity_bias": 1.0, "cold_recall": 0.1}
-    return replace(Standing(version, datetime(2026, 3, 1, tzinfo=UTC), metrics, **fixed), **changes)
+    return replace(Measurement(version, datetime(2026, 3, 1, tzinfo=UTC), metrics, **fixed), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def recall() -> np.ndarray:
     return np.random.default_rng(0).uniform(0.1, 0.7, size=400)
 
 
-def judge(challenger: Standing, champion: Standing | None, rule: Promote = RULE):
+def judge(challenger: Measurement, champion: Measurement | None, rule: Promote = RULE):
     return decide(challenger, champion, BASELINES, rule, BOOTSTRAP)
 
 

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 
 from crane_core.errors import ArtifactError
+from crane_core.release.handover import SMOKE_TAG, hand_over, recover, restore, settle
 from crane_core.release.lease import LeaseLost
-from crane_core.release.ledger import FOLDER, SMOKE_TAG, Ledger, hand_over, recover, restore, settle
+from crane_core.release.ledger import FOLDER, Ledger
 from crane_core.storage.local import LocalStorage
 
 

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from crane_core.errors import ArtifactError, DataError
-from crane_core.serving.model_folder import CHECKSUMS, load_model, load_recommender, make_probe, smoke_test
+from crane_core.serving.model_folder import CHECKSUMS, load_model, load_recommender
+from crane_core.serving.probe import make_probe, smoke_test
 from crane_core.storage.artifacts import Artifact, sha256_file
 from crane_core.storage.tensors import tensor_shapes
 from tests.worlds.served import recommender, write

@@ -18,7 +18,8 @@ from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import TrainingError
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content
-from crane_core.model.crane import Crane, LightGCN
+from crane_core.model.crane import Crane
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.training import memory
 from crane_core.training import trainer as training

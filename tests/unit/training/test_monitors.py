@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from crane_core.refine.fit import Modality
-from crane_core.training.monitors import cosine_moments, effective_rank, profile_spreads, signs
+from crane_core.dataset.modalities import Modality, profile_spreads
+from crane_core.training.monitors import cosine_moments, effective_rank, signs
 
 
 def test_effective_rank_by_hand() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions, ItemLists
-from crane_core.evaluation.metrics import dot_product, rank_users, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import dot_product, rank_users
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.training import share as fusion
 from crane_core.training.share import SHARES, choose_trust, fuse, score_spread

@@ -24,14 +24,19 @@ from torch import Tensor
 from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import ArtifactError, DataError, TrainingError, TrainingStopped
-from crane_core.evaluation.metrics import dot_product, rank_users, user_metrics
+from crane_core.evaluation.metrics import user_metrics
+from crane_core.evaluation.ranking import dot_product, rank_users
 from crane_core.graph.exact import search
-from crane_core.graph.item_graph import build_graph, user_item_graph
+from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content
-from crane_core.model.crane import Batch, Crane, LightGCN, Rows
+from crane_core.model.crane import Crane
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph, drop_edges
+from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.views import Batch, Rows
 from crane_core.training import trainer as training
-from crane_core.training.trainer import STEERING_METRIC, NegativeSampler, Trainer, _user_weights
+from crane_core.training.negatives import NegativeSampler
+from crane_core.training.trainer import STEERING_METRIC, Trainer, _user_weights
 from tests.worlds.planted import checkerboard, checkerboard_content
 
 CPU = torch.device("cpu")

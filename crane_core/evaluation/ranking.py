@@ -1,0 +1,85 @@
+"""Rank the whole catalog for users, a block of users at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane_core.dataset.interactions import ItemLists
+from crane_core.evaluation.metrics import logger
+from crane_core.numerics.top_k import top_k
+from crane_core.progress import track
+
+SCORE_BYTES = 256 * 1024 * 1024
+"""Scores in memory at a time, where nothing else is said: for a catalog of 300,000 items still 223 users at once."""
+
+
+def users_at_a_time(num_items: int) -> int:
+    """As many users as have their scores of the catalog in `SCORE_BYTES`, 1024 at most."""
+    return max(1, min(1024, SCORE_BYTES // (4 * num_items)))
+
+
+Scorer = Callable[[np.ndarray], Tensor]
+"""Users int [b] to their scores of the whole catalog, float32 [b, num_items]; the caller may overwrite them, and the
+scorer may at the next call."""
+
+
+def without(score: Scorer, items: np.ndarray) -> Scorer:
+    """The same scores, -inf for some items, int [n]: they are recommended to nobody."""
+    if len(items) == 0:
+        return score
+    return lambda users: (scores := score(users)).index_fill_(1, torch.from_numpy(items).to(scores.device), -torch.inf)
+
+
+def dot_product(users: Tensor, items: Tensor) -> Scorer:
+    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d]."""
+
+    # Kept from call to call: a fresh block of scores costs more to page in than to compute.
+    block = users.new_empty(0)
+
+    def score(picked: np.ndarray) -> Tensor:
+        nonlocal block
+        rows = users[torch.from_numpy(picked.astype(np.int64)).to(users.device)]
+        if len(block) < len(picked):
+            block = rows.new_empty(len(picked), len(items))
+        return torch.mm(rows, items.T, out=block[: len(picked)])
+
+    return score
+
+
+def rank_blocks(
+    score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Rank the whole catalog for some users, a block of users at a time, on the device of the scores.
+
+    Args:
+        score: what to rank by.
+        seen: items a user must not be recommended.
+        users: int [n], whom to rank for.
+        k: list length; the catalog's size where that is smaller.
+        block: users at a time; `block * num_items` scores are in memory at once.
+
+    Yields:
+        int [b] users; float32 [b, k] scores, -inf where fewer than k items are left; int64 [b, k] items.
+    """
+    blocks = [users[start : start + block] for start in range(0, len(users), block)]
+    for chunk in track(blocks, len(blocks), "rank", logger):
+        scores = score(chunk)
+        rows, items = seen.rows(chunk)
+        scores[torch.from_numpy(rows), torch.from_numpy(items.astype(np.int64))] = -torch.inf
+        values, indices = top_k(scores, min(k, scores.shape[1]))
+        yield chunk, values.cpu(), indices.cpu()
+
+
+def rank_users(score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
+    """The top k items of some users, int32 [n, k]; -1 where fewer than k items are left. See `rank_blocks`."""
+    ranked = np.full((len(users), k), -1, dtype=np.int32)
+    start = 0
+    for chunk, values, indices in rank_blocks(score, seen, users, k, block):
+        indices = torch.where(values > -torch.inf, indices, -1)
+        ranked[start : start + len(chunk), : indices.shape[1]] = indices.numpy()
+        start += len(chunk)
+    return ranked

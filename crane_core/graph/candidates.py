@@ -1,0 +1,240 @@
+"""Lists of neighbours that merge in any order to the same bytes.
+
+Two things make the result independent of blocks, shards, threads, libraries and devices. Unit rows lie on a grid, so
+that float64 dot products have no rounding. A list of neighbours is a set of `(similarity, row)` pairs in one total
+order, so that lists merge in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crane_core.errors import ArtifactError
+
+MEMORY = 1 << 30
+"""Default of `memory`, bytes."""
+CPU = torch.device("cpu")
+NONE = torch.iinfo(torch.int64).max
+"""Packed neighbour that stands for none."""
+SPARE = 4
+"""Candidates beyond k + 1, so that a near tie seldom calls for the full comparison."""
+_PAIRS = 4096
+"""Candidates compared at a time, so that their rows stay in the cache."""
+RowNumbers = range | np.ndarray
+"""Row numbers, ascending."""
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1 and rounded to multiples of 2^-25, zero rows left zero.
+
+    A product of two entries is then a multiple of 2^-50 and, by Cauchy-Schwarz, no partial sum exceeds 1: a dot
+    product in float64 is exact in any order of summation, fused or not, whatever the BLAS, the blocks or the device.
+    The rounding is that of float32 itself for entries above 1/4.
+
+    Args:
+        rows: float [n, d].
+
+    Returns:
+        float32 [n, d].
+
+    Raises:
+        ArtifactError: a row is not finite.
+    """
+    unit = np.empty(rows.shape, dtype=np.float32)
+    bad = 0
+    for start in range(0, len(rows), 4096):
+        block = rows[start : start + 4096].astype(np.float64)
+        bad += int((~np.isfinite(block).all(axis=1)).sum())
+        norms = np.sqrt(np.einsum("nd,nd->n", block, block))[:, None]
+        block /= np.where(norms > 0, norms, 1)
+        unit[start : start + 4096] = np.rint(block * 2.0**25) * 2.0**-25
+    if bad:
+        raise ArtifactError(f"{bad} of {len(rows)} rows are not finite.", "Run ml.refine again.")
+    return unit
+
+
+def pack(similarities: Tensor, keys: Tensor) -> Tensor:
+    """One int64 for each neighbour, whose order is descending similarity and then ascending row number.
+
+    Args:
+        similarities: float32, no NaN.
+        keys: integer, below 2^31, of a shape that broadcasts.
+    """
+    bits = (similarities + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((~ascending).long() << 32) | keys.long()
+
+
+def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers int32 and similarities float32 of packed neighbours int64."""
+    return (packed & 0x7FFFFFFF).astype(np.int32), _similarity(torch.from_numpy(packed)).numpy()
+
+
+def pack_lists(neighbours: np.ndarray, similarities: np.ndarray) -> np.ndarray:
+    """Packed int64 [n, k] of neighbours int32 and similarities float32 [n, k]."""
+    return pack(torch.from_numpy(np.array(similarities)), torch.from_numpy(np.array(neighbours))).numpy()
+
+
+Top = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+"""(queries, keys, width, memory) to the float32 scores [q, width], descending, and the positions of the keys."""
+
+
+@dataclass(frozen=True)
+class KeyBlock:
+    """A block of keys, equal rows once.
+
+    Attributes:
+        rows: float32 [m, d], distinct unit rows in the order of their first row numbers.
+        bounds: int64 [m + 1], where the row numbers of each begin in `ids`.
+        ids: int64, row numbers, ascending for each distinct row.
+    """
+
+    rows: Tensor
+    bounds: Tensor
+    ids: Tensor
+
+
+def improve(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int, top: Top | None) -> Tensor:
+    """Merge the neighbours among a block of keys into the best so far.
+
+    Args:
+        best: int64 [q, width], packed, ascending.
+        queries: float32 [q, d], unit rows.
+        keys: the block.
+        memory: bytes for scores.
+        top: finds candidates; None compares everything.
+    """
+    width = best.shape[1]
+    if top is None or len(keys.rows) <= 2 * (width + SPARE):
+        return compare_all(best, queries, keys, memory)
+    values, found = top(queries, keys.rows, width + SPARE, memory)
+    merged, doubtful = rescore(best, queries, keys, values, found, values[:, -1])
+    if len(doubtful):
+        merged[doubtful] = compare_all(best[doubtful], queries[doubtful], keys, memory)
+    return merged
+
+
+def rescore(
+    best: Tensor, queries: Tensor, keys: KeyBlock, values: Tensor, found: Tensor, others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge candidates into the best so far by their exact similarities.
+
+    Args:
+        best, queries, keys: as in `improve`.
+        values: float32 [q, c], scores of the candidates, descending; -inf for none.
+        found: int64 [q, c], their positions among the keys.
+        others: float32 [q], the score that no other key exceeds.
+
+    Returns:
+        The best after, and the positions of queries for which another key may belong there.
+    """
+    rounding = _rounding(queries)
+    width = best.shape[1]
+    # The last of the best will be at least this: what is certainly below needs no exact similarity.
+    least = torch.maximum(_worst(best), values[:, width - 1] - rounding)
+    row, column = ((values >= least[:, None] - rounding) & (values > -torch.inf)).nonzero(as_tuple=True)
+    key = found[row, column]
+    similarities = [
+        torch.einsum("nd,nd->n", queries[i].double(), keys.rows[j].double()).float()
+        for i, j in zip(row.split(_PAIRS), key.split(_PAIRS), strict=True)
+    ]
+    merged = _merge(best, row, key, torch.cat(similarities), keys)
+    return merged, (others >= _worst(merged) - rounding).nonzero()[:, 0]
+
+
+def compare_all(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int) -> Tensor:
+    columns, first = keys.rows.double().T, keys.ids[keys.bounds[:-1]]
+    width = min(best.shape[1], len(first))
+    merged = torch.empty_like(best)
+    for part in torch.arange(len(queries), device=best.device).split(max(1, memory // (40 * max(1, len(first))))):
+        similarity = (queries[part].double() @ columns).float()
+        # So many distinct rows suffice: each is a neighbour at least.
+        key = pack(similarity, first).topk(width, dim=1, largest=False).indices
+        row = torch.arange(len(part), device=best.device).repeat_interleave(width)
+        merged[part] = _merge(best[part], row, key.flatten(), similarity.gather(1, key).flatten(), keys)
+    return merged
+
+
+def _merge(best: Tensor, row: Tensor, key: Tensor, similarity: Tensor, keys: KeyBlock) -> Tensor:
+    """Merge pairs of a row of `best`, ascending, and a key, which stands for all its row numbers: as many as fit."""
+    counts = (keys.bounds[key + 1] - keys.bounds[key]).clamp(max=best.shape[1])
+    pair = torch.arange(len(key), device=key.device).repeat_interleave(counts)
+    ids = keys.ids[keys.bounds[key][pair] + _ranks(counts)]
+    sizes = torch.zeros(len(best), dtype=torch.int64, device=key.device).index_add_(0, row, counts)
+    others = torch.full((len(best), int(sizes.max())), NONE, device=best.device)
+    others[row[pair], _ranks(sizes)] = pack(similarity[pair], ids)
+    return torch.cat([best, others], dim=1).sort(dim=1).values[:, : best.shape[1]]
+
+
+def _ranks(counts: Tensor) -> Tensor:
+    """0, 1, .., counts[0] - 1, 0, 1, .., counts[1] - 1, .."""
+    starts = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum()), device=counts.device) - starts.repeat_interleave(counts)
+
+
+def _worst(best: Tensor) -> Tensor:
+    """Similarity of the last neighbour, -inf where there are fewer."""
+    return torch.where(best[:, -1] == NONE, -torch.inf, _similarity(best[:, -1]))
+
+
+def _similarity(packed: Tensor) -> Tensor:
+    ascending = ~(packed >> 32).int()
+    return (ascending ^ ((ascending >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _rounding(rows: Tensor) -> float:
+    """Bound on the error of a float32 dot product of unit rows, and of rounding the exact one to float32."""
+    if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        return 2.0**-9
+    return (rows.shape[1] + 4) * 2.0**-24
+
+
+def key_block(unit: np.ndarray, rows: RowNumbers, device: torch.device = CPU) -> KeyBlock:
+    """Keys of unit rows float32 [m, d] and their row numbers, on a device."""
+    first = first_equal(unit)
+    leaders, counts = np.unique(first, return_counts=True)
+    ids = np.asarray(rows, dtype=np.int64)[np.argsort(first, kind="stable")]
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    distinct = unit if len(leaders) == len(unit) else unit[leaders]
+    return KeyBlock(*(torch.from_numpy(each).to(device) for each in (distinct, bounds, ids)))
+
+
+def first_equal(unit: np.ndarray) -> np.ndarray:
+    """Position of the first row with the same content: int64 [n]."""
+    words = (unit + 0.0).view(np.uint32)
+    factors = np.random.default_rng(0).integers(1 << 63, size=unit.shape[1], dtype=np.uint64) * 2 + 1
+    hashes = np.zeros(len(unit), dtype=np.uint64)
+    for start in range(0, len(unit), 4096):
+        hashes[start : start + 4096] = (words[start : start + 4096] * factors).sum(axis=1)
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    first = first[group]
+    repeated = np.flatnonzero(first != np.arange(len(unit)))
+    for some in np.split(repeated, range(4096, len(repeated), 4096)):
+        other = some[(unit[some] != unit[first[some]]).any(axis=1)]
+        first[other] = other
+    return first
+
+
+def without_self(packed: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    """The first k of each line that are not the query itself: int64 [q, k + 1] -> [q, k]."""
+    itself = (packed & 0x7FFFFFFF) == queries[:, None]
+    itself[:, -1] |= ~itself.any(axis=1)
+    return packed[~itself].reshape(len(packed), k)
+
+
+def save_whole(path: Path, array: np.ndarray) -> None:
+    """Write so that a kill leaves the whole file or none."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.save(file, array)
+    part.replace(path)
+
+
+def take(rows: np.ndarray, which: RowNumbers) -> np.ndarray:
+    return rows[which.start : which.stop] if isinstance(which, range) else rows[which]

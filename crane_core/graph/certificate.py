@@ -1,0 +1,94 @@
+"""The certificate of the item graph: recall against brute force, and lift over random pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from crane_core.dataset.interactions import ItemLists
+from crane_core.numerics.bootstrap import bootstrap
+
+
+def stratified_sample(train_counts: np.ndarray, size: int, seed: int) -> dict[str, np.ndarray]:
+    """Random items of the head (a fifth of the warm catalog), the tail and the cold items, equal shares of each.
+
+    Args:
+        train_counts: int [num_items].
+        size: items in all; fewer where a stratum is smaller than its share.
+        seed: of the choice.
+    """
+    generator = np.random.default_rng(seed)
+    warm = np.flatnonzero(train_counts > 0)
+    ranked = warm[np.argsort(-train_counts[warm], kind="stable")]
+    cut = -(-len(ranked) // 5)
+    strata = {"head": ranked[:cut], "tail": ranked[cut:], "cold": np.flatnonzero(train_counts == 0)}
+    strata = {name: rows for name, rows in strata.items() if len(rows)}
+    share = -(-size // len(strata))
+    return {
+        name: np.sort(generator.choice(rows, size=min(share, len(rows)), replace=False))
+        for name, rows in strata.items()
+    }
+
+
+def split_sample(sample: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Give every stratum its lines of the true neighbours [n, k] of all sampled rows in ascending order."""
+    every = np.unique(np.concatenate(list(sample.values())))
+    return {name: (rows, truth[np.searchsorted(every, rows)]) for name, rows in sample.items()}
+
+
+def certify(neighbours: np.ndarray, exact: dict[str, tuple[np.ndarray, np.ndarray]], seed: int) -> dict[str, Any]:
+    """Recall of the graph's neighbours against brute force.
+
+    Args:
+        neighbours: int32 [num_items, k] to be judged.
+        exact: stratum to sampled rows int [n] and their true neighbours int32 [n, k].
+        seed: of the bootstrap.
+
+    Returns:
+        `recall` with its interval over all sampled rows, and the mean of every stratum.
+    """
+    recalls = {
+        stratum: (neighbours[rows][:, :, None] == truth[:, None, :]).any(axis=2).mean(axis=1)
+        if truth.shape[1]
+        else np.ones(len(rows))
+        for stratum, (rows, truth) in exact.items()
+    }
+    overall = bootstrap({"recall": np.concatenate(list(recalls.values()))}, 1000, seed)["recall"]
+    return {
+        "recall": overall.as_dict(),
+        "strata": {name: {"items": len(values), "recall": float(values.mean())} for name, values in recalls.items()},
+    }
+
+
+def co_interaction_lift(
+    neighbours: np.ndarray, train: ItemLists, num_items: int, seed: int, sample: int = 5000
+) -> dict[str, float]:
+    """How much likelier two neighbours share a user than two random items with interactions.
+
+    Near 1 the graph is built on features that say nothing about behaviour.
+
+    Returns:
+        `neighbours` and `random`, shares of sampled pairs with a common training user, and their ratio `lift`.
+    """
+    generator = np.random.default_rng(seed)
+    users = sp.csr_array(
+        (np.ones(len(train.items), dtype=np.float32), (train.items, train.users())), shape=(num_items, train.num_users)
+    )
+    warm = np.flatnonzero(np.diff(users.indptr) > 0)
+    if len(warm) < 2 or neighbours.shape[1] == 0:
+        return {"neighbours": float("nan"), "random": float("nan"), "lift": float("nan")}
+    left = generator.choice(warm, size=sample)
+    right = neighbours[left, generator.integers(neighbours.shape[1], size=sample)]
+    known = np.diff(users.indptr)[right] > 0
+    other = generator.choice(warm, size=sample)
+    near = _share_with_common_user(users, left[known], right[known])
+    random = _share_with_common_user(users, left[left != other], other[left != other])
+    return {"neighbours": near, "random": random, "lift": near / random if random > 0 else float("nan")}
+
+
+def _share_with_common_user(users: sp.csr_array, left: np.ndarray, right: np.ndarray) -> float:
+    if len(left) == 0:
+        return float("nan")
+    return float((users[left].multiply(users[right]).sum(axis=1) > 0).mean())

@@ -1,0 +1,120 @@
+"""LightGCN: propagated ID embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crane_core.config import Loss, Train
+from crane_core.model.losses import bpr, sampled_softmax
+from crane_core.model.propagation import SymmetricGraph, propagate
+from crane_core.model.sharding import Shards
+from crane_core.model.views import Batch, PickedViews, Rows, Views
+
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How far the length of an item's row may count when it is ranked; validation chooses."""
+
+
+class LightGCN(nn.Module):
+    """Propagated ID embeddings (He et al., arXiv 2002.02126).
+
+    The paper learns with BPR and ranks by dot products. With a sampled softmax over cosines the length of a row stays
+    free, and propagation gives it the item's popularity: an item is then ranked by cosine times length to a power that
+    validation chooses.
+
+    Args:
+        num_users, num_items: sizes of the id maps.
+        config: sizes and loss weights.
+        loss: of the ranking; LightGCN's own is BPR.
+
+    Attributes:
+        edge_dropout: share of the edges a training epoch goes without; LightGCN keeps them all.
+        shares_negatives: whether the rows of a batch share their negatives, or have one each.
+        contrasts_kinds: whether users are contrasted with items, which needs `Batch.known`.
+        num_views: how many of the views differ.
+        content_width: numbers of a node's refined row that its view reads.
+    """
+
+    def __init__(self, num_users: int, num_items: int, config: Train, loss: Loss = "bpr") -> None:
+        super().__init__()
+        self.edge_dropout = 0.0
+        self.shares_negatives = loss == "softmax"
+        self.contrasts_kinds = False
+        self.num_views = 1
+        self.content_width = 0
+        self.num_users = num_users
+        self.num_items = num_items
+        self.config = config
+        self.shards = Shards((num_users, num_items))
+        generator = torch.Generator().manual_seed(config.seed)
+        self.ids = nn.Parameter(
+            torch.cat([xavier(size, config.embedding_dim, generator) for size in (num_users, num_items)])
+        )
+
+    def shard(self, shards: Shards) -> None:
+        """Keep the embeddings of one rank only; from then on `forward` gives its rows of all nodes, from its graph."""
+        self.shards = shards
+        self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
+
+    def start_epoch(self, epoch: int) -> None:
+        """Called before the first step of every epoch, the same on every rank.
+
+        Whatever it changes must be in the state dict: a training resumed within the epoch does not call it again.
+        """
+
+    def forward(self, graph: SymmetricGraph) -> Views:
+        """Rows of all nodes from the user-item graph."""
+        behaviour = propagate(graph, self.ids, self.config.num_layers)
+        return Views(behaviour, behaviour, None)
+
+    def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss, weighted: means over the batch, of which this rank adds up its own rows.
+
+        Summed over ranks, values and gradients are those of the whole batch.
+        `ranking`: BPR or the sampled softmax on `z`. `regularisation`: lambda / 2 times the squared norm of the
+        batch's embeddings.
+        """
+        nodes = [batch.users, batch.positives + self.num_users]
+        if not self.shares_negatives:
+            nodes.append(batch.negatives + self.num_users)
+        # A rank that keeps a shard answers for the nodes it keeps, one that keeps all of them for its rows.
+        mine = self.shards.own if self.shards.world_size > 1 else batch.mine
+        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat([mine(each) for each in nodes]))
+        return {"ranking": self._ranking(views, batch), "regularisation": penalty / len(batch.users)}
+
+    def rankings(self, views: Views, graph: SymmetricGraph) -> dict[str, Rows]:
+        """The ways to rank by these views, by name; training goes by the one that validation prefers.
+
+        Returns:
+            name to users float32 [num_users, d] and items float32 [num_items, d], whose dot products are the scores.
+        """
+        users, items = views.final[: self.num_users], views.final[self.num_users :]
+        if not self.shares_negatives:
+            return {"dot": (users, items)}
+        lengths = self._lengths(items, graph)
+        users, items = F.normalize(users, dim=1), F.normalize(items, dim=1)
+        return {f"length^{power:g}": (users, items * lengths**power) for power in POWERS}
+
+    def _lengths(self, items: Tensor, graph: SymmetricGraph) -> Tensor:
+        """float32 [num_items, 1], what stands for the popularity of an item."""
+        return items.norm(dim=1, keepdim=True)
+
+    def _ranking(self, views: Views | PickedViews, batch: Batch) -> Tensor:
+        users, positives = (views.final[batch.mine(rows)] for rows in (batch.users, batch.positives + self.num_users))
+        if not self.shares_negatives:
+            negatives = views.final[batch.mine(batch.negatives) + self.num_users]
+            return bpr(users, positives, negatives).sum() / len(batch.users)
+        assert batch.met is not None and batch.weights is not None
+        negatives = views.final[batch.negatives + self.num_users]
+        values = sampled_softmax(users, positives, negatives, batch.mine(batch.met), self.config.ranking_temperature)
+        return (batch.mine(batch.weights) * values).sum() / len(batch.users)
+
+    def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:
+        """Squared norm of the nodes' ID embeddings, as the LightGCN paper has it."""
+        ids = views.ids if isinstance(views, PickedViews) else self.ids
+        return ids[nodes].square().sum()
+
+
+def xavier(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return (torch.rand(rows, columns, generator=generator) * 2 - 1) * (6 / (rows + columns)) ** 0.5

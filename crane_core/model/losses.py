@@ -1,0 +1,98 @@
+"""The ranking losses and the contrast between two views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crane_core.model.views import Batch, Picked
+
+
+def bpr(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """`-log sigmoid` of score differences (Rendle et al., UAI 2009): float32 [n, d] each -> [n]."""
+    return F.softplus(-(users * (positives - negatives)).sum(1))
+
+
+def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Tensor, temperature: float) -> Tensor:
+    """Negative log probability of the positive among itself and the negatives, by cosine (Wu et al., arXiv 2201.02327).
+
+    Args:
+        users, positives: float32 [n, d].
+        negatives: float32 [m, d], shared by all rows.
+        met: bool [n, m], negatives the row's user has met: they are left out of its softmax.
+        temperature: what the cosines are divided by.
+
+    Returns:
+        float32 [n].
+    """
+    users, positives, negatives = (F.normalize(rows, dim=1) for rows in (users, positives, negatives))
+    users = users / temperature
+    return F.softplus(log_sum_exp(users, negatives, met) - (users * positives).sum(1))
+
+
+def log_sum_exp(left: Tensor, right: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Logarithm of the sum over j of `exp(left_i . right_j)`, in one block of n x m numbers from score to gradient.
+
+    Args:
+        left: float32 [n, d].
+        right: float32 [m, d].
+        left_out: bool [n, m], the pairs that are not in the sum.
+
+    Returns:
+        float32 [n]; -inf where all pairs are left out.
+    """
+    return _LogSumExp.apply(left, right, left_out)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, left_out: Tensor | None) -> Tensor:
+        scores = left @ right.T
+        if left_out is not None:
+            scores.masked_fill_(left_out, -torch.inf)
+        limits = torch.finfo(scores.dtype)
+        largest = scores.max(1).values.clamp(min=limits.min)
+        weights = scores.sub_(largest[:, None]).exp_()
+        total = weights.sum(1)
+        ctx.save_for_backward(left, right, weights, total.clamp(min=limits.tiny))
+        return largest + total.log()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        left, right, weights, total = ctx.saved_tensors
+        share = (gradients[0] / total)[:, None]
+        return share * (weights @ right), weights.T @ (share * left), None
+
+
+def info_nce(
+    anchors: Tensor | Picked,
+    others: Tensor | Picked,
+    nodes: Tensor,
+    batch: Batch,
+    temperature: float,
+    false: Tensor | None = None,
+) -> Tensor:
+    """Agreement of two views of the same nodes (van den Oord et al., arXiv 1807.03748), cosine similarity.
+
+    The positive of a node is itself in the other view; its negatives are the other distinct nodes given, over all
+    ranks, the false ones left out.
+
+    Args:
+        anchors, others: float32 [num_nodes, d], the views.
+        nodes: int64 [n], nodes of the batch, repeats allowed.
+        batch: says which of the distinct nodes are this rank's.
+        temperature: tau.
+        false: bool [distinct nodes, distinct nodes], both ascending: which are no negatives of which.
+
+    Returns:
+        Sum over this rank's distinct nodes, divided by the number of distinct nodes of the batch.
+    """
+    distinct = torch.unique(nodes)
+    own = batch.mine(torch.arange(len(distinct), device=nodes.device))
+    left = F.normalize(anchors[distinct[own]], dim=1) / temperature
+    right = F.normalize(others[distinct], dim=1)
+    all_scores = log_sum_exp(left, right, None if false is None else false[own])
+    return (all_scores - (left * right[own]).sum(1)).sum() / len(distinct)

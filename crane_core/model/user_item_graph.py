@@ -1,0 +1,104 @@
+"""The bipartite graph of users and items: whole, or a random part of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import scipy.sparse as sp
+
+from crane_core.model.sharding import Shards
+
+_BLOCK_EDGES = 1 << 20
+"""Edges that are drawn, or get their values, at a time."""
+
+
+def user_item_graph(users: np.ndarray, items: np.ndarray, shards: Shards) -> sp.csr_array:
+    """Normalised bipartite graph of LightGCN, the rows of one rank: float32 CSR, users first, sorted int32 columns.
+
+    Both halves are laid out directly: beside the result, memory holds about its size once more.
+
+    Args:
+        users, items: int [n], no pair twice.
+        shards: of the users and the items.
+
+    Returns:
+        [shards.num_local, shards.num_rows].
+    """
+    return _lay_out(users, items, _inverse_roots(users, items, shards), shards)
+
+
+def sampled_user_item_graph(
+    users: np.ndarray, items: np.ndarray, shards: Shards, num_neighbours: int, generator: np.random.Generator
+) -> sp.csr_array:
+    """A random part of the user-item graph of `num_neighbours` edges a node, whose products are right on average.
+
+    The edge sampler of GraphSAINT (Zeng et al., ICLR 2020): an edge between nodes of degrees d and e is kept with the
+    chance `p = min(1, num_neighbours (1 / d + 1 / e))` and weighs `1 / (p sqrt(d e))`, at most
+    `1 / (2 num_neighbours)` where p < 1.
+
+    Args:
+        users, items, shards: as of `user_item_graph`.
+        num_neighbours: edges that a node keeps by its own degree, on average; those its neighbours keep come on top.
+        generator: of the draw.
+    """
+    roots = _inverse_roots(users, items, shards)
+    kept = np.empty(len(users), dtype=bool)
+    for start in range(0, len(users), _BLOCK_EDGES):
+        edges = slice(start, start + _BLOCK_EDGES)
+        chances = _chances(roots[users[edges]], roots[items[edges] + shards.sizes[0]], num_neighbours)
+        kept[edges] = generator.random(len(chances)) < chances
+    return _lay_out(users[kept], items[kept], roots, shards, num_neighbours)
+
+
+def _inverse_roots(users: np.ndarray, items: np.ndarray, shards: Shards) -> np.ndarray:
+    """float64 [num_rows], `degree^-1/2` of every node; 0 without edges."""
+    counts = [np.bincount(nodes, minlength=size) for nodes, size in zip((users, items), shards.sizes, strict=True)]
+    degrees = np.concatenate(counts)
+    inverse = np.zeros(len(degrees))
+    np.power(degrees, -0.5, out=inverse, where=degrees > 0)
+    return inverse
+
+
+def _chances(left: np.ndarray, right: np.ndarray, num_neighbours: int) -> np.ndarray:
+    """That edges are kept, by the inverse roots of the degrees of their ends."""
+    return np.minimum(1, num_neighbours * (left**2 + right**2))
+
+
+def _lay_out(
+    users: np.ndarray, items: np.ndarray, roots: np.ndarray, shards: Shards, num_neighbours: int | None = None
+) -> sp.csr_array:
+    """The rows of one rank of the edges, with values of the whole graph's `roots`."""
+    num_users, num_items = shards.sizes
+    own_users, own_items = shards.parts()
+    met = _rows_of(users, items, own_users, shards.sizes)
+    own = slice(own_items.start - num_users, own_items.stop - num_users)
+    met_by = _rows_of(items, users, own, (num_items, num_users))
+    width = np.int32 if met.nnz + met_by.nnz < 2**31 else np.int64
+    indptr = np.concatenate([met.indptr, np.add(met_by.indptr[1:], met.nnz, dtype=np.int64)], dtype=width)
+    indices = np.concatenate([met.indices + num_users, met_by.indices], dtype=width)
+    del met, met_by
+    counts, own_roots = np.diff(indptr), np.concatenate([roots[own_users], roots[own_items]])
+    values = np.empty(len(indices), dtype=np.float32)
+    cuts = np.searchsorted(indptr, np.arange(0, len(indices) + _BLOCK_EDGES, _BLOCK_EDGES)).clip(max=len(counts))
+    for start, stop in pairwise(np.unique(cuts)):
+        entries = slice(indptr[start], indptr[stop])
+        left = np.repeat(own_roots[start:stop], counts[start:stop])
+        right = roots[indices[entries]]
+        values[entries] = left * right
+        if num_neighbours is not None:
+            values[entries] /= _chances(left, right, num_neighbours)
+    return sp.csr_array((values, indices, indptr), shape=(len(counts), shards.num_rows))
+
+
+def _rows_of(rows: np.ndarray, columns: np.ndarray, part: slice, shape: tuple[int, ...]) -> sp.csr_array:
+    """Some rows of a matrix that has ones at the given places: int8 CSR, sorted int32 columns."""
+    if part != slice(0, shape[0]):
+        inside = (rows >= part.start) & (rows < part.stop)
+        rows, columns = rows[inside] - part.start, columns[inside]
+    rows, columns = (places.astype(np.int32, copy=False) for places in (rows, columns))
+    matrix = sp.csr_array(
+        (np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(part.stop - part.start, shape[1])
+    )
+    matrix.sort_indices()
+    return matrix

@@ -1,0 +1,128 @@
+"""Batches, and the rows of all nodes that a model makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crane_core.model.sharding import Shards
+
+Rows = tuple[Tensor, Tensor]
+"""Users float32 [num_users, d] and items float32 [num_items, d]; scores are their dot products."""
+
+
+class Batch(NamedTuple):
+    """Training rows: users and items they met, int64 [n] each, and items they did not.
+
+    `negatives` is int64 [n], one for each row, or int64 [m] shared by all rows; then `met`, bool [n, m], says which of
+    them the row's user has met after all, and `weights`, float32 [n], how much each row counts.
+
+    For a contrast between users and items, `known`, bool [distinct users, distinct positives], both ascending, says
+    which of these items each of these users has met in training.
+
+    Of `world_size` ranks that hold the same batch, rank `rank` answers for every `world_size`-th row.
+    """
+
+    users: Tensor
+    positives: Tensor
+    negatives: Tensor
+    rank: int = 0
+    world_size: int = 1
+    met: Tensor | None = None
+    weights: Tensor | None = None
+    known: Tensor | None = None
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """The rows this rank answers for."""
+        return rows[self.rank :: self.world_size]
+
+
+@dataclass(frozen=True)
+class Views:
+    """Rows of all nodes, users first.
+
+    Attributes:
+        final: `z`, float32 [num_users + num_items, d]; scores are dot products of its rows.
+        behaviour: `e`, the LightGCN rows.
+        semantic: `h`; None for a model without content.
+    """
+
+    final: Tensor
+    behaviour: Tensor
+    semantic: Tensor | None
+
+    def collect(self, shards: Shards) -> Views:
+        """The rows of all ranks, without a gradient."""
+        final = shards.collect(self.final.detach())
+        behaviour = final if self.behaviour is self.final else shards.collect(self.behaviour.detach())
+        return Views(final, behaviour, None if self.semantic is None else shards.collect(self.semantic.detach()))
+
+
+class Picked:
+    """Rows to pick from, whose gradients add up here: plain indexing makes one of the size of all rows at every pick.
+
+    Args:
+        rows: float32 [n, d].
+
+    Attributes:
+        gradient: float32 [n, d], what all backward passes have brought.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows.detach()
+        self.gradient = torch.zeros_like(self.rows)
+        # Autograd records only what an input with a gradient goes into.
+        self._anchor = rows.new_zeros((), requires_grad=True)
+
+    def __getitem__(self, nodes: Tensor) -> Tensor:
+        """float32 [m, d], the rows of int64 [m] nodes."""
+        return _Pick.apply(self._anchor, self, nodes)
+
+    def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """As of a tensor."""
+        return self.rows.new_zeros(shape)
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, source: Picked, nodes: Tensor) -> Tensor:
+        ctx.source, ctx.nodes = source, nodes
+        return source.rows[nodes]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.source.gradient.index_add_(0, ctx.nodes, gradients[0])
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class PickedViews:
+    """What the losses of a step read: views of all ranks and this rank's ID embeddings, each made once for a step.
+
+    Attributes:
+        final, behaviour, semantic: as in `Views`.
+        ids: the embeddings this rank keeps.
+    """
+
+    final: Picked
+    behaviour: Picked
+    semantic: Picked | None
+    ids: Picked
+
+    @classmethod
+    def of(cls, views: Views, ids: nn.Parameter, shards: Shards) -> PickedViews:
+        """Gather the rows of all ranks."""
+        rows = views.collect(shards)
+        final = Picked(rows.final)
+        behaviour = final if rows.behaviour is rows.final else Picked(rows.behaviour)
+        return cls(final, behaviour, None if rows.semantic is None else Picked(rows.semantic), Picked(ids))
+
+    def backward(self, views: Views, ids: nn.Parameter, shards: Shards) -> None:
+        """Add up what has reached the rows on all ranks, and send it on through this rank's part of `views`."""
+        pairs = ((self.final, views.final), (self.behaviour, views.behaviour), (self.semantic, views.semantic))
+        reached = {rows: picked for picked, rows in pairs if picked is not None and rows is not None}
+        gradients = [shards.add_up(picked.gradient) for picked in reached.values()]
+        torch.autograd.backward([*reached, ids], [*gradients, self.ids.gradient])

@@ -1,0 +1,195 @@
+"""Attention kernels with gradients, which never hold rows x items in memory.
+
+Softmax is PyTorch's fused kernel, on a CPU and on CUDA. Tanh runs in tiles on a CPU; on CUDA it, and the softmax over
+inverted lists, are the Triton kernels of `crane_core.refine.attention_triton`. No CUDA path has been measured on a GPU
+yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from crane_core.numerics.kmeans import row_chunks
+
+_TILE = (512, 256)
+"""Largest block of scores per thread, queries x keys: 512 KiB in float32, so that two stay in an L2 cache."""
+
+
+def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
+    """PyTorch's fused attention, whose memory depends on neither the rows nor the keys; refused, it raises."""
+    fused = [SDPBackend.FLASH_ATTENTION]
+    if queries.device.type == "cuda":
+        fused += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(fused):
+        heads = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None])
+    return heads[0, 0]
+
+
+class FusedTanh(torch.autograd.Function):
+    """Tanh attention in one Triton kernel each way."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
+        from crane_core.refine import attention_triton as rca_triton
+
+        ctx.save_for_backward(queries, keys)
+        everything = [(0, len(queries), 0, len(keys))]
+        return rca_triton.attend(queries, keys, everything, "tanh")[0].div_(len(keys))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        from crane_core.refine import attention_triton as rca_triton
+
+        queries, keys = ctx.saved_tensors
+        everything = [(0, len(queries), 0, len(keys))]
+        incoming = gradients[0] / len(keys)
+        return *rca_triton.attend_backward(queries, keys, incoming, None, everything, "tanh"), None
+
+
+class TiledTanh(torch.autograd.Function):
+    """Tanh attention in tiles of scores, in two buffers that stay in the cache; backward computes each tile again."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
+        ctx.save_for_backward(queries, keys)
+        ctx.chunk_size = chunk_size
+        output = torch.zeros_like(queries)
+        tiles = _Tiles(queries, keys, chunk_size)
+        for rows in tiles.rows:
+            block, total = queries[rows] * tiles.doubled, output[rows]
+            for columns in tiles.columns:
+                total.addmm_(tiles.tanh(block, keys[columns]), keys[columns])
+        return output.div_(len(keys))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        queries, keys = ctx.saved_tensors
+        scale = queries.shape[1] ** -0.5
+        incoming = gradients[0] / len(keys)
+        query_gradient, key_gradient = torch.zeros_like(queries), torch.zeros_like(keys)
+        tiles = _Tiles(queries, keys, ctx.chunk_size)
+        for rows in tiles.rows:
+            block, own = queries[rows] * tiles.doubled, queries[rows] * scale
+            for columns in tiles.columns:
+                weights = tiles.tanh(block, keys[columns])
+                key_gradient[columns].addmm_(weights.T, incoming[rows])
+                slope = weights.square_().neg_().add_(1)
+                score_gradient = slope.mul_(tiles.products(incoming[rows], keys[columns]))
+                query_gradient[rows].addmm_(score_gradient, keys[columns], alpha=scale)
+                key_gradient[columns].addmm_(score_gradient.T, own)
+        return query_gradient, key_gradient, None
+
+
+class _Tiles:
+    """The blocks of scores of some queries with some keys, in two buffers that are allocated once.
+
+    Attributes:
+        rows, columns: slices of the queries and of the keys; every pair of them is a tile.
+        doubled: twice the scale of the scores, what `tanh` takes.
+    """
+
+    def __init__(self, queries: Tensor, keys: Tensor, chunk_size: int) -> None:
+        num_rows = min(_TILE[0] * torch.get_num_threads(), chunk_size, len(queries))
+        num_columns = min(_TILE[1], chunk_size, len(keys))
+        self.rows = row_chunks(len(queries), num_rows)
+        self.columns = row_chunks(len(keys), num_columns)
+        self.doubled = 2 * queries.shape[1] ** -0.5
+        self._buffers = queries.new_empty((2, num_rows * num_columns))
+
+    def tanh(self, doubled: Tensor, keys: Tensor) -> Tensor:
+        """`tanh(x)` of 2x, as `e / (e + 2)` with `e = exp(2x) - 1`: half the time of torch's, as exact."""
+        scores = torch.mm(doubled, keys.T, out=self._buffer(0, len(doubled), len(keys)))
+        grown = scores.clamp_max_(60).expm1_()
+        return grown.div_(torch.add(grown, 2, out=self._buffer(1, *grown.shape)))
+
+    def products(self, rows: Tensor, keys: Tensor) -> Tensor:
+        return torch.mm(rows, keys.T, out=self._buffer(1, len(rows), len(keys)))
+
+    def _buffer(self, number: int, num_rows: int, num_columns: int) -> Tensor:
+        return self._buffers[number, : num_rows * num_columns].view(num_rows, num_columns)
+
+
+Group = tuple[int, int, int, int]
+"""Queries [start, stop) that attend to keys [start, stop)."""
+
+
+class ListedSoftmax(torch.autograd.Function):
+    """Softmax over the keys of a query's lists: fused attention to each list, merged by the mass of each.
+
+    Sorted by list, the queries of a list are one dense product with its keys.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, nearest: Tensor, bounds: list[int]) -> Tensor:
+        num_probes = nearest.shape[1]
+        probes = nearest.flatten()
+        order = torch.argsort(probes, stable=True)
+        ends = [0, *torch.bincount(probes, minlength=len(bounds) - 1).cumsum(0).tolist()]
+        edges = zip(ends, ends[1:], bounds, bounds[1:], strict=False)
+        groups = [(start, stop, first, last) for start, stop, first, last in edges if start < stop]
+        partial, mass = _attend_groups(queries.index_select(0, order // num_probes), keys, groups)
+        # Back into the order of the queries, a row of num_probes results for each.
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        mass = mass.index_select(0, place).view_as(nearest)
+        normaliser = mass.logsumexp(1)
+        shares = torch.exp(mass - normaliser[:, None])[:, None].to(partial.dtype)
+        output = torch.bmm(shares, partial.index_select(0, place).view(*nearest.shape, -1))[:, 0]
+        ctx.save_for_backward(queries, keys, output, normaliser, order // num_probes, place)
+        ctx.groups = groups
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        queries, keys, output, normaliser, rows, place = ctx.saved_tensors
+        # With the normaliser of the whole row, each list's share of the gradient stands for itself.
+        own, incoming, attended, masses = (
+            source.index_select(0, rows) for source in (queries, gradients[0], output, normaliser)
+        )
+        partial, key_gradient = _attend_groups_backward(own, incoming, attended, masses, keys, ctx.groups)
+        query_gradient = partial.index_select(0, place).view(len(queries), -1, queries.shape[1]).sum(1)
+        return query_gradient, key_gradient, None, None
+
+
+def _attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each group: [n, d], and the logarithm of the sum of the exponentials, [n]."""
+    if queries.device.type == "cuda":
+        from crane_core.refine import attention_triton as rca_triton
+
+        return rca_triton.attend(queries, keys, groups, "softmax")
+    output, mass = torch.empty_like(queries), queries.new_empty(len(queries))
+    for start, stop, first, last in groups:
+        heads, part = queries[None, None, start:stop], keys[None, None, first:last]
+        # What scaled_dot_product_attention calls; it alone would keep the mass to itself.
+        attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads, part, part)
+        output[start:stop], mass[start:stop] = attended[0, 0], logsumexp.flatten()
+    return output, mass
+
+
+def _attend_groups_backward(
+    queries: Tensor, incoming: Tensor, output: Tensor, normaliser: Tensor, keys: Tensor, groups: list[Group]
+) -> tuple[Tensor, Tensor]:
+    if queries.device.type == "cuda":
+        from crane_core.refine import attention_triton as rca_triton
+
+        delta = (incoming.float() * output.float()).sum(1)
+        return rca_triton.attend_backward(queries, keys, incoming, (normaliser, delta), groups, "softmax")
+    query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
+    for start, stop, first, last in groups:
+        rows, part = slice(start, stop), keys[None, None, first:last]
+        own, as_keys, as_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            incoming[None, None, rows], queries[None, None, rows], part, part, output[None, None, rows],
+            normaliser[None, rows, None], 0.0, False,
+        )  # fmt: skip
+        query_gradient[rows] = own[0, 0]
+        key_gradient[first:last] += as_keys[0, 0] + as_values[0, 0]
+    return query_gradient, key_gradient
