@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import platform
 import re
-import resource
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,6 +23,8 @@ from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.stages import STAGES, Stage
 from crane_core.storage import open_storage
 from crane_core.storage.artifacts import Artifact, ArtifactStore, check_run_id, fingerprint_of
+from crane_core.storage.lock import locked
+from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +120,9 @@ def run_job(
             before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
             config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
         store.start_run(arguments.run, config)
+        usage = Usage()
         entry = work(arguments, config, store)
+        entry = usage.entry() | entry
         store.record(arguments.run, name, arguments.part, entry)
         return {"part": arguments.part, "run": arguments.run, **entry}
 
@@ -272,10 +272,11 @@ def produce(
     """
     inputs, fingerprint = identify(stage, run_id, part, config, store, source)
     base = scratch(store.storage.uri) / stage.name
-    with _alone(base / f"{fingerprint}.lock"):
+    # A second runner waits, then finds the result.
+    with locked(base / f"{fingerprint}.lock"):
         found = store.find(stage.name, fingerprint)
         status = "found" if found else "done"
-        started = time.monotonic()
+        usage = Usage()
         if found is None:
             logger.info("start stage=%s part=%s fingerprint=%s", stage.name, part, fingerprint)
             out, work = base / f"{fingerprint}.out", base / f"{fingerprint}.work"
@@ -297,14 +298,13 @@ def produce(
                     "config": config.model_dump(mode="json", include=stage.sections_of(config)),
                     "facts": result.facts,
                     "tables": result.tables,
-                    "seconds": round(time.monotonic() - started, 3),
-                    "peak_bytes": peak_bytes(),
+                    **usage.entry(),
                     "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
                     "versions": {"python": platform.python_version(), "crane": version("crane-pipeline")},
                 },
             )
             shutil.rmtree(work)
-        seconds = round(time.monotonic() - started, 3)
+        seconds = usage.seconds
     logger.info("%s stage=%s part=%s seconds=%.1f path=%s", status, stage.name, part, seconds, found.path)
     return entry_of(found, status, seconds)
 
@@ -319,25 +319,3 @@ def entry_of(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock that the system drops when the process dies: the second runner waits, then finds the result."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process and of its live and ended children (the Spark JVM, training ranks)."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    live = 0
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            with contextlib.suppress(OSError):
-                status = Path(f"/proc/{child}/status").read_text()
-                live += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
-    return 1024 * (kilobytes + max(ended, live))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import shutil
 import time
 import uuid
@@ -19,6 +18,7 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.lock import locked_or_refused
 from jobs.runner import run_job, scratch
 
 DAY_SECONDS = 86400.0
@@ -76,13 +76,8 @@ def _unless_at_work(folder: Path) -> Iterator[bool]:
     if not lock.exists():
         yield True
         return
-    with lock.open("r+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with locked_or_refused(lock) as held:
+        yield held
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ from crane_core.dataset.modalities import Modality
 from crane_core.dataset.standardisation import fit_standardisation, standardised
 from crane_core.errors import DataError
 from crane_core.raw.importers.mmrec import LABELS, read_mmrec
+from crane_core.storage.lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -146,12 +146,7 @@ def held(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Beside the folder, not in it: whoever is done may remove the folder while others wait.
-    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(folder.parent / f".{folder.name}.lock", waiting):
         yield
 
 

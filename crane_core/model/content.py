@@ -17,6 +17,7 @@ from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.propagation import SymmetricGraph
+from crane_core.ranks import ranks
 from crane_core.refine.refiner import Refiner, profile_scales
 from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import open_matrix
@@ -126,7 +127,7 @@ class JointContent(nn.Module):
 
     @torch.no_grad()
     def _find_neighbours(self) -> None:
-        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, num_ranks = ranks()
         if rank == 0:
             fused = self.refiner.fuse(self._refined([])[0]).cpu().numpy()
             neighbours, _ = search(fused, range(len(fused)), self.k)

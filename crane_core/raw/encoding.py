@@ -6,7 +6,6 @@ that of the next day, makes only what is missing.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -33,6 +32,7 @@ from crane_core.raw.files import FEATURES_FOLDER, check_modality, list_items
 from crane_core.schema import FEATURES, ITEM_ID, REASON
 from crane_core.storage.artifacts import sha256_file
 from crane_core.storage.local import LocalStorage
+from crane_core.storage.lock import locked_or_refused
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -193,13 +193,10 @@ def _catalog(root: Path, recipe: Recipe) -> ds.Dataset:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two calls at a time would make the same items, and parts of the same name. A lock ends with its process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder: a call that is refused must not leave a modality without a file.
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"Another call is making {folder}.", "Wait for it, or end it.") from error
+    with locked_or_refused(folder.parent / f".{folder.name}.lock") as held:
+        if not held:
+            raise ConfigError(f"Another call is making {folder}.", "Wait for it, or end it.")
         yield
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from crane_core.dataset.modalities import Modality
 from crane_core.numerics.kmeans import row_chunks
 from crane_core.progress import track
+from crane_core.ranks import ranks
 from crane_core.refine.attention import Correlation, GramKeys, Keys
 from crane_core.refine.fit import logger
 from crane_core.refine.recursion import Recursion, RecursiveCrossModalAttention
@@ -113,7 +114,7 @@ def refine_to_files(
     Raises:
         DataError: a feature is not finite.
     """
-    rank, num_ranks = _ranks()
+    rank, num_ranks = ranks()
     device, shape = refiner.fusion.device, (len(modalities), refiner.fusion.shape[1])
     sizes = {"users": len(modalities[0].profiles), "items": len(modalities[0].items)}
     chunks = [(name, part) for name in sizes for part in row_chunks(sizes[name], chunk_size)]
@@ -190,7 +191,7 @@ def _step(
         keys = frozen(step)
     else:
         keys = _prepare(recursion, refiner.rca.correlation, lambda part: read("items", part), num_items, chunk_size)
-        if keep_keys and _ranks()[0] == 0:
+        if keep_keys and ranks()[0] == 0:
             np.save(keys_file(folder, step), keys.source.cpu().numpy())
     return lambda name, part: recursion.refine(read(name, part), keys, chunk_size)
 
@@ -211,7 +212,7 @@ def _prepare(
         num_items: m.
         chunk_size: rows read at a time.
     """
-    rank, num_ranks = _ranks()
+    rank, num_ranks = ranks()
     shares = [slice(num_items * r // num_ranks, num_items * (r + 1) // num_ranks) for r in range(num_ranks)]
     mine = row_chunks(shares[rank].stop, chunk_size, shares[rank].start)
     width = recursion.joint.shape[1]
@@ -233,10 +234,6 @@ def _prepare(
         if share.start < share.stop:
             dist.broadcast(keys[share], source)
     return correlation.prepare(keys, agree=lambda tensor: dist.broadcast(tensor, 0))
-
-
-def _ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _tracked(work: list[Any], event: str) -> Iterator[Any]:

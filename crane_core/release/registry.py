@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from crane_core.storage.lock import locked
 
 # mlflow reads these when it is imported: a pipeline sends no telemetry, and its log lines are its own.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -458,7 +459,8 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
         )
     root = Path(store_uri)
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root / ".mlflow.lock"):
+    # Two processes that create the tables of one SQLite file at once would both fail.
+    with locked(root / ".mlflow.lock"):
         return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
 
 
@@ -478,14 +480,6 @@ def _copies() -> str:
     folder = tempfile.mkdtemp(prefix="crane-registry-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Two processes that create the tables of one SQLite file at once would both fail."""
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _untrusted(model: Path, found: str) -> ArtifactError:

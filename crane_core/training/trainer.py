@@ -27,6 +27,7 @@ from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import sampled_user_item_graph, user_item_graph
 from crane_core.model.views import Batch, PickedViews, Rows
 from crane_core.progress import LOG_SECONDS, resident_bytes
+from crane_core.ranks import ranks
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.checkpoint import Checkpoint, Checkpoints, write_tensors
 from crane_core.training.memory import check_memory, free_bytes
@@ -89,7 +90,7 @@ class Trainer:
         self.device = device
         self.stopping = stopping or Event()
         self.watch = watch
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = ranks()
         self.shards = Shards((interactions.num_users, interactions.num_items), self.rank, self.world_size)
         model.shard(self.shards)
         self.model = model.to(device)

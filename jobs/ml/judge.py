@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +15,13 @@ from crane_core.release.ledger import Ledger
 from crane_core.release.registry import open_registry
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.promote import Judge
-from jobs.runner import peak_bytes, run_job
+from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 
 
 def judge(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Decide, and leave it at that."""
-    started = time.monotonic()
     registry = open_registry(config.runtime, store.storage.uri)
     asked = Judge(config, store, arguments.run, registry)
     decision, _ = asked.decide(Ledger(store.storage, registry.name).champion())
@@ -33,8 +31,6 @@ def judge(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
         "decision": "promoted" if decision.promoted else "refused",
         "reason": decision.reason,
         "version": asked.version.number,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
     }
 
 

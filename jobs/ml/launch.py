@@ -27,6 +27,7 @@ from crane_core.config import RunConfig, Runtime
 from crane_core.dataset.interactions import Interactions, load_interactions
 from crane_core.errors import ArtifactError, ConfigError, DataError, TrainingError, TrainingStopped
 from crane_core.model.lightgcn import LightGCN
+from crane_core.ranks import ranks
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.storage.tensors import load_tensors
@@ -233,7 +234,7 @@ def rank(runtime: Runtime) -> Iterator[torch.device]:
         attempt = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=attempt, rank=number, world_size=num_ranks)
-        if dist.get_rank() > 0:
+        if ranks()[0] > 0:
             logging.getLogger().setLevel(logging.WARNING)
     yield device
     if dist.is_initialized():
@@ -267,7 +268,7 @@ def _live_curve(
     store_uri: str, run_id: str, config: RunConfig, work: Path
 ) -> AbstractContextManager[Callable[[Mapping[str, float]], None] | None]:
     """What shows the epochs in MLflow, on rank 0 and where it is asked for."""
-    if not config.runtime.live_curves or (dist.is_initialized() and dist.get_rank() > 0):
+    if not config.runtime.live_curves or ranks()[0] > 0:
         return nullcontext()
     # Imported where it is wanted: MLflow takes longer to import than a small model to train.
     from crane_core.release.registry import open_registry

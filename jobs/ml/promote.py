@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -31,7 +30,7 @@ from crane_core.schema import ITEM_ID, USER_ID, USER_IDX
 from crane_core.serving.model_folder import load_model
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import take_desk
-from jobs.runner import peak_bytes, run_job
+from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ EVIDENCE_TOLERANCE = 1e-3
 
 def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Decide, and carry the decision out."""
-    started = time.monotonic()
     if config.runtime.backfill:
         raise ConfigError("A backfill moves no alias.", "Promote a run of crane_retrain, or drop runtime.backfill.")
     judge = Judge(config, store, arguments.run, open_registry(config.runtime, store.storage.uri))
@@ -76,8 +74,6 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
         "champion": entry.champion,
         "previous": entry.champion_before,
         "ledger": entry.seq,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
     }
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -30,6 +29,7 @@ from crane_core.dataset.interactions import load_interactions
 from crane_core.dataset.modalities import Modality, load_modalities, profile_spreads
 from crane_core.errors import DataError
 from crane_core.graph.drift import drift
+from crane_core.ranks import ranks
 from crane_core.refine.attention import Keys
 from crane_core.refine.catalog import keys_file, refine_to_files, refined_files
 from crane_core.refine.fit import fit
@@ -189,7 +189,7 @@ def _refine_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, key
 
         keep_keys = config.refine.max_drift > 0
         likeness = refine_to_files(refiner, modalities, config.refine.chunk_size, work, frozen, keep_keys)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if ranks()[0] == 0:
             LocalStorage(work).write("likeness.json", json.dumps(likeness).encode())
 
 

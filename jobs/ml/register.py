@@ -13,7 +13,6 @@ import json
 import logging
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from crane_core.serving.model_folder import load_recommender, write_model
 from crane_core.serving.probe import make_probe
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
-from jobs.runner import peak_bytes, run_job, scratch
+from jobs.runner import run_job, scratch
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ PROBED_USERS = 32
 
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Make or find the version of a run and give it the alias."""
-    started = time.monotonic()
     inputs = _inputs(config, store, arguments.run)
     contents = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
     identity = [STAGES["ml.register"].version, *contents]
@@ -58,8 +56,6 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         "alias": alias,
         "model": registry.name,
         "registry": config.runtime.registry,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
     }
 
 

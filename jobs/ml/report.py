@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +14,13 @@ from crane_core.config import RunConfig
 from crane_core.release.ledger import Ledger
 from crane_core.report.run import render
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import peak_bytes, run_job
+from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 
 
 def report(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Render the page and replace the one that may be there, at once."""
-    started = time.monotonic()
     entries = Ledger(store.storage, config.runtime.model_name).history()
     page = render(store, arguments.run, config, entries).encode()
     key = f"reports/{arguments.run}.html"
@@ -33,8 +31,6 @@ def report(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
         "status": "done",
         "report": uri,
         "bytes": len(page),
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
     }
 
 

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import take_desk
-from jobs.runner import peak_bytes, run_job
+from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 
 
 def restore(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Restore the champion before the run's, if the run's is champion."""
-    started = time.monotonic()
     with take_desk(config.runtime, store, f"restore run={arguments.run}") as desk:
         moves = [entry for entry in desk.ledger.history() if entry.action != "refuse"]
         last = moves[-1] if moves else None
@@ -38,8 +36,6 @@ def restore(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
     return {
         "status": "done" if mine else "skipped",
         "champion": champion,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
     }
 
 

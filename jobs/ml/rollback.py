@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Entry, Ledger
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import Desk, take_desk
-from jobs.runner import load_runtime, peak_bytes, run_command
+from jobs.runner import load_runtime, run_command
+from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ PREVIOUS = "previous"
 
 def rollback(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
     """Move the champion back and test it."""
-    started = time.monotonic()
+    usage = Usage()
     with take_desk(load_runtime(arguments), store, f"rollback to={arguments.to}") as desk:
         entry, status = _answered(desk, arguments.to, arguments.request), "found"
         if entry is None:
@@ -51,8 +51,7 @@ def rollback(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, A
         "previous": entry.champion_before,
         "reason": entry.reason,
         "ledger": entry.seq,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
+        **usage.entry(),
     }
 
 

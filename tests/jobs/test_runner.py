@@ -23,7 +23,8 @@ from crane_core.errors import (
     ConfigError,
     DataError,
 )
-from jobs.runner import Job, Result, open_store, peak_bytes, run_job, run_stage, scratch
+from jobs.runner import Job, Result, open_store, run_job, run_stage, scratch
+from jobs.usage import peak_bytes
 
 WINDOW = ["--set", "window.start=2026-01-05", "--set", "window.end=2026-01-06"]
 
