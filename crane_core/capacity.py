@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crane_core.config import Evaluate, Export, Knn, Refine, Train
+from crane_core.config import Evaluate, Export, Knn, LightGCNSettings, Refine, Train
 from crane_core.errors import ConfigError
 
 GPU_BYTES = 40 * 1024**3
@@ -43,7 +43,7 @@ class Size:
     interactions: int
     dims: tuple[int, ...]
     refined_dim: int = Refine().embedding_dim
-    embedding_dim: int = Train().embedding_dim
+    embedding_dim: int = LightGCNSettings().embedding_dim
     k: int = Knn().k
     num_recommendations: int = Export().k
     num_similar: int = Export().num_similar

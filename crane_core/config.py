@@ -6,23 +6,16 @@ runs and never changes a result.
 
 from __future__ import annotations
 
-import copy
-import importlib.resources
+from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from zoneinfo import ZoneInfo
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from crane_core.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
 Precision = Literal["float32", "bfloat16"]
 Loss = Literal["softmax", "bpr"]
-
-
 PREVIOUS = "previous"
 """`etl.base_run` of a run that goes on from the one before it, whichever that is."""
 
@@ -237,21 +230,8 @@ class Knn(Section):
 
 
 class Train(Section):
-    mode: Literal["staged", "joint"] = "staged"
-    """`staged`: CRANE learns on the frozen rows and the graph of the stages before. `joint` (the paper): RCA runs over
-    the whole catalog in every step and its weights learn with the rest, which features and activations of the catalog
-    must fit in memory for."""
-    joint_start: Literal["fitted", "scratch"] = "fitted"
-    """Where the RCA weights of `joint` start: as `ml.refine` has fitted them, or at random (the paper)."""
-    graph_epochs: int = Field(1, ge=1)
-    """`joint` builds the item graph anew from the current rows before every so many epochs; neighbours have no
-    gradient."""
-    embedding_dim: int = Field(64, ge=1)
-    """Width of the ID embeddings."""
-    num_layers: int = Field(2, ge=0)
-    """Propagation steps on the user-item graph (L_UI)."""
-    num_item_layers: int = Field(1, ge=0)
-    """Propagation steps on the item-item graph (L_II)."""
+    """The training loop, the same for every model."""
+
     learning_rate: float = Field(3e-3, gt=0)
     """Adam's step size for one batch per step."""
     batch_size: int = Field(2048, ge=1)
@@ -264,6 +244,43 @@ class Train(Section):
     """Upper bound of the epochs."""
     patience: int = Field(20, ge=1)
     """Epochs without a better validation recall before training stops."""
+    num_neighbours: int | None = Field(None, ge=1)
+    """An epoch propagates over a random part of the user-item graph, about so many edges for every node, weighted so
+    that products stay right on average: for graphs whose propagation costs more than the batches do, or that a GPU
+    cannot hold. Validation ranks by the whole graph. None propagates over all of it."""
+    validation_users: int = Field(20_000, ge=1)
+    """Users the validation recall is measured on; a fixed sample where there are more."""
+    checkpoint_steps: int = Field(200, ge=1)
+    """Steps between two checkpoints; one is also written after every epoch."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the weights, the order of the interactions and the negatives."""
+
+
+class LightGCNSettings(Section):
+    """LightGCN: the behavioural view, and what CRANE shares with it."""
+
+    embedding_dim: int = Field(64, ge=1)
+    """Width of the ID embeddings."""
+    num_layers: int = Field(2, ge=0)
+    """Propagation steps on the user-item graph (L_UI)."""
+    regularisation: float = Field(1e-3, ge=0)
+    """lambda, weight of the squared norm of the batch's ID embeddings."""
+
+
+class CraneSettings(Section):
+    """What CRANE adds to LightGCN."""
+
+    mode: Literal["staged", "joint"] = "staged"
+    """`staged`: CRANE learns on the frozen rows and the graph of the stages before. `joint` (the paper): RCA runs over
+    the whole catalog in every step and its weights learn with the rest, which features and activations of the catalog
+    must fit in memory for."""
+    joint_start: Literal["fitted", "scratch"] = "fitted"
+    """Where the RCA weights of `joint` start: as `ml.refine` has fitted them, or at random (the paper)."""
+    graph_epochs: int = Field(1, ge=1)
+    """`joint` builds the item graph anew from the current rows before every so many epochs; neighbours have no
+    gradient."""
+    num_item_layers: int = Field(1, ge=0)
+    """Propagation steps on the item-item graph (L_II)."""
     loss: Loss = "softmax"
     """CRANE's ranking loss: sampled softmax over cosines, or the paper's BPR. LightGCN, the baseline, keeps BPR."""
     num_negatives: int = Field(1024, ge=1)
@@ -282,29 +299,17 @@ class Train(Section):
     """`h_u`: the normalised sum of `h_i` over the user's items, or the refined profile (the paper)."""
     own_content: bool = True
     """Add a projection of a node's own refined row to its `h`, beside what its neighbours spread."""
-    trust: Literal["gate", "scale", "none"] = "gate"
+    semantic_weight: Literal["gate", "scale", "none"] = "gate"
     """How `h` enters `z`: by a gate driven by `e`, by one learned number, or as it is (the paper)."""
-    regularisation: float = Field(1e-3, ge=0)
-    """lambda, weight of the squared norm of the batch's ID embeddings."""
     contrast_weight: float = Field(1e-3, ge=0)
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
-    temperature: float = Field(0.2, gt=0)
+    contrast_temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
     contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
     """Its negatives for a user: the other users of the batch, or also its items but for those the user has met in
     training; likewise for an item."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
-    num_neighbours: int | None = Field(None, ge=1)
-    """An epoch propagates over a random part of the user-item graph, about so many edges for every node, weighted so
-    that products stay right on average: for graphs whose propagation costs more than the batches do, or that a GPU
-    cannot hold. Validation ranks by the whole graph. None propagates over all of it."""
-    validation_users: int = Field(20_000, ge=1)
-    """Users the validation recall is measured on; a fixed sample where there are more."""
-    checkpoint_steps: int = Field(200, ge=1)
-    """Steps between two checkpoints; one is also written after every epoch."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of the weights, the order of the interactions and the negatives."""
 
     @property
     def reads_users(self) -> bool:
@@ -377,7 +382,25 @@ class Runtime(Section):
     """A backfill registers its model but moves no alias."""
 
 
-class RunConfig(Section):
+class ModelConfig(Section):
+    """The sections that models and their training obey."""
+
+    train: Train = Train()
+    lightgcn: LightGCNSettings = LightGCNSettings()
+    crane: CraneSettings = CraneSettings()
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return the same with other values of some fields, `section.field` to value."""
+        sections: dict[str, Section] = {}
+        for path, value in changes.items():
+            name, _, field = path.partition(".")
+            section = sections.get(name, getattr(self, name))
+            assert field in type(section).model_fields, path
+            sections[name] = section.model_copy(update={field: value})
+        return self.model_copy(update=sections)
+
+
+class RunConfig(ModelConfig):
     """Everything that defines one run."""
 
     window: Window
@@ -386,7 +409,6 @@ class RunConfig(Section):
     profiles: Profiles = Profiles()
     refine: Refine = Refine()
     knn: Knn = Knn()
-    train: Train = Train()
     evaluate: Evaluate = Evaluate()
     promote: Promote = Promote()
     export: Export = Export()
@@ -395,64 +417,3 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The configuration without `runtime`, as JSON values: what two runs must share to be the same."""
         return self.model_dump(mode="json", exclude={"runtime"})
-
-
-def load_config(
-    source: str | None, overrides: list[str] | None = None, recorded: dict[str, Any] | None = None
-) -> RunConfig:
-    """Read a preset or a YAML file, apply `section.field=value` overrides and validate.
-
-    Args:
-        source: path of a YAML file, or the name of a shipped preset.
-        overrides: values are parsed as YAML, the last one wins.
-        recorded: the configuration to start from when there is no `source`; defaults only when None.
-
-    Raises:
-        ConfigError: unreadable file, unknown field or value out of range.
-    """
-    tree = _read(source) if source else copy.deepcopy(recorded or {})
-    for override in overrides or []:
-        path, sign, value = override.partition("=")
-        section, dot, field = path.partition(".")
-        if not (sign and dot and section and field):
-            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", "Correct the flag.")
-        part = tree.setdefault(section, {})
-        if not isinstance(part, dict):
-            raise ConfigError(f"--set {override!r}: {section!r} is not a section.", "Correct the flag.")
-        try:
-            part[field] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not YAML.", "Quote or correct it.") from error
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}, found {item['input']!r}" for item in error.errors()
-        )
-        raise ConfigError(f"Configuration {source or ''}: {problems}.", "Correct these fields.") from error
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped presets."""
-    folder = importlib.resources.files("crane_core") / "presets"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def _read(source: str) -> dict[str, Any]:
-    if source in preset_names():
-        text = (importlib.resources.files("crane_core") / "presets" / f"{source}.yaml").read_text()
-    else:
-        try:
-            text = Path(source).read_text()
-        except OSError as error:
-            raise ConfigError(
-                f"Configuration {source!r} cannot be read ({error}).",
-                f"Give a YAML file or one of the presets {', '.join(preset_names())}.",
-            ) from error
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Configuration {source!r} is not YAML ({error}).", "Correct the file.") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"Configuration {source!r} is not a mapping.", "Write sections and fields.")
-    return tree

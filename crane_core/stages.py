@@ -1,15 +1,104 @@
-"""The stages of the pipeline: what each one reads, which configuration it obeys, and its version."""
+"""The stages of the pipeline: for each one its version, inputs, raw data, configuration and parts.
+
+All that decides a stage's output is in this table. Its fingerprint is made of it and of nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from crane_core.config import RunConfig
+from crane_core.config import CraneSettings, LightGCNSettings, RunConfig
+from crane_core.config_file import MOVED
+from crane_core.errors import ConfigError
+from crane_core.raw.files import list_features, list_interactions, list_items, raw_root
+from crane_core.storage.artifacts import Artifact, ArtifactStore
+
+WHOLE = ""
+"""The one part of a stage that is not mapped."""
+REFINE_BASE = ("etl.interactions", "etl.features", "etl.profiles", "ml.refine")
+"""Stages of `etl.base_run` that `ml.refine` reads when it grows."""
+KNN_BASE = ("ml.refine", "ml.graph")
+"""Stages of `etl.base_run` that `ml.knn` reads when it grows."""
+
+Source = Callable[[RunConfig, ArtifactStore], Any]
+"""Identity, as JSON values, of what a stage reads beside its inputs: raw files, or artifacts of another run."""
 
 
-def _whole(config: RunConfig) -> list[str]:
-    return [""]
+def _interactions_source(config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    root = raw_root(config, store.storage.uri)
+    files = list_interactions(root, config.window, config.etl) + list_items(root)
+    base = base_interactions(config, store)
+    return {"files": [file.identity for file in files], "base": base and base.manifest["content"]}
+
+
+def _features_source(config: RunConfig, store: ArtifactStore) -> dict[str, list[list[str | int]]]:
+    listed = list_features(raw_root(config, store.storage.uri), config.features.modalities)
+    return {name: [file.identity for file in files] for name, files in listed.items()}
+
+
+def _refine_source(config: RunConfig, store: ArtifactStore) -> list[str | int] | None:
+    contents = base_contents(config, store, REFINE_BASE)
+    # The drift is counted in neighbours.
+    return None if contents is None else [*contents, config.knn.k]
+
+
+def _knn_source(config: RunConfig, store: ArtifactStore) -> list[str] | None:
+    return base_contents(config, store, KNN_BASE)
+
+
+def base_contents(config: RunConfig, store: ArtifactStore, stages: tuple[str, ...]) -> list[str] | None:
+    """Return the content checksums of some stages of `etl.base_run`; None where the run does not grow."""
+    run = config.etl.base_run
+    if run is None or config.refine.max_drift == 0:
+        return None
+    entries = [store.entry(run, stage) for stage in stages]
+    return [entry["content"] for entry in entries if entry] if all(entries) else None
+
+
+def base_interactions(config: RunConfig, store: ArtifactStore) -> Artifact | None:
+    """Return the interactions of the run whose ids are kept; None when `etl.base_run` names none.
+
+    Raises:
+        ConfigError: that run's window does not end before this one's: its ids would come from the future.
+        ArtifactError: that run has no interactions.
+    """
+    run = config.etl.base_run
+    if run is None:
+        return None
+    base = store.artifact(run, "etl.interactions")
+    end = datetime.fromisoformat(base.facts["cutoffs"]["end"])
+    if end >= config.window.end:
+        raise ConfigError(
+            f"etl.base_run={run} ends at {end:%Y-%m-%d %H:%M} UTC, this run at {config.window.end:%Y-%m-%d %H:%M}: "
+            "ids can only be taken from an earlier window.",
+            "Name a run whose window ends before this one's.",
+        )
+    return base
+
+
+Names = Callable[[RunConfig], tuple[str, ...]]
+"""Names that depend on the configuration of a run."""
+
+
+def _fixed(*names: str) -> Names:
+    return lambda config: names
+
+
+_NOTHING = _fixed()
+_ONE_PART = _fixed(WHOLE)
+
+
+def _joint(config: RunConfig, *names: str) -> tuple[str, ...]:
+    return names if config.crane.mode == "joint" else ()
+
+
+def _staged(config: RunConfig, *names: str) -> tuple[str, ...]:
+    return names if config.crane.mode == "staged" else ()
 
 
 @dataclass(frozen=True)
@@ -20,51 +109,139 @@ class Stage:
         name: `<group>.<stage>`; the module `jobs.<name>` runs it.
         version: raised when the meaning of its output changes.
         inputs: stages whose artifacts it reads.
-        sections: parts of `RunConfig` that decide its output.
-        parts: names of the independent parts the stage is mapped over; `[""]` for a stage in one piece.
-        joint_inputs, joint_sections: what a run with `train.mode=joint` reads and obeys beyond that. A staged run
-            neither waits for these files nor fetches and checks them.
+        obeys: sections of `RunConfig` that decide its output.
+        ignores: fields `section.field` of these sections that cannot change its output.
+        source: identity of what it reads beside its inputs.
+        parts: names of the independent parts that it is mapped over; one, `WHOLE`, for a stage in one piece.
     """
 
     name: str
     version: int
-    inputs: tuple[str, ...]
-    sections: tuple[str, ...]
-    parts: Callable[[RunConfig], list[str]] = _whole
-    joint_inputs: tuple[str, ...] = ()
-    joint_sections: tuple[str, ...] = ()
+    inputs: Names
+    obeys: Names
+    ignores: Names = _NOTHING
+    source: Source = lambda config, store: None
+    parts: Names = _ONE_PART
 
-    def inputs_of(self, config: RunConfig) -> tuple[str, ...]:
-        """Stages whose artifacts it reads in a run with this configuration."""
-        return self.inputs + (self.joint_inputs if config.train.mode == "joint" else ())
+    def label(self, part: str) -> str:
+        """Return the name of a part in the store: `ml.graph`, or `ml.knn.0` where the stage is mapped."""
+        return f"{self.name}.{part}" if part else self.name
 
-    def sections_of(self, config: RunConfig) -> set[str]:
-        """Parts of this configuration that decide its output."""
-        return {*self.sections, *(self.joint_sections if config.train.mode == "joint" else ())}
+    def labels(self, config: RunConfig) -> list[str]:
+        """Return the labels of all its parts."""
+        return [self.label(part) for part in self.parts(config)]
 
+    def settings(self, config: RunConfig) -> dict[str, dict[str, Any]]:
+        """Return the sections that it obeys, as JSON values; the fields that it ignores have their default."""
+        sections = self.obeys(config)
+        settings = config.model_dump(mode="json", include=set(sections))
+        for path in self.ignores(config):
+            section, _, field = path.partition(".")
+            if section in sections:
+                default = type(getattr(config, section)).model_fields[field].default
+                settings[section][field] = default
+        return settings
+
+
+_HOW_LISTS_ARE_FOUND = ("knn.num_shards", "knn.memory")
+"""Fields of `knn` that decide how lists of neighbours are found and not which they are."""
+_JUDGING_LISTS = ("knn.certificate_sample", "knn.min_recall")
+"""Fields of `knn` that the certificate of the graph obeys."""
+_SEARCHING_LISTS = ("knn.mode", "knn.exact_items", "knn.num_lists", "knn.num_probes")
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("etl.interactions", 2, (), ("window", "etl")),
-        Stage("etl.features", 1, ("etl.interactions",), ("features",)),
-        Stage("etl.profiles", 1, ("etl.interactions", "etl.features"), ("profiles",)),
-        Stage("ml.refine", 1, ("etl.interactions", "etl.features", "etl.profiles"), ("refine",)),
+        Stage("etl.interactions", 2, _fixed(), _fixed("window", "etl"), source=_interactions_source),
+        Stage("etl.features", 1, _fixed("etl.interactions"), _fixed("features"), source=_features_source),
+        Stage("etl.profiles", 1, _fixed("etl.interactions", "etl.features"), _fixed("profiles")),
         Stage(
-            "ml.knn", 2, ("ml.refine",), ("knn",), parts=lambda config: [str(i) for i in range(config.knn.num_shards)]
+            "ml.refine",
+            1,
+            _fixed("etl.interactions", "etl.features", "etl.profiles"),
+            _fixed("refine"),
+            source=_refine_source,
         ),
-        Stage("ml.graph", 2, ("etl.interactions", "ml.refine", "ml.knn"), ("knn",)),
-        Stage("ml.behaviour", 1, ("etl.interactions",), ("train",)),
+        Stage(
+            "ml.knn",
+            2,
+            _fixed("ml.refine"),
+            _fixed("knn"),
+            ignores=_fixed("knn.memory", *_JUDGING_LISTS),
+            source=_knn_source,
+            parts=lambda config: tuple(str(number) for number in range(config.knn.num_shards)),
+        ),
+        Stage(
+            "ml.graph",
+            2,
+            _fixed("etl.interactions", "ml.refine", "ml.knn"),
+            _fixed("knn"),
+            ignores=_fixed(*_HOW_LISTS_ARE_FOUND),
+        ),
+        Stage(
+            "ml.behaviour",
+            1,
+            _fixed("etl.interactions"),
+            _fixed("train", "lightgcn"),
+            ignores=_fixed("train.checkpoint_steps"),
+        ),
         Stage(
             "ml.train",
             3,
-            ("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
-            ("train",),
-            joint_inputs=("etl.features", "etl.profiles"),
-            joint_sections=("refine", "knn"),
+            lambda config: (
+                *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
+                *_joint(config, "etl.features", "etl.profiles"),
+            ),
+            lambda config: ("train", "lightgcn", "crane", *_joint(config, "refine", "knn")),
+            ignores=lambda config: (
+                "train.checkpoint_steps",
+                *_staged(config, "crane.joint_start", "crane.graph_epochs"),
+                *_joint(config, *_HOW_LISTS_ARE_FOUND, *_JUDGING_LISTS, *_SEARCHING_LISTS),
+            ),
         ),
-        Stage("ml.evaluate", 6, ("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"), ("evaluate",)),
-        Stage("ml.register", 2, ("etl.interactions", "ml.train", "ml.evaluate"), ()),
-        Stage("ml.export", 3, ("etl.interactions", "ml.train"), ("export",)),
+        Stage(
+            "ml.evaluate",
+            6,
+            _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
+            _fixed("evaluate"),
+        ),
+        Stage("ml.register", 2, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
+        Stage("ml.export", 3, _fixed("etl.interactions", "ml.train"), _fixed("export")),
     )
 }
+
+
+def list_settings(knn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those fields of `knn` that decide which neighbours a list holds."""
+    others = {path.partition(".")[2] for path in (*_HOW_LISTS_ARE_FOUND, *_JUDGING_LISTS)}
+    return {name: value for name, value in knn.items() if name not in others}
+
+
+def input_labels(stage: Stage, config: RunConfig) -> list[str]:
+    """Return the label of every part of every input of a stage."""
+    return [label for name in stage.inputs(config) for label in STAGES[name].labels(config)]
+
+
+def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[str, str], source: Any) -> str:
+    """Return the identity of a stage's work: equal fingerprints mean equal content.
+
+    Args:
+        stage: its name, version and settings enter.
+        part: the part of a mapped stage.
+        config: of the run.
+        inputs: label of every part of every input to its content checksum.
+        source: `stage.source` of the run.
+    """
+    payload = [stage.name, stage.version, part, _as_before(stage.settings(config)), dict(inputs), source]
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _as_before(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the settings under the names of `MOVED`, so that artifacts of earlier versions are found."""
+    if "train" not in settings:
+        return settings
+    defaults = {"lightgcn": LightGCNSettings(), "crane": CraneSettings()}
+    values = {name: section.model_dump(mode="json") for name, section in defaults.items()} | settings
+    moved = {old: values[section][field] for old, (section, field) in MOVED.items()}
+    kept = {name: value for name, value in settings.items() if name not in defaults}
+    return kept | {"train": settings["train"] | moved}

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import RunConfig, Runtime, load_config
+from crane_core.config import RunConfig, Runtime
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.storage.artifacts import check_run_id
 from jobs.commands import capacity, place

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.stages import STAGES
+from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.runner import run_job
 
 
 def plan(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Mapped stage to the names of its parts."""
-    return {name: parts for name, stage in STAGES.items() if (parts := stage.parts(config)) != [""]}
+    return {name: list(parts) for name, stage in STAGES.items() if (parts := stage.parts(config)) != (WHOLE,)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,11 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import PREVIOUS, RunConfig, Runtime, load_config
+from crane_core.config import PREVIOUS, RunConfig, Runtime
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
-from crane_core.stages import STAGES, Stage
+from crane_core.stages import STAGES, Stage, fingerprint_of, input_labels
 from crane_core.storage import open_storage
-from crane_core.storage.artifacts import Artifact, ArtifactStore, check_run_id, fingerprint_of
+from crane_core.storage.artifacts import Artifact, ArtifactStore, check_run_id
 from crane_core.storage.lock import locked
 from jobs.usage import Usage
 
@@ -48,7 +49,7 @@ class Job:
 
     Attributes:
         stage: which stage.
-        part: which part of a mapped stage, "" when it is whole.
+        part: name of the part of a mapped stage, `WHOLE` for another.
         config: the run's configuration.
         run_id: the run.
         store: the artifact store.
@@ -64,19 +65,18 @@ class Job:
     out: Path
     work: Path
 
-    def input(self, stage: str, part: str = "") -> Artifact:
-        """The artifact an earlier stage left for this run."""
-        return self.store.artifact(self.run_id, stage, part)
+    def input(self, label: str) -> Artifact:
+        """Return the artifact that an earlier stage, or a part of it, left for this run."""
+        return self.store.artifact(self.run_id, label)
 
-    def input_parts(self, stage: str) -> dict[str, Artifact]:
-        """Every part of a mapped stage, in order."""
-        return {part: self.input(stage, part) for part in STAGES[stage].parts(self.config)}
+    def input_parts(self, stage: str) -> list[Artifact]:
+        """Return the artifacts of every part of a mapped stage, in order."""
+        return [self.input(label) for label in STAGES[stage].labels(self.config)]
 
 
 def run_stage(
     name: str,
     run: Callable[[Job], Result],
-    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Entry point of a job that leaves an artifact: skip when it is there, else run and publish.
@@ -84,7 +84,6 @@ def run_stage(
     Args:
         name: the stage.
         run: does the work in `job.out`.
-        source: identity of the raw data the stage reads.
         argv: flags, the process's own when None.
 
     Returns:
@@ -92,7 +91,7 @@ def run_stage(
     """
 
     def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-        return produce(STAGES[name], arguments.run, arguments.part, config, store, run, source)
+        return produce(STAGES[name], arguments.run, arguments.part, config, store, run)
 
     return run_job(name, work, argv)
 
@@ -123,7 +122,8 @@ def run_job(
         usage = Usage()
         entry = work(arguments, config, store)
         entry = usage.entry() | entry
-        store.record(arguments.run, name, arguments.part, entry)
+        label = f"{name}.{arguments.part}" if arguments.part else name
+        store.record(arguments.run, label, entry)
         return {"part": arguments.part, "run": arguments.run, **entry}
 
     def all_flags(parser: argparse.ArgumentParser) -> None:
@@ -226,14 +226,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def identify(
-    stage: Stage,
-    run_id: str,
-    part: str,
-    config: RunConfig,
-    store: ArtifactStore,
-    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
+    stage: Stage, run_id: str, part: str, config: RunConfig, store: ArtifactStore
 ) -> tuple[dict[str, Artifact], str]:
-    """The inputs of a stage for a run, and the fingerprint of what it makes of them.
+    """Find the inputs of a stage for a run, and the fingerprint of what it makes of them.
 
     Raises:
         ConfigError: the stage has no such part.
@@ -242,14 +237,9 @@ def identify(
     parts = stage.parts(config)
     if part not in parts:
         raise ConfigError(f"Stage {stage.name} has no part {part!r}.", f"Give --part one of {', '.join(parts)}.")
-    inputs = {
-        f"{name}.{each}" if each else name: store.artifact(run_id, name, each)
-        for name in stage.inputs_of(config)
-        for each in STAGES[name].parts(config)
-    }
-    contents = {name: artifact.manifest["content"] for name, artifact in inputs.items()}
-    fingerprint = fingerprint_of(stage, part, config, contents, source(config, store) if source else None)
-    return inputs, fingerprint
+    inputs = {label: store.artifact(run_id, label) for label in input_labels(stage, config)}
+    contents = {label: artifact.manifest["content"] for label, artifact in inputs.items()}
+    return inputs, fingerprint_of(stage, part, config, contents, stage.source(config, store))
 
 
 def produce(
@@ -259,7 +249,6 @@ def produce(
     config: RunConfig,
     store: ArtifactStore,
     run: Callable[[Job], Result],
-    source: Callable[[RunConfig, ArtifactStore], Any] | None = None,
 ) -> dict[str, Any]:
     """Find or make the artifact of a stage for a run.
 
@@ -270,7 +259,7 @@ def produce(
         ConfigError: the stage has no such part.
         ArtifactError: an input is missing or damaged.
     """
-    inputs, fingerprint = identify(stage, run_id, part, config, store, source)
+    inputs, fingerprint = identify(stage, run_id, part, config, store)
     base = scratch(store.storage.uri) / stage.name
     # A second runner waits, then finds the result.
     with locked(base / f"{fingerprint}.lock"):
@@ -295,7 +284,7 @@ def produce(
                     "stage_version": stage.version,
                     "fingerprint": fingerprint,
                     "inputs": {name: artifact.fingerprint for name, artifact in inputs.items()},
-                    "config": config.model_dump(mode="json", include=stage.sections_of(config)),
+                    "config": config.model_dump(mode="json", include=set(stage.obeys(config))),
                     "facts": result.facts,
                     "tables": result.tables,
                     **usage.entry(),

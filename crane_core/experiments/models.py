@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crane_core.config import Features, Knn, Loss, Profiles, Refine, Section, Train
+from crane_core.config import Features, Knn, Loss, ModelConfig, Profiles, Refine
 from crane_core.dataset.interactions import Interactions
 from crane_core.dataset.modalities import profile_spreads
 from crane_core.errors import ConfigError
@@ -45,14 +45,13 @@ VERSION = 3
 """Raised when a training comes to mean something else: what was trained before is then not found."""
 
 
-class Recipe(Section):
+class Recipe(ModelConfig):
     """The parts of a run's configuration that decide a model, and the settings of the published references."""
 
     features: Features = Features()
     profiles: Profiles = Profiles()
     refine: Refine = Refine()
     knn: Knn = Knn()
-    train: Train = Train()
     freedom: FreedomSettings = FreedomSettings()
     mgcn: MgcnSettings = MgcnSettings()
 
@@ -64,17 +63,12 @@ class Recipe(Section):
         """
         if not 0 <= seed < 2**31:
             raise ConfigError(f"{seed} is no seed.", f"Give whole numbers from 0 to {2**31 - 1}.")
-        return self.model_copy(
-            update={
-                "refine": self.refine.model_copy(update={"seed": seed}),
-                "train": self.train.model_copy(update={"seed": seed}),
-            }
-        )
+        return self.changed({"refine.seed": seed, "train.seed": seed})
 
 
 def version_of(recipe: Recipe) -> int | str:
     """The version of the trainings by a recipe. Those of `both_kinds` came to mean something else, and only those."""
-    return f"{VERSION}, false negatives masked" if recipe.train.contrast_negatives == "both_kinds" else VERSION
+    return f"{VERSION}, false negatives masked" if recipe.crane.contrast_negatives == "both_kinds" else VERSION
 
 
 @dataclass(frozen=True)
@@ -110,13 +104,13 @@ CONTENT_GRID = ("l2", "zscore")
 
 def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """LightGCN alone."""
-    rows, summary = behaviour(dataset.interactions, recipe.train, work)
+    rows, summary = behaviour(dataset.interactions, recipe, work)
     return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
 def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """LightGCN with CRANE's ranking loss: what of CRANE's gain is owed to the loss alone."""
-    rows, summary = behaviour(dataset.interactions, recipe.train, work, "softmax")
+    rows, summary = behaviour(dataset.interactions, recipe, work, "softmax")
     return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
@@ -126,8 +120,8 @@ def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Traine
     There is no item graph, so nothing stands for a cold item in LightGCN's rows.
     """
     interactions = dataset.interactions
-    view = behaviour(interactions, recipe.train, work)
-    own = behaviour(interactions, recipe.train, work, "softmax")
+    view = behaviour(interactions, recipe, work)
+    own = behaviour(interactions, recipe, work, "softmax")
     size = interactions.num_items
     no_graph = SymmetricGraph(sp.csr_array((size, size), dtype=np.float32), CPU)
     return _fused(view, own, no_graph, dataset, recipe)
@@ -139,10 +133,10 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     The seconds are those of all parts, whether they were made now or found.
     """
     interactions = dataset.interactions
-    view = behaviour(interactions, recipe.train, work)
+    view = behaviour(interactions, recipe, work)
     content, prepared = content_of(dataset, recipe, work)
-    model = Crane(interactions.num_users, interactions.num_items, content, recipe.train)
-    own = train_to_best(model, interactions, recipe.train, work / "crane")
+    model = Crane(interactions.num_users, interactions.num_items, content, recipe)
+    own = train_to_best(model, interactions, recipe, work / "crane")
     # The graph of the best epoch: a joint content has it from the best weights.
     fused = _fused(view, own, content.graph, dataset, recipe)
     return replace(fused, seconds=fused.seconds + prepared["content_seconds"], facts=fused.facts | prepared)
@@ -150,28 +144,23 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 
 def train_crane_joint(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """CRANE with RCA in every step, whatever the recipe says."""
-    train = recipe.train.model_copy(update={"mode": "joint"})
-    return train_crane(dataset, recipe.model_copy(update={"train": train}), work)
+    return train_crane(dataset, recipe.changed({"crane.mode": "joint"}), work)
 
 
-_LIGHTGCN = {
-    "embedding_dim",
-    "num_layers",
-    "learning_rate",
-    "batch_size",
-    "num_epochs",
-    "patience",
-    "regularisation",
-    "validation_users",
-    "seed",
+_WITHOUT_EFFECT = {
+    "train": {"checkpoint_steps"},
+    "crane": {
+        *("mode", "joint_start", "graph_epochs", "num_item_layers", "loss", "edge_dropout"),
+        *("semantic_items", "semantic_users", "own_content", "semantic_weight"),
+        *("contrast_weight", "contrast_temperature", "contrast_negatives"),
+    },
 }
-_SOFTMAX = {"num_negatives", "ranking_negatives", "ranking_temperature", "user_balance"}
+"""Fields that cannot change the rows of LightGCN, under either loss."""
 
 
 def train_bpr_mf(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """Matrix factorisation under the BPR loss (Rendle et al., UAI 2009): LightGCN without propagation."""
-    train = recipe.train.model_copy(update={"num_layers": 0})
-    return train_lightgcn(dataset, recipe.model_copy(update={"train": train}), work)
+    return train_lightgcn(dataset, recipe.changed({"lightgcn.num_layers": 0}), work)
 
 
 def train_popularity(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -240,15 +229,17 @@ NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"}
 """Those that read item features, and raise a `DataError` where there are none."""
 
 
-def behaviour(interactions: Interactions, config: Train, work: Path, loss: Loss = "bpr") -> View:
+def behaviour(interactions: Interactions, config: ModelConfig, work: Path, loss: Loss = "bpr") -> View:
     """The behavioural view: LightGCN's best rows and the trainer's summary.
 
     It is trained once for the same training and validation interactions, loss and settings, in a folder beside
     `work`; a training that has ended there is read back.
     """
     train, validation = interactions.train, interactions.validation
-    read, name = (_LIGHTGCN, "lightgcn") if loss == "bpr" else (_LIGHTGCN | _SOFTMAX, "lightgcn_softmax")
-    settings = config.model_dump(mode="json", include=read)
+    name, sections = "lightgcn", {"train", "lightgcn"}
+    if loss == "softmax":
+        name, sections = "lightgcn_softmax", sections | {"crane"}
+    settings = config.model_dump(mode="json", include=sections, exclude=_WITHOUT_EFFECT)
     key = fingerprint(
         VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
     )
@@ -262,7 +253,7 @@ def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, 
     """LightGCN's view beside a model's own, at the share validation trusts the latter with."""
     started = time.monotonic()
     (behavioural, alone), (rows, summary) = view, own
-    trust = choose_trust(behavioural, rows, item_graph, dataset.interactions, recipe.train)
+    trust = choose_trust(behavioural, rows, item_graph, dataset.interactions, recipe)
     seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
     facts = summary | {"trust": trust.share, "curve": trust.curve}
     return Trained(dot_product(*trust.rows), trust.recall, seconds, facts, dot_product(*rows))
@@ -272,14 +263,14 @@ def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | 
     """What CRANE learns on, and the facts of it: `content_seconds` and `profile_spread` by modality."""
     fitted: dict[str, Tensor] = {}
     seconds = 0.0
-    if recipe.train.mode == "staged" or recipe.train.joint_start == "fitted":
+    if recipe.crane.mode == "staged" or recipe.crane.joint_start == "fitted":
         frozen, fitted, facts = shared_content(dataset, recipe, work)
-        if recipe.train.mode == "staged":
+        if recipe.crane.mode == "staged":
             return frozen, facts
         seconds = facts["content_seconds"]
     started = time.monotonic()
     modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
-    content = joint_content(modalities, fitted, recipe.refine, recipe.knn, recipe.train, CPU)
+    content = joint_content(modalities, fitted, recipe.refine, recipe.knn, recipe.crane, CPU)
     seconds += time.monotonic() - started
     return content, {"content_seconds": seconds, "profile_spread": profile_spreads(modalities)}
 
@@ -324,7 +315,7 @@ def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str
     return Content(items, graph, users), refiner.state_dict(), profile_spreads(modalities)
 
 
-def train_to_best(model: LightGCN, interactions: Interactions, config: Train, work: Path) -> View:
+def train_to_best(model: LightGCN, interactions: Interactions, config: ModelConfig, work: Path) -> View:
     """Train a model to its best validation recall; its rows there, and the trainer's summary and curve (`epochs`)."""
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, interactions, config, work, CPU)
@@ -336,7 +327,7 @@ def _train_reference(
     build: Any, settings: FreedomSettings | MgcnSettings, dataset: Dataset, recipe: Recipe, work: Path
 ) -> Trained:
     started = time.monotonic()
-    interactions, config = dataset.interactions, settings.applied(recipe.train)
+    interactions, config = dataset.interactions, settings.applied(recipe)
     raw = recipe.features.model_copy(update={"standardise": "none"})
     features = [modality.items for modality in dataset.modalities(raw)]
     model = build(interactions.num_users, interactions.num_items, features, config, settings)

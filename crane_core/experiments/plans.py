@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from crane_core.config import Phi, RunConfig, Train, load_config
+from crane_core.config import CraneSettings, Phi, RunConfig
+from crane_core.config_file import load_config
 from crane_core.errors import ConfigError
 from crane_core.experiments.models import Recipe
 
@@ -57,7 +58,7 @@ def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
     """The recipe of a preset or YAML file with `section.field=value` overrides; the defaults without either.
 
     Raises:
-        ConfigError: see `crane_core.config.load_config`; or an override that no experiment reads.
+        ConfigError: see `crane_core.config_file.load_config`; or an override that no experiment reads.
     """
     for override in overrides:
         section = override.partition(".")[0]
@@ -108,9 +109,11 @@ def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
 
 
 def _training(recipe: Recipe) -> Experiment:
-    starts = sorted(get_args(Train.model_fields["joint_start"].annotation), key=lambda s: s != recipe.train.joint_start)
-    variants = [Variant("staged", {"train.mode": "staged"})]
-    variants += [Variant(f"joint, {start}", {"train.mode": "joint", "train.joint_start": start}) for start in starts]
+    starts = sorted(
+        get_args(CraneSettings.model_fields["joint_start"].annotation), key=lambda s: s != recipe.crane.joint_start
+    )
+    variants = [Variant("staged", {"crane.mode": "staged"})]
+    variants += [Variant(f"joint, {start}", {"crane.mode": "joint", "crane.joint_start": start}) for start in starts]
     return Experiment(
         "training",
         "Staged against joint training",
@@ -122,19 +125,19 @@ def _training(recipe: Recipe) -> Experiment:
 
 
 def _form(recipe: Recipe) -> Experiment:
-    paper = {"semantic_items": "content", "semantic_users": "profiles", "own_content": False, "trust": "none"}
+    paper = {"semantic_items": "content", "semantic_users": "profiles", "own_content": False, "semantic_weight": "none"}
     variants: dict[str, dict[str, Any]] = {
         "as configured": {},
         "no own content": {"own_content": False},
         "h = content, no gate, as in the paper": paper,
         "the same, learned by BPR": paper | {"loss": "bpr"},
-        "no gate": {"trust": "none"},
+        "no gate": {"semantic_weight": "none"},
         "learned by BPR": {"loss": "bpr"},
         "interactions weigh alike": {"user_balance": 0.0},
     }
     distinct: dict[str, Variant] = {}
     for label, changes in variants.items():
-        variant = Variant(label, {f"train.{name}": value for name, value in changes.items()})
+        variant = Variant(label, {f"crane.{name}": value for name, value in changes.items()})
         distinct.setdefault(changed(recipe, variant.changes).model_dump_json(), variant)
     return Experiment(
         "form",
@@ -190,22 +193,24 @@ def _phi(recipe: Recipe) -> Experiment:
 
 
 def _contrast(recipe: Recipe) -> Experiment:
-    train = recipe.train
+    crane = recipe.crane
     changes: list[tuple[str, str, Any]] = [
-        ("β", "train.contrast_weight", beta) for beta in _grid((0.0, 1e-4, 1e-3, 1e-2, 1e-1), train.contrast_weight)
+        ("β", "crane.contrast_weight", beta) for beta in _grid((0.0, 1e-4, 1e-3, 1e-2, 1e-1), crane.contrast_weight)
     ]
-    changes += [("τ", "train.temperature", tau) for tau in _grid((0.1, 0.2, 0.5, 1.0), train.temperature)]
-    default = {"train.contrast_weight": train.contrast_weight, "train.temperature": train.temperature}
-    variants = [Variant(f"β = {train.contrast_weight:g}, τ = {train.temperature:g}")]
+    changes += [
+        ("τ", "crane.contrast_temperature", tau) for tau in _grid((0.1, 0.2, 0.5, 1.0), crane.contrast_temperature)
+    ]
+    default = {"crane.contrast_weight": crane.contrast_weight, "crane.contrast_temperature": crane.contrast_temperature}
+    variants = [Variant(f"β = {crane.contrast_weight:g}, τ = {crane.contrast_temperature:g}")]
     variants += [
         Variant(f"{sign} = {value:g}", {path: value}) for sign, path, value in changes if value != default[path]
     ]
     for name in ("contrast_negatives", "ranking_negatives"):
-        options = get_args(Train.model_fields[name].annotation)
+        options = get_args(CraneSettings.model_fields[name].annotation)
         variants += [
-            Variant(f"{name}: {option}", {f"train.{name}": option})
+            Variant(f"{name}: {option}", {f"crane.{name}": option})
             for option in options
-            if option != getattr(train, name)
+            if option != getattr(crane, name)
         ]
     return Experiment(
         "contrast",

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from crane_core.config import Section, Train
+from crane_core.config import ModelConfig, Section
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import normalise
 from crane_core.model.lightgcn import LightGCN
@@ -45,9 +45,9 @@ class FreedomSettings(Section):
     learning_rate: float = Field(3e-3, gt=0)
     """Adam's step size; at 1e-3 validation recall still rises after 200 epochs on Last.fm 2K."""
 
-    def applied(self, train: Train) -> Train:
-        """The training configuration with FREEDOM's own optimiser settings; it regularises no embedding."""
-        return train.model_copy(update={"learning_rate": self.learning_rate, "regularisation": 0.0})
+    def applied(self, config: ModelConfig) -> ModelConfig:
+        """Return the configuration with FREEDOM's own optimiser settings; it regularises no embedding."""
+        return config.changed({"train.learning_rate": self.learning_rate, "lightgcn.regularisation": 0.0})
 
 
 class MgcnSettings(Section):
@@ -66,11 +66,15 @@ class MgcnSettings(Section):
     learning_rate: float = Field(1e-3, gt=0)
     """Adam's step size."""
 
-    def applied(self, train: Train) -> Train:
-        """The training configuration with MGCN's own optimiser settings."""
-        return train.model_copy(
-            update={name: getattr(self, name) for name in ("learning_rate", "regularisation", "contrast_weight")}
-            | {"temperature": self.temperature}
+    def applied(self, config: ModelConfig) -> ModelConfig:
+        """Return the configuration with MGCN's own optimiser settings."""
+        return config.changed(
+            {
+                "train.learning_rate": self.learning_rate,
+                "lightgcn.regularisation": self.regularisation,
+                "crane.contrast_weight": self.contrast_weight,
+                "crane.contrast_temperature": self.temperature,
+            }
         )
 
 
@@ -90,7 +94,7 @@ class Freedom(LightGCN):
         num_users: int,
         num_items: int,
         features: Sequence[NDArray[np.float32]],
-        config: Train,
+        config: ModelConfig,
         settings: FreedomSettings,
         device: torch.device = CPU,
     ) -> None:
@@ -102,16 +106,16 @@ class Freedom(LightGCN):
         self.item_graph = DirectedGraph(
             sum(weight * graph for weight, graph in zip(weights, graphs, strict=True)).tocsr(), device
         )
-        generator = torch.Generator().manual_seed(config.seed + 1)
+        generator = torch.Generator().manual_seed(config.train.seed + 1)
         self.features = nn.ParameterList(torch.from_numpy(rows.copy()) for rows in features)
         # A bias would cancel in the difference of two items.
         self.projections = nn.ModuleList(
-            _linear(rows.shape[1], config.embedding_dim, generator, bias=False) for rows in features
+            _linear(rows.shape[1], config.lightgcn.embedding_dim, generator, bias=False) for rows in features
         )
 
     def forward(self, graph: SymmetricGraph) -> Views:
         """`z_u` is LightGCN's row, `z_i` LightGCN's row plus the ID embeddings spread over the frozen item graph."""
-        behaviour = propagate(graph, self.ids, self.config.num_layers)
+        behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         items = self.ids[self.num_users :]
         for _ in range(self.settings.num_item_layers):
             items = self.item_graph @ items
@@ -145,14 +149,14 @@ class Mgcn(LightGCN):
         num_users: int,
         num_items: int,
         features: Sequence[NDArray[np.float32]],
-        config: Train,
+        config: ModelConfig,
         settings: MgcnSettings,
         device: torch.device = CPU,
     ) -> None:
         super().__init__(num_users, num_items, config)
         self.settings = settings
         self.item_graphs = [DirectedGraph(modality_graph(rows, settings.k, weighted=True), device) for rows in features]
-        dim, generator = config.embedding_dim, torch.Generator().manual_seed(config.seed + 1)
+        dim, generator = config.lightgcn.embedding_dim, torch.Generator().manual_seed(config.train.seed + 1)
         self.features = nn.ParameterList(torch.from_numpy(rows.copy()) for rows in features)
         self.projections = nn.ModuleList(_linear(rows.shape[1], dim, generator) for rows in features)
         self.purifiers = nn.ModuleList(_linear(dim, dim, generator) for _ in features)
@@ -169,7 +173,7 @@ class Mgcn(LightGCN):
         specific parts `(e_m - s) * sigmoid(W_4m e + b_4m)`, and `h` is the mean of all parts. With `s` added whole to
         the mean of the specific parts validation recall stopped lower (Last.fm 2K, one seed).
         """
-        behaviour = propagate(graph, self.ids, self.config.num_layers)
+        behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         views = self._spread(graph)
         attention = torch.softmax(torch.stack([self.query(torch.tanh(self.attention(view))) for view in views]), dim=0)
         shared = (attention * torch.stack(views)).sum(0)
@@ -188,8 +192,10 @@ class Mgcn(LightGCN):
         assert views.semantic is not None
         contrast = views.final.new_zeros(())
         for nodes in (batch.users, batch.positives + self.num_users):
-            contrast = contrast + info_nce(views.semantic, views.behaviour, nodes, batch, self.config.temperature)
-        return super().losses(views, batch) | {"contrast": self.config.contrast_weight * contrast}
+            contrast = contrast + info_nce(
+                views.semantic, views.behaviour, nodes, batch, self.config.crane.contrast_temperature
+            )
+        return super().losses(views, batch) | {"contrast": self.config.crane.contrast_weight * contrast}
 
     def _spread(self, graph: SymmetricGraph) -> list[Tensor]:
         """Purified rows of all nodes, per modality float32 [num_users + num_items, d]."""

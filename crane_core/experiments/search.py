@@ -37,21 +37,21 @@ Space = dict[str, BaseDistribution]
 
 _RATES: Space = {
     "train.learning_rate": FloatDistribution(3e-4, 1e-2, log=True),
-    "train.regularisation": FloatDistribution(1e-5, 1e-1, log=True),
+    "lightgcn.regularisation": FloatDistribution(1e-5, 1e-1, log=True),
 }
-_LAYERS: Space = {"train.num_layers": IntDistribution(1, 4)}
+_LAYERS: Space = {"lightgcn.num_layers": IntDistribution(1, 4)}
 _SOFTMAX: Space = {
-    "train.ranking_temperature": FloatDistribution(0.05, 0.5, log=True),
-    "train.user_balance": FloatDistribution(0.0, 1.0),
-    "train.num_negatives": IntDistribution(256, 4096, log=True),
+    "crane.ranking_temperature": FloatDistribution(0.05, 0.5, log=True),
+    "crane.user_balance": FloatDistribution(0.0, 1.0),
+    "crane.num_negatives": IntDistribution(256, 4096, log=True),
 }
 _CRANE: Space = {
     **_RATES,
     **_LAYERS,
     **_SOFTMAX,
-    "train.contrast_weight": FloatDistribution(1e-5, 1e-1, log=True),
-    "train.temperature": FloatDistribution(0.1, 1.0, log=True),
-    "train.edge_dropout": FloatDistribution(0.0, 0.5),
+    "crane.contrast_weight": FloatDistribution(1e-5, 1e-1, log=True),
+    "crane.contrast_temperature": FloatDistribution(0.1, 1.0, log=True),
+    "crane.edge_dropout": FloatDistribution(0.0, 0.5),
     "refine.num_recursions": IntDistribution(0, 5),
     "refine.phi": CategoricalDistribution(get_args(Phi)),
     "knn.k": IntDistribution(5, 20),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crane_core.config import Knn, Refine, Train
+from crane_core.config import CraneSettings, Knn, Refine
 from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
@@ -153,21 +153,21 @@ def joint_content(
     fitted: dict[str, Tensor],
     refine: Refine,
     knn: Knn,
-    train: Train,
+    crane: CraneSettings,
     device: torch.device,
 ) -> JointContent:
     """The content of a joint training at its start.
 
     Args:
         modalities: features and profiles.
-        fitted: state dict of the refiner that the staged fit left; read where `train.joint_start` is `fitted`.
-        refine, knn, train: the settings of each.
+        fitted: state dict of the refiner that the staged fit left; read where `crane.joint_start` is `fitted`.
+        refine, knn, crane: the settings of each.
         device: of the training.
     """
     refiner = Refiner([each.items.shape[1] for each in modalities], profile_scales(modalities), refine)
-    if train.joint_start == "fitted":
+    if crane.joint_start == "fitted":
         refiner.load_state_dict(fitted)
-    return JointContent(modalities, refiner, refine.chunk_size, knn.k, train.graph_epochs, train.reads_users, device)
+    return JointContent(modalities, refiner, refine.chunk_size, knn.k, crane.graph_epochs, crane.reads_users, device)
 
 
 def load_content(refined: Artifact, graph: Artifact, device: torch.device, with_users: bool) -> Content:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from crane_core.config import Train
+from crane_core.config import ModelConfig
 from crane_core.model.content import Content, JointContent
 from crane_core.model.lightgcn import LightGCN, xavier
 from crane_core.model.losses import info_nce
@@ -33,25 +33,25 @@ class Crane(LightGCN):
         config: sizes and loss weights.
     """
 
-    def __init__(self, num_users: int, num_items: int, content: Content | JointContent, config: Train) -> None:
-        super().__init__(num_users, num_items, config, config.loss)
+    def __init__(self, num_users: int, num_items: int, content: Content | JointContent, config: ModelConfig) -> None:
+        super().__init__(num_users, num_items, config, config.crane.loss)
         self.content = content
         self.user_shards, self.item_shards = Shards((num_users,)), Shards((num_items,))
         self._cut: tuple[SymmetricGraph, SymmetricGraph] | None = None
-        self.edge_dropout = config.edge_dropout
-        self.contrasts_kinds = config.contrast_negatives == "both_kinds"
+        self.edge_dropout = config.crane.edge_dropout
+        self.contrasts_kinds = config.crane.contrast_negatives == "both_kinds"
         self.num_views = 3
-        self.content_width = content.width if config.own_content else 0
-        generator = torch.Generator().manual_seed(config.seed + 1)
-        dim, width = config.embedding_dim, content.width
+        self.content_width = content.width if config.crane.own_content else 0
+        generator = torch.Generator().manual_seed(config.train.seed + 1)
+        dim, width = config.lightgcn.embedding_dim, content.width
         self.fusion = nn.Parameter(xavier(width, dim, generator))
         self.fusion_bias = nn.Parameter(torch.zeros(dim))
-        if config.own_content:
+        if config.crane.own_content:
             self.own = nn.Parameter(xavier(width, dim, generator))
-        if config.trust == "gate":
+        if config.crane.semantic_weight == "gate":
             self.trust = nn.Parameter(xavier(dim, dim, generator))
             self.trust_bias = nn.Parameter(torch.zeros(dim))
-        elif config.trust == "scale":
+        elif config.crane.semantic_weight == "scale":
             self.trust = nn.Parameter(torch.full((1,), 0.1))
 
     def shard(self, shards: Shards) -> None:
@@ -70,11 +70,11 @@ class Crane(LightGCN):
         and `h_u` is the normalised sum of the spread IDs over the user's training items, plus `X_u W_O`. For the other
         forms see `Train`.
         """
-        behaviour = propagate(graph, self.ids, self.config.num_layers)
+        behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         semantic = self._semantic(graph)
-        if self.config.trust == "gate":
+        if self.config.crane.semantic_weight == "gate":
             final = behaviour + torch.sigmoid(behaviour @ self.trust + self.trust_bias) * semantic
-        elif self.config.trust == "scale":
+        elif self.config.crane.semantic_weight == "scale":
             final = behaviour + self.trust * semantic
         else:
             final = behaviour + semantic
@@ -94,9 +94,12 @@ class Crane(LightGCN):
             users, items = (batch.known.new_zeros(size, size) for size in batch.known.shape)
             kinds, false = [torch.cat(kinds)], _beside(users, batch.known, items)
         contrast = torch.stack(
-            [info_nce(views.behaviour, views.semantic, nodes, batch, self.config.temperature, false) for nodes in kinds]
+            [
+                info_nce(views.behaviour, views.semantic, nodes, batch, self.config.crane.contrast_temperature, false)
+                for nodes in kinds
+            ]
         ).sum()
-        return super().losses(views, batch) | {"contrast": self.config.contrast_weight * contrast}
+        return super().losses(views, batch) | {"contrast": self.config.crane.contrast_weight * contrast}
 
     def _lengths(self, items: Tensor, graph: SymmetricGraph) -> Tensor:
         is_warm = graph.degrees()[self.num_users :] > 0
@@ -117,17 +120,17 @@ class Crane(LightGCN):
         user_rows = None if user_rows is None else self.user_shards.local(user_rows)
         num_users, item_graph = self.user_shards.num_local, self._item_graph()
         items = item_rows.flatten(1) @ self.fusion + self.fusion_bias
-        if self.config.semantic_items == "ids":
+        if self.config.crane.semantic_items == "ids":
             items = self.ids[num_users:] * torch.sigmoid(items)
-        for _ in range(self.config.num_item_layers):
+        for _ in range(self.config.crane.num_item_layers):
             items = item_graph @ items
-        if self.config.semantic_users == "profiles":
+        if self.config.crane.semantic_users == "profiles":
             assert user_rows is not None
             users = user_rows.flatten(1) @ self.fusion + self.fusion_bias
         else:
             users = (graph @ torch.cat([torch.zeros_like(self.ids[:num_users]), items]))[:num_users]
         semantic = torch.cat([users, items])
-        if self.config.own_content:
+        if self.config.crane.own_content:
             assert user_rows is not None
             semantic = semantic + torch.cat([user_rows, item_rows]).flatten(1) @ self.own
         return semantic

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crane_core.config import Loss, Train
+from crane_core.config import Loss, ModelConfig
 from crane_core.model.losses import bpr, sampled_softmax
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
@@ -36,7 +36,7 @@ class LightGCN(nn.Module):
         content_width: numbers of a node's refined row that its view reads.
     """
 
-    def __init__(self, num_users: int, num_items: int, config: Train, loss: Loss = "bpr") -> None:
+    def __init__(self, num_users: int, num_items: int, config: ModelConfig, loss: Loss = "bpr") -> None:
         super().__init__()
         self.edge_dropout = 0.0
         self.shares_negatives = loss == "softmax"
@@ -47,9 +47,9 @@ class LightGCN(nn.Module):
         self.num_items = num_items
         self.config = config
         self.shards = Shards((num_users, num_items))
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = torch.Generator().manual_seed(config.train.seed)
         self.ids = nn.Parameter(
-            torch.cat([xavier(size, config.embedding_dim, generator) for size in (num_users, num_items)])
+            torch.cat([xavier(size, config.lightgcn.embedding_dim, generator) for size in (num_users, num_items)])
         )
 
     def shard(self, shards: Shards) -> None:
@@ -65,7 +65,7 @@ class LightGCN(nn.Module):
 
     def forward(self, graph: SymmetricGraph) -> Views:
         """Rows of all nodes from the user-item graph."""
-        behaviour = propagate(graph, self.ids, self.config.num_layers)
+        behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         return Views(behaviour, behaviour, None)
 
     def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
@@ -80,7 +80,11 @@ class LightGCN(nn.Module):
             nodes.append(batch.negatives + self.num_users)
         # A rank that keeps a shard answers for the nodes it keeps, one that keeps all of them for its rows.
         mine = self.shards.own if self.shards.world_size > 1 else batch.mine
-        penalty = self.config.regularisation / 2 * self._regularised(views, torch.cat([mine(each) for each in nodes]))
+        penalty = (
+            self.config.lightgcn.regularisation
+            / 2
+            * self._regularised(views, torch.cat([mine(each) for each in nodes]))
+        )
         return {"ranking": self._ranking(views, batch), "regularisation": penalty / len(batch.users)}
 
     def rankings(self, views: Views, graph: SymmetricGraph) -> dict[str, Rows]:
@@ -107,7 +111,9 @@ class LightGCN(nn.Module):
             return bpr(users, positives, negatives).sum() / len(batch.users)
         assert batch.met is not None and batch.weights is not None
         negatives = views.final[batch.negatives + self.num_users]
-        values = sampled_softmax(users, positives, negatives, batch.mine(batch.met), self.config.ranking_temperature)
+        values = sampled_softmax(
+            users, positives, negatives, batch.mine(batch.met), self.config.crane.ranking_temperature
+        )
         return (batch.mine(batch.weights) * values).sum() / len(batch.users)
 
     def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:

@@ -125,14 +125,14 @@ class _Run:
         self.config = config
         self.ledger = ledger
 
-    def artifact(self, stage: str, part: str = "") -> Artifact:
-        entry = self.store.entry(self.run_id, stage, part)
+    def artifact(self, stage: str) -> Artifact:
+        entry = self.entry(stage)
         if entry and entry["status"] == "skipped":
             raise ArtifactError(f"{stage} made nothing: {entry['reason']}", "Promote a run first.")
-        return self.store.artifact(self.run_id, stage, part)
+        return self.store.artifact(self.run_id, stage)
 
-    def json(self, stage: str, name: str, part: str = "") -> Any:
-        return json.loads(self.artifact(stage, part).file(name).read_text())
+    def json(self, stage: str, name: str) -> Any:
+        return json.loads(self.artifact(stage).file(name).read_text())
 
     def entry(self, stage: str) -> dict[str, Any] | None:
         return self.store.entry(self.run_id, stage)
@@ -422,9 +422,9 @@ def _samples(run: _Run, section: Section) -> None:
 
 def _cost(run: _Run, section: Section) -> None:
     rows: list[dict[str, Any]] = []
-    for stage, part in _parts(run.config):
-        entry = run.store.entry(run.run_id, stage, part)
-        row: dict[str, Any] = {"name": f"{stage} · {part}" if part else stage, "status": None}
+    for stage, label in _labels(run.config):
+        entry = run.store.entry(run.run_id, label)
+        row: dict[str, Any] = {"name": _shown(stage, label), "status": None}
         row |= {"seconds": None, "peak_bytes": None}
         if entry:
             row |= {"status": entry["status"], "seconds": entry.get("seconds")}
@@ -441,20 +441,25 @@ def _cost(run: _Run, section: Section) -> None:
     section.data = {"rows": rows, "total_seconds": sum(known), "longest": max(known), "peak_bytes": peak}
 
 
-def _parts(config: RunConfig) -> Iterable[tuple[str, str]]:
+def _labels(config: RunConfig) -> Iterable[tuple[str, str]]:
+    """Yield every stage and the label of each of its parts, with `ml.promote` before `ml.export`."""
     for name, stage in STAGES.items():
         if name == "ml.export":
-            yield "ml.promote", ""
-        for part in stage.parts(config):
-            yield name, part
+            yield "ml.promote", "ml.promote"
+        for label in stage.labels(config):
+            yield name, label
+
+
+def _shown(stage: str, label: str) -> str:
+    return stage + label.removeprefix(stage).replace(".", " · ")
 
 
 def _lineage(run: _Run) -> list[tuple[str, str]]:
     found = []
-    for stage, part in _parts(run.config):
-        entry = run.store.entry(run.run_id, stage, part)
+    for stage, label in _labels(run.config):
+        entry = run.store.entry(run.run_id, label)
         if entry and "fingerprint" in entry:
-            found.append((f"{stage} · {part}" if part else stage, entry["fingerprint"]))
+            found.append((_shown(stage, label), entry["fingerprint"]))
     return found
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig
+from crane_core.config_file import upgraded
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.stages import Stage
 from crane_core.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -159,12 +159,12 @@ class ArtifactStore:
         if recorded is None:
             known = ", ".join(self.storage.names("runs")[-5:]) or "none"
             raise ArtifactError(f"There is no run {run_id!r} in {self.storage.uri}.", f"Known runs: {known}.")
-        return recorded
+        return recorded | {"config": upgraded(recorded["config"])}
 
     def recorded_config(self, run_id: str) -> dict[str, Any] | None:
         """The configuration of a run, None when there is no such run yet."""
         recorded = self._json(f"runs/{run_id}/run.json")
-        return recorded and recorded["config"]
+        return recorded and upgraded(recorded["config"])
 
     def previous_run(self, config: RunConfig) -> str | None:
         """The run whose window ends last before this one's, among those that have an item graph."""
@@ -175,13 +175,19 @@ class ArtifactStore:
     def run_ids(self) -> list[str]:
         return self.storage.names("runs")
 
-    def record(self, run_id: str, stage: str, part: str, entry: Mapping[str, Any]) -> None:
-        """Note what a stage did for a run."""
-        self.storage.write(f"runs/{run_id}/{_entry_name(stage, part)}", _encode(entry))
+    def record(self, run_id: str, label: str, entry: Mapping[str, Any]) -> None:
+        """Note what a stage, or a part of it, did for a run.
 
-    def entry(self, run_id: str, stage: str, part: str = "") -> dict[str, Any] | None:
-        """What a stage did for a run, None when it has not finished."""
-        return self._json(f"runs/{run_id}/{_entry_name(stage, part)}")
+        Args:
+            run_id: the run.
+            label: `<group>.<stage>`, or `<group>.<stage>.<part>` for a part of a mapped stage.
+            entry: JSON values.
+        """
+        self.storage.write(f"runs/{run_id}/{label}.json", _encode(entry))
+
+    def entry(self, run_id: str, label: str) -> dict[str, Any] | None:
+        """Return what a stage, or a part of it, did for a run; None when it has not finished."""
+        return self._json(f"runs/{run_id}/{label}.json")
 
     def _json(self, key: str) -> dict[str, Any] | None:
         text = self.storage.read(key)
@@ -204,18 +210,21 @@ class ArtifactStore:
             f"Remove {self.storage.uri}/{key} and run its stage again.",
         )
 
-    def artifact(self, run_id: str, stage: str, part: str = "") -> Artifact:
-        """The artifact a stage left for a run.
+    def artifact(self, run_id: str, label: str) -> Artifact:
+        """Return the artifact that a stage, or a part of it, left for a run.
 
         Raises:
             ArtifactError: the stage has not finished for this run, or its artifact is gone.
         """
-        entry = self.entry(run_id, stage, part)
+        group, name, *part = label.split(".")
+        stage = f"{group}.{name}"
+        entry = self.entry(run_id, label)
         found = self.find(stage, str(entry.get("fingerprint"))) if entry else None
         if found is None:
+            flags = "".join(f" --part {each}" for each in part)
             raise ArtifactError(
-                f"Run {run_id!r} has no artifact of {stage}{f' part {part}' if part else ''}.",
-                f"Run python -m jobs.{stage} --store {self.storage.uri} --run {run_id} first.",
+                f"Run {run_id!r} has no artifact of {stage}{f' part {part[0]}' if part else ''}.",
+                f"Run python -m jobs.{stage} --store {self.storage.uri} --run {run_id}{flags} first.",
             )
         return found
 
@@ -279,21 +288,6 @@ def check_run_id(run_id: str) -> None:
         )
 
 
-def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[str, str], source: Any) -> str:
-    """Identity of a stage's work: equal fingerprints mean equal content.
-
-    Args:
-        stage: its name and version enter.
-        part: the part of a mapped stage.
-        config: the sections that the stage obeys enter.
-        inputs: input name to content checksum.
-        source: identity of raw data the stage reads, JSON values.
-    """
-    sections = config.model_dump(mode="json", include=stage.sections_of(config))
-    payload = [stage.name, stage.version, part, sections, dict(inputs), source]
-    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def content_checksum(files: Mapping[str, Mapping[str, Any]], tables: Mapping[str, str]) -> str:
     """One checksum of an artifact's content.
 
@@ -311,10 +305,6 @@ def content_checksum(files: Mapping[str, Mapping[str, Any]], tables: Mapping[str
 def sha256_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _entry_name(stage: str, part: str) -> str:
-    return f"{stage}.{part}.json" if part else f"{stage}.json"
 
 
 def _encode(value: Mapping[str, Any]) -> bytes:

@@ -34,7 +34,7 @@ def check_memory(model: LightGCN, num_edges: int, device: torch.device, free: in
     Raises:
         TrainingError: with the batch, or else the width and the means, that would fit.
     """
-    batch_size, dim = model.config.batch_size, model.config.embedding_dim
+    batch_size, dim = model.config.train.batch_size, model.config.lightgcn.embedding_dim
     edges = edge_bytes(model, num_edges, device)
     nodes, rows = node_bytes(model, dim), batch_bytes(model, batch_size, dim)
     laid_out = edges + (0 if device.type == "cuda" else _DRAWN_EDGE * num_edges)
@@ -51,7 +51,7 @@ def check_memory(model: LightGCN, num_edges: int, device: torch.device, free: in
         fitting = bisect(
             range(1, dim), left, key=lambda dim: node_bytes(model, dim) + batch_bytes(model, batch_size, dim)
         )
-        remedy += f", or set train.embedding_dim to {fitting} or less." if fitting else "."
+        remedy += f", or set lightgcn.embedding_dim to {fitting} or less." if fitting else "."
     raise TrainingError(
         f"Training needs about {needed / 1e9:.2f} GB: {edges / 1e9:.2f} GB for {num_edges} edges, and in a step "
         f"{nodes / 1e9:.2f} GB for the rows of {model.shards.num_rows} nodes and {rows / 1e9:.2f} GB for {batch_size} "
@@ -66,7 +66,7 @@ def edge_bytes(model: LightGCN, num_edges: int, device: torch.device) -> int:
     This rank's rows of the graph and of what is left of it for an epoch; on a CPU also the lists of the edges, whole on
     every rank. What graphs are sampled from stays off a GPU.
     """
-    on_gpu, num_neighbours = device.type == "cuda", model.config.num_neighbours
+    on_gpu, num_neighbours = device.type == "cuda", model.config.train.num_neighbours
     in_graphs = 0 if on_gpu and num_neighbours is not None else num_edges
     if num_neighbours is not None:
         in_graphs += min(num_edges, num_neighbours * model.shards.num_rows)
@@ -92,7 +92,7 @@ def batch_bytes(model: LightGCN, batch_size: int, dim: int) -> int:
     By row: its users, positives and negatives, what the loss makes of them, and the gradients; under `softmax` its
     scores and the mask. By pair of contrasted nodes: scores and, where users are contrasted with items, two masks.
     """
-    row = 18 * dim * _FLOAT + ((_FLOAT + 1) * model.config.num_negatives if model.shares_negatives else 0)
+    row = 18 * dim * _FLOAT + ((_FLOAT + 1) * model.config.crane.num_negatives if model.shares_negatives else 0)
     users, items = (min(batch_size, size) for size in model.shards.sizes)
     pairs = 0
     if model.num_views > 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crane_core.config import Train
+from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time
@@ -42,7 +42,7 @@ class Trust:
 
 
 def choose_trust(
-    behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions, config: Train
+    behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions, config: ModelConfig
 ) -> Trust:
     """The share that ranks the validation items best.
 
@@ -60,7 +60,7 @@ def choose_trust(
         interactions: training items are masked, validation items are looked for.
         config: size of the validation sample.
     """
-    users = interactions.validation_users(config.validation_users, config.seed)
+    users = interactions.validation_users(config.train.validation_users, config.train.seed)
     if len(users) == 0:
         return Trust(0.0, 0.0, [(0.0, 0.0)], behaviour)
     is_warm = torch.from_numpy(interactions.item_counts() > 0)

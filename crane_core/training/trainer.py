@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crane_core.config import Train
+from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError, TrainingError, TrainingStopped
 from crane_core.evaluation.metrics import user_metrics
@@ -78,7 +78,7 @@ class Trainer:
         self,
         model: LightGCN,
         interactions: Interactions,
-        config: Train,
+        config: ModelConfig,
         work: Path,
         device: torch.device,
         stopping: Event | None = None,
@@ -97,10 +97,12 @@ class Trainer:
         self.checkpoints = Checkpoints(work, self.shards)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.replicated = [parameter for parameter in self.parameters if parameter is not model.ids]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=config.learning_rate * config.batches_per_step**0.5)
+        self.optimiser = torch.optim.Adam(
+            self.parameters, lr=config.train.learning_rate * config.train.batches_per_step**0.5
+        )
         self.users = interactions.train.users()
         self.items = interactions.train.items
-        self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.ranking_negatives)
+        self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.crane.ranking_negatives)
         # A user who has met every item stays in the graph and teaches nothing.
         exhausted = self.sampler.exhausted
         self.sampled = np.flatnonzero(~exhausted[self.users])
@@ -110,13 +112,13 @@ class Trainer:
                 "none of the others has a training interaction: there is nothing to learn from.",
                 "Widen the window, or add items to the catalog.",
             )
-        self.weights = _user_weights(np.where(exhausted, 0, interactions.train.counts()), config.user_balance)
+        self.weights = _user_weights(np.where(exhausted, 0, interactions.train.counts()), config.crane.user_balance)
         self._known = torch.from_numpy(interactions.train.counts() > 0)
         # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
         sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         check_memory(model, len(self.items), device, free_bytes(device) // sharing)
         whole = user_item_graph(self.users, self.items, self.shards)
-        self.graph = SymmetricGraph(whole, device, self.shards, resident=config.num_neighbours is None)
+        self.graph = SymmetricGraph(whole, device, self.shards, resident=config.train.num_neighbours is None)
         self.progress = Progress()
         self._started = self._reported = time.monotonic()
         self._rows = 0
@@ -148,8 +150,8 @@ class Trainer:
                 len(self.sampler.exhausted),
                 len(self.users) - len(self.sampled),
             )
-        while progress.epoch < self.config.num_epochs and (
-            progress.epoch - progress.best_epoch <= self.config.patience
+        while progress.epoch < self.config.train.num_epochs and (
+            progress.epoch - progress.best_epoch <= self.config.train.patience
         ):
             self._train_epoch()
         return {
@@ -192,7 +194,7 @@ class Trainer:
         graph = self._epoch_graph()
         self._reported, self._rows = time.monotonic(), 0
         order = self.sampled[self._generator(2, progress.epoch).permutation(len(self.sampled))]
-        step_size = config.batch_size * config.batches_per_step
+        step_size = config.train.batch_size * config.train.batches_per_step
         num_steps = -(-len(order) // step_size)
         while progress.step < num_steps:
             picked = order[progress.step * step_size :][:step_size]
@@ -200,7 +202,7 @@ class Trainer:
             progress.step += 1
             self._report(num_steps, len(order))
             is_stopping = self._any_rank(self.stopping.is_set())
-            if is_stopping or (progress.step % config.checkpoint_steps == 0 and progress.step < num_steps):
+            if is_stopping or (progress.step % config.train.checkpoint_steps == 0 and progress.step < num_steps):
                 self._checkpoint()
             if is_stopping:
                 raise TrainingStopped(
@@ -208,7 +210,7 @@ class Trainer:
                     "a checkpoint is written.",
                     "Start the same command again: it goes on from there.",
                 )
-        first = self._batch(order[: config.batch_size], self._generator(3, progress.epoch, 0))
+        first = self._batch(order[: config.train.batch_size], self._generator(3, progress.epoch, 0))
         norms = self._gradient_norms(graph, first, list(progress.sums))
         rankings = self.rankings()
         ranking, metrics = self._validate(rankings)
@@ -236,8 +238,8 @@ class Trainer:
 
     def _batches(self, picked: np.ndarray) -> Iterator[Batch]:
         """The batches of the step that is due, made one at a time."""
-        size, progress = self.config.batch_size, self.progress
-        first = progress.step * self.config.batches_per_step
+        size, progress = self.config.train.batch_size, self.progress
+        first = progress.step * self.config.train.batches_per_step
         for number, start in enumerate(range(0, len(picked), size), first):
             yield self._batch(picked[start : start + size], self._generator(3, progress.epoch, number))
 
@@ -246,7 +248,7 @@ class Trainer:
         users = self.users[picked]
         columns = {"users": users, "positives": self.items[picked]}
         if self.model.shares_negatives:
-            negatives, met = self.sampler.shared(users, self.config.num_negatives, generator)
+            negatives, met = self.sampler.shared(users, self.config.crane.num_negatives, generator)
             columns |= {"negatives": negatives, "met": met, "weights": self.weights[users]}
         else:
             columns["negatives"] = self.sampler.one_each(users, generator)
@@ -310,7 +312,7 @@ class Trainer:
     def _report(self, num_steps: int, num_rows: int) -> None:
         """Log how the epoch goes, every few seconds: rows per second, mean loss, resident memory, what is left."""
         progress, now = self.progress, time.monotonic()
-        self._rows += min(self.config.batch_size * self.config.batches_per_step, num_rows)
+        self._rows += min(self.config.train.batch_size * self.config.train.batches_per_step, num_rows)
         if now - self._reported < LOG_SECONDS:
             return
         rate = self._rows / (now - self._reported)
@@ -330,7 +332,7 @@ class Trainer:
         """The ranking with the best Recall@20 and its metrics, over (a fixed sample of) the users with validation
         items; 0 when there are none."""
         held_out = self.interactions.validation
-        users = self.interactions.validation_users(self.config.validation_users, self.config.seed)
+        users = self.interactions.validation_users(self.config.train.validation_users, self.config.train.seed)
         mine = users[self.rank :: self.world_size]
         block = users_at_a_time(self.interactions.num_items)
         found = {}
@@ -365,14 +367,14 @@ class Trainer:
 
     def _warn(self) -> None:
         """Log what the monitors say of the last epoch and did not of the one before."""
-        *before, last = [signs(entry, self.config.embedding_dim) for entry in self.progress.curve[-2:]]
+        *before, last = [signs(entry, self.config.lightgcn.embedding_dim) for entry in self.progress.curve[-2:]]
         for name in sorted(set(last) - {name for each in before for name in each}):
             if self.rank == 0:
                 logger.warning(last[name])
 
     def _epoch_graph(self) -> SymmetricGraph:
         """What is left of the user-item graph for this epoch."""
-        epoch, num_neighbours = self.progress.epoch, self.config.num_neighbours
+        epoch, num_neighbours = self.progress.epoch, self.config.train.num_neighbours
         kept = drop_edges(self.users, self.items, self.model.edge_dropout, self._generator(1, epoch))
         if num_neighbours is None and len(kept) == len(self.users):
             return self.graph
@@ -384,7 +386,7 @@ class Trainer:
         return SymmetricGraph(matrix, self.device, self.shards)
 
     def _generator(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, *purpose])
+        return np.random.default_rng([self.config.train.seed, *purpose])
 
     def _elapsed(self) -> float:
         now = time.monotonic()

@@ -12,18 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crane_core.config import PREVIOUS, RunConfig, load_config
+from crane_core.config import PREVIOUS, RunConfig
+from crane_core.config_file import load_config
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.stages import STAGES
-from crane_core.storage.artifacts import ArtifactStore, fingerprint_of
+from crane_core.stages import STAGES, fingerprint_of, input_labels
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.commands.demo import run_id
-from jobs.etl import features, interactions
 from jobs.runner import Job, Result, produce, run_command
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[[Job], Result]
-SOURCES = {"etl.interactions": interactions.source, "etl.features": features.source}
 REGISTER = "ml.register"
 """What `--train` ends with; all it reads, directly or not, is trained or evaluated before."""
 
@@ -94,20 +93,18 @@ def survey(day: Day, store: ArtifactStore) -> Iterator[Step]:
     for name in day.stages:
         stage = STAGES[name]
         for part in stage.parts(day.config):
+            label = stage.label(part)
             if name == REGISTER:
                 state = "found" if store.entry(day.run, name) else "make"
                 yield Step(day.name, day.run, name, part, state, None)
                 continue
-            labels = [
-                _label(each, other) for each in stage.inputs_of(day.config) for other in STAGES[each].parts(day.config)
-            ]
-            known = {label: content for label in labels if (content := contents[label]) is not None}
+            labels = input_labels(stage, day.config)
+            known = {each: content for each in labels if (content := contents[each]) is not None}
             artifact = fingerprint = None
             if len(known) == len(labels):
-                source = SOURCES[name](day.config, store) if name in SOURCES else None
-                fingerprint = fingerprint_of(stage, part, day.config, known, source)
+                fingerprint = fingerprint_of(stage, part, day.config, known, stage.source(day.config, store))
                 artifact = store.find(name, fingerprint)
-            contents[_label(name, part)] = artifact.manifest["content"] if artifact else None
+            contents[label] = artifact.manifest["content"] if artifact else None
             yield Step(day.name, day.run, name, part, "found" if artifact else "make", fingerprint)
 
 
@@ -156,7 +153,7 @@ def rebuild(name: str, jobs: Mapping[str, Work | None], argv: Sequence[str] | No
                 continue
             for part in STAGES[stage].parts(day.config):
                 entry = _make(stage, part, jobs[stage], day, store)
-                store.record(day.run, stage, part, entry)
+                store.record(day.run, STAGES[stage].label(part), entry)
                 done, found = done + (entry["status"] == "done"), found + (entry["status"] == "found")
         return {"part": arguments.part, "run": day.run, "done": done, "found": found}
 
@@ -169,8 +166,7 @@ def _make(stage: str, part: str, work: Work | None, day: Day, store: ArtifactSto
         from jobs.ml.register import register
 
         return register(argparse.Namespace(run=day.run), day.config, store)
-    source = SOURCES.get(stage)
-    return produce(STAGES[stage], day.run, part, day.config, store, work, source)
+    return produce(STAGES[stage], day.run, part, day.config, store, work)
 
 
 def _with_inputs(stages: Sequence[str], config: RunConfig) -> tuple[str, ...]:
@@ -178,12 +174,8 @@ def _with_inputs(stages: Sequence[str], config: RunConfig) -> tuple[str, ...]:
     wanted = set(stages)
     for name in reversed(STAGES):
         if name in wanted:
-            wanted |= set(STAGES[name].inputs_of(config))
+            wanted |= set(STAGES[name].inputs(config))
     return tuple(name for name in STAGES if name in wanted)
-
-
-def _label(stage: str, part: str) -> str:
-    return f"{stage}.{part}" if part else stage
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

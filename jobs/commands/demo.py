@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import RunConfig, Runtime, load_config
+from crane_core.config import RunConfig, Runtime
+from crane_core.config_file import load_config
 from crane_core.errors import ConfigError, CraneError
 from crane_core.raw.importers import Imported, import_mmrec, import_movielens
 from jobs.commands.airflow import LocalAirflow

@@ -14,7 +14,7 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
-from crane_core.stages import STAGES
+from crane_core.stages import STAGES, WHOLE
 from jobs.commands.steps import Steps, split_failure
 
 RETRAIN = tuple(name for name in STAGES if name != "ml.export")
@@ -42,7 +42,7 @@ def run_stages(
     """
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        for part in STAGES[name].parts(config) if config and name in STAGES else [""]:
+        for part in STAGES[name].parts(config) if config and name in STAGES else (WHOLE,):
             label = f"{name}.{part}" if part else name
             results[label] = run_job(name, [*flags, *(["--part", part] if part else [])], log, steps, label)
     return results

@@ -168,7 +168,7 @@ def _run(store: ArtifactStore, run_id: str, aliases: dict[str, list[str]]) -> di
     done = [
         name
         for name, stage in STAGES.items()
-        if all(store.entry(run_id, name, part) is not None for part in stage.parts(config))
+        if all(store.entry(run_id, label) is not None for label in stage.labels(config))
     ]
     registered = store.entry(run_id, "ml.register") or {}
     version = registered.get("version")

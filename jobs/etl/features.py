@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from crane_core.config import Features, RunConfig
+from crane_core.config import Features
 from crane_core.dataset.interactions import load_ids
 from crane_core.dataset.standardisation import fit_projection, fit_standardisation, projected, standardised
 from crane_core.errors import DataError
@@ -29,7 +29,6 @@ from crane_core.raw.checks import Footer, check_features, read_matrix_rows
 from crane_core.raw.files import FEATURES_FOLDER, MATRIX, list_features, raw_root
 from crane_core.raw.location import Location
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
-from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.matrix import RowWriter, open_matrix
 from jobs.etl.session import open_session, readable, unreadable
 from jobs.etl.tables import tally, write_table
@@ -44,12 +43,6 @@ SCANNED = f"{MODALITY} string, {ITEM_ID} string, {VECTOR} array<float>, {DIM} in
 BATCH_ROWS = 4096
 MALFORMED = ("null_id", "empty_id", "null_vector", "non_finite", "wrong_length")
 """Reasons that speak of broken data and count towards `features.max_quarantine_share`."""
-
-
-def source(config: RunConfig, store: ArtifactStore) -> dict[str, list[list[str | int]]]:
-    """Identity of the raw files the run reads."""
-    listed = list_features(raw_root(config, store.storage.uri), config.features.modalities)
-    return {name: [file.identity for file in files] for name, files in listed.items()}
 
 
 def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]], binary: str = "float32") -> DataFrame:
@@ -284,7 +277,7 @@ def _write_raw_matrices(work: Path, dims: Mapping[str, int], num_items: int) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("etl.features", run, source, argv)
+    return run_stage("etl.features", run, argv)
 
 
 if __name__ == "__main__":

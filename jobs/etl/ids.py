@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
-from crane_core.errors import ConfigError
 from crane_core.schema import COLD, EVENT_TIME, GONE, ITEM_ID, STATE, TITLE, TRAIN, TRAINED, USER_ID
-from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.etl.events import DAY, ITEM_KEY, USER_KEY, key_of, temporal_split
 from jobs.etl.tables import number_rows
 
@@ -31,27 +28,6 @@ class Seen:
 
     ids: DataFrame
     seed: int
-
-
-def base_artifact(config: RunConfig, store: ArtifactStore) -> Artifact | None:
-    """The interactions of the run whose ids are kept; None when `etl.base_run` names none.
-
-    Raises:
-        ConfigError: that run's window does not end before this one's: its ids would come from the future.
-        ArtifactError: that run has no interactions.
-    """
-    run = config.etl.base_run
-    if run is None:
-        return None
-    base = store.artifact(run, "etl.interactions")
-    end = datetime.fromisoformat(base.facts["cutoffs"]["end"])
-    if end >= config.window.end:
-        raise ConfigError(
-            f"etl.base_run={run} ends at {end:%Y-%m-%d %H:%M} UTC, this run at {config.window.end:%Y-%m-%d %H:%M}: "
-            "ids can only be taken from an earlier window.",
-            "Name a run whose window ends before this one's.",
-        )
-    return base
 
 
 def first_seen(valid: DataFrame, config: RunConfig) -> tuple[Seen, Seen]:

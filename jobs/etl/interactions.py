@@ -41,7 +41,8 @@ from crane_core.schema import (
     VALIDATION,
     WEIGHT,
 )
-from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.stages import base_interactions
+from crane_core.storage.artifacts import Artifact
 from jobs.etl.events import (
     CODED_COLUMNS,
     DAY,
@@ -60,7 +61,7 @@ from jobs.etl.events import (
     readable_text,
     with_codes,
 )
-from jobs.etl.ids import base_artifact, first_seen, number_ids
+from jobs.etl.ids import first_seen, number_ids
 from jobs.etl.quality import distribution, heed_drift, measure_drift
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
@@ -72,14 +73,6 @@ logger = logging.getLogger(__name__)
 ROWS_PER_PARTITION = 300_000
 """Rows sorted at a time, few enough to stay near the processor's caches."""
 ROWS_PER_FILE = 4_000_000
-
-
-def source(config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-    """Identity of what the run reads besides its configuration: the raw files, and the ids it goes on from."""
-    root = raw_root(config, store.storage.uri)
-    files = list_interactions(root, config.window, config.etl) + list_items(root)
-    base = base_artifact(config, store)
-    return {"files": [file.identity for file in files], "base": base and base.manifest["content"]}
 
 
 def clean_catalog(items: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -98,7 +91,7 @@ def run(job: Job) -> Result:
     """Run the stage; see the module docstring."""
     config, etl = job.config, job.config.etl
     root = raw_root(config, job.store.storage.uri)
-    base = base_artifact(config, job.store)
+    base = base_interactions(config, job.store)
     if base is not None:
         base.verify()
     footers = check_interactions(list_interactions(root, config.window, etl), config.window, etl)
@@ -309,7 +302,7 @@ def _no_training_rows(num_read: int, config: RunConfig, root: Location) -> DataE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("etl.interactions", run, source, argv)
+    return run_stage("etl.interactions", run, argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jobs.runner import Job, Result
 def build(
     store: ArtifactStore, run_id: str, interactions: Interactions, config: RunConfig, device: torch.device
 ) -> LightGCN:
-    return LightGCN(interactions.num_users, interactions.num_items, config.train)
+    return LightGCN(interactions.num_users, interactions.num_items, config)
 
 
 def run(job: Job) -> Result:

@@ -25,7 +25,7 @@ from crane_core.config import RunConfig
 from crane_core.graph.faiss_search import write_index
 from crane_core.serving.export import write_popular, write_recommendations, write_similar
 from crane_core.serving.model_folder import load_recommender
-from crane_core.stages import STAGES
+from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.desk import take_desk
 from jobs.ml.device import use_device
@@ -45,9 +45,9 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
         return {"status": "skipped", "reason": "There is no champion.", "version": None}
     recorded = store.run(run_id)["config"]
     own = RunConfig.model_validate({**recorded, "runtime": config.runtime.model_dump()})
-    entry = produce(STAGES["ml.export"], run_id, "", own, store, run) | {"version": champion, "champion_run": run_id}
+    entry = produce(STAGES["ml.export"], run_id, WHOLE, own, store, run) | {"version": champion, "champion_run": run_id}
     if run_id != arguments.run:
-        store.record(run_id, "ml.export", "", entry)
+        store.record(run_id, "ml.export", entry)
     return entry
 
 

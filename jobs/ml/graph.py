@@ -35,7 +35,7 @@ def run(job: Job) -> Result:
     use_torch_threads(job.config.runtime)
     use_threads(job.config.runtime.num_threads)
     config = job.config.knn
-    for part in job.input_parts("ml.knn").values():
+    for part in job.input_parts("ml.knn"):
         part.verify()
     shards = [
         (
@@ -44,7 +44,7 @@ def run(job: Job) -> Result:
             open_matrix(part.file("neighbours.npy")),
             open_matrix(part.file("similarities.npy")),
         )
-        for part in job.input_parts("ml.knn").values()
+        for part in job.input_parts("ml.knn")
     ]
     rows = open_matrix(job.input("ml.refine").file("fused_items.npy"))
     neighbours, similarities = merge_shards(shards, len(rows))
@@ -96,7 +96,7 @@ def run(job: Job) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.graph", run, argv=argv)
+    return run_stage("ml.graph", run, argv)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from crane_core.config import RunConfig
 from crane_core.dataset.modalities import Modality, load_modalities
-from crane_core.stages import STAGES
-from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.stages import KNN_BASE, REFINE_BASE, STAGES, base_contents, list_settings
+from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import open_matrix
 from jobs.runner import Job
 
 logger = logging.getLogger(__name__)
-
-REFINE_FROM = ("etl.interactions", "etl.features", "etl.profiles", "ml.refine")
-"""Stages of the earlier run that `ml.refine` reads."""
-KNN_FROM = ("ml.refine", "ml.graph")
-"""Stages of the earlier run that `ml.knn` reads."""
-HOW = {"num_shards", "memory", "certificate_sample", "min_recall"}
-"""Settings of `knn` that say how lists are found and judged, not which they are."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +43,13 @@ class BaseGraph:
     similarities: np.ndarray
 
 
-def base_contents(config: RunConfig, store: ArtifactStore, *stages: str) -> list[str] | None:
-    """Identity of what stages of `etl.base_run` left; None where the run grows from nothing."""
-    run = config.etl.base_run
-    if run is None or config.refine.max_drift == 0:
-        return None
-    entries = [store.entry(run, stage) for stage in stages]
-    return [entry["content"] for entry in entries if entry] if all(entries) else None
-
-
 def find_base(job: Job, modalities: list[Modality]) -> Base | None:
     """What to grow from, if it was made in the same way under the same ids."""
-    if base_contents(job.config, job.store, *REFINE_FROM) is None:
+    if base_contents(job.config, job.store, REFINE_BASE) is None:
         return None
     run = job.config.etl.base_run
     assert run is not None
-    ids, features, profiles, refined = (job.store.artifact(run, name) for name in REFINE_FROM)
+    ids, features, profiles, refined = (job.store.artifact(run, name) for name in REFINE_BASE)
     then = load_modalities(features, profiles)
     widths = [[(each.name, each.items.shape[1]) for each in side] for side in (then, modalities)]
     fits = {
@@ -87,15 +69,14 @@ def find_base(job: Job, modalities: list[Modality]) -> Base | None:
 
 def find_base_graph(job: Job) -> BaseGraph | None:
     """The lists to grow from, if the rows of this run have grown and the lists were found in the same way."""
-    if "growth" not in job.input("ml.refine").facts or base_contents(job.config, job.store, *KNN_FROM) is None:
+    if "growth" not in job.input("ml.refine").facts or base_contents(job.config, job.store, KNN_BASE) is None:
         return None
     run = job.config.etl.base_run
     assert run is not None
-    refined, graph = (job.store.artifact(run, name) for name in KNN_FROM)
+    refined, graph = (job.store.artifact(run, name) for name in KNN_BASE)
     fits = {
         "same_version": graph.manifest["stage_version"] == STAGES["ml.graph"].version,
-        "same_settings": _deciding(graph.manifest["config"]["knn"])
-        == _deciding(job.config.knn.model_dump(mode="json")),
+        "same_settings": list_settings(graph.manifest["config"]["knn"]) == list_settings(job.config.knn.model_dump()),
     }
     if not all(fits.values()):
         logger.warning("build_anew base=%s %s", run, " ".join(f"{name}={fit}" for name, fit in fits.items()))
@@ -104,8 +85,3 @@ def find_base_graph(job: Job) -> BaseGraph | None:
         artifact.verify()
     names = ("neighbours.npy", "similarities.npy")
     return BaseGraph(open_matrix(refined.file("fused_items.npy")), *(open_matrix(graph.file(name)) for name in names))
-
-
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `knn` on which lists of neighbours depend."""
-    return {name: value for name, value in settings.items() if name not in HOW}

@@ -11,20 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from crane_core.config import RunConfig
 from crane_core.graph.faiss_search import use_threads
 from crane_core.graph.growth import grow_neighbours
 from crane_core.graph.lists import find_neighbours
-from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
-from jobs.ml.growth import KNN_FROM, base_contents, find_base_graph
+from jobs.ml.growth import find_base_graph
 from jobs.runner import Job, Result, run_stage
-
-
-def source(config: RunConfig, store: ArtifactStore) -> list[str] | None:
-    """Identity of what the run may grow from."""
-    return base_contents(config, store, *KNN_FROM)
 
 
 def run(job: Job) -> Result:
@@ -49,7 +42,7 @@ def run(job: Job) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.knn", run, source, argv)
+    return run_stage("ml.knn", run, argv)
 
 
 if __name__ == "__main__":

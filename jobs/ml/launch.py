@@ -284,7 +284,7 @@ def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, buil
         interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
         model = build(store, run_id, interactions, config, device)
         with _stop_on_sigterm() as stopping, _live_curve(store_uri, run_id, config, work) as watch:
-            trainer = Trainer(model, interactions, config.train, work, device, stopping, watch)
+            trainer = Trainer(model, interactions, config, work, device, stopping, watch)
             summary = trainer.run()
         users, items = trainer.best_rows()
         if trainer.rank == 0:

@@ -35,22 +35,15 @@ from crane_core.refine.catalog import keys_file, refine_to_files, refined_files
 from crane_core.refine.fit import fit
 from crane_core.refine.growth import choose_anchors, load_selected, outgrown, touched, write_selected
 from crane_core.refine.refiner import Refiner, project_items
-from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.local import LocalStorage
 from crane_core.storage.matrix import blocks, open_matrix
 from crane_core.storage.tensors import load_tensors
 from jobs.ml.device import use_device
-from jobs.ml.growth import REFINE_FROM, Base, base_contents, find_base
+from jobs.ml.growth import Base, find_base
 from jobs.ml.launch import on_ranks, rank
 from jobs.runner import Job, Result, open_store, run_stage
 
 logger = logging.getLogger(__name__)
-
-
-def source(config: RunConfig, store: ArtifactStore) -> list[str | int] | None:
-    """Identity of what the run may grow from, and of what its drift is counted in."""
-    contents = base_contents(config, store, *REFINE_FROM)
-    return None if contents is None else [*contents, config.knn.k]
 
 
 def run(job: Job) -> Result:
@@ -205,7 +198,7 @@ def fuse(refiner: Refiner, source: Path, target: Path, chunk_size: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.refine", run, source, argv)
+    return run_stage("ml.refine", run, argv)
 
 
 if __name__ == "__main__":

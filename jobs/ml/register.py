@@ -24,7 +24,7 @@ from crane_core.release.registry import CANDIDATE, DatasetReference, Registry, R
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import load_recommender, write_model
 from crane_core.serving.probe import make_probe
-from crane_core.stages import STAGES
+from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.runner import run_job, scratch
 
@@ -117,11 +117,7 @@ def _release(
 
 
 def _inputs(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:
-    return {
-        f"{name}.{part}" if part else name: store.artifact(run_id, name, part)
-        for name in STAGES["ml.register"].inputs
-        for part in STAGES[name].parts(config)
-    }
+    return {label: store.artifact(run_id, label) for label in input_labels(STAGES["ml.register"], config)}
 
 
 def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

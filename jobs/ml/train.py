@@ -1,6 +1,6 @@
 """Train CRANE to its best validation recall: `python -m jobs.ml.train --store URI --run RUN_ID`.
 
-With `train.mode=joint` the RCA weights that `ml.refine` has fitted go on learning and the item graph moves with them.
+With `crane.mode=joint` the RCA weights that `ml.refine` has fitted go on learning and the item graph moves with them.
 
 Leaves `embeddings.safetensors` (`user_embeddings` and `item_embeddings`, scores are their dot products): CRANE's rows
 beside the behavioural view, at the share the validation split trusts them with. Also `weights.safetensors`,
@@ -35,19 +35,19 @@ def build(
 ) -> Crane:
     refined = store.artifact(run_id, "ml.refine")
     content: Content | JointContent
-    if config.train.mode == "joint":
+    if config.crane.mode == "joint":
         modalities = load_modalities(store.artifact(run_id, "etl.features"), store.artifact(run_id, "etl.profiles"))
         fitted = load_tensors(refined.file("rca.safetensors"))
-        content = joint_content(modalities, fitted, config.refine, config.knn, config.train, device)
+        content = joint_content(modalities, fitted, config.refine, config.knn, config.crane, device)
     else:
-        with_users = config.train.reads_users
+        with_users = config.crane.reads_users
         content = load_content(refined, store.artifact(run_id, "ml.graph"), device, with_users)
-    return Crane(interactions.num_users, interactions.num_items, content, config.train)
+    return Crane(interactions.num_users, interactions.num_items, content, config)
 
 
 def item_graph(job: Job) -> SymmetricGraph:
     """The item graph of the best epoch."""
-    if job.config.train.mode == "joint":
+    if job.config.crane.mode == "joint":
         return neighbour_graph(load_tensors(job.out / "weights.safetensors")["content.neighbours"])
     return load_graph(job.input("ml.graph"), torch.device("cpu"))
 
@@ -56,7 +56,7 @@ def run(job: Job) -> Result:
     summary, users, items = train(job, build)
     behaviour = load_embeddings(job.input("ml.behaviour"))
     interactions = load_interactions(job.input("etl.interactions"))
-    trust = choose_trust(behaviour, (users, items), item_graph(job), interactions, job.config.train)
+    trust = choose_trust(behaviour, (users, items), item_graph(job), interactions, job.config)
     logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", trust.share, trust.recall, trust.curve[0][1])
     save_embeddings(job.out, *trust.rows)
     (job.out / "trust.json").write_text(json.dumps({"share": trust.share, "curve": trust.curve}))

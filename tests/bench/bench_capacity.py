@@ -31,8 +31,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crane_core.capacity import WORK, fit
-from crane_core.config import RunConfig, load_config
-from crane_core.stages import STAGES
+from crane_core.config import RunConfig
+from crane_core.config_file import load_config
+from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.runner import open_store
 
@@ -95,7 +96,7 @@ def measure(store_path: Path, raw: Path, settings: list[str]) -> dict[str, Any]:
     config = load_config(None, settings)
     seconds: dict[str, float] = {}
     for name in JOBS:
-        for part in STAGES[name].parts(config) if name in STAGES else [""]:
+        for part in STAGES[name].parts(config) if name in STAGES else (WHOLE,):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             command = [sys.executable, "-m", f"jobs.{name}", *flags, *(["--part", part] if part else [])]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -117,9 +118,9 @@ def stages_of(store: ArtifactStore, run_id: str, config: RunConfig) -> dict[str,
     stages: dict[str, Any] = {}
     for name, stage in STAGES.items():
         parts = stage.parts(config)
-        if name == "ml.register" or store.entry(run_id, name, parts[0]) is None:
+        if name == "ml.register" or store.entry(run_id, stage.label(parts[0])) is None:
             continue
-        found = [store.artifact(run_id, name, part) for part in parts]
+        found = [store.artifact(run_id, stage.label(part)) for part in parts]
         for artifact in found:
             artifact.verify()
         stages[name] = {

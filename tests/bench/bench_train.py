@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crane_core.config import Train
+from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions, ItemLists, load_interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks, rank_users
@@ -55,6 +55,7 @@ from crane_core.storage.artifacts import Artifact
 from crane_core.training.negatives import NegativeSampler
 from crane_core.training.trainer import Trainer
 from tests.bench.bench_rca import device_name, status_bytes
+from tests.worlds.settings import changed, model_config
 
 PEER_BATCH = 2048
 REPEATS = 1.035
@@ -66,7 +67,7 @@ LIMIT = 1e-4
 class Peer:
     """LightGCN as the reference implementations train it."""
 
-    def __init__(self, interactions: Interactions, config: Train, device: torch.device) -> None:
+    def __init__(self, interactions: Interactions, config: ModelConfig, device: torch.device) -> None:
         self.interactions, self.config, self.device = interactions, config, device
         self.num_users = interactions.num_users
         self.users, self.items = interactions.train.users(), interactions.train.items
@@ -75,13 +76,13 @@ class Peer:
         self.adjacency = torch.sparse_coo_tensor(places, torch.from_numpy(graph.data), graph.shape).coalesce()
         self.adjacency = self.adjacency.to(device)
         self.ids = LightGCN(self.num_users, interactions.num_items, config).ids.detach().to(device).requires_grad_()
-        self.optimiser = torch.optim.Adam([self.ids], lr=config.learning_rate)
+        self.optimiser = torch.optim.Adam([self.ids], lr=config.train.learning_rate)
         self.sampler = NegativeSampler(interactions.train, interactions.num_items)
-        self.generator = np.random.default_rng(config.seed)
+        self.generator = np.random.default_rng(config.train.seed)
 
     def rows(self) -> Tensor:
         layers = [self.ids]
-        for _ in range(self.config.num_layers):
+        for _ in range(self.config.lightgcn.num_layers):
             layers.append(torch.sparse.mm(self.adjacency, layers[-1]))
         return torch.stack(layers).mean(0)
 
@@ -90,7 +91,7 @@ class Peer:
         user, positive, negative = users, positives + self.num_users, negatives + self.num_users
         scores = (rows[user] * rows[positive]).sum(1), (rows[user] * rows[negative]).sum(1)
         norm = sum(self.ids[nodes].square().sum() for nodes in (user, positive, negative))
-        return F.softplus(scores[1] - scores[0]).mean() + self.config.regularisation / 2 * norm / len(users)
+        return F.softplus(scores[1] - scores[0]).mean() + self.config.lightgcn.regularisation / 2 * norm / len(users)
 
     def step(self, picked: np.ndarray) -> float:
         users = self.users[picked]
@@ -118,9 +119,9 @@ def main() -> int:
     parser.add_argument("--num-neighbours", type=int, help="ours propagates over sampled graphs")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=Train().learning_rate)
+    parser.add_argument("--learning-rate", type=float, default=model_config().train.learning_rate)
     parser.add_argument("--peer-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--patience", type=int, default=Train().patience)
+    parser.add_argument("--patience", type=int, default=model_config().train.patience)
     parser.add_argument("--num-epochs", type=int, default=1000, help="bound with --data")
     parser.add_argument("--steps", type=int, default=10, help="of each side")
     parser.add_argument("--whole", action="store_true")
@@ -133,7 +134,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = Train(
+    config = model_config(
         embedding_dim=args.dim,
         num_layers=args.layers,
         learning_rate=args.learning_rate,
@@ -168,9 +169,9 @@ def main() -> int:
     return 0
 
 
-def check(interactions: Interactions, config: Train, folder: Path, device: torch.device) -> float:
+def check(interactions: Interactions, config: ModelConfig, folder: Path, device: torch.device) -> float:
     """Largest relative difference of propagated rows and of the gradient of one batch to those of the peer."""
-    single = config.model_copy(update={"batch_size": PEER_BATCH, "batches_per_step": 1})
+    single = changed(config, batch_size=PEER_BATCH, batches_per_step=1)
     trainer = make_trainer(interactions, single, folder, device)
     peer = Peer(interactions, single, device)
     batch = trainer._batch(np.arange(min(PEER_BATCH, len(trainer.users))), np.random.default_rng(0))
@@ -183,14 +184,14 @@ def check(interactions: Interactions, config: Train, folder: Path, device: torch
 
 
 def compare(
-    interactions: Interactions, args: argparse.Namespace, config: Train, folder: Path, device: torch.device
+    interactions: Interactions, args: argparse.Namespace, config: ModelConfig, folder: Path, device: torch.device
 ) -> dict[str, Any]:
     """Steps of both sides in turn, the first of each not counted."""
     trainer = make_trainer(interactions, config, folder, device)
     graph = trainer._epoch_graph()
-    peer = Peer(interactions, config.model_copy(update={"learning_rate": args.peer_learning_rate}), device)
+    peer = Peer(interactions, changed(config, learning_rate=args.peer_learning_rate), device)
     generator = np.random.default_rng(0)
-    size = min(config.batch_size * config.batches_per_step, len(trainer.users))
+    size = min(config.train.batch_size * config.train.batches_per_step, len(trainer.users))
 
     def ours() -> int:
         picked = generator.permutation(len(trainer.users))[:size]
@@ -226,7 +227,7 @@ def compare(
 
 
 def train_both(
-    interactions: Interactions, args: argparse.Namespace, config: Train, folder: Path, device: torch.device
+    interactions: Interactions, args: argparse.Namespace, config: ModelConfig, folder: Path, device: torch.device
 ) -> dict[str, Any]:
     """Validation Recall@20 of both sides at their best epoch, and the seconds spent."""
     work = folder / "ours"
@@ -234,10 +235,10 @@ def train_both(
     started = time.process_time()
     summary = make_trainer(interactions, config, work, device).run()
     seconds = {"ours": time.process_time() - started}
-    peer = Peer(interactions, config.model_copy(update={"learning_rate": args.peer_learning_rate}), device)
-    users = interactions.validation_users(config.validation_users, config.seed)
+    peer = Peer(interactions, changed(config, learning_rate=args.peer_learning_rate), device)
+    users = interactions.validation_users(config.train.validation_users, config.train.seed)
     best, best_epoch, epoch, started = -1.0, -1, 0, time.process_time()
-    while epoch - best_epoch <= config.patience and epoch < config.num_epochs:
+    while epoch - best_epoch <= config.train.patience and epoch < config.train.num_epochs:
         peer.epoch()
         with torch.no_grad():
             rows = peer.rows().cpu()
@@ -257,7 +258,7 @@ def train_both(
     }
 
 
-def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: torch.device) -> dict[str, Any]:
+def run_whole(args: argparse.Namespace, config: ModelConfig, folder: Path, device: torch.device) -> dict[str, Any]:
     """From Parquet shards to a ranking of all users."""
     parts: dict[str, dict[str, float]] = {"seconds": {}, "cpu_seconds": {}}
     clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
@@ -277,7 +278,7 @@ def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: tor
     part("read_shards")
     trainer = make_trainer(interactions, config, folder, device, args.crane)
     part("adjacency_and_state")
-    size = config.batch_size * config.batches_per_step
+    size = config.train.batch_size * config.train.batches_per_step
     num_steps = -(-len(trainer.users) // size)
     graph = trainer._epoch_graph()
     part("epoch_graph")
@@ -321,7 +322,7 @@ def run_whole(args: argparse.Namespace, config: Train, folder: Path, device: tor
 
 
 def make_trainer(
-    interactions: Interactions, config: Train, folder: Path, device: torch.device, crane: bool = False
+    interactions: Interactions, config: ModelConfig, folder: Path, device: torch.device, crane: bool = False
 ) -> Trainer:
     sizes = interactions.num_users, interactions.num_items
     model = Crane(*sizes, random_content(*sizes, device), config) if crane else LightGCN(*sizes, config)

@@ -188,8 +188,9 @@ def test_a_retraining_tidies_up_however_it_ends(dags):
 def test_every_stage_runs_after_the_stages_it_reads(dags):
     """The order here and the table of the jobs' environment say the same."""
     program = (
-        "import json; from crane_core.stages import STAGES; "
-        "print(json.dumps({name: stage.inputs + stage.joint_inputs for name, stage in STAGES.items()}))"
+        "import json; from crane_core.config_file import load_config; from crane_core.stages import STAGES; "
+        "joint = load_config('joint', ['window.start=2026-01-01', 'window.end=2026-01-02']); "
+        "print(json.dumps({name: stage.inputs(joint) for name, stage in STAGES.items()}))"
     )
     python = PROJECT / ".venv" / "bin" / "python"
     inputs = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)

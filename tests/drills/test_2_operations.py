@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from crane_core.stages import STAGES
 from jobs.runner import open_store
 from tests.drills.conftest import Deployment
 from tests.worlds.services import PATIENCE, children, small_disk, until
@@ -55,7 +56,7 @@ def test_a_dry_run_prints_what_a_run_makes(deployment: Deployment) -> None:
     assert planned(airflow.log("crane_backfill", run_id, "plan")) == plan
     assert airflow.states("crane_backfill", run_id)["etl"] == ["success"] * 2
     for _, run, stage, part, _, fingerprint in plan:
-        entry = store.entry(run, stage, part)
+        entry = store.entry(run, STAGES[stage].label(part))
         assert entry is not None and entry["status"] == "done"
         assert fingerprint in ("None", entry["fingerprint"])
     # Once more: all is found, nothing runs.

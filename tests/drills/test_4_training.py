@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from crane_core.config import load_config
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
 from jobs.runner import open_store
 from tests.jobs.test_ml import SETTINGS, flags, plant
@@ -29,7 +29,7 @@ def prepare(folder: Path) -> Path:
     plant(folder / "store", folder / "scratch")
     store = open_store(str(folder / "store"))
     store.start_run("long", load_config(None, [*SETTINGS, *LONG]))
-    store.record("long", "etl.interactions", "", store.entry("planted", "etl.interactions") or {})
+    store.record("long", "etl.interactions", store.entry("planted", "etl.interactions") or {})
     return folder / "store"
 
 

@@ -54,7 +54,7 @@ def test_a_second_demo_finds_every_stage(world: World) -> None:
     assert second.out[:-1] == world.first.out[:-1]
     for name, stage in STAGES.items():
         for part in ["0", "1"] if name == "ml.knn" else [""]:
-            entry = store.entry(world.run, stage.name, part)
+            entry = store.entry(world.run, stage.label(part))
             assert entry is not None and entry["status"] == "found", (name, part)
     assert second.json["seconds"] < world.first.json["seconds"]
 

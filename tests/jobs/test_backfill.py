@@ -9,6 +9,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
+from crane_core.stages import STAGES
 from jobs.backfill import check, content, etl, plan
 from jobs.etl import interactions
 from jobs.runner import open_store
@@ -103,7 +104,7 @@ def test_what_a_dry_run_says_is_what_a_run_makes(spark: SparkSession, backfill: 
     assert backfill.job(check, argv)["found"] == 14
     store = open_store(str(backfill.root))
     for step in planned:
-        entry = store.entry(step["run"], step["stage"], step["part"])
+        entry = store.entry(step["run"], STAGES[step["stage"]].label(step["part"]))
         assert entry is not None and entry["status"] == {"found": "found", "make": "done"}[step["state"]], step
         if step["fingerprint"] != "None":
             assert entry["fingerprint"] == step["fingerprint"]

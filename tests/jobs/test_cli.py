@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from crane_core.config import Runtime, load_config
+from crane_core.config import Runtime
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
 from jobs import cli
 from jobs.commands import airflow, demo, doctor, local, place

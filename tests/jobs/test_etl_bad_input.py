@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from crane_core.config import Etl, RunConfig, load_config
+from crane_core.config import Etl, RunConfig
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_DATA, EXIT_OK, DataError
 from crane_core.raw.checks import check_interactions
 from crane_core.raw.files import list_interactions

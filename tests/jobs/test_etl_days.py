@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from crane_core.config import load_config
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, EXIT_OK
 from crane_core.raw.generator import DIRT, Plan, generate, make_world
 from crane_core.raw.importers import import_movielens
@@ -324,7 +324,7 @@ def test_another_base_is_another_fingerprint(spark: SparkSession, tmp_path: Path
         (folder / "users").write_text(content)
         facts = {"cutoffs": {"end": "2026-01-09T00:00:00+00:00"}}
         store.publish(folder, {"stage": "etl.interactions", "fingerprint": content, "facts": facts})
-        store.record("one", "etl.interactions", "", {"fingerprint": content})
+        store.record("one", "etl.interactions", {"fingerprint": content})
         found.append(interactions.source(load_config(None, settings), store))
     assert found[0]["files"] == found[1]["files"] and found[0]["base"] != found[1]["base"]
 
@@ -362,7 +362,7 @@ def replay(movielens: Path, folder: Path, step: int, stages: Sequence[str] = ("i
         run = f"until-{end}"
         assert etl(store, raw, run, arrived[0], end, stages, etl__base_run="previous", **settings) == EXIT_OK
         # What the training would leave: `previous` is a run that got as far.
-        open_store(str(store)).record(run, "ml.graph", "", {"status": "done"})
+        open_store(str(store)).record(run, "ml.graph", {"status": "done"})
         assert open_store(str(store)).run(run)["config"]["etl"]["base_run"] == before
         before = run
         for kind, names in known.items():

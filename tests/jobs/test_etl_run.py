@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from crane_core.config import load_config
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK
 from crane_core.raw.importers import import_mmrec
 from crane_core.schema import INTERACTIONS
@@ -505,7 +505,7 @@ def test_wrong_feature_files_are_errors(
     store.publish(tmp_path / "made", manifest)
     flags = {**SETTINGS, **{key.replace("__", "."): value for key, value in settings.items()}}
     store.start_run("r", load_config(None, [f"{key}={value}" for key, value in flags.items()]))
-    store.record("r", "etl.interactions", "", {"fingerprint": "given"})
+    store.record("r", "etl.interactions", {"fingerprint": "given"})
     path = raw / "features" / "text" / "part-0.parquet"
     if damage == "remove":
         shutil.rmtree(raw / "features")

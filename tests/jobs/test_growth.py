@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from crane_core.config import load_config
+from crane_core.config_file import load_config
 from crane_core.dataset.modalities import Modality
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
 from crane_core.graph.exact import search
@@ -50,7 +50,7 @@ def flags(store: Path, run: str, day: int, *settings: str) -> list[str]:
 def publish(store: ArtifactStore, run: str, stage: str, folder: Path, facts: dict) -> None:
     fingerprint = f"{run}-{stage}"
     artifact = store.publish(folder, {"stage": stage, "part": "", "fingerprint": fingerprint, "facts": facts})
-    store.record(run, stage, "", {"fingerprint": fingerprint, "content": artifact.manifest["content"]})
+    store.record(run, stage, {"fingerprint": fingerprint, "content": artifact.manifest["content"]})
 
 
 def modalities(new_items: int = 0, new_users: int = 0, changed: tuple[int, ...] = ()) -> list[Modality]:
@@ -170,7 +170,7 @@ def test_the_lists_are_those_of_a_search_from_nothing(grown: Path) -> None:
     expected = search(rows, range(len(rows)), 5)
     np.testing.assert_array_equal(np.load(found.file("neighbours.npy")), expected[0])
     np.testing.assert_array_equal(np.load(found.file("similarities.npy")), expected[1])
-    parts = [store.artifact("two", "ml.knn", part).facts for part in "01"]
+    parts = [store.artifact("two", f"ml.knn.{part}").facts for part in "01"]
     assert [part["num_touched"] for part in parts] == [15, 15]
     assert 15 < sum(part["num_searched"] for part in parts) < len(rows)
 
@@ -225,7 +225,7 @@ def test_lists_grow_while_the_settings_that_decide_them_stay(
     plant(grown, tmp_path, "three", modalities(20, 3, (4, 50, 119)), "two")
     for job, part in ((refine, []), (knn, ["--part", "0"])):
         assert job.main([*flags(grown, "three", 3, "etl.base_run=two", *settings), *part]) == EXIT_OK
-    assert ("num_touched" in open_store(str(grown)).artifact("three", "ml.knn", "0").facts) == grows
+    assert ("num_touched" in open_store(str(grown)).artifact("three", "ml.knn.0").facts) == grows
 
 
 @pytest.mark.parametrize(("stage", "job"), [("ml.refine", refine), ("ml.graph", knn)])
@@ -237,7 +237,7 @@ def test_what_another_version_left_is_not_grown_from(
     monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], version=99))
     part = [] if job is refine else ["--part", "0"]
     assert job.main([*flags(grown, "three", 3, "etl.base_run=two"), *part]) == EXIT_OK
-    found = open_store(str(grown)).artifact("three", "ml.refine" if job is refine else "ml.knn", "".join(part[1:]))
+    found = open_store(str(grown)).artifact("three", ".".join(["ml.refine" if job is refine else "ml.knn", *part[1:]]))
     assert not {"growth", "num_touched"} & set(found.facts)
 
 
@@ -279,10 +279,10 @@ def test_previous_is_the_run_of_the_latest_earlier_window(tmp_path: Path, capsys
     for run, day in (("a", 1), ("c", 3), ("b", 2), ("unfinished", 4), ("later", 7)):
         assert plan.main(flags(path, run, day)) == EXIT_OK
         if run != "unfinished":
-            store.record(run, "ml.graph", "", {"fingerprint": "x"})
+            store.record(run, "ml.graph", {"fingerprint": "x"})
     assert plan.main(flags(path, "today", 5, "etl.base_run=previous")) == EXIT_OK
     assert store.recorded_config("today")["etl"]["base_run"] == "c"
-    store.record("unfinished", "ml.graph", "", {"fingerprint": "x"})
+    store.record("unfinished", "ml.graph", {"fingerprint": "x"})
     assert plan.main(flags(path, "today", 5, "etl.base_run=previous")) == EXIT_OK, "a run keeps what it started with"
     assert store.recorded_config("today")["etl"]["base_run"] == "c"
     assert plan.main(flags(path, "first", 1, "etl.base_run=previous")) == EXIT_OK

@@ -65,7 +65,7 @@ def test_second_run_finds_what_the_first_made(
 def test_changed_input_or_source_is_never_served_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def work(job: Job) -> Result:
         (job.out / "rows.txt").write_text(version)
-        return Result({"given": job.input("etl.interactions").facts if job.stage.inputs else {}})
+        return Result({"given": job.input("etl.interactions").facts if job.stage.inputs(job.config) else {}})
 
     seen = []
     for version in ("one", "one", "two"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crane_core.capacity import FORMS, TERMS, WORK, Size, estimate, fit, load_constants, recommend
-from crane_core.config import preset_names
+from crane_core.config_file import preset_names
 from crane_core.errors import ConfigError
 from jobs import cli
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crane_core.config import RunConfig, load_config, preset_names
+from crane_core.config import RunConfig
+from crane_core.config_file import load_config, preset_names
 from crane_core.errors import ConfigError
 
 WINDOW = ["window.start=2026-01-05", "window.end=2026-01-06"]

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from crane_core.config import RunConfig, load_config
+from crane_core.config import RunConfig
+from crane_core.config_file import load_config
 from crane_core.schema import TEST, TRAIN
 from crane_core.storage.artifacts import Artifact
 from jobs.ml import evaluate
@@ -189,7 +190,5 @@ def _publish(store: Path, run_id: str, stage: str, folder: Path, facts: dict) ->
         "peak_bytes": 300_000_000,
     }
     artifact = artifacts.publish(folder, manifest)
-    artifacts.record(
-        run_id, stage, "", {"status": "done", "fingerprint": run_id, "content": artifact.manifest["content"]}
-    )
+    artifacts.record(run_id, stage, {"status": "done", "fingerprint": run_id, "content": artifact.manifest["content"]})
     return artifact

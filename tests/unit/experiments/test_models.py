@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crane_core.config import Features, Refine, Train, preset_names
+from crane_core.config import Features, Refine, Train
+from crane_core.config_file import preset_names
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError
 from crane_core.evaluation.baselines import item_knn

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users
@@ -23,9 +22,10 @@ from crane_core.model.views import Batch
 from crane_core.training.trainer import Trainer
 from tests.unit.refine.test_fit import planted_modalities
 from tests.worlds.planted import checkerboard
+from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")
-TRAIN = Train(embedding_dim=6, batch_size=64, num_epochs=3)
+TRAIN = model_config(embedding_dim=6, batch_size=64, num_epochs=3)
 FREEDOM = FreedomSettings(k=4, modality_weights=(0.3, 0.7), feature_weight=0.5, learning_rate=0.02)
 MGCN = MgcnSettings(k=4, contrast_weight=0.3, regularisation=0.05, learning_rate=0.02)
 BATCH = Batch(torch.tensor([0, 7, 7, 31]), torch.tensor([2, 9, 10, 27]), torch.tensor([20, 1, 30, 3]))
@@ -36,7 +36,7 @@ def build(
 ) -> Freedom | Mgcn:
     interactions, features = checkerboard(), [modality.items for modality in planted_modalities(noise=0.5)]
     settings = settings or (FREEDOM if kind is Freedom else MGCN)
-    config = settings.applied(TRAIN.model_copy(update={"seed": seed}))
+    config = settings.applied(changed(TRAIN, seed=seed))
     return kind(interactions.num_users, interactions.num_items, features, config, settings)  # type: ignore[arg-type]
 
 
@@ -200,7 +200,7 @@ def test_the_losses_of_the_ranks_add_up(kind: type) -> None:
 
 def train(model: LightGCN, work: Path, **changes: object) -> Trainer:
     work.mkdir()
-    trainer = Trainer(model, checkerboard(), model.config.model_copy(update=changes), work, CPU)
+    trainer = Trainer(model, checkerboard(), changed(model.config, **changes), work, CPU)
     trainer.run()
     return trainer
 
@@ -229,8 +229,8 @@ def test_the_planted_answer_is_found(kind: type, settings: FreedomSettings | Mgc
 def test_settings_reach_the_trainer() -> None:
     freedom, mgcn = build(Freedom), build(Mgcn)
     assert freedom.edge_dropout == 0.8 and mgcn.edge_dropout == 0
-    assert freedom.config.learning_rate == mgcn.config.learning_rate == 0.02
-    assert (freedom.config.regularisation, mgcn.config.regularisation) == (0, 0.05)
+    assert freedom.config.train.learning_rate == mgcn.config.train.learning_rate == 0.02
+    assert (freedom.config.lightgcn.regularisation, mgcn.config.lightgcn.regularisation) == (0, 0.05)
 
 
 def test_without_weights_every_modality_counts_the_same() -> None:

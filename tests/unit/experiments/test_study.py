@@ -18,7 +18,8 @@ import pytest
 import torch
 import yaml
 
-from crane_core.config import Phi, load_config
+from crane_core.config import Phi
+from crane_core.config_file import load_config
 from crane_core.dataset.interactions import ItemLists
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, DataError, TrainingError
 from crane_core.evaluation.metrics import user_metrics

@@ -126,7 +126,7 @@ def test_a_manifest_that_is_no_object(store: ArtifactStore, artifact: Path, text
 
 @pytest.mark.parametrize("fingerprint", ["../../etc.features/f", "..", "", "a/b", None, 3.5, ["f"]])
 def test_a_run_record_that_leads_elsewhere(store: ArtifactStore, fingerprint: Any) -> None:
-    store.record("r", STAGE, "", {"fingerprint": fingerprint})
+    store.record("r", STAGE, {"fingerprint": fingerprint})
     with pytest.raises(ArtifactError):
         store.artifact("r", STAGE)
 

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from crane_core.config import Knn, Refine, Train
+from crane_core.config import Knn, ModelConfig, Refine
 from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import brute_force
 from crane_core.model import content as content_module
@@ -23,23 +23,24 @@ from crane_core.refine.refiner import Refiner
 from crane_core.training.trainer import Trainer
 from tests.unit.refine.test_fit import halves, planted_modalities
 from tests.worlds.planted import checkerboard
+from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")
 REFINE = Refine(embedding_dim=8, num_steps=5, batch_size=64, num_recursions=2)
 KNN = Knn(k=4)
-TRAIN = Train(embedding_dim=8, batch_size=64, num_epochs=4, learning_rate=0.02, mode="joint", num_negatives=32)
+TRAIN = model_config(embedding_dim=8, batch_size=64, num_epochs=4, learning_rate=0.02, mode="joint", num_negatives=32)
 FORMS = [{}, {"semantic_users": "profiles"}, {"semantic_items": "content", "semantic_users": "profiles", "loss": "bpr"}]
 
 
-def start(modalities: list[Modality], train: Train = TRAIN, refine: Refine = REFINE) -> JointContent:
-    return joint_content(modalities, {}, refine, KNN, train.model_copy(update={"joint_start": "scratch"}), CPU)
+def start(modalities: list[Modality], train: ModelConfig = TRAIN, refine: Refine = REFINE) -> JointContent:
+    return joint_content(modalities, {}, refine, KNN, changed(train, joint_start="scratch").crane, CPU)
 
 
 def fitted(modalities: list[Modality]) -> Refiner:
     return fit(modalities, checkerboard().train, "sum", REFINE)[0]
 
 
-def trainer(work: Path, content: Content | JointContent, config: Train = TRAIN) -> Trainer:
+def trainer(work: Path, content: Content | JointContent, config: ModelConfig = TRAIN) -> Trainer:
     work.mkdir(exist_ok=True)
     interactions = checkerboard()
     model = Crane(interactions.num_users, interactions.num_items, content, config)
@@ -69,7 +70,7 @@ def test_features_in_half_precision_are_used_in_full(tmp_path: Path) -> None:
 def test_gradients_reach_every_weight_that_takes_part(num_modalities: int, form: dict, tmp_path: Path) -> None:
     two = planted_modalities()
     modalities = [*two, *two[1:]][:num_modalities]
-    config = TRAIN.model_copy(update=form)
+    config = changed(TRAIN, **form)
     found = gradients(trainer(tmp_path, start(modalities, config), config))
     assert found.pop("content.refiner.fusion") is None, "it decides the graph alone"
     missing = found.pop("content.refiner.missing")
@@ -122,13 +123,14 @@ def reference_loss(weights: dict[str, Tensor], ours: Trainer, drawn: Batch, phi:
     z = e + h
     users_, items_, others = drawn.users, drawn.positives + num_users, drawn.negatives + num_users
     ranking = -torch.log(torch.sigmoid((z[users_] * (z[items_] - z[others])).sum(1))).mean()
-    penalty = config.regularisation / 2 * sum((ids[nodes] ** 2).sum() for nodes in (users_, items_, others))
+    penalty = config.lightgcn.regularisation / 2 * sum((ids[nodes] ** 2).sum() for nodes in (users_, items_, others))
     contrast = torch.zeros((), dtype=torch.float64)
     for nodes in (users_, items_):
         distinct = sorted(set(nodes.tolist()))
-        cosines = torch.cosine_similarity(e[distinct][:, None], h[distinct][None], dim=2) / config.temperature
+        cosines = torch.cosine_similarity(e[distinct][:, None], h[distinct][None], dim=2)
+        cosines = cosines / config.crane.contrast_temperature
         contrast = contrast - torch.diagonal(cosines.log_softmax(1)).mean()
-    return ranking + penalty / len(users_) + config.contrast_weight * contrast
+    return ranking + penalty / len(users_) + config.crane.contrast_weight * contrast
 
 
 RECURSION = ("joint", "joint_bias", "correlation", "hidden")
@@ -142,7 +144,7 @@ def symmetric(adjacency: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("phi", ["linear", "softmax", "tanh"])
 def test_one_step_equals_the_step_by_hand(phi: str, tmp_path: Path) -> None:
-    config = TRAIN.model_copy(update=FORMS[-1] | {"own_content": False, "trust": "none", "contrast_weight": 0.1})
+    config = changed(TRAIN, **(FORMS[-1] | {"own_content": False, "semantic_weight": "none", "contrast_weight": 0.1}))
     refine = REFINE.model_copy(update={"phi": phi})
     ours = trainer(tmp_path, start(planted_modalities(), config, refine), config)
     before = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
@@ -165,7 +167,7 @@ def test_one_step_equals_the_step_by_hand(phi: str, tmp_path: Path) -> None:
         # Adam's first step: every entry moves by the learning rate against the sign of its gradient.
         clear = expected.abs() > 1e-2 * largest + 1e-6
         moved = (parameter.detach() - before[name]).double()[clear]
-        torch.testing.assert_close(moved, -config.learning_rate * expected[clear].sign(), rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(moved, -config.train.learning_rate * expected[clear].sign(), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,7 +179,7 @@ def test_with_frozen_weights_joint_is_staged_bit_for_bit(form: dict, tmp_path: P
     graph = neighbour_graph(torch.from_numpy(brute_force(fused, np.arange(len(fused)), KNN.k)))
     frozen = Content(torch.nn.functional.normalize(items, dim=2), graph, torch.nn.functional.normalize(users, dim=2))
     ended = []
-    config = TRAIN.model_copy(update=form)
+    config = changed(TRAIN, **form)
     for name, learns in (("staged", None), ("still", False), ("joint", True)):
         content: Content | JointContent = frozen
         if learns is not None:
@@ -193,7 +195,7 @@ def test_with_frozen_weights_joint_is_staged_bit_for_bit(form: dict, tmp_path: P
 
 
 def finish(work: Path) -> tuple[dict, list, dict[str, Tensor]]:
-    config = TRAIN.model_copy(update={"checkpoint_steps": 2})
+    config = changed(TRAIN, checkpoint_steps=2)
     ours = trainer(work, start(planted_modalities(), config), config)
     result = ours.run()
     result.pop("seconds")
@@ -232,7 +234,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
 
 def test_the_graph_is_that_of_the_rows_and_moves_when_it_is_due(tmp_path: Path) -> None:
     modalities = planted_modalities()
-    content = start(modalities, TRAIN.model_copy(update={"graph_epochs": 2}))
+    content = start(modalities, changed(TRAIN, graph_epochs=2))
 
     def expected() -> Tensor:
         items, _, _ = refine_catalog(content.refiner, modalities, REFINE.chunk_size)
@@ -269,7 +271,7 @@ def test_the_best_rows_rank_with_the_graph_of_their_epoch(tmp_path: Path, monkey
     assert np.array_equal(ours.model.content.graph.matrix.toarray(), neighbour_graph(graphs[1]).matrix.toarray())
 
 
-RANKED = TRAIN.model_copy(update={"num_epochs": 3, "batch_size": 61, "semantic_users": "profiles"})
+RANKED = changed(TRAIN, num_epochs=3, batch_size=61, semantic_users="profiles")
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:

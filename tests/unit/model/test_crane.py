@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from crane_core.config import Train
 from crane_core.model.content import Content
 from crane_core.model.crane import Crane, fill_cold
 from crane_core.model.lightgcn import POWERS, LightGCN
@@ -22,6 +21,7 @@ from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model.views import Batch, Views
+from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")
 NUM_USERS, NUM_ITEMS, DIM, WIDTH = 6, 8, 3, 4
@@ -29,7 +29,7 @@ NUM_USERS, NUM_ITEMS, DIM, WIDTH = 6, 8, 3, 4
 PAIRS = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 3), (2, 4), (3, 4), (3, 5), (3, 0), (4, 6)]
 EDGES = [(0, 1), (1, 2), (2, 3), (4, 5), (5, 6), (6, 7), (0, 7), (2, 5)]
 FORMS = [
-    dict(zip(("semantic_items", "semantic_users", "own_content", "trust"), form, strict=True))
+    dict(zip(("semantic_items", "semantic_users", "own_content", "semantic_weight"), form, strict=True))
     for form in itertools.product(("ids", "content"), ("items", "profiles"), (True, False), ("gate", "scale", "none"))
 ]
 BATCH = Batch(torch.tensor([0, 3, 3, 1, 4]), torch.tensor([2, 4, 5, 3, 6]), torch.tensor([4, 1, 2, 6, 0]))
@@ -60,15 +60,16 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 def crane(**settings: object) -> Crane:
     """A model in double precision whose parameters are all away from their first values."""
-    config = Train(
+    config = model_config(
         embedding_dim=DIM,
         num_layers=3,
         num_item_layers=2,
         regularisation=0.3,
         contrast_weight=0.7,
-        temperature=0.4,
+        contrast_temperature=0.4,
         ranking_temperature=0.25,
-    ).model_copy(update=settings)
+    )
+    config = changed(config, **settings)
     content = Content(
         draw(1, NUM_ITEMS, 2, WIDTH), SymmetricGraph(sp.csr_array(item_matrix()), CPU), draw(2, NUM_USERS, 2, WIDTH)
     )
@@ -88,18 +89,18 @@ def plain_views(model: Crane) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for user, item in PAIRS:
         value = 1 / math.sqrt(degrees[user] * degrees[NUM_USERS + item])
         adjacency[user, NUM_USERS + item] = adjacency[NUM_USERS + item, user] = value
-    behaviour = sum(np.linalg.matrix_power(adjacency, step) @ ids for step in range(config.num_layers + 1))
-    behaviour = behaviour / (config.num_layers + 1)
+    behaviour = sum(np.linalg.matrix_power(adjacency, step) @ ids for step in range(config.lightgcn.num_layers + 1))
+    behaviour = behaviour / (config.lightgcn.num_layers + 1)
 
     def fused(rows: Tensor) -> np.ndarray:
         parts = [rows[:, m].numpy() @ weights["fusion"][WIDTH * m : WIDTH * (m + 1)] for m in range(2)]
         return parts[0] + parts[1] + weights["fusion_bias"]
 
     items = fused(content.items)
-    if config.semantic_items == "ids":
+    if config.crane.semantic_items == "ids":
         items = ids[NUM_USERS:] / (1 + np.exp(-items))
-    items = np.linalg.matrix_power(item_matrix().astype(np.float64), config.num_item_layers) @ items
-    if config.semantic_users == "profiles":
+    items = np.linalg.matrix_power(item_matrix().astype(np.float64), config.crane.num_item_layers) @ items
+    if config.crane.semantic_users == "profiles":
         assert content.users is not None
         users = fused(content.users)
     else:
@@ -107,14 +108,14 @@ def plain_views(model: Crane) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for user, item in PAIRS:
             users[user] += items[item] / math.sqrt(degrees[user] * degrees[NUM_USERS + item])
     semantic = np.concatenate([users, items])
-    if config.own_content:
+    if config.crane.own_content:
         assert content.users is not None
         rows = np.concatenate([content.users.numpy(), content.items.numpy()])
         semantic = semantic + sum(rows[:, m] @ weights["own"][WIDTH * m : WIDTH * (m + 1)] for m in range(2))
     trusted: np.ndarray | float = 1.0
-    if config.trust == "gate":
+    if config.crane.semantic_weight == "gate":
         trusted = 1 / (1 + np.exp(-(behaviour @ weights["trust"] + weights["trust_bias"])))
-    elif config.trust == "scale":
+    elif config.crane.semantic_weight == "scale":
         trusted = float(weights["trust"][0])
     return behaviour + trusted * semantic, behaviour, semantic
 
@@ -130,27 +131,27 @@ def plain_losses(model: Crane, batch: Batch) -> dict[str, float]:
     ranking = penalty = 0.0
     for row, (user, positive) in enumerate(zip(batch.users.tolist(), batch.positives.tolist(), strict=True)):
         touched = [user, NUM_USERS + positive]
-        if config.loss == "bpr":
+        if config.crane.loss == "bpr":
             negative = NUM_USERS + int(batch.negatives[row])
             touched.append(negative)
             difference = final[user] @ final[NUM_USERS + positive] - final[user] @ final[negative]
             ranking -= math.log(1 / (1 + math.exp(-difference)))
         else:
             assert batch.weights is not None
-            own = math.exp(cosine(final[user], final[NUM_USERS + positive]) / config.ranking_temperature)
+            own = math.exp(cosine(final[user], final[NUM_USERS + positive]) / config.crane.ranking_temperature)
             others = sum(
-                math.exp(cosine(final[user], final[NUM_USERS + item]) / config.ranking_temperature)
+                math.exp(cosine(final[user], final[NUM_USERS + item]) / config.crane.ranking_temperature)
                 for item in batch.negatives.tolist()
                 if (user, item) not in PAIRS
             )
             ranking -= float(batch.weights[row]) * math.log(own / (own + others))
-        penalty += config.regularisation / 2 * sum(float(ids[node] @ ids[node]) for node in touched)
+        penalty += config.lightgcn.regularisation / 2 * sum(float(ids[node] @ ids[node]) for node in touched)
     contrast = 0.0
     kinds = [set(batch.users.tolist()), {NUM_USERS + item for item in batch.positives.tolist()}]
-    for nodes in kinds if config.contrast_negatives == "same_kind" else [set.union(*kinds)]:
+    for nodes in kinds if config.crane.contrast_negatives == "same_kind" else [set.union(*kinds)]:
         for node in nodes:
             scores = {
-                other: cosine(behaviour[node], semantic[other]) / config.temperature
+                other: cosine(behaviour[node], semantic[other]) / config.crane.contrast_temperature
                 for other in nodes
                 if (min(node, other), max(node, other) - NUM_USERS) not in PAIRS
             }
@@ -159,7 +160,7 @@ def plain_losses(model: Crane, batch: Batch) -> dict[str, float]:
     return {
         "ranking": ranking / num_rows,
         "regularisation": penalty / num_rows,
-        "contrast": config.contrast_weight * contrast,
+        "contrast": config.crane.contrast_weight * contrast,
     }
 
 
@@ -350,7 +351,7 @@ def test_losses_and_gradients_of_the_ranks_add_up(loss: str) -> None:
 
 
 def lightgcn(loss: str) -> LightGCN:
-    return LightGCN(1, 3, Train(embedding_dim=2), loss)  # type: ignore[arg-type]
+    return LightGCN(1, 3, model_config(embedding_dim=2), loss)  # type: ignore[arg-type]
 
 
 FINAL = torch.tensor([[3.0, 4.0], [0.0, 2.0], [12.0, 16.0], [-4.0, 3.0]])

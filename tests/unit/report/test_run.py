@@ -3,7 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
-from crane_core.config import load_config
+from crane_core.config_file import load_config
 from crane_core.release.ledger import Ledger
 from crane_core.report.run import render
 from crane_core.storage.artifacts import ArtifactStore
@@ -29,7 +29,7 @@ def publish(store: ArtifactStore, stage: str, files: dict, facts: dict | None = 
         (folder / name).write_text(json.dumps(content))
     manifest = {"stage": stage, "fingerprint": "f", "facts": facts or {}, "seconds": 61.0, "peak_bytes": 3 << 29}
     store.publish(folder, manifest)
-    store.record("run-1", stage, "", {"status": "found", "fingerprint": "f", "seconds": 0.1})
+    store.record("run-1", stage, {"status": "found", "fingerprint": "f", "seconds": 0.1})
 
 
 def test_a_run_without_stages_says_so(store):
@@ -67,7 +67,7 @@ def test_a_damaged_artifact_is_named_and_the_rest_is_shown(store):
 
 def test_cost_is_that_of_the_making(store):
     publish(store, "ml.refine", {"fit.json": {"curve": [], "mean_cosine": []}}, {"modalities": ["text"]})
-    store.record("run-1", "ml.register", "", {"status": "done", "version": "1", "seconds": 4.0, "peak_bytes": 1 << 20})
+    store.record("run-1", "ml.register", {"status": "done", "version": "1", "seconds": 4.0, "peak_bytes": 1 << 20})
     page = render(store, "run-1", CONFIG, [])
     assert "61.0 s" in page and "1.50 GiB" in page and "1 MiB" in page
     assert "65.0 s of work in all" in page
@@ -115,7 +115,7 @@ def test_the_decision_shows_every_check(store):
     checks = [{"name": "recall@20 against lightgcn", "found": 0.21, "limit": 0.3, "sense": ">=", "passed": False}]
     entry = ledger.append(0, "refuse", "1", None, "run-1", "Refused: too low.", {"checks": checks})
     assert entry is not None
-    store.record("run-1", "ml.promote", "", {"status": "done", "decision": "refused", "ledger": entry.seq})
+    store.record("run-1", "ml.promote", {"status": "done", "decision": "refused", "ledger": entry.seq})
     page = render(store, "run-1", CONFIG, ledger.history())
     assert "Refused" in page and "Too low." in page
     assert "Recall@20 against lightgcn" in page and "≥ 0.3000" in page and 'class="no"' in page

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import TrainingError
 from crane_core.graph.item_graph import build_graph
@@ -33,11 +32,12 @@ from crane_core.training.memory import (
 )
 from crane_core.training.trainer import Trainer
 from tests.unit.training.test_trainer import CPU, SMALL, Kind, trainer
+from tests.worlds.settings import changed, model_config
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def model(batch_size: int, dim: int = 64) -> LightGCN:
-        return LightGCN(100_000, 30_000, Train(embedding_dim=dim, batch_size=batch_size))
+        return LightGCN(100_000, 30_000, model_config(embedding_dim=dim, batch_size=batch_size))
 
     nodes, row = 8 * 130_000 * 64 * 4, 18 * 64 * 4
     edges = (16 + 20) * 1_000_000
@@ -66,8 +66,9 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mon
 
 def test_ranks_on_one_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = trainer(tmp_path)
-    enough = edge_bytes(needed.model, len(needed.items), CPU) + node_bytes(needed.model, needed.config.embedding_dim)
-    enough += batch_bytes(needed.model, needed.config.batch_size, needed.config.embedding_dim)
+    dim = needed.config.lightgcn.embedding_dim
+    enough = edge_bytes(needed.model, len(needed.items), CPU) + node_bytes(needed.model, dim)
+    enough += batch_bytes(needed.model, needed.config.train.batch_size, dim)
     monkeypatch.setattr(training, "free_bytes", lambda _: 2 * enough)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     trainer(tmp_path)
@@ -99,7 +100,7 @@ def _peak_of_epochs(num_neighbours: int | None, queue: mp.Queue) -> None:
     held_out = ItemLists(np.arange(num_users + 1), np.zeros(num_users, dtype=np.int32))
     interactions = Interactions(num_users, num_items, train, held_out, held_out)
     changes = {"num_neighbours": num_neighbours, "batch_size": 100_000, "num_epochs": 2, "validation_users": 100}
-    config = SMALL.model_copy(update=changes)
+    config = changed(SMALL, **changes)
     model = LightGCN(num_users, num_items, config)
     model.edge_dropout = 0.1
     with tempfile.TemporaryDirectory() as work:
@@ -108,8 +109,8 @@ def _peak_of_epochs(num_neighbours: int | None, queue: mp.Queue) -> None:
         before = _held("VmRSS")
         Trainer(model, interactions, config, Path(tempfile.mkdtemp(dir=work)), CPU).run()
         taken = _held("VmHWM") - before
-    edges, dim = edge_bytes(model, len(train.items), CPU), config.embedding_dim
-    step = node_bytes(model, dim) + batch_bytes(model, config.batch_size, dim)
+    edges, dim = edge_bytes(model, len(train.items), CPU), config.lightgcn.embedding_dim
+    step = node_bytes(model, dim) + batch_bytes(model, config.train.batch_size, dim)
     queue.put((taken, edges + max(step, 20 * len(train.items))))
 
 
@@ -119,9 +120,7 @@ def _peak_of_a_step(kind: Kind, contrast: Literal["same_kind", "both_kinds"], ba
     num_users, num_items, generator = 60_000, 30_000, np.random.default_rng(0)
     train = ItemLists(np.arange(num_users + 1), generator.integers(0, num_items, num_users, dtype=np.int32))
     interactions = Interactions(num_users, num_items, train, train, train)
-    config = SMALL.model_copy(
-        update={"embedding_dim": 64, "batch_size": batch_size, "contrast_negatives": contrast, "num_negatives": 1024}
-    )
+    config = changed(SMALL, embedding_dim=64, batch_size=batch_size, contrast_negatives=contrast, num_negatives=1024)
     neighbours = generator.integers(0, num_items, (num_items, 5), dtype=np.int32)
     rows = torch.randn(num_items, 3, 64), torch.randn(num_users, 3, 64)
     content = Content(rows[0], SymmetricGraph(build_graph(neighbours), CPU), rows[1])

@@ -21,7 +21,7 @@ import torch._dynamo  # Adam imports it at its first use: here, before the proce
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from crane_core.config import Train
+from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import ArtifactError, DataError, TrainingError, TrainingStopped
 from crane_core.evaluation.metrics import user_metrics
@@ -38,16 +38,19 @@ from crane_core.training import trainer as training
 from crane_core.training.negatives import NegativeSampler
 from crane_core.training.trainer import STEERING_METRIC, Trainer, _user_weights
 from tests.worlds.planted import checkerboard, checkerboard_content
+from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")
-SMALL = Train(embedding_dim=8, batch_size=64, num_epochs=12, learning_rate=0.02, regularisation=1e-4, num_negatives=12)
+SMALL = model_config(
+    embedding_dim=8, batch_size=64, num_epochs=12, learning_rate=0.02, regularisation=1e-4, num_negatives=12
+)
 Kind = Literal["lightgcn", "crane"]
 KINDS: tuple[Kind, ...] = ("lightgcn", "crane")
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def trainer(
-    work: Path, interactions: Interactions | None = None, config: Train = SMALL, kind: Kind = "lightgcn"
+    work: Path, interactions: Interactions | None = None, config: ModelConfig = SMALL, kind: Kind = "lightgcn"
 ) -> Trainer:
     """LightGCN with a negative per row, or CRANE with shared ones, on the checkerboard if on nothing else."""
     work.mkdir(exist_ok=True)
@@ -77,11 +80,11 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
         other = interactions.num_users + int(negative)
         difference = (final[user] * final[positive]).sum() - (final[user] * final[other]).sum()
         squares = (ids[user] ** 2).sum() + (ids[positive] ** 2).sum() + (ids[other] ** 2).sum()
-        loss = loss - torch.log(torch.sigmoid(difference)) / 3 + config.regularisation / 2 * squares / 3
+        loss = loss - torch.log(torch.sigmoid(difference)) / 3 + config.lightgcn.regularisation / 2 * squares / 3
     loss.backward()
     assert sum(ours.progress.sums.values()) == pytest.approx(loss.item(), rel=1e-5)
     # Adam's first step: every entry moves by the learning rate against the sign of its gradient.
-    expected = before - config.learning_rate * ids.grad / (ids.grad.abs() + 1e-8)
+    expected = before - config.train.learning_rate * ids.grad / (ids.grad.abs() + 1e-8)
     torch.testing.assert_close(ours.model.ids.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -98,7 +101,7 @@ def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
         user, positive = int(train.users()[row]), int(train.items[row])
         items = [item for item in batch.negatives.tolist() if item not in train.rows(np.array([user]))[1]]
         crossed += sum(item in train.items[picked] for item in items)
-        scores = [final[user] @ final[40 + item] / ours.config.ranking_temperature for item in [positive, *items]]
+        scores = [final[user] @ final[40 + item] / ours.config.crane.ranking_temperature for item in [positive, *items]]
         # Every user has met six items, so all weights are 1.
         expected += (math.log(sum(map(math.exp, scores))) - scores[0]) / len(picked)
     assert crossed > 0, "no positive was a negative of another row"
@@ -109,7 +112,7 @@ def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
 @both_kinds
 def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> None:
     """The gradient of a step is that of the mean loss over its rows, whose batches draw their own negatives."""
-    config = SMALL.model_copy(update={"batch_size": 50, "batches_per_step": 3, "learning_rate": 0.01})
+    config = changed(SMALL, batch_size=50, batches_per_step=3, learning_rate=0.01)
     ours, plain = trainer(tmp_path, config=config, kind=kind), trainer(tmp_path, config=config, kind=kind)
     picked = np.arange(120)
     ours._step(ours.graph, ours._batches(picked), 120)
@@ -127,7 +130,7 @@ def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> N
 @both_kinds
 def test_the_planted_answer_is_found(tmp_path: Path, kind: Kind) -> None:
     interactions = checkerboard()
-    ours = trainer(tmp_path, interactions, SMALL.model_copy(update={"num_epochs": 40, "patience": 40}), kind)
+    ours = trainer(tmp_path, interactions, changed(SMALL, num_epochs=40, patience=40), kind)
     ours.run()
     users = np.arange(interactions.num_users)
     for rows in ours.rankings().values():
@@ -143,13 +146,13 @@ def test_as_many_epochs_as_patience_follow_the_best(
     monkeypatch.setattr(
         Trainer, "_validate", lambda self, rankings: ("cosine", {STEERING_METRIC: recalls[self.progress.epoch]})
     )
-    result = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 10, "patience": patience})).run()
+    result = trainer(tmp_path, config=changed(SMALL, num_epochs=10, patience=patience)).run()
     assert (result["best_epoch"], result["num_epochs"]) == (1, 2 + patience)
 
 
 def finish(work: Path, kind: Kind, seed: int = 0) -> tuple[dict, list, dict[str, Tensor]]:
     """The summary, the curve, and the best weights and rows."""
-    ours = trainer(work, config=SMALL.model_copy(update={"checkpoint_steps": 2, "seed": seed}), kind=kind)
+    ours = trainer(work, config=changed(SMALL, checkpoint_steps=2, seed=seed), kind=kind)
     result = ours.run()
     result.pop("seconds")
     users, items = ours.best_rows()
@@ -166,7 +169,7 @@ def test_the_test_split_decides_nothing(tmp_path: Path, kind: Kind) -> None:
     # Another user's items: were they looked for, nothing would be found.
     test = dataclasses.replace(interactions.test, items=(interactions.test.items + 16) % 32)
     other = dataclasses.replace(interactions, test=test)
-    config = SMALL.model_copy(update={"num_epochs": 3})
+    config = changed(SMALL, num_epochs=3)
     curves = []
     for name, each in (("one", interactions), ("other", other)):
         ours = trainer(tmp_path / name, each, config, kind)
@@ -203,7 +206,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
     assert equal(found[2], expected[2])
 
 
-LONG = SMALL.model_copy(update={"num_epochs": 30, "patience": 30, "checkpoint_steps": 1})
+LONG = changed(SMALL, num_epochs=30, patience=30, checkpoint_steps=1)
 
 
 def _train_long(work: Path) -> None:
@@ -333,7 +336,7 @@ def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monke
     monkeypatch.setattr(
         Trainer, "_step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
     )
-    ours = trainer(tmp_path, config=SMALL.model_copy(update={"num_epochs": 3, "batch_size": 60}), kind=kind)
+    ours = trainer(tmp_path, config=changed(SMALL, num_epochs=3, batch_size=60), kind=kind)
     ours.run()
     assert len(drawn) == 12
     assert len(set(map(tuple, drawn))) == 12
@@ -357,7 +360,7 @@ def test_the_monitors_are_in_the_curve_and_a_collapse_is_logged(
     # The users with interactions all have met the same items, and only these.
     same = ItemLists.from_pairs(np.repeat(np.arange(20), 3), np.tile(np.arange(3, dtype=np.int32), 20), 40)
     collapsed = Interactions(40, 32, same, checkerboard().validation, checkerboard().test)
-    config = SMALL.model_copy(update={"num_epochs": 2, "learning_rate": 0.5})
+    config = changed(SMALL, num_epochs=2, learning_rate=0.5)
     with caplog.at_level(logging.WARNING):
         alike = trainer(tmp_path / "alike", collapsed, config)
         alike.run()
@@ -370,7 +373,7 @@ def test_the_monitors_are_in_the_curve_and_a_collapse_is_logged(
 
 @both_kinds
 def test_the_gradient_norms_are_those_of_the_first_batch_at_the_last_weights(tmp_path: Path, kind: Kind) -> None:
-    config = SMALL.model_copy(update={"num_epochs": 1, "regularisation": 0.1, "contrast_weight": 0.1})
+    config = changed(SMALL, num_epochs=1, regularisation=0.1, contrast_weight=0.1)
     ours = trainer(tmp_path, config=config, kind=kind)
     ours.run()
     ours.progress.epoch = 0
@@ -389,11 +392,11 @@ def test_the_gradient_norms_are_those_of_the_first_batch_at_the_last_weights(tmp
 def test_a_contrast_that_overwhelms_the_ranking_is_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = SMALL.model_copy(update={"num_epochs": 3})
+    config = changed(SMALL, num_epochs=3)
     for weight in (1e-3, 100.0):
         with caplog.at_level(logging.WARNING):
             update = {"contrast_weight": weight}
-            trainer(tmp_path / str(weight), config=config.model_copy(update=update), kind="crane").run()
+            trainer(tmp_path / str(weight), config=changed(config, **update), kind="crane").run()
         said = [line.split(" gradient=")[0] for line in caplog.messages]
         assert said == ([] if weight < 1 else ["overwhelmed epoch=0 term=contrast"])
 
@@ -419,7 +422,7 @@ def uneven(kind: Kind, work: Path) -> Trainer:
     """
     update = {"num_epochs": 3, "batch_size": 19, "batches_per_step": 2, "checkpoint_steps": 2}
     update |= {"num_neighbours": 2} if kind == "lightgcn" else {}
-    interactions, config = checkerboard(3, 11, 7), SMALL.model_copy(update=update)
+    interactions, config = checkerboard(3, 11, 7), changed(SMALL, **update)
     if kind == "lightgcn":
         return trainer(work, interactions, config)
     generator = torch.Generator().manual_seed(1)
@@ -444,7 +447,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
             torch.save((ours.progress.curve, ids, *rows), Path(folder) / f"{kind}{world_size}.pt")
     # Half of a training, for another number of ranks to go on with.
     half = uneven("crane", Path(folder) / f"half{world_size}")
-    half.config = half.config.model_copy(update={"num_epochs": 1})
+    half.config = changed(half.config, num_epochs=1)
     half.run()
     # What one rank is asked, all do.
     stopped = uneven("crane", Path(folder) / f"stopped{world_size}")
@@ -577,7 +580,7 @@ def test_a_user_with_every_item_is_set_aside(
         "_step",
         lambda self, graph, batches, num_rows: step(self, graph, watched(batches), num_rows),
     )
-    ours = trainer(tmp_path, with_everything(2), SMALL.model_copy(update={"num_epochs": 3}), kind)
+    ours = trainer(tmp_path, with_everything(2), changed(SMALL, num_epochs=3), kind)
     with caplog.at_level(logging.WARNING):
         summary = ours.run()
     assert summary["users_without_negatives"] == 2 and "set_aside users=2 of=40 rows=64" in caplog.text
@@ -597,7 +600,7 @@ def test_without_a_user_to_learn_from_there_is_no_training(tmp_path: Path, kind:
 
 
 def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) -> None:
-    config = SMALL.model_copy(update={"contrast_negatives": "both_kinds", "num_epochs": 2})
+    config = changed(SMALL, contrast_negatives="both_kinds", num_epochs=2)
     ours = trainer(tmp_path, config=config, kind="crane")
     batch = ours._batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
     users, items = (sorted(set(column.tolist())) for column in (batch.users, batch.positives))

@@ -1,0 +1,242 @@
+"""What decides the output of every stage: its fingerprint changes with that, and with nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args, get_origin
+
+import pytest
+
+from crane_core.config import RunConfig
+from crane_core.config_file import load_config
+from crane_core.stages import STAGES, fingerprint_of, input_labels
+
+WINDOW = ["window.start=2026-01-01", "window.end=2026-02-01"]
+
+BEFORE_THE_ROOMS = {
+    "default": {
+        "etl.interactions": "a276cb79ce86e20f6d6dd302b86c208c",
+        "etl.features": "55c3c44bb1efa025ab60e25d2ee413e5",
+        "etl.profiles": "7ddaa5527674181c990cf17138ae00ae",
+        "ml.refine": "8d0768d5cdf7b7f6212bb5e36883a35c",
+        "ml.knn.0": "d217bafd8f9ba43749e6ccc4c9000dd9",
+        "ml.knn.1": "68e183cfa169da136730872c28d9186c",
+        "ml.graph": "3850b3ebb54ee833826b527f900df9ea",
+        "ml.behaviour": "6bbcacbcc898161e4042b3f7eadd2b7a",
+        "ml.train": "fb089d3ed0f0fb78b1b9732303cf525a",
+        "ml.evaluate": "fd5c22aae2da0861aac3d69259b80cad",
+        "ml.register": "4f335c165870e7f84369294a619e3a5b",
+        "ml.export": "67b4181843fdbcb465da141c91fcd10c",
+    },
+    "changed": {
+        "etl.interactions": "a276cb79ce86e20f6d6dd302b86c208c",
+        "etl.features": "55c3c44bb1efa025ab60e25d2ee413e5",
+        "etl.profiles": "7ddaa5527674181c990cf17138ae00ae",
+        "ml.refine": "b13c40146528fe85fccc06a8a5e852eb",
+        "ml.knn.0": "ee7b2ca109b49884405730c709142c31",
+        "ml.knn.1": "7408e1d62a88addbeba62d9e1a3ada17",
+        "ml.graph": "8d50e4dd2a3ca4d9429d47600defdf47",
+        "ml.behaviour": "6ce338f6054d3dc6885a7c9aaf5bb7fb",
+        "ml.train": "7f122a635627b0e989f7c67549b9dc40",
+        "ml.evaluate": "fd5c22aae2da0861aac3d69259b80cad",
+        "ml.register": "4f335c165870e7f84369294a619e3a5b",
+        "ml.export": "67b4181843fdbcb465da141c91fcd10c",
+    },
+    "joint": {
+        "etl.interactions": "a276cb79ce86e20f6d6dd302b86c208c",
+        "etl.features": "55c3c44bb1efa025ab60e25d2ee413e5",
+        "etl.profiles": "7ddaa5527674181c990cf17138ae00ae",
+        "ml.refine": "8d0768d5cdf7b7f6212bb5e36883a35c",
+        "ml.knn.0": "ee7b2ca109b49884405730c709142c31",
+        "ml.knn.1": "7408e1d62a88addbeba62d9e1a3ada17",
+        "ml.graph": "8d50e4dd2a3ca4d9429d47600defdf47",
+        "ml.behaviour": "9d264c9160d3d90228600ca2f50b0ab4",
+        "ml.train": "b83033af54970f4b35eeec47a8556df7",
+        "ml.evaluate": "fd5c22aae2da0861aac3d69259b80cad",
+        "ml.register": "4f335c165870e7f84369294a619e3a5b",
+        "ml.export": "67b4181843fdbcb465da141c91fcd10c",
+    },
+}
+"""Fingerprints made by the code before it moved into packages and before `train` was split."""
+
+DECIDES = {
+    "window": ["etl.interactions"],
+    "etl": ["etl.interactions"],
+    "features": ["etl.features"],
+    "profiles": ["etl.profiles"],
+    "refine": ["ml.refine"],
+    "knn": ["ml.graph", "ml.knn"],
+    "train": ["ml.behaviour", "ml.train"],
+    "lightgcn": ["ml.behaviour", "ml.train"],
+    "crane": ["ml.train"],
+    "evaluate": ["ml.evaluate"],
+    "promote": [],
+    "export": ["ml.export"],
+    "runtime": [],
+    # Fields that decide the output of other stages than the rest of their section.
+    "features.modalities": ["etl.features"],
+    "knn.num_shards": ["ml.graph", "ml.knn"],
+    "knn.memory": [],
+    "knn.certificate_sample": ["ml.graph"],
+    "knn.min_recall": ["ml.graph"],
+    "train.checkpoint_steps": [],
+    "crane.joint_start": [],
+    "crane.graph_epochs": [],
+}
+"""Section or `section.field` to the stages whose output it decides in a staged run."""
+JOINT = {
+    "refine": ["ml.refine", "ml.train"],
+    "knn.k": ["ml.graph", "ml.knn", "ml.train"],
+    "crane.joint_start": ["ml.train"],
+    "crane.graph_epochs": ["ml.train"],
+    # Another mode reads other inputs and obeys other sections.
+}
+"""The entries that differ in a joint run."""
+
+FIELDS = [
+    f"{section}.{field}"
+    for section, of in RunConfig.model_fields.items()
+    for field in of.annotation.model_fields  # type: ignore[union-attr]
+]
+
+
+def configure(*overrides: str) -> RunConfig:
+    return load_config(None, [*WINDOW, *overrides])
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """Of all parts, had every input and every raw file the same content."""
+    return {
+        stage.label(part): fingerprint_of(
+            stage, part, config, {label: f"content-of-{label}" for label in input_labels(stage, config)}, ["raw"]
+        )
+        for stage in STAGES.values()
+        for part in stage.parts(config)
+    }
+
+
+def other_value(config: RunConfig, path: str) -> Any:
+    """A value that the field may take and does not have."""
+    section, _, name = path.partition(".")
+    field = type(getattr(config, section)).model_fields[name]
+    value = getattr(getattr(config, section), name)
+    special = {
+        "window.start": "2025-12-01",
+        "window.end": "2026-03-01",
+        "etl.time_zone": "Asia/Tokyo",
+        "etl.event_weights": {"view": 2.0},
+        "features.modalities": ["text"],
+        "evaluate.ks": [20],
+        "promote.beats": ["popularity"],
+    }
+    if path in special:
+        return special[path]
+    options = get_args(field.annotation) if get_origin(field.annotation) is not None else ()
+    texts = [option for option in options if isinstance(option, str)]
+    if texts:
+        return next(option for option in texts if option != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 if value else 0.125
+    return "other" if str in (field.annotation, *options) else 2
+
+
+def changed_stages(config: RunConfig, path: str) -> list[str]:
+    """Stages whose fingerprints change with a field."""
+    section, _, name = path.partition(".")
+    tree = config.model_dump(mode="json")
+    tree[section][name] = other_value(config, path)
+    other = RunConfig.model_validate(tree)
+    assert other != config
+    before, after = fingerprints(config), fingerprints(other)
+    labels = {label for label in {*before, *after} if before.get(label) != after.get(label)}
+    return sorted({".".join(label.split(".")[:2]) for label in labels})
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_field_changes_the_fingerprints_of_the_stages_whose_output_it_decides(path: str) -> None:
+    section = path.partition(".")[0]
+    expected = DECIDES.get(path, DECIDES[section])
+    if path == "crane.mode":
+        assert changed_stages(configure(), path) == ["ml.train"]
+        return
+    assert changed_stages(configure(), path) == expected
+    joint = JOINT.get(path, JOINT.get(section, expected))
+    assert changed_stages(configure("crane.mode=joint"), path) == joint
+
+
+def test_every_section_and_every_exception_is_one_of_the_configuration() -> None:
+    known = {*RunConfig.model_fields, *FIELDS}
+    assert {*DECIDES, *JOINT} <= known
+    assert set(RunConfig.model_fields) <= set(DECIDES)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("default", ()),
+        (
+            "changed",
+            (
+                "lightgcn.num_layers=3",
+                "crane.contrast_temperature=0.3",
+                "crane.semantic_weight=scale",
+                "train.num_epochs=7",
+                "knn.k=12",
+                "refine.phi=tanh",
+            ),
+        ),
+        ("joint", ("crane.mode=joint", "knn.k=12")),
+    ],
+)
+def test_artifacts_of_earlier_versions_are_found(name: str, overrides: tuple[str, ...]) -> None:
+    found, before = fingerprints(configure(*overrides)), dict(BEFORE_THE_ROOMS[name])
+    if name != "default":
+        # It obeyed CRANE's settings then, so a change of those trained LightGCN anew.
+        assert found.pop("ml.behaviour") != before.pop("ml.behaviour")
+    assert found == before
+
+
+def test_settings_in_their_former_section_still_count() -> None:
+    former = ("train.num_layers=3", "train.temperature=0.3", "train.trust=scale", "train.mode=joint")
+    today = ("lightgcn.num_layers=3", "crane.contrast_temperature=0.3", "crane.semantic_weight=scale")
+    assert configure(*former) == configure(*today, "crane.mode=joint")
+
+
+def test_fingerprint_changes_with_everything_that_decides_the_output() -> None:
+    stage, config = STAGES["etl.features"], configure()
+    inputs, source = {"etl.interactions": "c1"}, [["file", 1, 2]]
+    reference = fingerprint_of(stage, "", config, inputs, source)
+    assert fingerprint_of(stage, "", config, dict(inputs), [["file", 1, 2]]) == reference
+    elsewhere = configure("runtime.spark_memory=9g", "knn.k=3", "etl.k_core=4")
+    assert fingerprint_of(stage, "", elsewhere, inputs, source) == reference
+    changed = [
+        fingerprint_of(stage, "1", config, inputs, source),
+        fingerprint_of(dataclasses.replace(stage, version=stage.version + 1), "", config, inputs, source),
+        fingerprint_of(stage, "", configure("features.standardise=zscore"), inputs, source),
+        fingerprint_of(stage, "", config, {"etl.interactions": "c2"}, source),
+        fingerprint_of(stage, "", config, inputs, [["file", 1, 3]]),
+        fingerprint_of(STAGES["etl.profiles"], "", config, inputs, source),
+    ]
+    assert len({reference, *changed}) == 7
+
+
+def test_a_joint_training_reads_and_obeys_more() -> None:
+    stage, staged, joint = STAGES["ml.train"], configure(), configure("crane.mode=joint")
+    assert {*stage.inputs(joint)} - {*stage.inputs(staged)} == {"etl.features", "etl.profiles"}
+    for override in ("refine.phi=softmax", "knn.k=3"):
+        for mode, decides in (("staged", False), ("joint", True)):
+            pair = [configure(f"crane.mode={mode}"), configure(f"crane.mode={mode}", override)]
+            found = {fingerprint_of(stage, "", config, {}, None) for config in pair}
+            assert (len(found) == 2) is decides, (mode, override)
+
+
+def test_inputs_come_before_the_stage_that_reads_them() -> None:
+    order = list(STAGES)
+    for stage in STAGES.values():
+        for mode in ("staged", "joint"):
+            for name in stage.inputs(configure(f"crane.mode={mode}")):
+                assert order.index(name) < order.index(stage.name)
