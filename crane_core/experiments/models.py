@@ -230,23 +230,26 @@ NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"}
 
 
 def behaviour(interactions: Interactions, config: ModelConfig, work: Path, loss: Loss = "bpr") -> View:
-    """The behavioural view: LightGCN's best rows and the trainer's summary.
+    """Return the behavioural view: LightGCN's best rows and the trainer's summary.
 
     It is trained once for the same training and validation interactions, loss and settings, in a folder beside
     `work`; a training that has ended there is read back.
     """
+    shared = work.parent / behaviour_key(interactions, config, loss)
+    with held(shared):
+        model = LightGCN(interactions.num_users, interactions.num_items, config, loss)
+        return train_to_best(model, interactions, config, shared)
+
+
+def behaviour_key(interactions: Interactions, config: ModelConfig, loss: Loss) -> str:
+    """Return the name of a training of LightGCN: equal names mean equal rows."""
     train, validation = interactions.train, interactions.validation
     name, sections = "lightgcn", {"train", "lightgcn"}
     if loss == "softmax":
         name, sections = "lightgcn_softmax", sections | {"crane"}
     settings = config.model_dump(mode="json", include=sections, exclude=_WITHOUT_EFFECT)
-    key = fingerprint(
-        VERSION, interactions.num_items, settings, train.indptr, train.items, validation.indptr, validation.items
-    )
-    shared = work.parent / f"{name}-{key}"
-    with held(shared):
-        model = LightGCN(interactions.num_users, interactions.num_items, config, loss)
-        return train_to_best(model, interactions, config, shared)
+    lists = (train.indptr, train.items, validation.indptr, validation.items)
+    return f"{name}-{fingerprint(VERSION, interactions.num_items, settings, *lists)}"
 
 
 def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, recipe: Recipe) -> Trained:

@@ -1,0 +1,87 @@
+"""A backfill and the daily job know a stage by the same facts: their fingerprints are equal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crane_core.config import RunConfig
+from crane_core.config_file import load_config
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import ArtifactStore
+from jobs.backfill.days import Day, survey
+from jobs.runner import Job, Result, open_store, produce
+from tests.worlds.raw_data import write_items, write_log, write_vectors
+
+PRODUCED = tuple(name for name in STAGES if name != "ml.register")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    raw = tmp_path / "raw"
+    write_log(raw, [(f"u{n}", f"i{n}", f"2026-01-{19 + n} 10:00") for n in range(3)])
+    write_items(raw, [(f"i{n}", f"Item {n}") for n in range(3)])
+    write_vectors(raw, "text", [(f"i{n}", [float(n), 1.0]) for n in range(3)])
+    return open_store(str(tmp_path))
+
+
+def configure(end: str, *overrides: str) -> RunConfig:
+    start = f"{end[:-2]}{int(end[-2:]) - 1:02d}"
+    return load_config(None, [f"window.start={start}", f"window.end={end}", "knn.num_shards=2", *overrides])
+
+
+def make(store: ArtifactStore, run_id: str, config: RunConfig) -> dict[str, str]:
+    """Make every stage of a run as its job does, and return the fingerprints; what a stage computes is left out."""
+
+    def run(job: Job) -> Result:
+        (job.out / "whole.json").write_text(json.dumps([run_id, job.stage.name, job.part]))
+        return Result({"cutoffs": {"end": config.window.end.isoformat()}})
+
+    store.start_run(run_id, config)
+    for name in PRODUCED:
+        for part in STAGES[name].parts(config):
+            label = STAGES[name].label(part)
+            store.record(run_id, label, produce(STAGES[name], run_id, part, config, store, run))
+    return {
+        label: (store.entry(run_id, label) or {})["fingerprint"]
+        for name in PRODUCED
+        for label in STAGES[name].labels(config)
+    }
+
+
+@pytest.mark.parametrize("mode", ["staged", "joint"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("etl.base_run=yesterday",), ("refine.max_drift=0.05",), ("etl.base_run=yesterday", "refine.max_drift=0.05")],
+)
+def test_a_backfill_finds_what_the_daily_job_made(store: ArtifactStore, overrides: tuple[str, ...], mode: str) -> None:
+    make(store, "yesterday", configure("2026-01-21", "refine.max_drift=0.05"))
+    config = configure("2026-01-22", f"crane.mode={mode}", *overrides)
+    daily = make(store, "today", config)
+    steps = list(survey(Day("2026-01-21", "backfill", config, PRODUCED), store))
+    assert {step.state for step in steps} == {"found"}
+    assert {STAGES[step.stage].label(step.part): step.fingerprint for step in steps} == daily
+
+
+@pytest.mark.parametrize("stage", ["etl.interactions", "ml.refine", "ml.knn"])
+def test_what_grows_from_a_base_is_known_by_it(store: ArtifactStore, stage: str) -> None:
+    """Two bases of other content lead to other fingerprints, so neither run is served the other's artifact."""
+    found = []
+    for base in ("one", "other"):
+        make(store, base, configure("2026-01-21", "refine.max_drift=0.05", f"refine.seed={len(base)}"))
+        growing = configure("2026-01-22", f"etl.base_run={base}", "refine.max_drift=0.05")
+        found.append(make(store, f"from-{base}", growing)[STAGES[stage].labels(growing)[0]])
+    assert found[0] != found[1]
+
+
+def test_the_plan_of_a_backfill_imports_no_engine() -> None:
+    code = (
+        "import sys; import jobs.backfill.plan; "
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'pyspark', 'torch', 'faiss', 'mlflow'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
