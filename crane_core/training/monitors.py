@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,11 @@ def cosine_moments(rows: Tensor) -> tuple[float, float]:
     return mean, max(second - mean**2, 0.0)
 
 
-def signs(entry: Mapping[str, float], dim: int) -> dict[str, str]:
-    """What the monitors of an epoch say of a training that goes wrong.
+def warnings_of(entry: Mapping[str, float], dim: int) -> dict[str, str]:
+    """Return the warnings that the monitors of an epoch give.
 
     Args:
-        entry: of the curve; monitors that it does not hold say nothing.
+        entry: of the curve; monitors that it does not hold give none.
         dim: width of the users' rows.
 
     Returns:
@@ -84,3 +84,24 @@ def signs(entry: Mapping[str, float], dim: int) -> dict[str, str]:
                 f"overwhelmed epoch={entry['epoch']} term={term} gradient={norm:.2e} ranking_gradient={ranking:.2e}"
             )
     return found
+
+
+def new_warnings(curve: Sequence[Mapping[str, float]], dim: int) -> list[str]:
+    """Return the warnings of the last epoch that the epoch before did not give, a line for the log each.
+
+    Args:
+        curve: entries of all epochs so far.
+        dim: width of the users' rows.
+    """
+    *before, last = [warnings_of(entry, dim) for entry in curve[-2:]]
+    return [last[name] for name in sorted(set(last) - {name for each in before for name in each})]
+
+
+def row_monitors(users: Tensor) -> dict[str, float]:
+    """Return how alike the rows of the users have grown.
+
+    Args:
+        users: float32 [n, d], rows of the users with training interactions.
+    """
+    mean, variance = cosine_moments(users)
+    return {"effective_rank": effective_rank(users), "mean_cosine": mean, "cosine_variance": variance}

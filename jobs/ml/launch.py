@@ -32,7 +32,7 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.memory import naming_out_of_memory
-from crane_core.training.trainer import Trainer
+from crane_core.training.trainer import Hooks, Trainer
 from jobs.ml.device import use_device
 from jobs.ml.rendezvous import ADDRESS, BACKEND, register, stay_on_this_machine
 from jobs.runner import Job, Result, entry_of, identify, open_store, produce, run_job, scratch, start_logging
@@ -284,7 +284,7 @@ def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, buil
         interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
         model = build(store, run_id, interactions, config, device)
         with _stop_on_sigterm() as stopping, _live_curve(store_uri, run_id, config, work) as watch:
-            trainer = Trainer(model, interactions, config, work, device, stopping, watch)
+            trainer = Trainer(model, interactions, config, work, device, Hooks(stopping, watch))
             summary = trainer.run()
         users, items = trainer.best_rows()
         if trainer.rank == 0:

@@ -174,7 +174,7 @@ def check(interactions: Interactions, config: ModelConfig, folder: Path, device:
     single = changed(config, batch_size=PEER_BATCH, batches_per_step=1)
     trainer = make_trainer(interactions, single, folder, device)
     peer = Peer(interactions, single, device)
-    batch = trainer._batch(np.arange(min(PEER_BATCH, len(trainer.users))), np.random.default_rng(0))
+    batch = trainer.batches.batch(np.arange(min(PEER_BATCH, len(trainer.batches.users))), np.random.default_rng(0))
     peer.loss(batch.users, batch.positives, batch.negatives).backward()
     views = trainer.model(trainer.graph)
     torch.stack(list(trainer.model.losses(views, batch).values())).sum().backward()
@@ -188,14 +188,14 @@ def compare(
 ) -> dict[str, Any]:
     """Steps of both sides in turn, the first of each not counted."""
     trainer = make_trainer(interactions, config, folder, device)
-    graph = trainer._epoch_graph()
+    graph = trainer.epoch_graph()
     peer = Peer(interactions, changed(config, learning_rate=args.peer_learning_rate), device)
     generator = np.random.default_rng(0)
-    size = min(config.train.batch_size * config.train.batches_per_step, len(trainer.users))
+    size = min(config.train.batch_size * config.train.batches_per_step, len(trainer.batches.users))
 
     def ours() -> int:
-        picked = generator.permutation(len(trainer.users))[:size]
-        trainer._step(graph, trainer._batches(picked), size)
+        picked = generator.permutation(len(trainer.batches.users))[:size]
+        trainer.step(graph, trainer.batches.of_step(picked, 0, 0), size)
         trainer.progress.step += 1
         return size
 
@@ -218,7 +218,7 @@ def compare(
     for side, (rows, seconds, cpu_seconds) in done.items():
         rates[f"{side}interactions_per_second"] = rows / seconds
         rates[f"{side}interactions_per_cpu_second"] = rows / cpu_seconds
-        rates[f"{side}epoch_seconds"] = len(trainer.users) * seconds / rows
+        rates[f"{side}epoch_seconds"] = len(trainer.batches.users) * seconds / rows
     return rates | {
         "peer": f"torch.sparse.mm over COO, {PEER_BATCH} interactions per propagation",
         "times": rates["interactions_per_second"] / rates["peer_interactions_per_second"],
@@ -279,23 +279,23 @@ def run_whole(args: argparse.Namespace, config: ModelConfig, folder: Path, devic
     trainer = make_trainer(interactions, config, folder, device, args.crane)
     part("adjacency_and_state")
     size = config.train.batch_size * config.train.batches_per_step
-    num_steps = -(-len(trainer.users) // size)
-    graph = trainer._epoch_graph()
+    num_steps = -(-len(trainer.batches.users) // size)
+    graph = trainer.epoch_graph()
     part("epoch_graph")
-    order = trainer._generator(2, 0).permutation(len(trainer.users))
+    order = trainer.batches.order(0)
     done = min(args.whole_steps or num_steps, num_steps)
     for step in range(done):
         trainer.progress.step = step
         picked = order[step * size :][:size]
-        trainer._step(graph, trainer._batches(picked), len(picked))
+        trainer.step(graph, trainer.batches.of_step(picked, 0, 0), len(picked))
         print(f"step={step + 1} of {num_steps} seconds={time.perf_counter() - before['seconds']:.0f}", file=sys.stderr)
     part("steps")
     trainer.progress.step += 1
-    trainer._checkpoint()
+    trainer.checkpoint()
     part("checkpoint")
     rankings = trainer.rankings()
     part("final_rows")
-    ranking, _ = trainer._validate(rankings)
+    ranking, _ = trainer.validation.best(rankings)
     users, items = rankings[ranking]
     part("validation")
     ranked, block = min(args.whole_users or args.users, args.users), max(1, SCORE_BYTES // (4 * args.items))
@@ -308,8 +308,8 @@ def run_whole(args: argparse.Namespace, config: ModelConfig, folder: Path, devic
         "epoch_cpu_seconds": epochs["cpu_seconds"],
         "rank_all_seconds": parts["seconds"]["rank"] * args.users / ranked,
         "rank_all_cpu_seconds": parts["cpu_seconds"]["rank"] * args.users / ranked,
-        "interactions_per_second": len(trainer.users) / epochs["seconds"],
-        "interactions": len(trainer.users),
+        "interactions_per_second": len(trainer.batches.users) / epochs["seconds"],
+        "interactions": len(trainer.batches.users),
         "steps": f"{done} of {num_steps}",
         "users_ranked": ranked,
         "loss": sum(trainer.progress.sums.values()) / done,

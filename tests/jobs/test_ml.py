@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from crane_core.model.content import load_graph
 from crane_core.model.views import Rows
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
-from crane_core.training.trainer import STEERING_METRIC, Trainer
+from crane_core.training.validation import STEERING_METRIC, Validation
 from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.launch import Node
 from jobs.runner import open_store
@@ -211,14 +212,14 @@ def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monke
     choose = train.choose_trust
     monkeypatch.setattr(train, "choose_trust", lambda *given: graphs.append(given[2].matrix) or choose(*given))
     store = open_store(str(finished))
-    validate = Trainer._validate
+    validate, epochs = Validation.best, itertools.count()
 
-    def prefer_the_last(self: Trainer, rankings: dict[str, Rows]) -> tuple[str, dict[str, float]]:
+    def prefer_the_last(self: Validation, rankings: dict[str, Rows]) -> tuple[str, dict[str, float]]:
         """The first epoch may find the whole planted answer; by the last the graph has moved."""
         ranking, metrics = validate(self, rankings)
-        return ranking, metrics | {STEERING_METRIC: float(self.progress.epoch)}
+        return ranking, metrics | {STEERING_METRIC: float(next(epochs))}
 
-    monkeypatch.setattr(Trainer, "_validate", prefer_the_last)
+    monkeypatch.setattr(Validation, "best", prefer_the_last)
     extra = ("train.mode=joint", "train.semantic_users=profiles")
     store.start_run("joint", load_config(None, [*SETTINGS, *extra]))
     for stage in ("etl.interactions", "etl.features", "etl.profiles"):

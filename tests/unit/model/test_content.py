@@ -48,7 +48,7 @@ def trainer(work: Path, content: Content | JointContent, config: ModelConfig = T
 
 
 def batch(ours: Trainer) -> Batch:
-    return ours._batch(np.arange(0, 60, 3), np.random.default_rng(0))
+    return ours.batches.batch(np.arange(0, 60, 3), np.random.default_rng(0))
 
 
 def gradients(ours: Trainer) -> dict[str, Tensor | None]:
@@ -149,7 +149,7 @@ def test_one_step_equals_the_step_by_hand(phi: str, tmp_path: Path) -> None:
     ours = trainer(tmp_path, start(planted_modalities(), config, refine), config)
     before = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
     drawn = batch(ours)
-    ours._step(ours.graph, [drawn], len(drawn.users))
+    ours.step(ours.graph, [drawn], len(drawn.users))
     weights = {name: value.double().requires_grad_(name != "content.neighbours") for name, value in before.items()}
     loss = reference_loss(weights, ours, drawn, phi)
     loss.backward()
@@ -212,7 +212,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
 ) -> None:
     expected = finish(tmp_path / "undisturbed")
     assert not torch.equal(expected[2]["content.neighbours"], start(planted_modalities()).neighbours), "it moves"
-    step, taken = Trainer._step, 0
+    step, taken = Trainer.step, 0
 
     def dying_step(self: Trainer, *arguments: object) -> None:
         nonlocal taken
@@ -222,7 +222,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", dying_step)
+        patch.setattr(Trainer, "step", dying_step)
         with pytest.raises(Killed):
             finish(tmp_path / "killed")
     found = finish(tmp_path / "killed")
@@ -257,14 +257,14 @@ def test_the_graph_is_that_of_the_rows_and_moves_when_it_is_due(tmp_path: Path) 
 def test_the_best_rows_rank_with_the_graph_of_their_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = trainer(tmp_path, start(planted_modalities()), TRAIN)
     graphs = []
-    validate = Trainer._validate
+    best = ours.validation.best
 
-    def falling(self: Trainer, rankings: dict) -> tuple[str, dict[str, float]]:
-        ranking, metrics = validate(self, rankings)
-        graphs.append(self.model.content.neighbours.clone())
+    def falling(rankings: dict) -> tuple[str, dict[str, float]]:
+        ranking, metrics = best(rankings)
+        graphs.append(ours.model.content.neighbours.clone())
         return ranking, metrics | {"recall@20": 1.0 if len(graphs) == 2 else 0.1}
 
-    monkeypatch.setattr(Trainer, "_validate", falling)
+    monkeypatch.setattr(ours.validation, "best", falling)
     assert ours.run()["best_epoch"] == 1
     assert not torch.equal(graphs[1], graphs[-1])
     ours.best_rows()

@@ -51,7 +51,7 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mon
     check_memory(model(fitting), 1_000_000, CPU, 300_000_000 + edges)
     with pytest.raises(TrainingError):
         check_memory(model(fitting + 1), 1_000_000, CPU, 300_000_000 + edges)
-    with pytest.raises(TrainingError, match=r"a machine's CPU, or set train.embedding_dim to 8 or less"):
+    with pytest.raises(TrainingError, match=r"a machine's CPU, or set lightgcn.embedding_dim to 8 or less"):
         check_memory(model(100_000), 1_000_000, CPU, 100_000_000 + edges)
     check_memory(model(100_000, 8), 1_000_000, CPU, 100_000_000 + edges)
     with pytest.raises(TrainingError, match=r"a machine's CPU\."):
@@ -67,7 +67,7 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mon
 def test_ranks_on_one_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = trainer(tmp_path)
     dim = needed.config.lightgcn.embedding_dim
-    enough = edge_bytes(needed.model, len(needed.items), CPU) + node_bytes(needed.model, dim)
+    enough = edge_bytes(needed.model, len(needed.batches.items), CPU) + node_bytes(needed.model, dim)
     enough += batch_bytes(needed.model, needed.config.train.batch_size, dim)
     monkeypatch.setattr(training, "free_bytes", lambda _: 2 * enough)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -130,11 +130,11 @@ def _peak_of_a_step(kind: Kind, contrast: Literal["same_kind", "both_kinds"], ba
         # What torch loads and keeps for itself at its first step is not of this model's size.
         trainer(Path(work), kind=kind).run()
         ours = Trainer(model, interactions, config, Path(work) / "large", CPU)
-    batch = ours._batch(generator.permutation(num_users)[:batch_size], generator)
+    batch = ours.batches.batch(generator.permutation(num_users)[:batch_size], generator)
     Path("/proc/self/clear_refs").write_text("5")
     before = _held("VmRSS")
     for _ in range(2):
-        ours._step(ours.graph, [batch], batch_size)
+        ours.step(ours.graph, [batch], batch_size)
     queue.put((_held("VmHWM") - before, node_bytes(model, 64) + batch_bytes(model, batch_size, 64)))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crane_core.dataset.modalities import Modality, profile_spreads
-from crane_core.training.monitors import cosine_moments, effective_rank, signs
+from crane_core.training.monitors import cosine_moments, effective_rank, warnings_of
 
 
 def test_effective_rank_by_hand() -> None:
@@ -59,14 +59,14 @@ def test_the_signs_of_an_epoch() -> None:
         "gradient_contrast": 0.19,
         "gradient_regularisation": 0.0,
     }
-    assert signs(sound, 64) == {}
-    assert signs({"epoch": 3, "loss": 1.0}, 64) == {}
-    assert list(signs({"epoch": 3, "effective_rank": 2.0}, 64)) == ["collapse"], "an entry of an earlier version"
+    assert warnings_of(sound, 64) == {}
+    assert warnings_of({"epoch": 3, "loss": 1.0}, 64) == {}
+    assert list(warnings_of({"epoch": 3, "effective_rank": 2.0}, 64)) == ["collapse"], "an entry of an earlier version"
     # 1 + 0.02 * 63 is 2.26.
-    collapsed = signs(sound | {"effective_rank": 2.2}, 64)
+    collapsed = warnings_of(sound | {"effective_rank": 2.2}, 64)
     assert list(collapsed) == ["collapse"]
     assert collapsed["collapse"].startswith("collapse epoch=3 effective_rank=2.20 dim=64")
-    overwhelmed = signs(sound | {"gradient_contrast": 0.21}, 64)
+    overwhelmed = warnings_of(sound | {"gradient_contrast": 0.21}, 64)
     assert list(overwhelmed.values()) == [
         "overwhelmed epoch=3 term=contrast gradient=2.10e-01 ranking_gradient=1.00e-01"
     ]

@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -34,9 +33,10 @@ from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph, drop_edges
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model.views import Batch, Rows
-from crane_core.training import trainer as training
+from crane_core.training.batches import user_weights
 from crane_core.training.negatives import NegativeSampler
-from crane_core.training.trainer import STEERING_METRIC, Trainer, _user_weights
+from crane_core.training.trainer import Trainer
+from crane_core.training.validation import STEERING_METRIC
 from tests.worlds.planted import checkerboard, checkerboard_content
 from tests.worlds.settings import changed, model_config
 
@@ -65,8 +65,8 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     ours = trainer(tmp_path, interactions, config)
     before = ours.model.ids.detach().clone()
     picked, negatives = np.array([0, 5, 9]), np.array([31, 20, 11])
-    rows = (ours.users[picked], ours.items[picked], negatives)
-    ours._step(ours.graph, [Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows))], 3)
+    rows = (ours.batches.users[picked], ours.batches.items[picked], negatives)
+    ours.step(ours.graph, [Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows))], 3)
 
     adjacency = torch.from_numpy(
         user_item_graph(interactions.train.users(), interactions.train.items, ours.shards).toarray()
@@ -91,8 +91,8 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
 def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     interactions = checkerboard()
     ours = trainer(tmp_path, interactions, kind="crane")
-    picked = np.arange(0, len(ours.users), 9)
-    batch = ours._batch(picked, np.random.default_rng(4))
+    picked = np.arange(0, len(ours.batches.users), 9)
+    batch = ours.batches.batch(picked, np.random.default_rng(4))
     with torch.no_grad():
         final = ours.model(ours.graph).final.double().numpy()
     final /= np.linalg.norm(final, axis=1, keepdims=True)
@@ -105,7 +105,7 @@ def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
         # Every user has met six items, so all weights are 1.
         expected += (math.log(sum(map(math.exp, scores))) - scores[0]) / len(picked)
     assert crossed > 0, "no positive was a negative of another row"
-    ours._step(ours.graph, [batch], len(batch.users))
+    ours.step(ours.graph, [batch], len(batch.users))
     assert ours.progress.sums["ranking"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -115,8 +115,8 @@ def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> N
     config = changed(SMALL, batch_size=50, batches_per_step=3, learning_rate=0.01)
     ours, plain = trainer(tmp_path, config=config, kind=kind), trainer(tmp_path, config=config, kind=kind)
     picked = np.arange(120)
-    ours._step(ours.graph, ours._batches(picked), 120)
-    batches = list(plain._batches(picked))
+    ours.step(ours.graph, ours.batches.of_step(picked, 0, 0), 120)
+    batches = list(plain.batches.of_step(picked, 0, 0))
     assert [len(batch.users) for batch in batches] == [50, 50, 20]
     losses = [sum(plain.model.losses(plain.model(plain.graph), batch).values()) for batch in batches]
     loss = torch.stack([value * share for value, share in zip(losses, (5 / 12, 5 / 12, 1 / 6), strict=True)]).sum()
@@ -143,10 +143,11 @@ def test_as_many_epochs_as_patience_follow_the_best(
     patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recalls = [0.1, 0.3, *[0.3] * 8]
+    ours = trainer(tmp_path, config=changed(SMALL, num_epochs=10, patience=patience))
     monkeypatch.setattr(
-        Trainer, "_validate", lambda self, rankings: ("cosine", {STEERING_METRIC: recalls[self.progress.epoch]})
+        ours.validation, "best", lambda rankings: ("cosine", {STEERING_METRIC: recalls[ours.progress.epoch]})
     )
-    result = trainer(tmp_path, config=changed(SMALL, num_epochs=10, patience=patience)).run()
+    result = ours.run()
     assert (result["best_epoch"], result["num_epochs"]) == (1, 2 + patience)
 
 
@@ -188,7 +189,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
     tmp_path: Path, moment: int, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = finish(tmp_path / "undisturbed", kind)
-    step, taken = Trainer._step, 0
+    step, taken = Trainer.step, 0
 
     def dying_step(self: Trainer, *arguments: object) -> None:
         nonlocal taken
@@ -198,7 +199,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
         step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", dying_step)
+        patch.setattr(Trainer, "step", dying_step)
         with pytest.raises(Killed):
             finish(tmp_path / "killed", kind)
     found = finish(tmp_path / "killed", kind)
@@ -234,7 +235,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL
         resumed = trainer(work, config=LONG)
-        resumed._resume()
+        resumed.resume()
         steps.append((resumed.progress.epoch, resumed.progress.step))
     assert steps == sorted(set(steps)) and steps[-1][0] < 30
     resumed = trainer(work, config=LONG)
@@ -249,22 +250,22 @@ def test_a_training_asked_to_stop_leaves_the_step_it_finished(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = finish(tmp_path / "undisturbed", kind)
-    step, taken = Trainer._step, 0
+    step, taken = Trainer.step, 0
 
     def step_and_ask(self: Trainer, *arguments: object) -> None:
         nonlocal taken
         taken += 1
         if taken == 7:
-            self.stopping.set()
+            self.hooks.stopping.set()
         step(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_and_ask)
+        patch.setattr(Trainer, "step", step_and_ask)
         with pytest.raises(TrainingStopped, match=r"after step 3 of 4 in epoch 1.*same command again"):
             finish(tmp_path / "stopped", kind)
     assert taken == 7
     ours = trainer(tmp_path / "stopped", kind=kind)
-    ours._resume()
+    ours.resume()
     assert (ours.progress.epoch, ours.progress.step) == (1, 3)
     found = finish(tmp_path / "stopped", kind)
     assert found[:2] == expected[:2]
@@ -276,15 +277,14 @@ def test_a_training_killed_while_its_best_weights_are_written_ends_with_the_same
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = finish(tmp_path / "undisturbed", kind)
-    write = Trainer._write
+    write = Trainer.write_best
 
-    def dying_write(self: Trainer, name: str, *arguments: object) -> None:
-        write(self, name, *arguments)  # type: ignore[arg-type]
-        if name == "best.safetensors":
-            raise Killed
+    def dying_write(self: Trainer) -> None:
+        write(self)
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_write", dying_write)
+        patch.setattr(Trainer, "write_best", dying_write)
         with pytest.raises(Killed):
             finish(tmp_path / "killed", kind)
     found = finish(tmp_path / "killed", kind)
@@ -295,7 +295,7 @@ def test_a_training_killed_while_its_best_weights_are_written_ends_with_the_same
 @both_kinds
 def test_a_finished_training_is_read_back(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = finish(tmp_path, kind)
-    monkeypatch.setattr(Trainer, "_step", None)
+    monkeypatch.setattr(Trainer, "step", None)
     found = finish(tmp_path, kind)
     assert found[:2] == expected[:2]
     assert equal(found[2], expected[2])
@@ -334,7 +334,7 @@ def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
 def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(
-        Trainer, "_step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
+        Trainer, "step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
     )
     ours = trainer(tmp_path, config=changed(SMALL, num_epochs=3, batch_size=60), kind=kind)
     ours.run()
@@ -377,9 +377,8 @@ def test_the_gradient_norms_are_those_of_the_first_batch_at_the_last_weights(tmp
     ours = trainer(tmp_path, config=config, kind=kind)
     ours.run()
     ours.progress.epoch = 0
-    graph = ours._epoch_graph()
-    order = ours._generator(2, 0).permutation(len(ours.users))
-    batch = ours._batch(order[:64], ours._generator(3, 0, 0))
+    graph = ours.epoch_graph()
+    batch = ours.batches.first(ours.batches.order(0), 0)
     losses = ours.model.losses(ours.model(graph), batch)
     for name, term in losses.items():
         ours.optimiser.zero_grad()
@@ -399,20 +398,6 @@ def test_a_contrast_that_overwhelms_the_ranking_is_logged_once(
             trainer(tmp_path / str(weight), config=changed(config, **update), kind="crane").run()
         said = [line.split(" gradient=")[0] for line in caplog.messages]
         assert said == ([] if weight < 1 else ["overwhelmed epoch=0 term=contrast"])
-
-
-def test_a_line_tells_the_rate_the_loss_the_memory_and_the_time_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    ours, seconds = trainer(tmp_path), iter([3.0, 10.0])
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    monkeypatch.setattr(training, "resident_bytes", lambda: 1_500_000_000)
-    ours.progress.epoch, ours.progress.sums, ours._reported = 2, {"ranking": 1.0, "norm": 0.5}, 0.0
-    with caplog.at_level(logging.INFO):
-        for ours.progress.step in (1, 2):
-            ours._report(5, 300)
-    # 2 x 64 rows in 10 seconds; 180 of 300 are left.
-    assert caplog.messages == ["train epoch=2 step=2 total=5 loss=0.7500 rate=13/s memory=1.50GB epoch_left=14s"]
 
 
 def uneven(kind: Kind, work: Path) -> Trainer:
@@ -452,7 +437,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     # What one rank is asked, all do.
     stopped = uneven("crane", Path(folder) / f"stopped{world_size}")
     if rank == world_size - 1:
-        stopped.stopping.set()
+        stopped.hooks.stopping.set()
     with pytest.raises(TrainingStopped, match="after step 1 of"):
         stopped.run()
     torch.distributed.destroy_process_group()
@@ -484,14 +469,14 @@ def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -
 def test_weights_of_users_by_hand(balance: float, expected: list[float]) -> None:
     # Four interactions and one: at 0.5 these weigh 1/2 and 1 before they are scaled to 1 on average, by 5/3.
     train = ItemLists.from_pairs(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 0], dtype=np.int32), 3)
-    found = _user_weights(train.counts(), balance)
+    found = user_weights(train.counts(), balance)
     assert found.dtype == np.float32
     assert found == pytest.approx(expected)
     assert found[train.users()].mean() == pytest.approx(1.0)
 
 
 def test_without_interactions_no_user_has_a_weight() -> None:
-    assert _user_weights(np.zeros(2, dtype=np.int64), 0.5).tolist() == [0.0, 0.0]
+    assert user_weights(np.zeros(2, dtype=np.int64), 0.5).tolist() == [0.0, 0.0]
 
 
 def lists(seed: int) -> ItemLists:
@@ -533,12 +518,12 @@ def test_a_batch_shares_its_negatives_and_weighs_its_users(tmp_path: Path) -> No
     ours = trainer(tmp_path, interactions)
     ours.model.shares_negatives = True
     picked = np.array([5, 0, 17, 5])
-    batch = ours._batch(picked, np.random.default_rng(1))
+    batch = ours.batches.batch(picked, np.random.default_rng(1))
     assert batch.met is not None and batch.weights is not None
     assert batch.users.tolist() == train.users()[picked].tolist()
     assert batch.positives.tolist() == train.items[picked].tolist()
     assert batch.met.shape == (4, len(batch.negatives))
-    assert batch.weights.tolist() == _user_weights(train.counts(), 0.5)[train.users()[picked]].tolist()
+    assert batch.weights.tolist() == user_weights(train.counts(), 0.5)[train.users()[picked]].tolist()
 
 
 def test_negatives_are_never_positives_and_cover_the_rest() -> None:
@@ -568,7 +553,7 @@ def test_a_user_with_every_item_is_set_aside(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seen: list[int] = []
-    step = Trainer._step
+    step = Trainer.step
 
     def watched(batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -577,7 +562,7 @@ def test_a_user_with_every_item_is_set_aside(
 
     monkeypatch.setattr(
         Trainer,
-        "_step",
+        "step",
         lambda self, graph, batches, num_rows: step(self, graph, watched(batches), num_rows),
     )
     ours = trainer(tmp_path, with_everything(2), changed(SMALL, num_epochs=3), kind)
@@ -586,7 +571,7 @@ def test_a_user_with_every_item_is_set_aside(
     assert summary["users_without_negatives"] == 2 and "set_aside users=2 of=40 rows=64" in caplog.text
     assert sorted(set(seen)) == list(range(2, 40)) and len(seen) == 3 * 38 * 6
     assert ours.graph.degrees()[:3].tolist() == [32, 32, 6], "they stay in the graph"
-    assert ours.weights[2:] == pytest.approx(np.ones(38)) and not ours.weights[:2].any()
+    assert ours.batches.weights[2:] == pytest.approx(np.ones(38)) and not ours.batches.weights[:2].any()
     assert all(torch.isfinite(rows).all() for rows in ours.best_rows())
 
 
@@ -602,9 +587,9 @@ def test_without_a_user_to_learn_from_there_is_no_training(tmp_path: Path, kind:
 def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) -> None:
     config = changed(SMALL, contrast_negatives="both_kinds", num_epochs=2)
     ours = trainer(tmp_path, config=config, kind="crane")
-    batch = ours._batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
+    batch = ours.batches.batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
     users, items = (sorted(set(column.tolist())) for column in (batch.users, batch.positives))
-    pairs = set(zip(ours.users.tolist(), ours.items.tolist(), strict=True))
+    pairs = set(zip(ours.batches.users.tolist(), ours.batches.items.tolist(), strict=True))
     assert batch.known is not None
     assert batch.known.tolist() == [[(user, item) in pairs for item in items] for user in users]
     assert ours.run()["num_epochs"] == 2
@@ -623,7 +608,7 @@ def test_without_validation_items_no_epoch_can_be_chosen(tmp_path: Path) -> None
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_refused_with_a_remedy(file: str, damage: str, tmp_path: Path) -> None:
     ours = trainer(tmp_path)
-    ours._checkpoint()
+    ours.checkpoint()
     (path,) = tmp_path.rglob(file)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:5])

@@ -1,0 +1,136 @@
+"""Batches of training interactions, in the order of an epoch, with negatives drawn; the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from crane_core.config import ModelConfig
+from crane_core.dataset.interactions import Interactions
+from crane_core.errors import DataError
+from crane_core.model.lightgcn import LightGCN
+from crane_core.model.views import Batch
+from crane_core.ranks import ranks
+from crane_core.training.negatives import NegativeSampler
+
+
+class Purpose(IntEnum):
+    """What random numbers of a training are drawn for; each purpose has generators of its own."""
+
+    EDGE_DROPOUT = 1
+    ORDER = 2
+    NEGATIVES = 3
+    SAMPLED_GRAPH = 4
+
+
+def generator_for(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
+    """Return the generator of a purpose at a place, such as an epoch and a batch.
+
+    It depends on nothing that was drawn before, so a resumed training repeats nothing and skips nothing.
+    """
+    return np.random.default_rng([seed, purpose, *place])
+
+
+class Batches:
+    """Makes the batches of a training.
+
+    Args:
+        model: says whether the rows of a batch share their negatives.
+        interactions: training interactions.
+        config: sizes, seed and negatives.
+        device: of the batches.
+
+    Attributes:
+        users, items: int [num_interactions], the training interactions.
+        learned: int64, numbers of the interactions that can be learned from: those of users who have an item left that
+            they have not met.
+        sampler: of the negatives.
+        weights: float32 [num_users], how much an interaction of each user counts.
+
+    Raises:
+        DataError: no user has both a training interaction and an item left that could be a negative.
+    """
+
+    def __init__(self, model: LightGCN, interactions: Interactions, config: ModelConfig, device: torch.device) -> None:
+        self.users = interactions.train.users()
+        self.items = interactions.train.items
+        self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.crane.ranking_negatives)
+        exhausted = self.sampler.exhausted
+        self.learned = np.flatnonzero(~exhausted[self.users])
+        if not len(self.learned):
+            raise DataError(
+                f"Of {interactions.num_users} users {exhausted.sum()} have met all {interactions.num_items} items and "
+                "none of the others has a training interaction: there is nothing to learn from.",
+                "Widen the window, or add items to the catalog.",
+            )
+        self.weights = user_weights(np.where(exhausted, 0, interactions.train.counts()), config.crane.user_balance)
+        self._model = model
+        self._config = config
+        self._device = device
+
+    @property
+    def step_size(self) -> int:
+        """Interactions of one step of the optimiser."""
+        return self._config.train.batch_size * self._config.train.batches_per_step
+
+    def num_steps(self) -> int:
+        """Return the number of steps in an epoch."""
+        return -(-len(self.learned) // self.step_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the interactions to learn from in the order of an epoch: int64."""
+        return self.learned[generator_for(self._config.train.seed, Purpose.ORDER, epoch).permutation(len(self.learned))]
+
+    def of_step(self, picked: np.ndarray, epoch: int, step: int) -> Iterator[Batch]:
+        """Yield the batches of one step, made one at a time.
+
+        Args:
+            picked: int, the step's interactions.
+            epoch, step: where it stands.
+        """
+        size = self._config.train.batch_size
+        first = step * self._config.train.batches_per_step
+        for number, start in enumerate(range(0, len(picked), size), first):
+            generator = generator_for(self._config.train.seed, Purpose.NEGATIVES, epoch, number)
+            yield self.batch(picked[start : start + size], generator)
+
+    def first(self, order: np.ndarray, epoch: int) -> Batch:
+        """Return the first batch of an epoch."""
+        return next(self.of_step(order[: self._config.train.batch_size], epoch, 0))
+
+    def batch(self, picked: np.ndarray, generator: np.random.Generator) -> Batch:
+        """Return the batch of some training interactions, with negatives drawn by the generator."""
+        users = self.users[picked]
+        columns = {"users": users, "positives": self.items[picked]}
+        if self._model.shares_negatives:
+            negatives, met = self.sampler.shared(users, self._config.crane.num_negatives, generator)
+            columns |= {"negatives": negatives, "met": met, "weights": self.weights[users]}
+        else:
+            columns["negatives"] = self.sampler.one_each(users, generator)
+        if self._model.contrasts_kinds:
+            columns["known"] = self.sampler.met(np.unique(users), np.unique(columns["positives"]))
+        tensors = {
+            name: torch.from_numpy(column.astype(np.int64) if column.dtype.kind == "i" else column).to(self._device)
+            for name, column in columns.items()
+        }
+        rank, world_size = ranks()
+        return Batch(**tensors, rank=rank, world_size=world_size)
+
+
+def user_weights(counts: np.ndarray, balance: float) -> np.ndarray:
+    """Return `n^-balance` for a user with n training interactions, scaled to 1 on average over interactions.
+
+    Args:
+        counts: int [num_users].
+        balance: `crane.user_balance`.
+
+    Returns:
+        float32 [num_users].
+    """
+    counts = counts.astype(np.float64)
+    weights = np.zeros(len(counts))
+    np.power(counts, -balance, out=weights, where=counts > 0)
+    return (weights * counts.sum() / max((weights * counts).sum(), 1e-12)).astype(np.float32)
