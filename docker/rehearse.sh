@@ -34,7 +34,7 @@ done
 # The build context, as .dockerignore lets it through.
 rm -rf "$place/src"
 mkdir -p "$place/src/docker" "$place/opt" "$place/home" "$place/scratch"
-cp -r "$source"/{pyproject.toml,README.md,crane_core,dags,jobs} "$place/src/"
+cp -r "$source"/{pyproject.toml,README.md,LICENSE,crane_core,dags,jobs} "$place/src/"
 cp -r "$source/docker/"{install.sh,locks} "$place/src/docker/"
 find "$place/src" -name __pycache__ -prune -exec rm -rf {} +
 chmod -R a+rX "$place"

@@ -13,7 +13,7 @@ FROM ${PYTHON_IMAGE} AS build
 ARG LOCK=spark
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY docker/install.sh docker/install.sh
 COPY docker/locks docker/locks
 COPY crane_core crane_core

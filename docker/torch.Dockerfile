@@ -11,7 +11,7 @@ FROM ${PYTHON_IMAGE} AS build
 ARG DEVICE=cpu
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY docker/install.sh docker/install.sh
 COPY docker/locks docker/locks
 COPY crane_core crane_core

@@ -28,18 +28,18 @@ as_root() {
 }
 
 python_fits() {
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3; do
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
         if command -v "$candidate" >/dev/null && python_fits "$candidate"; then
             command -v "$candidate"
             return
         fi
     done
-    stop "no Python 3.11 or 3.12 with the venv module" \
+    stop "no Python 3.11, 3.12 or 3.13 with the venv module" \
         "install one (Debian, Ubuntu: sudo apt-get install python3 python3-venv) or name it: PYTHON=... make setup"
 }
 

@@ -78,9 +78,9 @@ def _safely(name: str, check: Callable[[], Check]) -> Check:
 
 def _python() -> Check:
     found = f"{sys.version.split()[0]} at {sys.executable}"
-    if (3, 11) <= sys.version_info[:2] < (3, 13):
+    if (3, 11) <= sys.version_info[:2] < (3, 14):
         return Check("python", "ok", found)
-    return Check("python", "broken", found, "Use Python 3.11 or 3.12: PYTHON=python3.11 make setup.")
+    return Check("python", "broken", found, "Use Python 3.11, 3.12 or 3.13: PYTHON=python3.11 make setup.")
 
 
 def _memory() -> Check:
