@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from crane_core.config import Knn, ModelConfig, Refine
@@ -23,6 +22,7 @@ from crane_core.refine.refiner import Refiner
 from crane_core.training.trainer import Trainer
 from tests.unit.refine.test_fit import halves, planted_modalities
 from tests.worlds.planted import checkerboard
+from tests.worlds.processes import on_ranks
 from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
     alone = trainer(tmp_path / "alone", start(planted_modalities(), RANKED), RANKED)
     alone.run()
-    mp.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    on_ranks(_rank, 2, 2, str(tmp_path))
     (curve, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     # Until the graph of the second epoch: of nearly equal neighbours a later graph may take the other one.
     for one, two in zip(alone.progress.curve[:2], curve[:2], strict=True):

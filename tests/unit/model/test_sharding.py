@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.model.sharding import Shards
 from crane_core.training.checkpoint import Checkpoint, Checkpoints
+from tests.worlds.processes import on_ranks
 
 SIZES = (7, 5)
 
@@ -63,7 +63,7 @@ def _meet(rank: int, world_size: int, folder: str) -> None:
 
 def test_rows_meet_and_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
     world_size = 4
-    mp.spawn(_meet, (world_size, str(tmp_path)), nprocs=world_size)
+    on_ranks(_meet, world_size, world_size, str(tmp_path))
     rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
     for readers in (1, 3, world_size):
         for rank in range(readers):

@@ -104,7 +104,7 @@ def _peak_of_epochs(num_neighbours: int | None, queue: mp.Queue) -> None:
     model = LightGCN(num_users, num_items, config)
     model.edge_dropout = 0.1
     with tempfile.TemporaryDirectory() as work:
-        trainer(Path(work)).run()
+        trainer(Path(work), config=changed(SMALL, num_epochs=1)).run()
         Path("/proc/self/clear_refs").write_text("5")
         before = _held("VmRSS")
         Trainer(model, interactions, config, Path(tempfile.mkdtemp(dir=work)), CPU).run()
@@ -128,7 +128,7 @@ def _peak_of_a_step(kind: Kind, contrast: Literal["same_kind", "both_kinds"], ba
     model = LightGCN(*sizes, config) if kind == "lightgcn" else Crane(*sizes, content, config)
     with tempfile.TemporaryDirectory() as work:
         # What torch loads and keeps for itself at its first step is not of this model's size.
-        trainer(Path(work), kind=kind).run()
+        trainer(Path(work), config=changed(SMALL, num_epochs=1), kind=kind).run()
         ours = Trainer(model, interactions, config, Path(work) / "large", CPU)
     batch = ours.batches.batch(generator.permutation(num_users)[:batch_size], generator)
     Path("/proc/self/clear_refs").write_text("5")

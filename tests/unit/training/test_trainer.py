@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from crane_core.config import ModelConfig
@@ -38,6 +37,7 @@ from crane_core.training.negatives import NegativeSampler
 from crane_core.training.trainer import Trainer
 from crane_core.training.validation import STEERING_METRIC
 from tests.worlds.planted import checkerboard, checkerboard_content
+from tests.worlds.processes import PRELOADED, on_ranks
 from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
     expected = ours.run(), ours.progress.curve, ours.best_weights()
     # Processes that start with torch imported, in which no gradient has run yet.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(PRELOADED)
     work, moments, steps = tmp_path / "killed", random.Random(0), []
     work.mkdir()
     for _ in range(20):
@@ -445,7 +445,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 
 def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -> None:
     for world_size in (2, 4):
-        mp.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
+        on_ranks(_rank, world_size, world_size, str(tmp_path))
     for kind in KINDS:
         alone = uneven(kind, tmp_path / kind)
         alone.run()
