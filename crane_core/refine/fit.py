@@ -58,7 +58,7 @@ def fit(
         candidates = np.unique(np.concatenate([targets, landmarks]))
         queries = torch.cat(
             [
-                refiner.project(*_profiles_without(modalities, users, targets, aggregate, refiner)),
+                refiner.project(*profiles_without(modalities, users, targets, aggregate, refiner)),
                 refiner.project(*item_rows(modalities, candidates, device)),
             ]
         )
@@ -85,7 +85,7 @@ def fit(
     return refiner.eval(), {"curve": curve}
 
 
-def _profiles_without(
+def profiles_without(
     modalities: list[Modality], users: np.ndarray, targets: np.ndarray, aggregate: str, refiner: Refiner
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Profile rows with the target item taken out; absent where nothing is left."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from crane_core.config import Refine
 from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content
@@ -78,3 +81,55 @@ def communities(seed: int, num_groups: int = 4, users_per_group: int = 60, items
             parts[split] += [(user, int(item)) for item in chosen]
     train, validation, test = (ItemLists.from_pairs(*np.array(pairs, dtype=np.int32).T, num_users) for pairs in parts)
     return Communities(Interactions(num_users, num_items, train, validation, test), groups)
+
+
+REFINE = Refine(embedding_dim=8, num_steps=60, batch_size=64, num_landmarks=64, learning_rate=0.01, chunk_size=7)
+"""A refiner small enough for `planted_modalities`."""
+
+
+def planted_modalities(noise: float = 2.0) -> list[Modality]:
+    """Two modalities that know an item's group, each through noise; every fifth item lacks the second."""
+    interactions = checkerboard()
+    generator = np.random.default_rng(0)
+    groups = np.arange(interactions.num_items) // 8
+    modalities = []
+    for number, dim in enumerate((6, 5)):
+        centers = generator.normal(size=(4, dim)) * 2
+        items = (centers[groups] + noise * generator.normal(size=(len(groups), dim))).astype(np.float32)
+        present = np.ones(len(items), dtype=bool) if number == 0 else np.arange(len(items)) % 5 > 0
+        items[~present] = 0
+        users = interactions.train.users()
+        profiles = np.zeros((interactions.num_users, dim), dtype=np.float32)
+        np.add.at(profiles, users, items[interactions.train.items])
+        counts = np.bincount(users, weights=present[interactions.train.items], minlength=interactions.num_users)
+        modalities.append(Modality(f"m{number}", items, present, profiles, counts.astype(np.int32)))
+    return modalities
+
+
+def halves(modalities: list[Modality], dtype: str) -> list[Modality]:
+    """The modalities with items that half precision holds, in a number type."""
+    rounded = [each.items.astype(np.float16).astype(dtype) for each in modalities]
+    return [dataclasses.replace(each, items=items) for each, items in zip(modalities, rounded, strict=True)]
+
+
+def make_rows(kind: str) -> np.ndarray:
+    """float32 [150, 8]: random rows, or rows that are hard for a search, such as near ties, duplicates and zeros."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(150, 8)).astype(np.float32)
+    if kind == "clustered":
+        return rows[:10].repeat(15, axis=0) + 0.01 * rows
+    if kind == "near_ties":
+        return rows[:3].repeat(50, axis=0) + 1e-4 * rows
+    if kind == "duplicates":
+        return rows[generator.integers(5, size=150)]
+    if kind == "some_duplicates":
+        rows[40:80] = rows[0]
+    if kind == "zeros":
+        rows[::3] = 0
+    return rows
+
+
+def item_lists(*rows: list[int]) -> ItemLists:
+    """Item lists of users 0, 1, .., one argument for each."""
+    users = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    return ItemLists.from_pairs(users, np.array([i for row in rows for i in row], dtype=np.int32), len(rows))

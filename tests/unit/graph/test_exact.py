@@ -1,4 +1,4 @@
-"""kNN: equal to brute force for every way of cutting the work up, ties and degenerate rows included."""
+"""Exact kNN: equal to brute force for every split of the work, with ties and degenerate rows."""
 
 import itertools
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from crane_core.errors import ArtifactError
 from crane_core.graph import candidates, exact, faiss_search
-from crane_core.graph.candidates import pack, unit_rows, unpack
+from crane_core.graph.candidates import unit_rows, unpack
 from crane_core.graph.exact import brute_force, nearest, search
+from tests.worlds.planted import make_rows
 
 
 def reference(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,23 +27,8 @@ def reference(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.take_along_axis(similarity, order, 1)
 
 
-def make_rows(kind: str) -> np.ndarray:
-    generator = np.random.default_rng(0)
-    rows = generator.normal(size=(150, 8)).astype(np.float32)
-    if kind == "clustered":
-        return rows[:10].repeat(15, axis=0) + 0.01 * rows
-    if kind == "near_ties":
-        return rows[:3].repeat(50, axis=0) + 1e-4 * rows
-    if kind == "duplicates":
-        return rows[generator.integers(5, size=150)]
-    if kind == "some_duplicates":
-        rows[40:80] = rows[0]
-    if kind == "zeros":
-        rows[::3] = 0
-    return rows
-
-
 ALONE = os.environ | {"PYTHONPATH": str(Path(exact.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
 KINDS = ["random", "clustered", "near_ties", "duplicates", "some_duplicates", "zeros"]
 
 
@@ -59,45 +44,6 @@ def test_any_sharding_equals_brute_force(kind: str, top: candidates.Top) -> None
         np.testing.assert_array_equal(neighbours, expected)
         np.testing.assert_array_equal(similarities, expected_similarity)
     np.testing.assert_array_equal(brute_force(rows, np.arange(len(rows)), 10, memory=100_000), expected)
-
-
-def test_few_rows_are_compared_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
-    everything = candidates.compare_all
-    monkeypatch.setattr(candidates, "compare_all", lambda *given: compared.append(len(given[1])) or everything(*given))
-    for kind, most in (("random", 0), ("duplicates", 0), ("some_duplicates", 0), ("zeros", 1)):
-        rows = np.concatenate([make_rows(kind), 1 + np.random.default_rng(1).normal(size=(100, 8))])
-        compared.clear()
-        search(rows, range(len(rows)), 5)
-        assert sum(compared) <= most, kind
-
-
-def test_a_dot_product_of_unit_rows_is_exact_in_any_order() -> None:
-    generator = np.random.default_rng(0)
-    for dim in (3, 64, 1000):
-        left, right = unit_rows(generator.normal(size=(2, dim)))
-        products = left.astype(np.float64) * right.astype(np.float64)
-        orders = {float(np.add.reduce(products[generator.permutation(dim)])) for _ in range(20)}
-        assert orders == {float(left.astype(np.float64) @ right.astype(np.float64))}
-
-
-def test_packed_neighbours_keep_similarity_and_row_and_sort_by_both() -> None:
-    similarities = np.array([0.5, -0.25, 0.0, -0.0, 1.0, 0.5, -1.0], dtype=np.float32)
-    keys = np.array([7, 1, 5, 4, 2**31 - 2, 3, 0], dtype=np.int32)
-    packed = np.sort(pack(torch.from_numpy(similarities), torch.from_numpy(keys)).numpy())
-    found, values = unpack(packed)
-    assert found.tolist() == [2**31 - 2, 3, 7, 4, 5, 1, 0]
-    assert values.tolist() == [1.0, 0.5, 0.5, 0.0, 0.0, -0.25, -1.0]
-
-
-@pytest.mark.parametrize("top", [faiss_search.top_faiss, exact.top_torch])
-def test_candidates_are_the_best_scores(top: candidates.Top) -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(size, 8, generator=generator) for size in (70, 333))
-    scores = queries @ keys.T
-    values, found = top(queries, keys, 15, 50_000)
-    torch.testing.assert_close(values, scores.topk(15, dim=1).values)
-    torch.testing.assert_close(scores.gather(1, found), values)
 
 
 def test_queries_and_keys_may_be_some_rows() -> None:

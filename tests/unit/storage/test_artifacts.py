@@ -1,9 +1,10 @@
+"""Artifacts and run records: found, refused when damaged, and named by fingerprints."""
+
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from crane_core.config import RunConfig, load_config
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.stages import STAGES
 from crane_core.storage import open_storage
-from crane_core.storage.artifacts import Artifact, ArtifactStore, content_checksum, fingerprint_of
+from crane_core.storage.artifacts import ArtifactStore, content_checksum, fingerprint_of
+from tests.worlds.artifacts import publish
 
 STAGE = STAGES["etl.features"]
 
@@ -24,13 +26,6 @@ def configure(*settings: str) -> RunConfig:
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     uri = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3_uri")
     return ArtifactStore(open_storage(uri), tmp_path / "cache")
-
-
-def publish(store: ArtifactStore, folder: Path, text: str = "data", **extra: Any) -> Artifact:
-    (folder / "table").mkdir(parents=True)
-    (folder / "table" / "part-0").write_text(text)
-    (folder / "facts.json").write_text("{}")
-    return store.publish(folder, {"stage": "etl.features", "fingerprint": "f", "facts": {"n": 3}, **extra})
 
 
 def test_published_artifact_is_found_with_facts_and_files(store: ArtifactStore, tmp_path: Path) -> None:
