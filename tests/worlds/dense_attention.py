@@ -1,4 +1,4 @@
-"""Attention as the paper writes it, with rows x keys in memory, to compare the kernels with."""
+"""Attention by the formula of the paper, with all scores in memory, as the reference for kernels and keys."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ EVERY = pytest.mark.parametrize("correlation", DENSE + SPARSE, ids=lambda correl
 
 
 def dense(queries: Tensor, keys: Tensor, correlation: Correlation) -> Tensor:
-    """The formula as the paper writes it, rows x keys in memory; the sparse forms as a mask of it."""
+    """Compute attention by the formula of the paper; the sparse forms mask scores."""
     scores = queries @ keys.T / queries.shape[1] ** 0.5
     if correlation.phi in ("tanh", "linear"):
         return (torch.tanh(scores) if correlation.phi == "tanh" else scores) @ keys / len(keys)
@@ -29,30 +29,30 @@ def dense(queries: Tensor, keys: Tensor, correlation: Correlation) -> Tensor:
 
 
 def in_nearest_lists(queries: Tensor, keys: Tensor, correlation: Correlation) -> Tensor:
-    """Whether the query attends to the list of each key, bool [n, m]: the lists of the largest mean score."""
-    cells = cell_of_each(correlation.prepare(keys))
+    """Mark the keys in the lists that each query attends to, those with the largest mean scores: bool [n, m]."""
+    numbers = list_of_each(correlation.prepare(keys))
     scores = (queries @ keys.T).detach()
-    means = torch.stack([scores[:, cells == cell].mean(1) for cell in range(int(cells.max()) + 1)], dim=1)
+    means = torch.stack([scores[:, numbers == number].mean(1) for number in range(int(numbers.max()) + 1)], dim=1)
     nearest = means.argsort(dim=1, descending=True)[:, : correlation.num_probes]
-    return (cells == nearest[:, :, None]).any(1)
+    return (numbers == nearest[:, :, None]).any(1)
 
 
-def cell_of_each(lists: ListedKeys) -> Tensor:
-    """The list of each key, int64 [m], after a check that every key is in one list."""
-    cells = torch.full((lists.bounds[-1],), -1)
-    for cell, (start, stop) in enumerate(zip(lists.bounds, lists.bounds[1:], strict=False)):
+def list_of_each(lists: ListedKeys) -> Tensor:
+    """Return the list of each key, int64 [m]; check that every key is in one list."""
+    numbers = torch.full((lists.bounds[-1],), -1)
+    for number, (start, stop) in enumerate(zip(lists.bounds, lists.bounds[1:], strict=False)):
         assert start < stop
-        assert (cells[lists.order[start:stop]] == -1).all()
-        cells[lists.order[start:stop]] = cell
-    assert (cells >= 0).all()
-    return cells
+        assert (numbers[lists.order[start:stop]] == -1).all()
+        numbers[lists.order[start:stop]] = number
+    assert (numbers >= 0).all()
+    return numbers
 
 
 def rows(seed: int, *shape: int) -> Tensor:
-    """Seeded standard normal rows, float64."""
+    """Draw standard normal rows, float64."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected entry."""
+    """Divide the largest difference by the largest expected entry."""
     return float((found - expected).abs().max() / expected.abs().max())

@@ -6,8 +6,8 @@ import torch
 from crane_core.refine.attention import Correlation, attend
 from tests.worlds.dense_attention import (
     EVERY,
-    cell_of_each,
     dense,
+    list_of_each,
     relative_error,
     rows,
 )
@@ -32,7 +32,7 @@ def test_all_lists_or_all_landmarks_are_softmax(limit: int) -> None:
 
 @pytest.mark.parametrize("num_keys", [1, 2, 3, 6, 7])
 def test_fewer_keys_than_lists_duplicates_and_zero_rows(num_keys: int) -> None:
-    """Every query sees whole lists: its output is a convex combination of the keys it is said to see."""
+    """Each query attends to complete lists: its output is the softmax over the keys of its nearest lists."""
     keys = torch.cat([rows(14, num_keys, 3), torch.zeros(2, 3, dtype=torch.float64), rows(14, num_keys, 3)])[
         : num_keys if num_keys < 3 else None
     ]
@@ -41,11 +41,11 @@ def test_fewer_keys_than_lists_duplicates_and_zero_rows(num_keys: int) -> None:
         for num_probes in (1, 3, 50):
             correlation = Correlation("block", num_lists=num_lists, num_probes=num_probes)
             lists = correlation.prepare(keys)
-            cells, nearest = cell_of_each(lists), lists.nearest(queries)
+            numbers, nearest = list_of_each(lists), lists.nearest(queries)
             assert len(lists.means) <= min(num_lists, len(keys))
             same = (keys[:, None] == keys).all(2)
-            assert (cells[:, None] == cells)[same].all()
-            seen = (cells == nearest[:, :, None]).any(1)
+            assert (numbers[:, None] == numbers)[same].all()
+            seen = (numbers == nearest[:, :, None]).any(1)
             scores = (queries @ keys.T / 3**0.5).masked_fill(~seen, -torch.inf)
             expected = torch.softmax(scores, dim=1) @ keys
             torch.testing.assert_close(attend(queries, keys, correlation, 2), expected, rtol=1e-12, atol=1e-14)
@@ -65,9 +65,9 @@ def test_lists_are_the_planted_groups_and_a_query_stays_in_its_own() -> None:
     groups = torch.eye(3, dtype=torch.float64) * 10
     keys = groups.repeat(20, 1) + 0.01 * rows(18, 60, 3)
     lists = Correlation("block", num_lists=12, num_probes=1).prepare(keys)
-    cells = cell_of_each(lists)
-    for cell in range(int(cells.max()) + 1):
-        assert len(set((torch.nonzero(cells == cell)[:, 0] % 3).tolist())) == 1
+    numbers = list_of_each(lists)
+    for number in range(int(numbers.max()) + 1):
+        assert len(set((torch.nonzero(numbers == number)[:, 0] % 3).tolist())) == 1
     assert (lists.attend(groups) - groups).abs().max() < 0.1
 
 

@@ -1,4 +1,4 @@
-"""Refining the catalog: chunks, ranks and restarts give the rows of one pass over the whole."""
+"""Refining the catalog: chunks, ranks and restarts give the same rows as one pass."""
 
 import dataclasses
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_a_pass_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("phi", PHIS)
 def test_one_item_duplicates_and_zero_rows_are_refined(phi: Phi) -> None:
-    """Fewer items than lists and landmarks, too; the one user loses the target and has nothing left."""
+    """There are fewer items than lists and landmarks, and the profile of the only user is empty without the target."""
     for features in (np.ones((1, 3)), np.zeros((2, 3)), np.array([[1, 2, 3], [1, 2, 3], [0, 0, 0], [4, 5, 6]])):
         items = features.astype(np.float32)
         counts = np.ones(1, dtype=np.int32)

@@ -47,7 +47,7 @@ def test_no_item_and_a_fit_that_diverges_are_typed_errors() -> None:
 def plain_fit_losses(
     refiner: Refiner, modalities: list[Modality], train: ItemLists, config: Refine
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranking and agreement of the first mini-batch without RCA, item by item and in float64."""
+    """Compute ranking and agreement loss of the first mini-batch without RCA, item by item and in float64."""
 
     def fused(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.cat(rows) @ refiner.fusion, dim=0)

@@ -6,8 +6,8 @@ import torch
 from crane_core.refine.attention import Correlation, attend
 from tests.worlds.dense_attention import (
     EVERY,
-    cell_of_each,
     dense,
+    list_of_each,
     relative_error,
     rows,
 )
@@ -35,7 +35,7 @@ def test_gradcheck(correlation: Correlation) -> None:
 
 
 def test_tiled_softmax_equals_the_fused_kernel() -> None:
-    """Other devices take the tiles that `block` takes with one list."""
+    """`block` with one list attends to all keys."""
     queries, keys = rows(10, 1500, 5), rows(11, 700, 5)
     tiled = attend(queries, keys, Correlation("block", num_lists=1))
     assert relative_error(tiled, attend(queries, keys, Correlation("softmax"))) < 1e-12
@@ -61,7 +61,7 @@ def test_float32_in_tiles_stays_within_1e_5_of_float64(correlation: Correlation)
     found = attend(queries, keys, correlation, chunk_size=64).double()
     if correlation.phi == "block":
         lists = correlation.prepare(keys)
-        seen = (cell_of_each(lists) == lists.nearest(queries)[:, :, None]).any(1)
+        seen = (list_of_each(lists) == lists.nearest(queries)[:, :, None]).any(1)
         scores = (queries.double() @ keys.double().T / 8).masked_fill(~seen, -torch.inf)
         expected = torch.softmax(scores, dim=1) @ keys.double()
     else:
