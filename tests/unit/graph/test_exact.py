@@ -13,13 +13,13 @@ import pytest
 
 from crane_core.errors import ArtifactError
 from crane_core.graph import candidates, exact, faiss_search
-from crane_core.graph.candidates import unit_rows, unpack
+from crane_core.graph.candidates import SearchResources, unit_rows, unpack
 from crane_core.graph.exact import brute_force, nearest, search
 from tests.worlds.planted import make_rows
 
 
 def reference(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair in float64, ordered by similarity and then by index."""
+    """Compare every pair in float64; order by similarity and then by index."""
     unit = unit_rows(rows).astype(np.float64)
     similarity = np.array([[float((a * b).sum()) for b in unit] for a in unit]).astype(np.float32)
     np.fill_diagonal(similarity, -np.inf)
@@ -39,7 +39,8 @@ def test_any_sharding_equals_brute_force(kind: str, top: candidates.Top) -> None
     expected, expected_similarity = reference(rows, 10)
     for num_shards, memory in ((1, 1 << 30), (2, 200_000), (7, 500_000), (150, 1 << 20)):
         cuts = [len(rows) * i // num_shards for i in range(num_shards + 1)]
-        shards = [nearest(rows, range(*cut), 10, memory=memory, top=top) for cut in itertools.pairwise(cuts)]
+        resources = SearchResources(memory=memory)
+        shards = [nearest(rows, range(*cut), 10, resources=resources, top=top) for cut in itertools.pairwise(cuts)]
         neighbours, similarities = unpack(np.concatenate(shards))
         np.testing.assert_array_equal(neighbours, expected)
         np.testing.assert_array_equal(similarities, expected_similarity)
@@ -69,7 +70,7 @@ def test_fewer_items_than_k() -> None:
 
 
 def test_a_shard_without_queries_has_lists_as_long_as_the_others() -> None:
-    """More shards than items, and no more items than neighbours."""
+    """There are more shards than items, and fewer items than neighbours."""
     rows = np.eye(3, dtype=np.float32)
     shards = [search(rows, range(3 * s // 7, 3 * (s + 1) // 7), 10) for s in range(7)]
     np.testing.assert_array_equal(np.concatenate([shard[0] for shard in shards]), [[1, 2], [0, 2], [0, 1]])
@@ -91,6 +92,8 @@ SEARCH = """
 import os, resource, sys
 from pathlib import Path
 import numpy as np
+from crane_core.graph.candidates import SearchResources
+from crane_core.graph.candidates import SearchResources, unit_rows, unpack
 from crane_core.graph.exact import search
 rows = np.load("rows.npy", mmap_mode="r")
 if limit := int(sys.argv[2]):
@@ -102,7 +105,7 @@ if limit := int(sys.argv[2]):
     except MemoryError:
         print("the rows do not fit")
 work = Path(sys.argv[4]) if sys.argv[4] else None
-found = search(rows, range(int(sys.argv[5])), 5, memory=int(sys.argv[3]), work=work)
+found = search(rows, range(int(sys.argv[5])), 5, resources=SearchResources(memory=int(sys.argv[3]), work=work))
 np.save(sys.argv[1], np.stack([found[0], found[1].view(np.int32)]))
 """
 
