@@ -19,7 +19,7 @@ NUM_USERS, NUM_ITEMS = 60, 40
 
 
 def written(folder: Path, num_shards: int = 3, most: int = NUM_ITEMS) -> tuple[Artifact, np.ndarray]:
-    """Random pairs in random order over some files, and the pairs with their split, int [n, 3]."""
+    """Write random pairs in random order into some files; return the artifact and user, item, split, int [n, 3]."""
     generator = np.random.default_rng(5)
     keys = np.flatnonzero(generator.random(NUM_USERS * most) < 0.2)
     users, items = np.divmod(generator.permutation(keys), most)
@@ -36,7 +36,7 @@ def written(folder: Path, num_shards: int = 3, most: int = NUM_ITEMS) -> tuple[A
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 def test_blocks_of_any_size_give_the_lists(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_BLOCK_ROWS", block)
+    monkeypatch.setattr(dataset, "BLOCK_ROWS", block)
     artifact, pairs = written(tmp_path)
     found = load_interactions(artifact)
     for split, lists in enumerate((found.train, found.validation, found.test)):

@@ -60,7 +60,7 @@ def test_cold_auc_equals_plain_loops_and_never_holds_more_than_a_block() -> None
 
 
 def many_cold(seed: int) -> tuple[Interactions, list[list[int]]]:
-    """Items 0 to 49 are cold, 50 to 59 warm; 300 users were held out one to four cold items and a warm one."""
+    """Items 0 to 49 are cold, 50 to 59 warm; each of 300 users has one to four cold test items and a warm one."""
     generator = np.random.default_rng(seed)
     wanted = [generator.choice(50, 1 + user % 4, replace=False).tolist() for user in range(300)]
     train = item_lists(*[[50 + user % 10] for user in range(300)])

@@ -31,7 +31,7 @@ def test_a_user_who_saw_almost_everything_gets_a_short_list() -> None:
 
 
 def test_tombstones_are_no_candidates_and_no_cold_items() -> None:
-    """Item 2 is gone, items 3 and 4 are cold."""
+    """Item 2 is a tombstone, items 3 and 4 are cold."""
     train, test = (
         ItemLists.from_pairs(np.array(users), np.array(items), 2)
         for users, items in (([0, 1], [0, 1]), ([0, 1], [3, 0]))
@@ -39,7 +39,7 @@ def test_tombstones_are_no_candidates_and_no_cold_items() -> None:
     nothing = ItemLists(np.zeros(3, dtype=np.int64), np.empty(0, dtype=np.int32))
     interactions = Interactions(2, 5, train, nothing, test, np.array([2]))
     scores = torch.tensor([[0.0, 1, 9, 2, 3], [1, 0, 9, 2, 3]])
-    score = without(lambda users: scores[torch.from_numpy(users)].clone(), interactions.gone)
+    score = without(lambda users: scores[torch.from_numpy(users)].clone(), interactions.tombstones)
     ranked = rank_users(score, train, np.array([0, 1]), 5)
     assert ranked.tolist() == [[4, 3, 1, -1, -1], [4, 3, 0, -1, -1]]
     assert interactions.cold_items().tolist() == [3, 4]
