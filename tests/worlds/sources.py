@@ -1,4 +1,4 @@
-"""Small public data sets as they are delivered, and checks of what importers make of them."""
+"""Small data sets in the formats of the importers, and a check of imported raw data."""
 
 from __future__ import annotations
 

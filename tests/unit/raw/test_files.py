@@ -1,4 +1,4 @@
-"""Listing raw data: partitions of days, modalities, and where the data lie."""
+"""Listing raw data: partitions of days, modalities, and locations."""
 
 from __future__ import annotations
 

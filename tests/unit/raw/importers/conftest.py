@@ -1,4 +1,4 @@
-"""Delivered data sets that several importers are tested with."""
+"""Data sets on which several importers are tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The raw folder of an import: written once, whole or not at all."""
+"""The raw folder of an import: written once, complete or absent."""
 
 from __future__ import annotations
 
