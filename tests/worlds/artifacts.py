@@ -1,4 +1,4 @@
-"""Artifacts and folders of a few bytes, published for tests."""
+"""Small artifacts, and folders ready to publish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def publish(store: ArtifactStore, folder: Path, text: str = "data", **extra: Any
 
 
 def folder(path: Path, text: str) -> Path:
-    """A folder as a publisher leaves it: a table of one file, and a manifest."""
+    """Write a folder ready to publish: a table of one file, and a manifest."""
     (path / "table").mkdir(parents=True)
     (path / "table" / "part-0").write_text(text)
     (path / "manifest.json").write_text(json.dumps({"text": text}))

@@ -67,7 +67,7 @@ def _write(path: Path, columns: list[list[Any]], schema: pa.Schema) -> Path:
 
 
 def window(start: str, end: str) -> Window:
-    """The window from one instant to another, ISO."""
+    """Return the window between two instants, ISO 8601."""
     return Window.model_validate({"start": start, "end": end})
 
 

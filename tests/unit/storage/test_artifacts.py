@@ -12,7 +12,7 @@ from crane_core.config import RunConfig, load_config
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.stages import STAGES
 from crane_core.storage import open_storage
-from crane_core.storage.artifacts import ArtifactStore, content_checksum, fingerprint_of
+from crane_core.storage.artifacts import ArtifactStore, artifact_checksum, fingerprint_of
 from tests.worlds.artifacts import publish
 
 STAGE = STAGES["etl.features"]
@@ -130,14 +130,14 @@ def test_a_joint_training_reads_and_obeys_more() -> None:
 
 
 def test_content_of_a_table_is_that_of_its_rows() -> None:
-    def content(files: dict[str, str], tables: dict[str, str]) -> str:
-        return content_checksum({name: {"bytes": 1, "sha256": sha} for name, sha in files.items()}, tables)
+    def checksum(files: dict[str, str], tables: dict[str, str]) -> str:
+        return artifact_checksum({name: {"bytes": 1, "sha256": sha} for name, sha in files.items()}, tables)
 
-    reference = content({"t/part-0": "a", "m.npy": "b"}, {"t": "rows"})
-    assert content({"t/part-0": "x", "t/part-1": "y", "m.npy": "b"}, {"t": "rows"}) == reference
-    assert content({"t/part-0": "a", "m.npy": "b"}, {"t": "other"}) != reference
-    assert content({"t/part-0": "a", "m.npy": "c"}, {"t": "rows"}) != reference
-    assert content({"t/part-0": "a", "m.npy": "b"}, {}) != reference
+    reference = checksum({"t/part-0": "a", "m.npy": "b"}, {"t": "rows"})
+    assert checksum({"t/part-0": "x", "t/part-1": "y", "m.npy": "b"}, {"t": "rows"}) == reference
+    assert checksum({"t/part-0": "a", "m.npy": "b"}, {"t": "other"}) != reference
+    assert checksum({"t/part-0": "a", "m.npy": "c"}, {"t": "rows"}) != reference
+    assert checksum({"t/part-0": "a", "m.npy": "b"}, {}) != reference
 
 
 def test_manifest_is_json_with_size_and_checksum_of_every_file(store: ArtifactStore, tmp_path: Path) -> None:

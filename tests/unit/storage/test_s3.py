@@ -38,7 +38,7 @@ def test_an_upload_without_manifest_does_not_exist(
     def die(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "_create", die)
+    monkeypatch.setattr(storage, "create", die)
     with pytest.raises(KeyboardInterrupt):
         storage.publish(folder(tmp_path / "one", "one"), "stage/f")
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Both storages keep the same promises: a local directory, and S3 over HTTP."""
+"""The contract of a storage, for a local directory and for S3 over HTTP."""
 
 from __future__ import annotations
 
