@@ -6,7 +6,7 @@ Raw data, below `{raw}`:
     items/*.parquet                         ITEMS, the catalog; optional
     features/{modality}/*.parquet           FEATURES, one folder per modality; optional
 
-Indices are row numbers: users and items count from 0, each apart.
+Indices are row numbers from 0, separate for users and items.
 """
 
 import pyarrow as pa
@@ -26,8 +26,8 @@ SPLIT = "split"
 STATE = "state"
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
-TRAINED, COLD, GONE = "trained", "cold", "tombstone"
-"""States of an id: it has training rows; it has none; or an earlier run numbered it and nothing speaks of it now."""
+TRAINED, COLD, TOMBSTONE = "trained", "cold", "tombstone"
+"""States of an id: with training rows; without; or without any data, but numbered by an earlier run."""
 
 INTERACTIONS = pa.schema(
     [
@@ -39,13 +39,13 @@ INTERACTIONS = pa.schema(
         pa.field(EVENT_TYPE, pa.string()),
     ]
 )
-"""Optional: `weight` (default 1), `label` (needed by `etl.split=label`: 0 train, 1 validation, 2 test) and
-`event_type` (what `etl.event_weights` looks up). Further columns are ignored and named in the log and the manifest."""
+"""Optional are `weight` (default 1), `label` (needed by `etl.split=label`: 0 train, 1 validation, 2 test) and
+`event_type` (the key of `etl.event_weights`). Other columns are ignored, and named in the log and the manifest."""
 
 ITEMS = pa.schema([pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(TITLE, pa.string())])
 
 FEATURES = pa.schema(
     [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]
 )
-"""`vector` may be a list of float16, float32 or float64 of one length per modality, or fixed-size binary
-(`features.binary`). A matrix `NAME.npy` beside `NAME.ids.txt`, one item a line, is read as well."""
+"""`vector` may be a list of float16, float32 or float64, or fixed-size binary (`features.binary`); all vectors of a
+modality have one length. A matrix `NAME.npy` with its items in `NAME.ids.txt`, one per line, is read as well."""

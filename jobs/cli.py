@@ -168,29 +168,29 @@ def _import(arguments: argparse.Namespace) -> int:
 def _encode(arguments: argparse.Namespace) -> int:
     import torch
 
-    from crane_core.raw.encoding import Recipe, encode
+    from crane_core.raw.encoding import EncoderSpec, encode
     from jobs.runner import start_logging
 
     start_logging()
     torch.set_num_threads(arguments.threads)
     pictures = str(arguments.pictures.absolute()) if arguments.pictures else ""
-    recipe = Recipe(arguments.model, tuple(arguments.columns or ()), pictures, arguments.picture_column)
-    encoded = encode(arguments.raw, arguments.modality, recipe, arguments.batch_size, arguments.device)
+    spec = EncoderSpec(arguments.model, tuple(arguments.columns or ()), pictures, arguments.picture_column)
+    encoded = encode(arguments.raw, arguments.modality, spec, arguments.batch_size, arguments.device)
     _result(arguments, vars(encoded), [f"{key:<9} {value}" for key, value in vars(encoded).items()])
     return EXIT_OK
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from crane_core.raw.generator import Plan, generate
+    from crane_core.raw.generator import GeneratorSettings, generate
 
-    plan = Plan(
+    settings = GeneratorSettings(
         num_rows=arguments.rows,
         num_users=arguments.users or max(100, arguments.rows // 20),
         num_items=arguments.items or max(50, arguments.rows // 100),
         num_days=arguments.days,
         seed=arguments.seed,
     )
-    return _imported(arguments, generate(plan, arguments.raw))
+    return _imported(arguments, generate(settings, arguments.raw))
 
 
 def _imported(arguments: argparse.Namespace, imported: Any) -> int:

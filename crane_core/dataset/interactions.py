@@ -1,4 +1,4 @@
-"""The artifacts of the ETL as arrays: what the torch stages train and evaluate on."""
+"""Read the interactions of the ETL into arrays, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from crane_core.errors import ArtifactError
-from crane_core.schema import GONE, ITEM_IDX, SPLIT, STATE, TEST, TRAIN, USER_IDX, VALIDATION
+from crane_core.schema import ITEM_IDX, SPLIT, STATE, TEST, TOMBSTONE, TRAIN, USER_IDX, VALIDATION
 from crane_core.storage.artifacts import Artifact
 
-_BLOCK_ROWS = 1 << 20
-"""Interactions read or sorted at a time."""
+BLOCK_ROWS = 1 << 20
+"""Interactions that are read or sorted at a time."""
 
 
 @dataclass(frozen=True)
 class ItemLists:
-    """A list of items for each user, in compressed rows.
+    """A list of items for each user, as compressed sparse rows.
 
     Attributes:
         indptr: int64 [num_users + 1].
@@ -32,7 +32,7 @@ class ItemLists:
 
     @classmethod
     def from_pairs(cls, users: np.ndarray, items: np.ndarray, num_users: int) -> ItemLists:
-        """Group (user, item) pairs, any order, no pair twice."""
+        """Group distinct (user, item) pairs, given in any order, by user."""
         order = np.lexsort((items, users))
         indptr = np.zeros(num_users + 1, dtype=np.int64)
         np.cumsum(np.bincount(users, minlength=num_users), out=indptr[1:])
@@ -43,19 +43,19 @@ class ItemLists:
         return len(self.indptr) - 1
 
     def counts(self) -> np.ndarray:
-        """int64 [num_users], the length of each list."""
+        """Return the length of each list, int64 [num_users]."""
         return np.diff(self.indptr)
 
     def users(self) -> np.ndarray:
-        """int32 [num_pairs], the user of each entry of `items`."""
+        """Return the user of each entry of `items`, int32 [num_pairs]."""
         return np.repeat(np.arange(self.num_users, dtype=np.int32), self.counts())
 
     def where(self, keep: np.ndarray) -> ItemLists:
-        """The lists reduced to the entries where `keep`, bool [num_pairs], is true."""
+        """Keep only the entries where `keep`, bool [num_pairs], is true."""
         return ItemLists.from_pairs(self.users()[keep], self.items[keep], self.num_users)
 
     def holds(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each item is in the list of the user beside it: int [n], int [n] -> bool [n], by binary search."""
+        """Tell for each pair whether the item is in the user's list: int [n], int [n] -> bool [n], by binary search."""
         low, stop = self.indptr[users], self.indptr[users + 1]
         high, searched = stop.copy(), np.flatnonzero(low < stop)
         while len(searched):
@@ -69,13 +69,13 @@ class ItemLists:
         return found
 
     def rows(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The entries of some users.
+        """Return the entries of some users.
 
         Args:
             users: int [n].
 
         Returns:
-            int64 [m] positions into `users`, int32 [m] items, in order.
+            int64 [m] positions in `users`, ascending, and int32 [m] items.
         """
         starts, counts = self.indptr[users], self.indptr[users + 1] - self.indptr[users]
         positions = np.repeat(np.arange(len(users)), counts)
@@ -85,12 +85,12 @@ class ItemLists:
 
 @dataclass(frozen=True)
 class Interactions:
-    """Users, items and who met what, split by time.
+    """Interactions of users with items, split by time.
 
     Attributes:
         num_users, num_items: sizes of the id maps.
         train, validation, test: items per user.
-        gone: int, numbers that an earlier run gave to items that are no more; nobody is recommended these.
+        tombstones: int, numbers of items that an earlier run had and this one has not; they are never recommended.
     """
 
     num_users: int
@@ -98,18 +98,18 @@ class Interactions:
     train: ItemLists
     validation: ItemLists
     test: ItemLists
-    gone: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    tombstones: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def item_counts(self) -> np.ndarray:
-        """int64 [num_items], training interactions of each item."""
+        """Count the training interactions of each item, int64 [num_items]."""
         return np.bincount(self.train.items, minlength=self.num_items)
 
     def cold_items(self) -> np.ndarray:
-        """int64, the items in use without a training interaction, ascending."""
-        return np.setdiff1d(np.flatnonzero(self.item_counts() == 0), self.gone)
+        """Return the items without a training interaction, tombstones excepted: int64, ascending."""
+        return np.setdiff1d(np.flatnonzero(self.item_counts() == 0), self.tombstones)
 
     def validation_users(self, most: int, seed: int) -> np.ndarray:
-        """Users with validation items, ascending; a fixed sample where there are more than `most`."""
+        """Return the users with validation items, ascending; a fixed sample of them if there are more than `most`."""
         users = np.flatnonzero(self.validation.counts() > 0)
         if len(users) > most:
             users = np.sort(np.random.default_rng(seed).choice(users, most, replace=False))
@@ -117,9 +117,9 @@ class Interactions:
 
 
 def load_interactions(artifact: Artifact) -> Interactions:
-    """Read the output of `etl.interactions`, a block of its rows at a time.
+    """Read the output of `etl.interactions`, a block of rows at a time.
 
-    Memory holds the lists themselves, 4 bytes an interaction, and one block.
+    Memory holds the lists, 4 bytes per interaction, and one block.
 
     Raises:
         ArtifactError: an index lies outside the id maps.
@@ -138,16 +138,16 @@ def load_interactions(artifact: Artifact) -> Interactions:
     for users, items, split in _blocks(artifact):
         for part, open_lists in lists.items():
             open_lists.append(users[split == part], items[split == part])
-    gone = np.empty(0, dtype=np.int64)
+    tombstones = np.empty(0, dtype=np.int64)
     if artifact.facts.get("num_tombstones", {}).get("items"):
-        gone = np.flatnonzero(load_ids(artifact, "items", STATE).to_numpy() == GONE)
+        tombstones = np.flatnonzero(load_ids(artifact, "items", STATE).to_numpy() == TOMBSTONE)
     return Interactions(
-        num_users, num_items, lists[TRAIN].close(), lists[VALIDATION].close(), lists[TEST].close(), gone
+        num_users, num_items, lists[TRAIN].close(), lists[VALIDATION].close(), lists[TEST].close(), tombstones
     )
 
 
 class _OpenLists:
-    """Item lists of known lengths, filled by blocks of pairs in any order.
+    """Item lists of known lengths that are filled with blocks of pairs, given in any order.
 
     Args:
         lengths: int64 [num_users].
@@ -159,6 +159,7 @@ class _OpenLists:
         self._ends = self._indptr[:-1].copy()
 
     def append(self, users: np.ndarray, items: np.ndarray) -> None:
+        """Add pairs: int [n], int [n]."""
         order = np.argsort(users, kind="stable")
         users = users[order]
         starts = np.flatnonzero(np.diff(users, prepend=-1))
@@ -167,10 +168,10 @@ class _OpenLists:
         self._ends[users[starts]] += lengths
 
     def close(self) -> ItemLists:
-        """The lists, each sorted, a block of users at a time."""
+        """Sort each list, a block of users at a time, and return the lists."""
         lists = ItemLists(self._indptr, self._items)
-        # As many users as have a block of rows together, or one.
-        blocks = self._indptr[1:] // _BLOCK_ROWS
+        # A part holds the users whose lists make up about one block, but one user at least.
+        blocks = self._indptr[1:] // BLOCK_ROWS
         for part in np.split(np.arange(lists.num_users), np.flatnonzero(np.diff(blocks)) + 1):
             if len(part):
                 positions, items = lists.rows(part)
@@ -180,24 +181,24 @@ class _OpenLists:
 
 
 def _blocks(artifact: Artifact) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Users, items and splits of the interactions, in order."""
+    """Yield the users, items and splits of the interactions, a block of rows at a time."""
     names = [USER_IDX, ITEM_IDX, SPLIT]
     data = ds.dataset(artifact.file("interactions"), format="parquet", partitioning="hive")
-    for batch in data.to_batches(columns=names, batch_size=_BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
+    for batch in data.to_batches(columns=names, batch_size=BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
         users, items, split = (batch.column(name).to_numpy(zero_copy_only=False) for name in names)
         yield users, items, split
 
 
 def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
-    """External ids or titles in the order of the indices.
+    """Read external ids or titles in the order of the indices.
 
     Args:
         artifact: output of `etl.interactions`.
         table: `users` or `items`.
-        column: `user_id`, `item_id` or `title`.
+        column: `user_id`, `item_id`, `title` or `state`.
 
     Returns:
-        String array whose position is the index.
+        Array of strings, whose position is the index.
     """
     index = USER_IDX if table == "users" else ITEM_IDX
     rows = pq.read_table(artifact.file(table), columns=[index, column]).sort_by(index)

@@ -20,11 +20,11 @@ class Modality:
     """Features of the catalog and of the users in one modality.
 
     Attributes:
-        name: its name.
+        name: name of the modality.
         items: float32 or float16 [num_items, dim], standardised.
         present: bool [num_items].
-        profiles: float32 [num_users, dim], sum or mean over the user's training items.
-        counts: int [num_users], items in each profile.
+        profiles: float32 [num_users, dim], sum or mean over the training items of each user.
+        counts: int [num_users], number of items in each profile.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Modality:
 
 
 PROFILE_SPREAD = 2.0
-"""Orders of magnitude that the norms of profiles may spread over; sums spread over 0.65 on Last.fm 2K."""
+"""Orders of magnitude that the norms of profiles may spread over without a warning; sums on Last.fm 2K: 0.65."""
 _PROFILE_SAMPLE = 100_000
 
 
 def profile_spreads(modalities: Sequence[Modality]) -> dict[str, float]:
-    """How far the norms of the users' profiles spread, log10 of the 95th over the 5th percentile, by modality.
+    """Measure the spread of the profile norms of each modality: log10 of the 95th over the 5th percentile.
 
-    Of at most 100,000 of the users who have a profile; 0 where nobody has one. A line in the log where it is beyond
-    `PROFILE_SPREAD`.
+    At most 100,000 users with a profile are sampled; without any, the spread is 0. A spread beyond `PROFILE_SPREAD` is
+    logged as a warning.
     """
     spreads = {}
     for modality in modalities:
@@ -51,7 +51,7 @@ def profile_spreads(modalities: Sequence[Modality]) -> dict[str, float]:
         users = users[:: -(-len(users) // _PROFILE_SAMPLE) or 1]
         norms = np.linalg.norm(modality.profiles[users], axis=1)
         low, high = np.quantile(norms, [0.05, 0.95]) if len(norms) else (1.0, 1.0)
-        # Opposite features may add up to nothing.
+        # The norm of a profile may be 0, since features of opposite sign cancel.
         spreads[modality.name] = spread = math.log10(max(high, 1e-12) / max(low, 1e-12))
         if spread > PROFILE_SPREAD:
             logger.warning(
@@ -65,7 +65,7 @@ def profile_spreads(modalities: Sequence[Modality]) -> dict[str, float]:
 
 
 def load_modalities(features: Artifact, profiles: Artifact) -> list[Modality]:
-    """Read the artifacts of `etl.features` and `etl.profiles`, memory-mapped."""
+    """Map the artifacts of `etl.features` and `etl.profiles` into memory, modalities by name."""
     return [
         Modality(
             name,

@@ -1,4 +1,4 @@
-"""Standardise feature matrices, and project wide ones, in bounded memory."""
+"""Standardise feature matrices and project wide ones, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from crane_core.storage.matrix import blocks
 def fit_standardisation(
     raw: NDArray[np.float32], present: NDArray[np.bool_], is_train: NDArray[np.bool_], kind: str
 ) -> dict[str, NDArray]:
-    """What standardising needs to know: for `zscore` float64 [dim] `mean` and `scale` (1 for constant columns).
+    """Fit what `standardised` needs: for `zscore` the `mean` and `scale` of each column, else nothing.
 
     Args:
         raw: float32 [num_items, dim].
         present: bool [num_items], rows that hold features.
-        is_train: bool [num_items], items with training interactions; only these are fitted on.
+        is_train: bool [num_items], items with training interactions; only these are used.
         kind: `features.standardise`.
+
+    Returns:
+        `mean` and `scale`, float64 [dim]; the scale of a constant column is 1.
     """
     if kind != "zscore":
         return {}
@@ -62,17 +65,18 @@ def standardised(
 def fit_projection(
     rows: Iterable[tuple[slice, NDArray[np.float64]]], used: NDArray[np.bool_], width: int, kind: str
 ) -> dict[str, NDArray]:
-    """The principal axes of some rows.
+    """Fit the principal axes of some rows.
 
     Args:
         rows: blocks of rows of one width, from `standardised`.
-        used: bool [num_items], the rows to fit on.
-        width: number of axes, at most that of the rows.
+        used: bool [num_items], the rows that are used.
+        width: number of axes, at most the width of the rows.
         kind: `features.projection`.
 
     Returns:
-        `axes` float64 [width, dim], by falling variance, the largest entry of each positive; `centre` float64 [dim],
-        zero for `svd`; `explained`, the share of the variance (for `svd` of the squared norm) that the axes keep.
+        `axes`, float64 [width, dim], by falling variance, with the largest entry of each axis positive; `centre`,
+        float64 [dim], zero for `svd`; `explained`, the share of the variance (for `svd` of the squared norm) that the
+        axes keep.
     """
     products: Any = 0.0
     total: Any = 0.0
@@ -100,7 +104,7 @@ def fit_projection(
 def projected(
     rows: Iterable[tuple[slice, NDArray[np.float64]]], present: NDArray[np.bool_], fitted: dict[str, NDArray]
 ) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Yield blocks of rows along the axes of `fit_projection`; rows without features stay zero."""
+    """Yield blocks of rows projected on the axes of `fit_projection`; rows without features are zero."""
     for block, values in rows:
         narrow = (values - fitted["centre"]) @ fitted["axes"].T
         narrow[~present[block]] = 0

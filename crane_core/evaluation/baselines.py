@@ -1,7 +1,7 @@
-"""What a learned model has to beat: popularity, item kNN over interactions, and the nearest content.
+"""Baselines for learned models: popularity, item kNN over interactions, and similarity of content.
 
-Each is a `Scorer` made from the training interactions in one pass, without an epoch or a random number. BPR-MF needs no
-code of its own: it is `LightGCN` with `num_layers=0`.
+Each is a `Scorer` that is computed from the training interactions in one pass, without epochs or random numbers. BPR-MF
+is not here, since it is `LightGCN` with `num_layers=0`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from crane_core.dataset.interactions import Interactions
 from crane_core.dataset.modalities import Modality
 from crane_core.evaluation.ranking import Scorer, dot_product
 
-_BLOCK_ENTRIES = 4_000_000
-"""Co-occurrence counts held at once while neighbours are sought, a single item's excepted."""
+BLOCK_ENTRIES = 4_000_000
+"""Co-occurrence counts that are held at a time, unless a single item has more."""
 
 
 def popularity(interactions: Interactions) -> Scorer:
-    """The same list for everyone: items by falling number of training interactions, equal ones by row number.
+    """Score the items by training interactions, the same for every user; equal ones by row number.
 
     Args:
-        interactions: with fewer than 2**24 items, so that a place in the list is exact in float32.
+        interactions: with fewer than 2**24 items, so that a position in the list is exact in float32.
     """
     counts = interactions.item_counts()
-    places = np.empty(len(counts), dtype=np.float32)
-    places[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
-    scores = torch.from_numpy(-places)
+    positions = np.empty(len(counts), dtype=np.float32)
+    positions[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+    scores = torch.from_numpy(-positions)
 
     def score(users: np.ndarray) -> torch.Tensor:
         return scores.repeat(len(users), 1)
@@ -39,7 +39,7 @@ def popularity(interactions: Interactions) -> Scorer:
 
 
 def popular_for_strangers(score: Scorer, interactions: Interactions) -> Scorer:
-    """The same scores, but what is popular for users without training items: a served model does not know them."""
+    """Score by popularity for users without training items, as a served model does; by `score` for the others."""
     is_stranger = interactions.train.counts() == 0
     if not is_stranger.any():
         return score
@@ -56,16 +56,16 @@ def popular_for_strangers(score: Scorer, interactions: Interactions) -> Scorer:
 
 
 def item_knn(interactions: Interactions, num_neighbours: int = 100, shrinkage: float = 10.0) -> Scorer:
-    """An item's similarity to those of the user's training items that are among its neighbours, summed.
+    """Score an item by the sum of its similarities to the user's training items that are among its neighbours.
 
     Sarwar et al., WWW 2001, section 3, without ratings: `s_ij = n_ij / (sqrt(n_i n_j) + shrinkage)` where `n_ij` users
-    met both items, the cosine of binary user columns at shrinkage 0. An item's neighbours are the `num_neighbours`
-    most similar other items, equal ones by row number. An item nobody met scores 0.
+    have both items. At shrinkage 0 this is the cosine of binary user columns. The neighbours of an item are the
+    `num_neighbours` most similar other items, equal ones by row number. An item without users scores 0.
 
     Args:
-        interactions: of which the training part is used. Time grows with the sum of the squared list lengths.
-        num_neighbours: kept per item, >= 1.
-        shrinkage: >= 0, in interactions; damps similarities that few users vouch for.
+        interactions: the training part is used. Time grows with the sum of the squared list lengths.
+        num_neighbours: neighbours per item, >= 1.
+        shrinkage: number of interactions, >= 0; reduces similarities that rest on few users.
     """
     train = interactions.train
     history = sp.csr_array(
@@ -81,13 +81,13 @@ def item_knn(interactions: Interactions, num_neighbours: int = 100, shrinkage: f
 
 
 def content(modalities: Sequence[Modality]) -> Scorer:
-    """Cosine of the user's profile to the items, the features of all modalities side by side.
+    """Score by the cosine between the user's profile and the item, with the features of all modalities concatenated.
 
-    A modality counts as much as its rows are long: equally under `features.standardise=l2`, by its width under
-    `zscore`. A user or an item without any features scores 0 everywhere.
+    The weight of a modality is the length of its rows: equal under `features.standardise=l2`, growing with the width
+    under `zscore`. A user or an item without any features scores 0.
 
     Args:
-        modalities: at least one; sums and means of features give the same ranking where no feature is missing.
+        modalities: at least one. Profiles of sums and of means give the same ranking if no feature is missing.
     """
     users, items = (
         F.normalize(torch.from_numpy(np.hstack(blocks)), dim=1)
@@ -97,10 +97,10 @@ def content(modalities: Sequence[Modality]) -> Scorer:
 
 
 def _neighbours(history: sp.csr_array, num_neighbours: int, shrinkage: float) -> Iterator[sp.csr_array]:
-    """Rows of the similarity matrix, a block of items at a time, each reduced to its largest entries.
+    """Yield the rows of the similarity matrix, reduced to their largest entries, a block of items at a time.
 
     Args:
-        history: float32 [num_users, num_items], 1 where the user met the item.
+        history: float32 [num_users, num_items], 1 where the user has the item.
         num_neighbours, shrinkage: see `item_knn`.
 
     Yields:
@@ -109,9 +109,9 @@ def _neighbours(history: sp.csr_array, num_neighbours: int, shrinkage: float) ->
     num_items = history.shape[1]
     columns = history.T.tocsr()
     counts = np.diff(columns.indptr)
-    # An item co-occurs with at most as many others as the lists it is in are long together.
+    # Bound on the items that co-occur with an item: the total length of the lists that contain it.
     widths = np.minimum(columns @ np.diff(history.indptr), num_items)
-    blocks = np.cumsum(widths) // _BLOCK_ENTRIES
+    blocks = np.cumsum(widths) // BLOCK_ENTRIES
     starts = np.flatnonzero(np.diff(blocks, prepend=-1))
     for start, stop in zip(starts, np.append(starts[1:], num_items), strict=True):
         overlap = (columns[start:stop] @ history).tocoo()

@@ -17,23 +17,25 @@ _SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
 def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, block: int = 1024) -> dict[str, np.ndarray]:
-    """How the cold items of each user's test are ranked among the cold items alone.
+    """Rank the cold test items of each user among the cold items alone.
 
-    Against the whole catalog a cold item competes with items whose popularity is known, and a short list shows it
-    rarely. `among_cold_recall@20` is the user's Recall@20 with the cold items as the only candidates; of items that tie
-    about the end of the list, each has the same part of the places left, so that a model that knows nothing of them
-    all is at chance. `cold_auc` is, over the user's cold test items, the mean share of the cold items outside the
-    user's test that score less, ties counting half: the area under the ROC curve, 0.5 by chance.
+    In a ranking of the whole catalog, cold items compete with items of known popularity and rarely reach a short list.
+
+    `among_cold_recall@20` is Recall@20 with the cold items as the only candidates. Items with equal scores at the end
+    of the list share its remaining places equally, so that equal scores for all items give the recall of chance.
+
+    `cold_auc` is the area under the ROC curve: for each cold test item, the share of the cold items outside the user's
+    test items that score less, where ties count half; then the mean over the user's cold test items. Chance is 0.5.
 
     Args:
-        score: what to rank by.
+        score: scores to rank by.
         interactions: an item without a training interaction is cold.
-        users: int [n], whom to rank for, each with a cold test item.
+        users: int [n], the users to rank for, each with a cold test item.
         block: users at a time; `block * num_items` scores are in memory at once.
 
     Returns:
-        `among_cold_recall@20` and `cold_auc`, float64 [n] each; the latter NaN for a user whose test holds every cold
-        item.
+        `among_cold_recall@20` and `cold_auc`, float64 [n] each. The latter is NaN for a user whose test items include
+        every cold item.
     """
     cold = interactions.cold_items()
     column = np.full(interactions.num_items, -1)
@@ -47,7 +49,7 @@ def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, bloc
         others = scores.clone()
         others[torch.from_numpy(rows), torch.from_numpy(columns)] = torch.inf
         own = np.bincount(rows, minlength=len(chunk))
-        # Of the sorted, as many score less as stand left of the item, and as many tie as stand between its two places.
+        # In a sorted row, the left position of a score counts the lower scores; right minus left counts the equal ones.
         (left, right), (first, last) = (
             [torch.searchsorted(ranked, scores, side=side).numpy()[rows, columns] for side in _SIDES]
             for ranked in (others.sort(dim=1).values, scores.sort(dim=1).values)
@@ -65,20 +67,22 @@ def rank_cold(score: Scorer, interactions: Interactions, users: np.ndarray, bloc
 def summarise_cold(
     interactions: Interactions, per_user: Mapping[str, Mapping[str, np.ndarray]], num_resamples: int, seed: int
 ) -> dict[str, Any] | None:
-    """What every model makes of test items without a training interaction, beside chance.
+    """Compare models on cold test items, with chance beside them.
 
     Args:
-        interactions: of the dataset.
-        per_user: model to `recall@20` of the cold test items in the full catalog and what `rank_cold` returns, float64
-            [n] each, of the users with a cold test item, ascending. `among_cold_recall@20` may be absent.
-        num_resamples, seed: of the bootstrap over users.
+        interactions: interactions of the dataset.
+        per_user: model to its values for the users with a cold test item, ascending, float64 [n] each: `recall@20` of
+            the cold test items in the full catalog, and the values of `rank_cold`. Of those, `among_cold_recall@20`
+            may be absent.
+        num_resamples, seed: number of resamples and seed of the bootstrap over users.
 
     Returns:
-        JSON values: `items` that are cold; `rows` and `users` of the test that hold one; `models`, an interval of
-        `recall@20` each, and `chance`, that of a random list of 20 unseen items; `among_cold`, the same of
-        `among_cold_recall@20` and a random list of 20 cold items, for the models that have it; `cold_auc` with the
-        `users` it could be told for, `models` and `chance`, None when there are none. None where there is no cold test
-        item.
+        None if there is no cold test item, else JSON values:
+            `items`: number of cold items;
+            `rows`, `users`: test interactions with a cold item, and their users;
+            `models`, `chance`: interval of `recall@20` of each model, and its value for random lists of unseen items;
+            `among_cold`: `models` and `chance` of `among_cold_recall@20`, for the models that have it;
+            `cold_auc`: `users` for whom every model has a value, `models` and `chance`; None without such users.
     """
     cold = slices_of_test(interactions)["cold_items"]
     users = np.flatnonzero(cold.counts() > 0)
@@ -93,9 +97,9 @@ def summarise_cold(
 
     compared = np.logical_and.reduce([np.isfinite(columns["cold_auc"]) for columns in per_user.values()])
     everyone = np.ones(len(users), dtype=bool)
-    unseen = interactions.num_items - len(interactions.gone) - interactions.train.counts()[users]
+    unseen = interactions.num_items - len(interactions.tombstones) - interactions.train.counts()[users]
     num_cold = len(interactions.cold_items())
-    told = {"users": int(compared.sum()), "chance": 0.5, "models": intervals("cold_auc", compared)}
+    auc = {"users": int(compared.sum()), "chance": 0.5, "models": intervals("cold_auc", compared)}
     return {
         "items": num_cold,
         "rows": len(cold.items),
@@ -103,5 +107,5 @@ def summarise_cold(
         "chance": float(np.minimum(20 / unseen, 1).mean()),
         "models": intervals("recall@20", everyone),
         "among_cold": {"chance": min(20 / num_cold, 1.0), "models": intervals("among_cold_recall@20", everyone)},
-        "cold_auc": told if compared.any() else None,
+        "cold_auc": auc if compared.any() else None,
     }

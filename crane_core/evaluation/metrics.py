@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from crane_core.dataset.interactions import ItemLists
 
-logger = logging.getLogger(__name__)
-
 
 def user_metrics(
     ranked: np.ndarray, relevant: ItemLists, users: np.ndarray, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Recall and NDCG of each user.
+    """Compute recall and NDCG of each user.
 
-    `recall@k` is the share of the user's held-out items in the top k; `ndcg@k` has gain 1, discount
-    `1 / log2(rank + 1)` and the best possible list of `min(k, held-out items)` as its unit.
+    `recall@k` is the share of the user's held-out items in the top k. `ndcg@k` has gain 1 and discount
+    `1 / log2(rank + 1)`, and is divided by that of the best list of `min(k, held-out items)`.
 
     Args:
-        ranked: int32 [n, >= max(ks)] items by falling score, -1 for no item.
+        ranked: int32 [n, >= max(ks)], items by falling score, -1 for no item.
         relevant: held-out items; every user of `users` has at least one.
         users: int [n].
         ks: cut-offs.
@@ -43,16 +40,16 @@ def user_metrics(
 
 
 def coverage(ranked: np.ndarray, num_items: int, k: int = 20) -> float:
-    """Share of the catalog that appears in at least one top-k list."""
+    """Return the share of the catalog that appears in at least one top-k list."""
     top = ranked[:, :k]
     return len(np.unique(top[top >= 0])) / num_items
 
 
 def popularity_bias(ranked: np.ndarray, users: np.ndarray, train: ItemLists, num_items: int, k: int = 20) -> float:
-    """How much more popular the recommended items are than what their users chose themselves.
+    """Compare the popularity of recommended items with that of the items their users chose.
 
-    Ratio of two means over users: training interactions of the items in the top k, and of the items in the
-    user's own training list. Above 1 the model leans towards the head.
+    The result is a ratio of two means over users: the training interactions of the items in the top k, and of the items
+    in the user's training list. Above 1, the model favours popular items.
     """
     counts = np.bincount(train.items, minlength=num_items)
     rows, items = train.rows(users)

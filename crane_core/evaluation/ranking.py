@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,35 +10,36 @@ import torch
 from torch import Tensor
 
 from crane_core.dataset.interactions import ItemLists
-from crane_core.evaluation.metrics import logger
 from crane_core.numerics.top_k import top_k
 from crane_core.progress import track
 
+logger = logging.getLogger(__name__)
+
 SCORE_BYTES = 256 * 1024 * 1024
-"""Scores in memory at a time, where nothing else is said: for a catalog of 300,000 items still 223 users at once."""
+"""Default memory for scores, bytes: with 300,000 items, enough for 223 users at a time."""
 
 
 def users_at_a_time(num_items: int) -> int:
-    """As many users as have their scores of the catalog in `SCORE_BYTES`, 1024 at most."""
+    """Return how many users have all their scores in `SCORE_BYTES`: 1 at least and 1024 at most."""
     return max(1, min(1024, SCORE_BYTES // (4 * num_items)))
 
 
 Scorer = Callable[[np.ndarray], Tensor]
-"""Users int [b] to their scores of the whole catalog, float32 [b, num_items]; the caller may overwrite them, and the
-scorer may at the next call."""
+"""Function from users, int [b], to their scores of the whole catalog, float32 [b, num_items]. The caller may overwrite
+the scores; the next call may overwrite them too."""
 
 
 def without(score: Scorer, items: np.ndarray) -> Scorer:
-    """The same scores, -inf for some items, int [n]: they are recommended to nobody."""
+    """Set the scores of some items, int [n], to -inf, so that they are never recommended."""
     if len(items) == 0:
         return score
     return lambda users: (scores := score(users)).index_fill_(1, torch.from_numpy(items).to(scores.device), -torch.inf)
 
 
 def dot_product(users: Tensor, items: Tensor) -> Scorer:
-    """Scores as dot products of rows: float32 [num_users, d] and [num_items, d]."""
+    """Score by dot products of rows: float32 [num_users, d] and [num_items, d]."""
 
-    # Kept from call to call: a fresh block of scores costs more to page in than to compute.
+    # Kept between calls: the page faults of a new block of scores take longer than the products.
     block = users.new_empty(0)
 
     def score(picked: np.ndarray) -> Tensor:
@@ -56,10 +58,10 @@ def rank_blocks(
     """Rank the whole catalog for some users, a block of users at a time, on the device of the scores.
 
     Args:
-        score: what to rank by.
-        seen: items a user must not be recommended.
-        users: int [n], whom to rank for.
-        k: list length; the catalog's size where that is smaller.
+        score: scores to rank by.
+        seen: items that must not be recommended to a user.
+        users: int [n], the users to rank for.
+        k: list length; the size of the catalog if that is smaller.
         block: users at a time; `block * num_items` scores are in memory at once.
 
     Yields:
@@ -75,7 +77,7 @@ def rank_blocks(
 
 
 def rank_users(score: Scorer, seen: ItemLists, users: np.ndarray, k: int, block: int = 1024) -> np.ndarray:
-    """The top k items of some users, int32 [n, k]; -1 where fewer than k items are left. See `rank_blocks`."""
+    """Return the top k items of some users, int32 [n, k]; -1 where fewer than k items are left. See `rank_blocks`."""
     ranked = np.full((len(users), k), -1, dtype=np.int32)
     start = 0
     for chunk, values, indices in rank_blocks(score, seen, users, k, block):

@@ -1,4 +1,4 @@
-"""Split the test by kinds of items and users."""
+"""Split the test interactions by kinds of items and users."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _NUM_CLUSTERS = 20
 
 
 def interest_entropy(rows: np.ndarray, train: ItemLists, seed: int = 0) -> np.ndarray:
-    """How diverse the interests of each user are: entropy of the user's training items over clusters of the items.
+    """Measure how diverse the interests of each user are: the entropy of the training items over clusters of items.
 
-    It cannot exceed the logarithm of the number of the user's items, so active users reach higher values.
+    It is at most the logarithm of the number of the user's items, so active users reach higher values.
 
     Args:
-        rows: float32 [num_items, d], close where items are alike.
-        train: items of each user.
-        seed: of k-means, which makes at most 20 clusters, of 5 items on average where there are few.
+        rows: float32 [num_items, d], near each other for similar items.
+        train: training items of each user.
+        seed: seed of k-means. It makes 20 clusters; with fewer than 100 items, one per 5 items, but two at least.
 
     Returns:
         float64 [num_users], nats; NaN for users without a training item.
     """
     num_clusters = min(len(rows), max(2, min(_NUM_CLUSTERS, len(rows) // 5)))
     clusters = cluster(torch.from_numpy(np.asarray(rows, dtype=np.float32)), num_clusters, seed).numpy()
-    cells = train.users().astype(np.int64) * num_clusters + clusters[train.items]
-    counts = np.bincount(cells, minlength=train.num_users * num_clusters).reshape(train.num_users, num_clusters)
+    user_clusters = train.users().astype(np.int64) * num_clusters + clusters[train.items]
+    counts = np.bincount(user_clusters, minlength=train.num_users * num_clusters).reshape(train.num_users, num_clusters)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = counts / counts.sum(axis=1, keepdims=True)
         entropy = -np.where(shares > 0, shares * np.log(shares), 0).sum(axis=1)
@@ -35,16 +35,16 @@ def interest_entropy(rows: np.ndarray, train: ItemLists, seed: int = 0) -> np.nd
 
 
 def slices_of_test(interactions: Interactions, entropy: np.ndarray | None = None) -> dict[str, ItemLists]:
-    """Parts of the test split that are worth a look of their own.
+    """Split the test interactions into slices that are reported separately.
 
-    By item: `cold_items` (no training interaction), `head_items` (the most popular fifth of the warm catalog),
-    `tail_items` (the rest of it). By user: `cold_users` (no training interaction), `active_users` (the most active
-    quarter of the others) and `quiet_users` (the least active quarter). With `interest_entropy`, `diverse_users` and
-    `focused_users`: the quarters of the highest and the lowest.
+    By item: `cold_items` (no training interaction), `head_items` (the most popular fifth of the warm items) and
+    `tail_items` (the other warm items). By user: `cold_users` (no training interaction), `active_users` (the most
+    active quarter of the others) and `quiet_users` (the least active quarter). By `interest_entropy`, if given:
+    `diverse_users` (the highest quarter) and `focused_users` (the lowest quarter).
 
     Args:
         interactions: training and test items.
-        entropy: float64 [num_users], NaN where there is no training interaction; None for no slices by it.
+        entropy: float64 [num_users], NaN without a training interaction; None for no slices by entropy.
     """
     test, users = interactions.test, interactions.test.users()
     counts = interactions.item_counts()

@@ -1,8 +1,7 @@
-"""Lists of neighbours that merge in any order to the same bytes.
+"""Lists of neighbours that can be merged in any order with the same result.
 
-Two things make the result independent of blocks, shards, threads, libraries and devices. Unit rows lie on a grid, so
-that float64 dot products have no rounding. A list of neighbours is a set of `(similarity, row)` pairs in one total
-order, so that lists merge in any order.
+The result does not depend on blocks, shards, threads, libraries or devices, for two reasons. Unit rows are rounded to a
+grid on which float64 dot products are exact. And neighbours have a total order, by similarity and then by row number.
 """
 
 from __future__ import annotations
@@ -18,24 +17,43 @@ from torch import Tensor
 from crane_core.errors import ArtifactError
 
 MEMORY = 1 << 30
-"""Default of `memory`, bytes."""
+"""Default memory of a search, bytes."""
 CPU = torch.device("cpu")
 NONE = torch.iinfo(torch.int64).max
-"""Packed neighbour that stands for none."""
+"""Packed value of a place in a list that holds no neighbour; it sorts last."""
 SPARE = 4
-"""Candidates beyond k + 1, so that a near tie seldom calls for the full comparison."""
+"""Candidates beyond k + 1. With them, a near tie seldom makes the comparison with all keys necessary."""
 _PAIRS = 4096
-"""Candidates compared at a time, so that their rows stay in the cache."""
+"""Candidates compared at a time, so that their rows fit in the cache."""
 RowNumbers = range | np.ndarray
 """Row numbers, ascending."""
 
 
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1 and rounded to multiples of 2^-25, zero rows left zero.
+@dataclass(frozen=True)
+class SearchResources:
+    """The device, memory and disk that a search uses.
 
-    A product of two entries is then a multiple of 2^-50 and, by Cauchy-Schwarz, no partial sum exceeds 1: a dot
-    product in float64 is exact in any order of summation, fused or not, whatever the BLAS, the blocks or the device.
-    The rounding is that of float32 itself for entries above 1/4.
+    Attributes:
+        device: faiss searches on a CPU, torch on CUDA.
+        memory: bytes for blocks of rows and scores, on the CPU or the device. A search holds its result besides, and
+            the libraries some tens of MB.
+        work: folder for the finished blocks of queries. A later search with the same arguments continues from them.
+    """
+
+    device: torch.device = CPU
+    memory: int = MEMORY
+    work: Path | None = None
+
+
+DEFAULT_RESOURCES = SearchResources()
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Scale rows to length 1 and round them to multiples of 2^-25; zero rows stay zero.
+
+    A product of two entries is then a multiple of 2^-50 and, by Cauchy-Schwarz, no partial sum exceeds 1. A dot product
+    in float64 is therefore exact for any order of summation, with or without fused multiply-add, on any device. For
+    entries above 1/4, float32 itself is no finer than this grid.
 
     Args:
         rows: float [n, d].
@@ -60,11 +78,11 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def pack(similarities: Tensor, keys: Tensor) -> Tensor:
-    """One int64 for each neighbour, whose order is descending similarity and then ascending row number.
+    """Pack each neighbour into an int64. Ascending order is descending similarity, then ascending row number.
 
     Args:
         similarities: float32, no NaN.
-        keys: integer, below 2^31, of a shape that broadcasts.
+        keys: integer row numbers below 2^31; the shape broadcasts.
     """
     bits = (similarities + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -72,26 +90,27 @@ def pack(similarities: Tensor, keys: Tensor) -> Tensor:
 
 
 def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers int32 and similarities float32 of packed neighbours int64."""
+    """Return the row numbers, int32, and the similarities, float32, of packed neighbours, int64."""
     return (packed & 0x7FFFFFFF).astype(np.int32), _similarity(torch.from_numpy(packed)).numpy()
 
 
 def pack_lists(neighbours: np.ndarray, similarities: np.ndarray) -> np.ndarray:
-    """Packed int64 [n, k] of neighbours int32 and similarities float32 [n, k]."""
+    """Pack neighbours int32 [n, k] and similarities float32 [n, k] into int64 [n, k]."""
     return pack(torch.from_numpy(np.array(similarities)), torch.from_numpy(np.array(neighbours))).numpy()
 
 
 Top = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-"""(queries, keys, width, memory) to the float32 scores [q, width], descending, and the positions of the keys."""
+"""Function from (queries, keys, width, memory) to the largest scores, float32 [q, width], descending, and the positions
+of their keys, int64 [q, width]."""
 
 
 @dataclass(frozen=True)
 class KeyBlock:
-    """A block of keys, equal rows once.
+    """A block of keys in which equal rows are stored once.
 
     Attributes:
         rows: float32 [m, d], distinct unit rows in the order of their first row numbers.
-        bounds: int64 [m + 1], where the row numbers of each begin in `ids`.
+        bounds: int64 [m + 1], first position of the row numbers of each distinct row in `ids`.
         ids: int64, row numbers, ascending for each distinct row.
     """
 
@@ -108,7 +127,10 @@ def improve(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int, top: Top
         queries: float32 [q, d], unit rows.
         keys: the block.
         memory: bytes for scores.
-        top: finds candidates; None compares everything.
+        top: finds candidates; with None every query is compared with every key.
+
+    Returns:
+        int64 [q, width], the best after the block.
     """
     width = best.shape[1]
     if top is None or len(keys.rows) <= 2 * (width + SPARE):
@@ -123,20 +145,20 @@ def improve(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int, top: Top
 def rescore(
     best: Tensor, queries: Tensor, keys: KeyBlock, values: Tensor, found: Tensor, others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Merge candidates into the best so far by their exact similarities.
+    """Merge candidates into the best so far, by their exact similarities.
 
     Args:
         best, queries, keys: as in `improve`.
-        values: float32 [q, c], scores of the candidates, descending; -inf for none.
-        found: int64 [q, c], their positions among the keys.
-        others: float32 [q], the score that no other key exceeds.
+        values: float32 [q, c], scores of the candidates, descending; -inf where there is no candidate.
+        found: int64 [q, c], positions of the candidates among the keys.
+        others: float32 [q], upper bound of the scores of all other keys.
 
     Returns:
-        The best after, and the positions of queries for which another key may belong there.
+        The best after the merge, and the positions of the queries for which one of the other keys may be better.
     """
     rounding = _rounding(queries)
     width = best.shape[1]
-    # The last of the best will be at least this: what is certainly below needs no exact similarity.
+    # The last of the best will be at least this. Candidates that are certainly below need no exact similarity.
     least = torch.maximum(_worst(best), values[:, width - 1] - rounding)
     row, column = ((values >= least[:, None] - rounding) & (values > -torch.inf)).nonzero(as_tuple=True)
     key = found[row, column]
@@ -149,12 +171,16 @@ def rescore(
 
 
 def compare_all(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int) -> Tensor:
+    """Merge the neighbours among a block of keys into the best so far, comparing every query with every key.
+
+    See `improve` for the arguments.
+    """
     columns, first = keys.rows.double().T, keys.ids[keys.bounds[:-1]]
     width = min(best.shape[1], len(first))
     merged = torch.empty_like(best)
     for part in torch.arange(len(queries), device=best.device).split(max(1, memory // (40 * max(1, len(first))))):
         similarity = (queries[part].double() @ columns).float()
-        # So many distinct rows suffice: each is a neighbour at least.
+        # This many distinct rows suffice, since each stands for one neighbour or more.
         key = pack(similarity, first).topk(width, dim=1, largest=False).indices
         row = torch.arange(len(part), device=best.device).repeat_interleave(width)
         merged[part] = _merge(best[part], row, key.flatten(), similarity.gather(1, key).flatten(), keys)
@@ -162,24 +188,31 @@ def compare_all(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int) -> T
 
 
 def _merge(best: Tensor, row: Tensor, key: Tensor, similarity: Tensor, keys: KeyBlock) -> Tensor:
-    """Merge pairs of a row of `best`, ascending, and a key, which stands for all its row numbers: as many as fit."""
+    """Merge pairs of a query and a key into the best so far.
+
+    Args:
+        best: int64 [q, width].
+        row, key: int64 [p], the query and the key of each pair; `row` ascends. All row numbers of a key are merged.
+        similarity: float32 [p].
+        keys: the block.
+    """
     counts = (keys.bounds[key + 1] - keys.bounds[key]).clamp(max=best.shape[1])
     pair = torch.arange(len(key), device=key.device).repeat_interleave(counts)
-    ids = keys.ids[keys.bounds[key][pair] + _ranks(counts)]
+    ids = keys.ids[keys.bounds[key][pair] + _numbered(counts)]
     sizes = torch.zeros(len(best), dtype=torch.int64, device=key.device).index_add_(0, row, counts)
     others = torch.full((len(best), int(sizes.max())), NONE, device=best.device)
-    others[row[pair], _ranks(sizes)] = pack(similarity[pair], ids)
+    others[row[pair], _numbered(sizes)] = pack(similarity[pair], ids)
     return torch.cat([best, others], dim=1).sort(dim=1).values[:, : best.shape[1]]
 
 
-def _ranks(counts: Tensor) -> Tensor:
-    """0, 1, .., counts[0] - 1, 0, 1, .., counts[1] - 1, .."""
+def _numbered(counts: Tensor) -> Tensor:
+    """Return 0, 1, .., counts[0] - 1, 0, 1, .., counts[1] - 1, .."""
     starts = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum()), device=counts.device) - starts.repeat_interleave(counts)
 
 
 def _worst(best: Tensor) -> Tensor:
-    """Similarity of the last neighbour, -inf where there are fewer."""
+    """Return the similarity of the last neighbour, -inf where the list is not full."""
     return torch.where(best[:, -1] == NONE, -torch.inf, _similarity(best[:, -1]))
 
 
@@ -189,14 +222,14 @@ def _similarity(packed: Tensor) -> Tensor:
 
 
 def _rounding(rows: Tensor) -> float:
-    """Bound on the error of a float32 dot product of unit rows, and of rounding the exact one to float32."""
+    """Bound the error of a float32 dot product of unit rows, and of rounding the exact product to float32."""
     if rows.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         return 2.0**-9
     return (rows.shape[1] + 4) * 2.0**-24
 
 
 def key_block(unit: np.ndarray, rows: RowNumbers, device: torch.device = CPU) -> KeyBlock:
-    """Keys of unit rows float32 [m, d] and their row numbers, on a device."""
+    """Make a block of keys on a device from unit rows float32 [m, d] and their row numbers."""
     first = first_equal(unit)
     leaders, counts = np.unique(first, return_counts=True)
     ids = np.asarray(rows, dtype=np.int64)[np.argsort(first, kind="stable")]
@@ -206,7 +239,7 @@ def key_block(unit: np.ndarray, rows: RowNumbers, device: torch.device = CPU) ->
 
 
 def first_equal(unit: np.ndarray) -> np.ndarray:
-    """Position of the first row with the same content: int64 [n]."""
+    """Return the position of the first row that equals each row, int64 [n]."""
     words = (unit + 0.0).view(np.uint32)
     factors = np.random.default_rng(0).integers(1 << 63, size=unit.shape[1], dtype=np.uint64) * 2 + 1
     hashes = np.zeros(len(unit), dtype=np.uint64)
@@ -222,14 +255,14 @@ def first_equal(unit: np.ndarray) -> np.ndarray:
 
 
 def without_self(packed: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
-    """The first k of each line that are not the query itself: int64 [q, k + 1] -> [q, k]."""
+    """Drop the query itself, or else the last neighbour, from each list: int64 [q, k + 1] -> [q, k]."""
     itself = (packed & 0x7FFFFFFF) == queries[:, None]
     itself[:, -1] |= ~itself.any(axis=1)
     return packed[~itself].reshape(len(packed), k)
 
 
 def save_whole(path: Path, array: np.ndarray) -> None:
-    """Write so that a kill leaves the whole file or none."""
+    """Write a file that is complete or absent, even if the process is killed."""
     part = path.with_suffix(".part")
     with part.open("wb") as file:
         np.save(file, array)
@@ -237,4 +270,5 @@ def save_whole(path: Path, array: np.ndarray) -> None:
 
 
 def take(rows: np.ndarray, which: RowNumbers) -> np.ndarray:
+    """Return some rows; a range is a view, without a copy."""
     return rows[which.start : which.stop] if isinstance(which, range) else rows[which]

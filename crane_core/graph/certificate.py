@@ -12,12 +12,17 @@ from crane_core.numerics.bootstrap import bootstrap
 
 
 def stratified_sample(train_counts: np.ndarray, size: int, seed: int) -> dict[str, np.ndarray]:
-    """Random items of the head (a fifth of the warm catalog), the tail and the cold items, equal shares of each.
+    """Draw the same number of random items from head, tail and cold items.
+
+    Warm items have training interactions; the head is the most popular fifth of them, the tail the rest.
 
     Args:
         train_counts: int [num_items].
-        size: items in all; fewer where a stratum is smaller than its share.
-        seed: of the choice.
+        size: number of items in all; fewer if a stratum is smaller than its share.
+        seed: seed of the choice.
+
+    Returns:
+        stratum to ascending item numbers.
     """
     generator = np.random.default_rng(seed)
     warm = np.flatnonzero(train_counts > 0)
@@ -33,21 +38,26 @@ def stratified_sample(train_counts: np.ndarray, size: int, seed: int) -> dict[st
 
 
 def split_sample(sample: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Give every stratum its lines of the true neighbours [n, k] of all sampled rows in ascending order."""
+    """Return the items of each stratum and the true neighbours of each.
+
+    Args:
+        sample: stratum to item numbers.
+        truth: [n, k], neighbours of all sampled items, in ascending order of the items.
+    """
     every = np.unique(np.concatenate(list(sample.values())))
     return {name: (rows, truth[np.searchsorted(every, rows)]) for name, rows in sample.items()}
 
 
 def certify(neighbours: np.ndarray, exact: dict[str, tuple[np.ndarray, np.ndarray]], seed: int) -> dict[str, Any]:
-    """Recall of the graph's neighbours against brute force.
+    """Measure the recall of the graph's neighbours against brute force.
 
     Args:
-        neighbours: int32 [num_items, k] to be judged.
-        exact: stratum to sampled rows int [n] and their true neighbours int32 [n, k].
-        seed: of the bootstrap.
+        neighbours: int32 [num_items, k], the neighbours to measure.
+        exact: stratum to sampled items, int [n], and their true neighbours, int32 [n, k].
+        seed: seed of the bootstrap.
 
     Returns:
-        `recall` with its interval over all sampled rows, and the mean of every stratum.
+        `recall` with its interval over all sampled items, and `strata` with the mean of each.
     """
     recalls = {
         stratum: (neighbours[rows][:, :, None] == truth[:, None, :]).any(axis=2).mean(axis=1)
@@ -65,12 +75,12 @@ def certify(neighbours: np.ndarray, exact: dict[str, tuple[np.ndarray, np.ndarra
 def co_interaction_lift(
     neighbours: np.ndarray, train: ItemLists, num_items: int, seed: int, sample: int = 5000
 ) -> dict[str, float]:
-    """How much likelier two neighbours share a user than two random items with interactions.
+    """Measure how much more often neighbours share a user than two random items with interactions do.
 
-    Near 1 the graph is built on features that say nothing about behaviour.
+    A lift near 1 means that the features of the graph say nothing about behaviour.
 
     Returns:
-        `neighbours` and `random`, shares of sampled pairs with a common training user, and their ratio `lift`.
+        `neighbours` and `random`, the shares of sampled pairs with a common training user, and their ratio `lift`.
     """
     generator = np.random.default_rng(seed)
     users = sp.csr_array(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crane_core.graph.candidates import (
-    CPU,
+    DEFAULT_RESOURCES,
     MEMORY,
     NONE,
     SPARE,
     KeyBlock,
     RowNumbers,
+    SearchResources,
     Top,
     first_equal,
     improve,
@@ -31,9 +31,9 @@ from crane_core.progress import track
 
 logger = logging.getLogger(__name__)
 QUERY_BLOCK = 32_768
-"""Most queries at a time: what a kill costs at most."""
+"""Upper bound of the queries in a block: a kill loses the work on one block at most."""
 _GROUP = 32
-"""Keys of which the torch search looks at the best first."""
+"""Keys in a group; `top_torch` compares the largest scores of the groups first."""
 
 
 def search(
@@ -42,11 +42,9 @@ def search(
     k: int,
     *,
     keys: RowNumbers | None = None,
-    memory: int = MEMORY,
-    device: torch.device = CPU,
-    work: Path | None = None,
+    resources: SearchResources = DEFAULT_RESOURCES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar other rows of some rows, exactly.
+    """Find the k most similar other rows of some rows, exactly.
 
     Neighbours are ordered by similarity, equal ones by row number; similarities are rounded to float32 before they
     are compared. A zero row has similarity 0 to every row.
@@ -54,12 +52,9 @@ def search(
     Args:
         rows: float [n, d], not yet scaled; may be a memory map larger than the memory.
         queries: rows to search for.
-        k: neighbours; fewer where there are not as many other keys.
+        k: number of neighbours; fewer where there are not as many other keys.
         keys: rows to search among; all when None.
-        memory: bytes for blocks of rows and scores, on the CPU or the device. What is held beyond is the result, and
-            some tens of MB in the libraries.
-        device: faiss searches on a CPU, torch on CUDA.
-        work: folder for the blocks of queries that are done; the next attempt with the same arguments goes on there.
+        resources: device, memory and work folder.
 
     Returns:
         int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities.
@@ -67,23 +62,23 @@ def search(
     Raises:
         ArtifactError: a row is not finite.
     """
-    top = top_faiss if device.type == "cpu" else top_torch
-    return unpack(nearest(rows, queries, k, keys=keys, memory=memory, device=device, work=work, top=top))
+    top = top_faiss if resources.device.type == "cpu" else top_torch
+    return unpack(nearest(rows, queries, k, keys=keys, resources=resources, top=top))
 
 
 def brute_force(rows: np.ndarray, queries: np.ndarray, k: int, memory: int = MEMORY) -> np.ndarray:
-    """The neighbours of some rows by comparing each with every row in float64, without any shortcut.
+    """Find the neighbours of some rows by comparing each with every row in float64, without a search for candidates.
 
     Args:
         rows: float [n, d].
         queries: int [q], ascending.
-        k: neighbours; n - 1 when that is less.
+        k: number of neighbours; n - 1 when that is less.
         memory: bytes for blocks of rows and scores.
 
     Returns:
         int32 [q, k].
     """
-    return unpack(nearest(rows, queries, k, memory=memory, top=None))[0]
+    return unpack(nearest(rows, queries, k, resources=SearchResources(memory=memory), top=None))[0]
 
 
 def nearest(
@@ -92,13 +87,17 @@ def nearest(
     k: int,
     *,
     keys: RowNumbers | None = None,
-    memory: int = MEMORY,
-    device: torch.device = CPU,
-    work: Path | None = None,
+    resources: SearchResources = DEFAULT_RESOURCES,
     top: Top | None,
 ) -> np.ndarray:
-    """As `search`, packed: int64 [len(queries), k], ascending. `top` finds candidates; None compares everything."""
-    # A shard without queries has lists as long as the others.
+    """Find neighbours as `search`, and return them packed: int64 [len(queries), k], ascending.
+
+    Args:
+        rows, queries, k, keys, resources: as in `search`.
+        top: finds candidates; with None every query is compared with every key.
+    """
+    device, memory, work = resources.device, resources.memory, resources.work
+    # Whether queries are keys must not depend on the shard: lists of an empty shard are as long as the others.
     holds_itself = keys is None or bool(np.isin(queries, keys).any())
     keys = range(len(rows)) if keys is None else keys
     num_keys = len(keys)
@@ -140,10 +139,13 @@ def nearest(
 
 
 def top_torch(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
-    """Written for CUDA, right on any device. The best `width` keys lie in the `width` groups with the best maxima, so
-    one pass over the scores takes maxima and the selection sees a small part of them."""
+    """Find the keys with the largest dot products, as a `Top`. Correct on any device, fast on CUDA.
+
+    The best `width` keys lie in the `width` groups with the largest maxima. So one pass over the scores finds the
+    maxima, and the selection sees only a small part of the scores.
+    """
     num_groups = -(-len(keys) // _GROUP)
-    # Column j of a group is key j * num_groups + group: the rows past the end are in the last columns.
+    # Column j of a group is key j * num_groups + group, so the columns without a key are the last ones.
     step = max(1, memory // (8 * num_groups * _GROUP))
     buffer = queries.new_full((min(step, len(queries)), num_groups * _GROUP), -torch.inf)
     values, found = [], []

@@ -1,4 +1,4 @@
-"""Search and indexes by faiss. The only module that imports it."""
+"""Search and indexes by faiss. No other module imports faiss."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 _HNSW_FROM = 50_000
+"""Rows from which an index is HNSW."""
 
 
 def use_threads(num_threads: int | None) -> None:
-    """Bound faiss's threads; None leaves its own choice."""
+    """Limit the number of faiss's threads; None keeps faiss's own choice."""
     if num_threads is not None:
         faiss.omp_set_num_threads(num_threads)
 
@@ -29,7 +30,8 @@ def write_index(path: Path, vectors: np.ndarray) -> None:
 
 
 def top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
-    # By default faiss multiplies 4096 queries with 1024 keys at a time: 16 MB of scores, which no core's cache holds.
+    """Find the keys with the largest dot products on the CPU, as a `Top`."""
+    # By default faiss multiplies 4096 queries with 1024 keys at a time: 16 MB of scores, too many for a core's cache.
     shared, faiss.cvar.distance_compute_blas_query_bs = faiss.cvar.distance_compute_blas_query_bs, 512
     try:
         values, found = faiss.knn(queries.numpy(), keys.numpy(), width, metric=faiss.METRIC_INNER_PRODUCT)

@@ -11,7 +11,7 @@ import torch
 
 from crane_core.config import Knn
 from crane_core.errors import ArtifactError
-from crane_core.graph.candidates import CPU, pack_lists, unpack
+from crane_core.graph.candidates import CPU, SearchResources, pack_lists, unpack
 from crane_core.graph.exact import nearest, top_torch
 from crane_core.graph.faiss_search import top_faiss
 from crane_core.graph.lists import find_neighbours
@@ -93,9 +93,8 @@ def grow_neighbours(
     packed[searched] = pack_lists(*find_neighbours(rows, anew, config, device, folders[0]))
     kept = queries.start + np.flatnonzero(~searched)
     top = top_faiss if device.type == "cpu" else top_torch
-    gained = nearest(
-        rows, kept, k, keys=np.flatnonzero(changed), memory=config.memory, device=device, work=folders[1], top=top
-    )
+    resources = SearchResources(device, config.memory, folders[1])
+    gained = nearest(rows, kept, k, keys=np.flatnonzero(changed), resources=resources, top=top)
     both = np.concatenate([pack_lists(neighbours[kept], similarities[kept]), gained], axis=1)
     packed[~searched] = np.sort(both, axis=1)[:, :width]
     return Grown(*unpack(packed), *count)

@@ -1,4 +1,4 @@
-"""The item-item graph: merged from kNN shards, made symmetric and normalised."""
+"""Build the item-item graph: merge kNN shards, make the graph symmetric and normalise it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from crane_core.errors import ArtifactError
 def merge_shards(
     shards: list[tuple[int, int, np.ndarray, np.ndarray]], num_items: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put the rows of kNN shards together, in any order.
+    """Concatenate the rows of kNN shards, given in any order.
 
     Args:
-        shards: start and stop row, int32 [rows, k] neighbours, float32 [rows, k] similarities of each.
-        num_items: rows expected.
+        shards: first row, stop row, neighbours int32 [rows, k] and similarities float32 [rows, k] of each.
+        num_items: expected number of rows.
 
     Returns:
         int32 [num_items, k] neighbours and float32 [num_items, k] similarities.
@@ -42,7 +42,7 @@ def merge_shards(
 
 
 def build_graph(neighbours: np.ndarray) -> sp.csr_array:
-    """`D^-1/2 A D^-1/2` of the neighbour relation made symmetric: an edge where either is the other's neighbour.
+    """Return `D^-1/2 A D^-1/2` of the graph with an edge between two items if one is a neighbour of the other.
 
     Args:
         neighbours: int32 [num_items, k].
@@ -59,7 +59,7 @@ def build_graph(neighbours: np.ndarray) -> sp.csr_array:
 
 
 def normalise(adjacency: sp.csr_array) -> sp.csr_array:
-    """`D^-1/2 A D^-1/2` of a symmetric matrix, float32 CSR with sorted int32 columns; empty rows stay empty."""
+    """Return `D^-1/2 A D^-1/2` of a symmetric matrix, float32 CSR with sorted int32 columns; empty rows stay empty."""
     degrees = np.asarray(adjacency.sum(axis=1), dtype=np.float64).ravel()
     inverse = np.zeros_like(degrees)
     np.power(degrees, -0.5, out=inverse, where=degrees > 0)

@@ -1,9 +1,9 @@
-"""Approximate nearest neighbours: rows in inverted lists, every query compared with those of the nearest lists.
+"""Approximate nearest neighbours: rows in inverted lists, each query compared with the rows of its nearest lists.
 
-As in faiss's IVF indexes, but the queries that probe a list are multiplied with it at once, which in a search for the
-neighbours of every row is several times faster than one query at a time. Among the rows of the lists it probes a query
-finds its neighbours exactly, and k-means runs in exact arithmetic: the result depends on the rows, the sizes and the
-seed alone, not on shards, threads or the machine.
+The method is that of faiss's IVF indexes, but all queries that probe a list are multiplied with it at once. In a search
+for the neighbours of every row this is several times faster than one query at a time. Among the rows of its lists a
+query finds its neighbours exactly, and k-means runs in exact arithmetic. So the result depends on the rows, the sizes
+and the seed, and not on shards, threads or the machine.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from crane_core.graph.candidates import (
     NONE,
     KeyBlock,
     RowNumbers,
+    SearchResources,
     compare_all,
     improve,
     key_block,
@@ -41,41 +42,43 @@ from crane_core.progress import track
 logger = logging.getLogger(__name__)
 
 _ITERATIONS = 8
+"""Steps of k-means."""
 _SAMPLE = 48
-"""Rows for each list that k-means sees."""
+"""Rows per list that the centroids are fitted on, at most."""
 _SPARE = 1
-"""Candidates beyond k + 1 that a list gives."""
+"""Candidates beyond k + 1 that are taken from each list."""
 
 
 def find_neighbours(
     rows: np.ndarray, queries: RowNumbers, config: Knn, device: torch.device = CPU, work: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The neighbours of some rows, searched exactly or approximately as the configuration says.
+    """Find the neighbours of some rows, exactly or approximately as the configuration says.
 
     Args:
         rows: float [n, d], not yet scaled; may be a memory map larger than the memory.
         queries: rows to search for.
-        config: how.
-        device: of an exact search; the lists are searched on the CPU.
-        work: folder in which an interrupted search goes on.
+        config: the kind of search and its sizes.
+        device: device of an exact search; lists are searched on the CPU.
+        work: folder from which an interrupted search continues.
 
     Returns:
-        int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities, ordered as by `knn.search`.
+        int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities, ordered as by
+        `exact.search`.
     """
     if not config.approximate(len(rows)):
-        return search(rows, queries, config.k, memory=config.memory, device=device, work=work)
+        return search(rows, queries, config.k, resources=SearchResources(device, config.memory, work))
     lists = build_lists(rows, config.num_lists, 0, config.memory, work)
     return search_lists(lists, queries, config.k, config.num_probes, memory=config.memory, work=work)
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Rows in inverted lists, equal rows next to each other.
+    """Rows in inverted lists, in which equal rows are stored once.
 
     Attributes:
         centroids: float32 [num_lists, d], unit rows.
         keys: every distinct row, sorted by list, and its row numbers; on disk where a folder was given.
-        bounds: int64 [num_lists + 1], where the lists begin among the distinct rows.
+        bounds: int64 [num_lists + 1], position of the first distinct row of each list, then their number.
     """
 
     centroids: np.ndarray
@@ -83,7 +86,7 @@ class Lists:
     bounds: np.ndarray
 
     def keys_of(self, number: int) -> KeyBlock:
-        """The keys in a list."""
+        """Return the keys of a list."""
         start, stop = self.bounds[number : number + 2]
         return KeyBlock(self.keys.rows[start:stop], self.keys.bounds[start : stop + 1], self.keys.ids)
 
@@ -95,20 +98,20 @@ def build_lists(
 
     Args:
         rows: float [n, d], not yet scaled; may be a memory map larger than the memory.
-        num_lists: clusters; sqrt(n) when None. Fewer where there are fewer rows.
-        seed: of the sample k-means starts with and learns on.
+        num_lists: number of clusters; sqrt(n) when None, n when there are fewer rows.
+        seed: seed of the sample that the centroids are fitted on.
         memory: bytes for blocks of rows.
         work: folder for the sorted rows; in memory when None.
     """
     num_rows, dim = rows.shape
     num_lists = min(num_lists or max(1, round(num_rows**0.5)), num_rows)
     generator = np.random.default_rng(seed)
-    # In random order: the first so many are where k-means starts.
+    # The sample is in random order: its first rows are the first centroids.
     sample = generator.choice(num_rows, size=min(num_rows, _SAMPLE * num_lists), replace=False)
     points = unit_rows(rows[sample])
     centroids = points[:num_lists]
     for _ in track(range(_ITERATIONS), _ITERATIONS, "fit_lists", logger):
-        # Multiples of 2^-25 below 2^28 in all: the sums are exact.
+        # The sums are exact: multiples of 2^-25 below 2^28.
         sums = np.zeros((num_lists, dim))
         np.add.at(sums, _nearest_lists(points, centroids, 1, memory)[:, 0], points.astype(np.float64))
         centroids = np.where((sums != 0).any(axis=1, keepdims=True), unit_rows(sums), centroids)
@@ -143,20 +146,21 @@ def build_lists(
 def search_lists(
     lists: Lists, queries: RowNumbers, k: int, num_probes: int, *, memory: int = MEMORY, work: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar other rows of some rows among those in their nearest lists.
+    """Find the k most similar other rows of some rows among the rows in their nearest lists.
 
     A query whose lists hold fewer than k others is compared with every row.
 
     Args:
-        lists: every row.
+        lists: all rows.
         queries: rows to search for.
-        k: neighbours; n - 1 when that is less.
-        num_probes: nearest lists to search.
-        memory: bytes for blocks of scores. What is held beyond is the result, and the rows of the lists at work.
-        work: folder for the blocks of queries that are done; the next attempt with the same arguments goes on there.
+        k: number of neighbours; n - 1 when that is less.
+        num_probes: number of nearest lists to search.
+        memory: bytes for blocks of scores. The result and the rows of the lists in use are held besides.
+        work: folder for the finished blocks of queries. A later search with the same arguments continues from them.
 
     Returns:
-        int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities, ordered as by `knn.search`.
+        int32 [len(queries), k] neighbours and float32 [len(queries), k] similarities, ordered as by
+        `exact.search`.
     """
     ids = lists.keys.ids.numpy()
     k = min(k, len(ids) - 1)
@@ -166,7 +170,7 @@ def search_lists(
     num_probes = min(num_probes, len(lists.centroids))
     row_bytes = 16 * lists.keys.rows.shape[1] + 48 * num_probes * (k + 1 + _SPARE)
     block = max(1, min(QUERY_BLOCK, memory // row_bytes))
-    # In the order of the lists, so that the queries of a block probe the same ones.
+    # Queries are sorted by list, so that those of a block probe the same lists.
     number = np.full(len(ids), -1)
     number[np.asarray(queries)] = np.arange(len(queries))
     places = np.flatnonzero(number[ids] >= 0)
@@ -188,11 +192,12 @@ def search_lists(
 
 
 def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, memory: int) -> Tensor:
-    """int64 [q, width], packed neighbours of unit rows, themselves included."""
+    """Find the packed neighbours of unit rows among the rows of their lists, themselves included: int64 [q, width]."""
     probes = _nearest_lists(queries.numpy(), lists.centroids, num_probes, memory)
     pairs = np.argsort(probes, axis=None, kind="stable")
     shape = (len(pairs), width + _SPARE)
     values, found = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int64)
+    # For each query and list, the largest score that a row outside the candidates can have.
     hidden = torch.full((len(pairs),), -torch.inf)
     for number, pair in _by_list(probes, pairs):
         keys = lists.keys_of(number).rows
@@ -204,6 +209,7 @@ def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, me
         values[pair, :count], found[pair, :count] = scores, position + int(lists.bounds[number])
         if count < len(keys):
             hidden[pair] = scores[:, -1]
+    # Back to the order of the queries, the candidates of all lists of a query side by side.
     back = torch.from_numpy(np.argsort(pairs))
     values, found = (each.index_select(0, back).view(len(queries), -1) for each in (values, found))
     others = hidden[back].view(len(queries), -1).amax(1)
@@ -213,6 +219,7 @@ def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, me
     candidates = found.gather(1, ranked.indices)
     best = torch.full((len(queries), width), NONE)
     best, doubtful = rescore(best, queries, lists.keys, ranked.values, candidates, others)
+    # Doubtful queries are compared with all rows of their lists; those with too few rows in them, with all rows.
     few = (best[:, -1] == NONE).nonzero()[:, 0]
     best[doubtful] = best[few] = NONE
     probes = probes[doubtful.numpy()]
@@ -227,14 +234,19 @@ def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, me
 
 
 def _nearest_lists(unit: np.ndarray, centroids: np.ndarray, num_probes: int, memory: int) -> np.ndarray:
-    """Numbers of the lists whose centroids are nearest, in that order: int32 [n, num_probes]."""
+    """Return the numbers of the lists with the nearest centroids, nearest first: int32 [n, num_probes]."""
     none = torch.full((len(unit), num_probes), NONE)
     keys = key_block(centroids, range(len(centroids)))
     return unpack(improve(none, torch.from_numpy(unit), keys, memory, top_faiss).numpy())[0]
 
 
 def _by_list(probes: np.ndarray, pairs: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """The lists that are probed, and where the pairs of a query and a probe that do stand in their order by list."""
+    """Yield the lists that are probed, and for each the slice of `pairs` that probe it.
+
+    Args:
+        probes: int [q, num_probes], lists of each query.
+        pairs: positions in the flattened `probes`, sorted by list.
+    """
     numbers = probes.ravel()[pairs]
     cuts = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
     for start, stop in itertools.pairwise(cuts):

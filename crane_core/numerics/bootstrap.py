@@ -23,12 +23,12 @@ class Interval:
 
 
 def bootstrap(values: Mapping[str, np.ndarray], num_resamples: int, seed: int) -> dict[str, Interval]:
-    """Percentile bootstrap intervals of means over users; all columns share the resamples, so they are paired.
+    """Compute percentile bootstrap intervals of means over users. All columns share the resamples, so they are paired.
 
     Args:
-        values: name to float [n]; n may be 0, which gives NaN.
-        num_resamples: bootstrap resamples.
-        seed: of the resampling.
+        values: name to float [n]; with n = 0 the intervals are NaN.
+        num_resamples: number of resamples.
+        seed: seed of the resampling.
     """
     table = np.stack([np.asarray(column, dtype=np.float64) for column in values.values()], axis=1)
     num_users = len(table)
@@ -52,6 +52,6 @@ def bootstrap(values: Mapping[str, np.ndarray], num_resamples: int, seed: int) -
 def paired_bootstrap(
     challenger: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], num_resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """Intervals of the mean difference challenger - reference over the same users, for every shared metric."""
+    """Compute intervals of the mean difference challenger - reference over the same users, for every shared metric."""
     differences = {name: challenger[name] - reference[name] for name in challenger if name in reference}
     return bootstrap(differences, num_resamples, seed)

@@ -1,36 +1,44 @@
-"""k-means on the CPU or a GPU: Lloyd's steps on a sample, the same cells for the same seed."""
+"""k-means on the CPU or a GPU, reproducible from its seed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_CLUSTER_SAMPLE = 64
-"""Keys per list that the centres are fitted on, at most."""
-_CLUSTER_STEPS = 10
+_SAMPLE = 64
+"""Rows per cluster that the centres are fitted on, at most."""
+_STEPS = 10
 CHUNK_ROWS = 512
 """Rows compared with all centres at a time."""
 
 
-def cluster(keys: Tensor, num_lists: int, seed: int) -> Tensor:
-    """k-means by Lloyd's steps on a sample of the keys: the cell of each key, int64 [m].
+def cluster(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
+    """Cluster rows by k-means: Lloyd's steps on a sample, then every row to its nearest centre.
 
-    A centre without keys stays where it is.
+    A centre that no row of the sample is nearest to stays where it is; a cluster may be empty.
+
+    Args:
+        rows: float [n, d].
+        num_clusters: at most n.
+        seed: seed of the sample and of the first centres.
+
+    Returns:
+        int64 [n], the cluster of each row.
     """
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(keys), generator=generator).to(keys.device)
-    sample = keys[shuffled[: num_lists * _CLUSTER_SAMPLE]]
-    centres = sample[:num_lists].clone()
-    for _ in range(_CLUSTER_STEPS):
-        cells = _assign(sample, centres)
-        sizes = torch.bincount(cells, minlength=num_lists)[:, None]
-        sums = torch.zeros_like(centres).index_add_(0, cells, sample)
+    shuffled = torch.randperm(len(rows), generator=generator).to(rows.device)
+    sample = rows[shuffled[: num_clusters * _SAMPLE]]
+    centres = sample[:num_clusters].clone()
+    for _ in range(_STEPS):
+        clusters = _assign(sample, centres)
+        sizes = torch.bincount(clusters, minlength=num_clusters)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, clusters, sample)
         centres = torch.where(sizes > 0, sums / sizes, centres)
-    return _assign(keys, centres)
+    return _assign(rows, centres)
 
 
 def _assign(rows: Tensor, centres: Tensor) -> Tensor:
-    """The nearest centre of each row: int64 [n]."""
+    """Return the nearest centre of each row, int64 [n]."""
     lengths = centres.square().sum(1) / 2
     return torch.cat(
         [torch.addmm(lengths, rows[part], centres.T, alpha=-1).argmin(1) for part in row_chunks(len(rows), CHUNK_ROWS)]
@@ -38,5 +46,5 @@ def _assign(rows: Tensor, centres: Tensor) -> Tensor:
 
 
 def row_chunks(stop: int, size: int, start: int = 0) -> list[slice]:
-    """Rows from `start` to `stop`, `size` at a time."""
+    """Cut the rows from `start` to `stop` into slices of `size`; the last may be shorter."""
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

@@ -1,4 +1,4 @@
-"""How far the distribution of one day has moved from that of the days before it."""
+"""Measure how far the distribution of one day differs from that of the days before."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def population_stability_index(expected: Mapping[str, int], found: Mapping[str, int]) -> float:
-    """Population stability index of counts by category: sum over (q - p) ln(q / p).
+    """Compute the population stability index of counts by category: the sum over (q - p) ln(q / p).
 
-    Below 0.1 is taken for stable and above 0.25 for a shift. Every category counts half a row more on both sides, so
-    that one which is new or gone gives a finite number.
+    By convention, values below 0.1 are stable and values above 0.25 are a shift. Half a row is added to every category
+    on both sides, so that a category that is absent on one side gives a finite number.
 
     Args:
         expected: category to rows of the reference.
-        found: category to rows of what is compared with it.
+        found: category to rows of the distribution compared with it.
     """
     names = sorted({*expected, *found})
     if not names:

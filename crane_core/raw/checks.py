@@ -1,4 +1,4 @@
-"""Check the delivered files by their footers, before Spark starts."""
+"""Check the footers of the delivered files, before Spark starts."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from crane_core.schema import (
 )
 
 GROUP_ROWS = 262_144
-"""Rows of a matrix that one task reads."""
+"""Rows of a matrix in a group, which one Spark task reads."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a Parquet file says about itself.
+    """The footer of a Parquet file, or the header of a matrix.
 
     Attributes:
         file: the file.
-        num_rows: its rows.
-        num_row_groups: its row groups.
-        types: column name to Arrow type; columns of type null are left out, they hold nothing.
+        num_rows: number of rows.
+        num_row_groups: number of row groups.
+        types: column name to Arrow type, without the columns of type null, which hold no values.
     """
 
     file: RawFile
@@ -55,11 +55,11 @@ def check_interactions(files: Sequence[RawFile], window: Window, etl: Etl) -> li
 
     Args:
         files: from `list_interactions`.
-        window: some partition that arrived within it must hold rows.
-        etl: tells the zone of the days, and whether the column `label` is required.
+        window: at least one partition that arrived within it must hold rows.
+        etl: gives the time zone of the days, and tells whether the column `label` is required.
 
     Raises:
-        DataError: a file is no Parquet, lacks a column or has one of a wrong type; or the window is empty.
+        DataError: a file is not Parquet, lacks a column or has a column of a wrong type; or the window is empty.
     """
     footers = _footers(files)
     needs_label = etl.split == "label"
@@ -91,7 +91,7 @@ def check_items(files: Sequence[RawFile]) -> list[Footer]:
     """Read and check the footers of catalog files.
 
     Raises:
-        DataError: a file is no Parquet, lacks `item_id` or has a column of a wrong type.
+        DataError: a file is not Parquet, lacks `item_id` or has a column of a wrong type.
     """
     footers = _footers(files)
     for footer in footers:
@@ -104,12 +104,12 @@ def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Fo
     """Read and check the footers of the files of one modality, and the headers of its `.npy` matrices.
 
     Args:
-        files: from `list_features`; those with the ids of a matrix are read with it.
-        binary: number type of vectors in fixed-size binary.
+        files: from `list_features`; a file with the ids of a matrix is read with the matrix.
+        binary: number type of vectors that are stored as fixed-size binary.
 
     Raises:
-        DataError: a file is neither Parquet nor a matrix, lacks a column or has one of a wrong type; a matrix and its
-            ids do not fit; or there is no row.
+        DataError: a file is neither Parquet nor a matrix, lacks a column or has a column of a wrong type; a matrix has
+            more or fewer rows than ids; or there is no row.
     """
     matrices = [file for file in files if file.path.path.suffix == MATRIX]
     ids = {str(_ids_of(file.path)) for file in matrices}
@@ -120,7 +120,7 @@ def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Fo
             raise DataError(
                 f"{footer.file.path} ({footer.num_rows} rows): column {VECTOR!r} is {kind}, which is no row of "
                 f"{binary}.",
-                "Correct features.binary, or write each item's vector as a list of float32.",
+                "Set features.binary to the number type of the vectors, or write each vector as a list of float32.",
             )
         _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
         _expect(footer, VECTOR, _is_vector, "list of float32", "Write each item's vector as a list of float32.")
@@ -134,7 +134,7 @@ def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Fo
 
 
 def read_matrix_rows(path: Location, group: int, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """One group of `GROUP_ROWS` rows of a matrix under the columns of `schema.FEATURES`, in batches."""
+    """Yield one group of `GROUP_ROWS` rows of a matrix in batches, with the columns of `schema.FEATURES`."""
     ids = _read_ids(_ids_of(path))
     with path.filesystem.open_input_file(str(path.path)) as file:
         shape, kind = _read_header(file)
@@ -150,7 +150,7 @@ def read_matrix_rows(path: Location, group: int, batch_rows: int) -> Iterator[pa
 
 
 def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:
-    """Columns that are in the files and not in the schema, with the names of the files that have them."""
+    """Return the columns that are in the files but not in the schema, each with the names of its files."""
     found: dict[str, list[str]] = {}
     for footer in footers:
         known = ITEMS if footer.file.day is None else INTERACTIONS

@@ -1,7 +1,7 @@
-"""Item features from raw text or pictures: `features/<modality>/*.parquet`, made by a sentence-transformers model.
+"""Encode raw text or pictures into item features `features/<modality>/*.parquet` by a sentence-transformers model.
 
-The extra `encode` installs what it needs. Items that have a vector are left alone, so that a call that was killed, or
-that of the next day, makes only what is missing.
+The extra `encode` installs what it needs. Only items without a vector are encoded: on the next day, and when a call is
+repeated after a kill.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "_encoder.json"
+RECORD_FILE = "_encoder.json"
+"""File with the specification that a modality was begun with."""
 WEIGHTS, FILES = "weights", "files"
-"""In the recipe that is kept, beside what the user gave: the SHA-256 of the model's numbers, wherever they come from,
-and of each of its files."""
+"""Keys of `RECORD_FILE` besides the fields of `EncoderSpec`: the SHA-256 of the weights, and of each model file."""
 SET_ASIDE = "_set_aside.parquet"
-"""Names that begin with an underscore are no features."""
+"""File with the items that have no vector, and why. Files that begin with an underscore are not read as features."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""No others, whatever a file is called: Pillow hands PostScript to a program of the system."""
+"""Formats that Pillow may open, whatever the suffix of a file: for PostScript it would start a program."""
 UNUSED = ("*.md", ".*", "pytorch_model*.bin", "openvino/*", "*.h5", "*.msgpack", "*.onnx", "*.ot")
-"""Files of a model that decide no vector: documentation, and weights in formats that are not loaded."""
+"""Files of a model that do not affect its vectors: documentation, and weights in formats that are not loaded."""
 PIXELS = 32_000_000
-"""Pictures are read into memory until they have as many, a batch at most."""
+"""Pixels of the pictures in memory: no further picture is read once there are as many."""
 PART_ROWS = 4096
-"""Items whose vectors are written at once: what a kill costs at most."""
+"""Items in a file: a kill loses the vectors of one file at most."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What the vectors of a modality are made of, and by what.
+class EncoderSpec:
+    """The model of a modality, and the columns or pictures that it encodes.
 
     Attributes:
         model: name or folder of a sentence-transformers model.
-        columns: text columns of the catalog, joined by lines; empty for pictures.
-        pictures: folder of pictures `<item_id>.jpg` and the like; empty for text and where a column names them.
-        picture_column: column of the catalog that names the pictures, as paths below the raw data.
+        columns: text columns of the catalog, joined by line breaks; empty for pictures.
+        pictures: folder of pictures `<item_id>.jpg` (or another of `SUFFIXES`); empty for text and with a column.
+        picture_column: column of the catalog with the paths of the pictures below the raw data.
     """
 
     model: str
@@ -74,11 +74,12 @@ class Recipe:
 
     @property
     def reads(self) -> list[str]:
-        """Columns of the catalog."""
+        """Columns of the catalog that are read."""
         return [*self.columns, *filter(None, [self.picture_column])]
 
     @property
     def takes(self) -> Literal["image", "text"]:
+        """Kind of the model's input."""
         return "image" if self.pictures or self.picture_column else "text"
 
     def as_json(self) -> dict[str, Any]:
@@ -87,12 +88,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of the items of the catalog.
+    """Numbers of the items of the catalog, by result.
 
     Attributes:
-        found: had a vector.
-        made: have one now.
-        set_aside: why the others have none, and how many; they and the reason are in `SET_ASIDE`.
+        found: items that had a vector.
+        made: items that were encoded now.
+        set_aside: reason to the number of items without a vector; the items are in `SET_ASIDE`.
     """
 
     found: int
@@ -100,20 +101,20 @@ class Encoded:
     set_aside: dict[str, int]
 
 
-def encode(root: Path, modality: str, recipe: Recipe, batch_size: int = 64, device: str = "cpu") -> Encoded:
-    """Make the vectors that the items of the catalog lack.
+def encode(root: Path, modality: str, spec: EncoderSpec, batch_size: int = 64, device: str = "cpu") -> Encoded:
+    """Encode the items of the catalog that have no vector yet.
 
     Args:
-        root: folder of the raw data, `items/*.parquet` in it.
-        modality: name of the features.
-        recipe: how; the one the modality was begun with.
-        batch_size: items the model sees at once.
-        device: where it runs.
+        root: folder of the raw data, with `items/*.parquet`.
+        modality: name of the modality.
+        spec: model and columns or pictures, the same in every call for the modality.
+        batch_size: items in a batch of the model.
+        device: device of the model.
 
     Raises:
-        ConfigError: the extra is not installed, there is no such model or device, the model does not take what it is
-            given, the name is that of no folder, the features have another origin (the model or its tokenizer may
-            have changed), or another call makes them.
+        ConfigError: the extra is not installed; there is no such model or device; the model does not take text or
+            pictures; the name cannot be a folder; the features were made by another specification, or the model or its
+            tokenizer has changed; or another call is encoding the modality.
         DataError: there is no catalog, no such column or no such folder.
     """
     folder = root / FEATURES_FOLDER / modality
@@ -124,27 +125,27 @@ def encode(root: Path, modality: str, recipe: Recipe, batch_size: int = 64, devi
         )
     if batch_size < 1:
         raise ConfigError(f"A batch of {batch_size} items.", "Let --batch-size be 1 or more.")
-    catalog = _catalog(root, recipe)
-    if recipe.pictures and not Path(recipe.pictures).is_dir():
-        raise DataError(f"There is no folder of pictures {recipe.pictures}.", "Correct --pictures.")
-    with _alone(folder):
-        return _encode(root, folder, catalog, recipe, batch_size, device)
+    catalog = _catalog(root, spec)
+    if spec.pictures and not Path(spec.pictures).is_dir():
+        raise DataError(f"There is no folder of pictures {spec.pictures}.", "Name an existing folder in --pictures.")
+    with exclusive(folder):
+        return _encode(root, folder, catalog, spec, batch_size, device)
 
 
-def _encode(root: Path, folder: Path, catalog: ds.Dataset, recipe: Recipe, batch_size: int, device: str) -> Encoded:
-    told = _check_origin(folder, recipe)
+def _encode(root: Path, folder: Path, catalog: ds.Dataset, spec: EncoderSpec, batch_size: int, device: str) -> Encoded:
+    recorded = _check_origin(folder, spec)
     known = _known(folder)
     ids = pc.unique(catalog.to_table([ITEM_ID])[ITEM_ID].cast(pa.string()).drop_null())
     num_items, found = len(ids), int(pc.sum(pc.is_in(ids, known)).as_py() or 0)
     aside: dict[str, list[str]] = {}
     model = None
-    if told is None or found < num_items:
-        source, model = _load(recipe, device)
-        _keep_origin(folder, told, recipe, source, model)
-    elif Path(recipe.model).is_dir():
-        _check_files(folder, told, recipe, _digests(Path(recipe.model)))
-    items = _items(root, catalog, recipe, set(known.to_pylist()), aside)
-    # One past the last: a part that somebody has removed leaves a gap, and no other may be overwritten.
+    if recorded is None or found < num_items:
+        source, model = load_model(spec, device)
+        _keep_origin(folder, recorded, spec, source, model)
+    elif Path(spec.model).is_dir():
+        _check_files(folder, recorded, spec, _digests(Path(spec.model)))
+    items = _items(root, catalog, spec, set(known.to_pylist()), aside)
+    # One past the last number: if a part was removed, the parts behind it must not be overwritten.
     number = max((int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.parquet")), default=-1) + 1
     made = 0
     parts = range(-(-(num_items - found) // PART_ROWS))
@@ -152,14 +153,14 @@ def _encode(root: Path, folder: Path, catalog: ds.Dataset, recipe: Recipe, batch
         names: list[str] = []
         vectors: list[np.ndarray] = []
         while model is not None and len(names) < PART_ROWS:
-            # Texts of like length go together, so it helps to see many.
+            # The model groups texts by length, so it gets many. Of pictures it gets one batch, to limit the memory.
             rows = PART_ROWS - len(names)
-            is_text = recipe.takes == "text"
+            is_text = spec.takes == "text"
             some = list(itertools.islice(items, rows)) if is_text else _pictures(items, min(batch_size, rows))
             if not some:
                 break
-            contents = [content for _, content in some]
-            vectors += list(model.encode(contents, batch_size=batch_size, show_progress_bar=False))
+            inputs = [given for _, given in some]
+            vectors += list(model.encode(inputs, batch_size=batch_size, show_progress_bar=False))
             names += [name for name, _ in some]
         finite = [bool(np.isfinite(vector).all()) for vector in vectors]
         aside.setdefault("non_finite", []).extend(itertools.compress(names, (not good for good in finite)))
@@ -175,50 +176,65 @@ def _encode(root: Path, folder: Path, catalog: ds.Dataset, recipe: Recipe, batch
     return Encoded(found, made, {reason: len(names) for reason, names in sorted(aside.items()) if names})
 
 
-def _catalog(root: Path, recipe: Recipe) -> ds.Dataset:
+def _catalog(root: Path, spec: EncoderSpec) -> ds.Dataset:
     files = list_items(root)
     if not files:
-        raise DataError(f"{root} holds no catalog, items/*.parquet.", "Deliver the items with what shall be encoded.")
+        raise DataError(
+            f"{root} holds no catalog, items/*.parquet.",
+            "Deliver it with item_id and the columns to encode.",
+        )
     for footer in check_items(files):
-        missing = [name for name in recipe.reads if name not in footer.types]
+        missing = [name for name in spec.reads if name not in footer.types]
         if missing:
             raise DataError(
                 f"{footer.file.path} ({footer.num_rows} rows) has no column {', '.join(missing)}; "
                 f"it has {', '.join(footer.types)}.",
-                f"Correct --{'columns' if recipe.columns else 'picture-column'}, or deliver the file again with it.",
+                f"Let --{'columns' if spec.columns else 'picture-column'} name a column that exists, or deliver it.",
             )
     return ds.dataset([str(file.path) for file in files], format="parquet")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two calls at a time would make the same items, and parts of the same name. A lock ends with its process."""
-    # Beside the folder: a call that is refused must not leave a modality without a file.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a modality. Two calls at a time would encode the same items and write files of the same name.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    # The lock file lies beside the folder, so that a refused call does not leave an empty modality.
     with locked_or_refused(folder.parent / f".{folder.name}.lock") as held:
         if not held:
             raise ConfigError(f"Another call is making {folder}.", "Wait for it, or end it.")
         yield
 
 
-def _check_origin(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """What the modality was begun with, None for a new one; refused if it is another recipe."""
-    data = LocalStorage(folder).read(RECIPE)
-    told = None if data is None else Recipe("").as_json() | json.loads(data)
-    if told is not None and told != told | recipe.as_json():
+def _check_origin(folder: Path, spec: EncoderSpec) -> dict[str, Any] | None:
+    """Return the record of the specification that the modality was begun with, None if it is new.
+
+    Raises:
+        ConfigError: it was begun with another specification, or by other means.
+    """
+    data = LocalStorage(folder).read(RECORD_FILE)
+    recorded = None if data is None else EncoderSpec("").as_json() | json.loads(data)
+    if recorded is not None and recorded != recorded | spec.as_json():
         raise ConfigError(
-            f"{folder} was encoded with {json.dumps({name: told[name] for name in recipe.as_json()})}, now "
-            f"{json.dumps(recipe.as_json())}: vectors of two models do not compare.",
+            f"{folder} was encoded with {json.dumps({name: recorded[name] for name in spec.as_json()})}, now "
+            f"{json.dumps(spec.as_json())}: vectors of two models do not compare.",
             "Give the modality another name, or remove the folder.",
         )
-    if told is None and LocalStorage(folder).names(""):
+    if recorded is None and LocalStorage(folder).names(""):
         raise ConfigError(f"{folder} holds features that were not made here.", "Give the modality another name.")
-    return told
+    return recorded
 
 
 def _keep_origin(
-    folder: Path, told: dict[str, Any] | None, recipe: Recipe, source: Path, model: SentenceTransformer
+    folder: Path, recorded: dict[str, Any] | None, spec: EncoderSpec, source: Path, model: SentenceTransformer
 ) -> None:
-    """Write down with what the modality is begun; refuse another model under the name of the former."""
+    """Record the specification and the checksums of the model.
+
+    Raises:
+        ConfigError: the model differs from the one that is recorded.
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -226,43 +242,48 @@ def _keep_origin(
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     weights, files = digest.hexdigest(), _digests(source)
-    if told is not None:
-        _check_files(folder, told, recipe, files)
-        if told[WEIGHTS] != weights:
-            raise _changed(folder, recipe, "weights")
-    LocalStorage(folder).write(RECIPE, json.dumps({**recipe.as_json(), WEIGHTS: weights, FILES: files}).encode())
+    if recorded is not None:
+        _check_files(folder, recorded, spec, files)
+        if recorded[WEIGHTS] != weights:
+            raise _changed(folder, spec, "weights")
+    LocalStorage(folder).write(RECORD_FILE, json.dumps({**spec.as_json(), WEIGHTS: weights, FILES: files}).encode())
 
 
-def _check_files(folder: Path, told: dict[str, Any], recipe: Recipe, files: dict[str, str]) -> None:
-    """Refuse a model with other files; features of before they were written down have told none."""
-    then = told.get(FILES, files)
+def _check_files(folder: Path, recorded: dict[str, Any], spec: EncoderSpec, files: dict[str, str]) -> None:
+    """Refuse a model whose files differ from the record; old records hold no files and are accepted."""
+    then = recorded.get(FILES, files)
     changed = sorted(name for name in then.keys() | files.keys() if then.get(name) != files.get(name))
     if changed:
-        raise _changed(folder, recipe, ", ".join(changed))
+        raise _changed(folder, spec, ", ".join(changed))
 
 
-def _changed(folder: Path, recipe: Recipe, what: str) -> ConfigError:
+def _changed(folder: Path, spec: EncoderSpec, what: str) -> ConfigError:
     return ConfigError(
-        f"{recipe.model} has become another model than {folder} was encoded with, by other {what}: vectors of two "
-        "models do not compare.",
+        f"{spec.model} is not the model that {folder} was encoded with, it has other {what}: vectors of two models do "
+        "not compare.",
         "Bring the former model back, give the modality another name, or remove the folder.",
     )
 
 
 def _digests(source: Path) -> dict[str, str]:
-    """The files that decide what a model does, its tokenizer's among them: name to SHA-256."""
+    """Return the SHA-256 of each file that affects the vectors of a model, its tokenizer included."""
     names = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
     return {name: sha256_file(path) for name, path in names.items() if not any(fnmatch(name, each) for each in UNUSED)}
 
 
 def _known(folder: Path) -> pa.Array:
+    """Return the items that have a vector."""
     names = [pq.read_table(path, columns=[ITEM_ID])[ITEM_ID] for path in sorted(folder.glob("part-*.parquet"))]
     chunks = [chunk for column in names for chunk in column.chunks]
     return pa.concat_arrays(chunks) if chunks else pa.array([], pa.string())
 
 
-def _load(recipe: Recipe, device: str) -> tuple[Path, SentenceTransformer]:
-    """The folder of a model, that of the hub's cache for a name, and the model."""
+def load_model(spec: EncoderSpec, device: str) -> tuple[Path, SentenceTransformer]:
+    """Load a model; return its folder, for a name that in the cache of the hub, and the model.
+
+    Raises:
+        ConfigError: the extra is not installed, there is no such model or device, or it does not take the input.
+    """
     try:
         from huggingface_hub import snapshot_download
         from sentence_transformers import SentenceTransformer
@@ -276,9 +297,11 @@ def _load(recipe: Recipe, device: str) -> tuple[Path, SentenceTransformer]:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"There is no device {device!r} here ({error}).", "Correct --device.") from error
+        raise ConfigError(
+            f"There is no device {device!r} here ({error}).", "Use --device cpu, or cuda with a GPU."
+        ) from error
     try:
-        source = recipe.model
+        source = spec.model
         if not Path(source).is_dir():
             name = source if "/" in source else f"sentence-transformers/{source}"
             source = snapshot_download(name, ignore_patterns=list(UNUSED))
@@ -286,53 +309,53 @@ def _load(recipe: Recipe, device: str) -> tuple[Path, SentenceTransformer]:
         model = SentenceTransformer(source, device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{recipe.model!r} is no sentence-transformers model that can be loaded ({error}).",
+            f"{spec.model!r} is no sentence-transformers model that can be loaded ({error}).",
             "Name a model of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
         ) from error
-    if not model.supports(recipe.takes):
+    if not model.supports(spec.takes):
         raise ConfigError(
-            f"{recipe.model!r} takes {', '.join(map(str, model.modalities))}, not {recipe.takes}.",
-            "Name another model.",
+            f"{spec.model!r} takes {', '.join(map(str, model.modalities))}, not {spec.takes}.",
+            f"Name a model that takes {spec.takes}.",
         )
     return Path(source), model
 
 
 def _items(
-    root: Path, catalog: ds.Dataset, recipe: Recipe, known: set[str], aside: dict[str, list[str]]
+    root: Path, catalog: ds.Dataset, spec: EncoderSpec, known: set[str], aside: dict[str, list[str]]
 ) -> Iterator[tuple[str, str | Image.Image]]:
-    """Every item without a vector, once, with what the model takes; those that have nothing usable go aside."""
-    for batch in catalog.to_batches(columns=[ITEM_ID, *recipe.reads], batch_size=PART_ROWS):
+    """Yield each item without a vector once, with its input for the model; put items without an input into `aside`."""
+    for batch in catalog.to_batches(columns=[ITEM_ID, *spec.reads], batch_size=PART_ROWS):
         for row in batch.to_pylist():
             name = row.pop(ITEM_ID)
             if not name or not name.strip() or name in known:
                 continue
             known.add(name)
-            content, reason = _content(root, recipe, name, row)
-            if content is None:
+            given, reason = _input(root, spec, name, row)
+            if given is None:
                 aside.setdefault(reason, []).append(name)
             else:
-                yield name, content
+                yield name, given
 
 
-def _content(root: Path, recipe: Recipe, name: str, row: dict[str, Any]) -> tuple[str | Image.Image | None, str]:
-    """What the model takes of an item, or None and why."""
-    if recipe.pictures:
-        return _picture(Path(recipe.pictures), (f"{name}{suffix}" for suffix in SUFFIXES))
+def _input(root: Path, spec: EncoderSpec, name: str, row: dict[str, Any]) -> tuple[str | Image.Image | None, str]:
+    """Return the input of the model for an item, or None and the reason."""
+    if spec.pictures:
+        return _picture(Path(spec.pictures), (f"{name}{suffix}" for suffix in SUFFIXES))
     text, reason = _text(row)
-    return _picture(root, filter(None, [text])) if recipe.picture_column else (text, reason)
+    return _picture(root, filter(None, [text])) if spec.picture_column else (text, reason)
 
 
 def _text(row: dict[str, Any]) -> tuple[str | None, str]:
-    """The text of an item, or None and why."""
+    """Return the text of an item, or None and the reason."""
     lines = [str(value).strip() for value in row.values() if value is not None]
     return "\n".join(line for line in lines if line) or None, "no_text"
 
 
 def _pictures(items: Iterator[tuple[str, Any]], most: int) -> list[tuple[str, Any]]:
-    """The next pictures, as many as memory may hold at once."""
+    """Take the next pictures, at most as many as memory may hold at once."""
     some: list[tuple[str, Any]] = []
     pixels = 0
-    # The next one is not known before it is read: what it adds stays below Pillow's own limit.
+    # The size of the next picture is not known before it is read; Pillow limits what it can add.
     while len(some) < most and pixels < PIXELS and (item := next(items, None)) is not None:
         some.append(item)
         pixels += item[1].width * item[1].height
@@ -340,10 +363,10 @@ def _pictures(items: Iterator[tuple[str, Any]], most: int) -> list[tuple[str, An
 
 
 def _picture(folder: Path, names: Iterable[str]) -> tuple[Image.Image | None, str]:
-    """The first picture there is of some names below a folder, loaded, in RGB, or None and why."""
+    """Load the first picture that exists among some names in a folder, in RGB, or return None and the reason."""
     try:
         path = next((path for name in names if (path := folder / name).is_file()), None)
-    except OSError:  # One that is too long for the name of a file.
+    except OSError:  # The path is too long for the file system.
         path = None
     if path is None:
         return None, "no_picture"
@@ -365,7 +388,7 @@ def _reasons(aside: dict[str, list[str]]) -> pa.Table:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    """Under a hidden name first: whoever reads the folder meanwhile sees whole files only."""
+    """Write a table under a hidden name and rename it, so that readers see complete files only."""
     hidden = path.parent / f".{path.name}"
     pq.write_table(table, hidden)
     hidden.replace(path)

@@ -24,10 +24,10 @@ class RawFile:
     """A file of raw data.
 
     Attributes:
-        path: where it is.
-        name: path relative to the raw root, POSIX.
+        path: location of the file.
+        name: POSIX path relative to the raw root.
         size: bytes.
-        mtime_ns: time of its last change.
+        mtime_ns: time of the last change, ns.
         day: arrival day, None outside `interactions`.
     """
 
@@ -39,28 +39,31 @@ class RawFile:
 
     @property
     def identity(self) -> list[str | int]:
-        """What a fingerprint needs to notice that the file was replaced."""
+        """Name, size and time of the last change: they differ if the file was replaced."""
         return [self.name, self.size, self.mtime_ns]
 
 
 def raw_root(config: RunConfig, store_uri: str) -> Location:
-    """Folder of the raw data, on a local disk that all Spark workers see or in an S3 bucket.
+    """Find the folder of the raw data, on a local disk that all Spark workers see or in an S3 bucket.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the location is neither.
         DataError: there is no such folder.
     """
     root = Location.at(config.runtime.raw or f"{store_uri}/raw")
     if not root.is_dir():
-        raise DataError(f"There is no raw data at {root}, 0 rows.", "Import a dataset, or set runtime.raw.")
+        raise DataError(
+            f"There is no raw data at {root}, 0 rows.",
+            "Import a dataset, or set runtime.raw to the folder of the raw data.",
+        )
     return root
 
 
 def list_interactions(root: Location | Path, window: Window, etl: Etl) -> list[RawFile]:
-    """Files of the daily partitions a run reads: those of days that overlap `[end - etl.history_days, end)`.
+    """List the files of the daily partitions that a run reads: the days that overlap `[end - etl.history_days, end)`.
 
     Raises:
-        DataError: a folder that is no daily partition, or no partition within the days read.
+        DataError: a folder is not a daily partition, or there is no partition on these days.
     """
     root = Location.at(root)
     folder = root / INTERACTIONS_FOLDER
@@ -84,13 +87,13 @@ def list_interactions(root: Location | Path, window: Window, etl: Etl) -> list[R
 
 
 def list_items(root: Location | Path) -> list[RawFile]:
-    """Files of the catalog; empty when there is none."""
+    """List the files of the catalog; none if there is no catalog."""
     root = Location.at(root)
     return _files(root, root / ITEMS_FOLDER)
 
 
 def check_modality(name: str, path: Location | Path) -> None:
-    """Refuse a name that other files of the pipeline need.
+    """Refuse a name of a modality that collides with other files of the pipeline.
 
     Raises:
         DataError: the name is empty, `quarantine`, or ends in `.counts`.
@@ -103,15 +106,15 @@ def check_modality(name: str, path: Location | Path) -> None:
 
 
 def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str, list[RawFile]]:
-    """Files of each modality, by name.
+    """List the files of each modality, by name.
 
     Args:
         root: raw root.
-        modalities: the ones to use; all that are found when empty.
+        modalities: the modalities to use; all that are found if empty.
 
     Raises:
-        ConfigError: a modality is asked for that is not there.
-        DataError: there is no modality at all, or one without a file.
+        ConfigError: a modality to use is missing.
+        DataError: there is no modality, or a modality has no file.
     """
     root = Location.at(root)
     folder = root / FEATURES_FOLDER
@@ -119,7 +122,7 @@ def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str,
     if not found:
         raise DataError(
             f"{folder} holds no modality, 0 rows of item features.",
-            "Deliver features/{modality}/*.parquet with the columns item_id and vector: CRANE needs one at least.",
+            "Deliver features/{modality}/*.parquet with the columns item_id and vector; CRANE needs at least one.",
         )
     for name in found:
         check_modality(name, folder / name)
@@ -127,7 +130,7 @@ def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str,
     if unknown:
         raise ConfigError(
             f"features.modalities asks for {', '.join(unknown)}; {folder} holds {', '.join(found)}.",
-            "Correct features.modalities, or leave it empty to use all.",
+            "Name modalities that exist in features.modalities, or leave it empty to use all.",
         )
     listed = {name: _files(root, found[name]) for name in sorted(modalities or found)}
     for name, files in listed.items():
@@ -139,14 +142,14 @@ def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str,
 
 
 def arrives_within(file: RawFile, window: Window, time_zone: str) -> bool:
-    """Whether the arrival day of the file overlaps the window."""
+    """Tell whether the arrival day of the file overlaps the window."""
     assert file.day is not None
     begin, end = day_bounds(file.day, time_zone)
     return begin < window.end and end > window.start
 
 
 def day_bounds(day: date, time_zone: str) -> tuple[datetime, datetime]:
-    """First instant of a day and of the next one in a zone, as UTC."""
+    """Return the first instant of a day and of the next day in a time zone, as UTC."""
     zone = ZoneInfo(time_zone)
     begin, end = (datetime.combine(each, time(), zone) for each in (day, day + timedelta(days=1)))
     return begin.astimezone(UTC), end.astimezone(UTC)

@@ -1,8 +1,8 @@
-"""Generate an interaction log with features in the raw layout, at any size, with a known truth.
+"""Generate an interaction log with features in the raw layout, of any size, from known latent variables.
 
-Users and items follow power laws. Latent categories decide which items a user meets and, with a latent vector of its
-own, what every modality says about an item. Events have a time within the day and the week, some arrive late, some
-are dirt of a known kind. Days are drawn and written one by one, so memory is bounded by the largest day.
+Users and items follow power laws. Latent categories decide which items a user chooses. The category and a latent vector
+of an item decide its features in every modality. Events follow weights of hours and weekdays; some arrive late, and
+some rows are invalid in a known way. Days are drawn and written one by one, so memory is bounded by the largest day.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EVENT_SHARES = {"view": 0.85, "cart": 0.10, "purchase": 0.05}
 HOUR_WEIGHTS = np.array([2, 1, 1, 1, 1, 2, 4, 6, 7, 7, 7, 8, 9, 8, 7, 7, 8, 9, 11, 13, 14, 12, 8, 4], dtype=float)
 WEEKDAY_WEIGHTS = np.array([1.0, 0.95, 0.95, 1.0, 1.1, 1.3, 1.25])
 CATEGORY_SHARES = (0.6, 0.2, 0.1)
-"""How often a user's event comes from the first, second and third of its categories; the rest comes from any."""
+"""Shares of a user's events in the first, second and third of the user's categories; the rest is from any category."""
 DIRT = (
     "null_id",
     "empty_id",
@@ -42,33 +42,33 @@ DIRT = (
     "too_late",
     "duplicate",
 )
-"""The kinds of dirt, named as `etl.interactions` names its reasons."""
+"""Kinds of invalid rows, named as the reasons of `etl.interactions`."""
 LATENT_DIM = 8
 DRAWS = 5
-"""How often an item is drawn again while it is not launched yet."""
+"""Attempts to draw an item that is launched by the day of the event; after them, the most popular item is taken."""
 FEATURE_ROWS = 65_536
 FILE_GROUP_ROWS = 262_144
 DAY_MICROS = 86_400_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to generate. Equal plans give equal rows.
+class GeneratorSettings:
+    """Sizes and shares of a generated log. Equal settings give equal rows.
 
     Attributes:
-        num_rows: rows of the log, dirt included.
-        num_users, num_items: how many exist; the rarest may never appear.
+        num_rows: rows of the log, invalid ones included.
+        num_users, num_items: users and items that exist; the rarest may not appear in the log.
         num_days: arrival days.
-        start: the first of them.
+        start: the first arrival day.
         num_categories: latent categories.
-        modalities: name to width of its vectors.
-        user_exponent, item_exponent: of the power laws of activity and of popularity within a category, below 1.
-        late_share: share of the events that arrive after the day they happened on.
-        most_days_late: the longest delay.
-        dirt_share: share of the rows that are dirt, all kinds alike.
+        modalities: name to width of the vectors.
+        user_exponent, item_exponent: exponents of the power laws of activity, and of popularity in a category; below 1.
+        late_share: share of the events that arrive after the day of the event.
+        most_days_late: longest delay, days.
+        dirt_share: share of invalid rows; all kinds are equally frequent.
         new_item_share: share of the items that are launched after the first day.
-        missing_share: share of the items a modality says nothing about.
-        seed: of everything.
+        missing_share: share of the items without features in a modality.
+        seed: seed of all random numbers.
     """
 
     num_rows: int = 1_000_000
@@ -95,24 +95,24 @@ class Plan:
         wrong += [name for name in ("user_exponent", "item_exponent") if not 0 <= getattr(self, name) < 1]
         wrong += ["num_categories"] if self.num_categories > self.num_items else []
         if wrong or not self.modalities:
-            told = ", ".join(f"{name}={getattr(self, name)}" for name in wrong) or "no modality"
+            described = ", ".join(f"{name}={getattr(self, name)}" for name in wrong) or "no modality"
             raise ConfigError(
-                f"A log cannot be generated with {told}.",
+                f"A log cannot be generated with {described}.",
                 "Counts are 1 or more, shares and exponents lie in [0, 1), categories are at most as many as items.",
             )
 
 
 @dataclass(frozen=True)
 class World:
-    """The latent truth behind a log.
+    """The latent variables of a generated log.
 
     Attributes:
         item_category: int32 [num_items].
-        item_launch: int32 [num_items], day on which the item appears.
-        item_latent: float32 [num_items, LATENT_DIM], what all modalities of an item share.
+        item_launch: int32 [num_items], first day of the item.
+        item_latent: float32 [num_items, LATENT_DIM], common to all modalities of an item.
         user_categories: int32 [num_users, 3], favourite first.
-        user_ids, item_ids: string arrays; the order of the ids says nothing about activity or popularity.
-        members: items by category, the most popular first within each.
+        user_ids, item_ids: string arrays; the ids are in random order, independent of activity and popularity.
+        members: items by category, the most popular first.
         starts: int64 [num_categories + 1], bounds of the categories in `members`.
     """
 
@@ -126,98 +126,100 @@ class World:
     starts: NDArray[np.int64]
 
 
-def make_world(plan: Plan) -> World:
+def make_world(settings: GeneratorSettings) -> World:
     """Draw users, items and categories."""
-    rng = np.random.default_rng([plan.seed, 0])
-    category = rng.permutation(np.arange(plan.num_items) % plan.num_categories).astype(np.int32)
+    rng = np.random.default_rng([settings.seed, 0])
+    category = rng.permutation(np.arange(settings.num_items) % settings.num_categories).astype(np.int32)
     members = np.argsort(category, kind="stable")
-    starts = np.searchsorted(category[members], np.arange(plan.num_categories + 1))
+    starts = np.searchsorted(category[members], np.arange(settings.num_categories + 1))
     launch = np.where(
-        rng.random(plan.num_items) < plan.new_item_share, rng.integers(0, plan.num_days, plan.num_items), 0
+        rng.random(settings.num_items) < settings.new_item_share,
+        rng.integers(0, settings.num_days, settings.num_items),
+        0,
     )
-    # The most popular item of a category is there from the first day: it stands in for those yet to come.
+    # The most popular item of a category exists from the first day: it replaces items that are not launched yet.
     launch[members[starts[:-1]]] = 0
-    centres = rng.standard_normal((plan.num_categories, LATENT_DIM))
-    latent = centres[category] + 0.5 * rng.standard_normal((plan.num_items, LATENT_DIM))
+    centres = rng.standard_normal((settings.num_categories, LATENT_DIM))
+    latent = centres[category] + 0.5 * rng.standard_normal((settings.num_items, LATENT_DIM))
     return World(
         category,
         launch.astype(np.int32),
         latent.astype(np.float32),
-        rng.integers(0, plan.num_categories, (plan.num_users, 3)).astype(np.int32),
-        _ids("u", rng.permutation(plan.num_users)),
-        _ids("i", rng.permutation(plan.num_items)),
+        rng.integers(0, settings.num_categories, (settings.num_users, 3)).astype(np.int32),
+        _ids("u", rng.permutation(settings.num_users)),
+        _ids("i", rng.permutation(settings.num_items)),
         members,
         starts,
     )
 
 
-def generate(plan: Plan, raw: str | Path) -> Imported:
-    """Write a log, a catalog and features into `raw`, and below `truth/` what is known about them.
+def generate(settings: GeneratorSettings, raw: str | Path) -> Imported:
+    """Write a log, a catalog and features into `raw`, and the latent variables into `raw/truth/`.
 
-    `truth/world.npz` holds the arrays of `World`; `truth/counts.json` the rows per kind of dirt and the late ones.
-    A second call with the same plan touches nothing.
+    `truth/world.npz` holds the arrays of `World`; `truth/counts.json` the rows, the late rows and the invalid rows by
+    kind. A second call with the same settings changes nothing.
 
     Raises:
-        DataError: `raw` holds something else.
+        DataError: `raw` holds other data.
     """
-    described = {**asdict(plan), "start": plan.start.isoformat()}
+    described = {**asdict(settings), "start": settings.start.isoformat()}
 
     def build(folder: Path) -> Imported:
-        world = make_world(plan)
+        world = make_world(settings)
         counts: dict[str, Any] = {"rows": 0, "late": 0, "dirt": dict.fromkeys(DIRT, 0)}
-        seen = np.zeros(plan.num_users, dtype=bool)
-        for day, table in draw_log(plan, world, counts, seen):
+        seen = np.zeros(settings.num_users, dtype=bool)
+        for day, table in draw_log(settings, world, counts, seen):
             path = folder / INTERACTIONS_FOLDER / f"{DAY_PREFIX}{day.isoformat()}" / "part-0.parquet"
             path.parent.mkdir(parents=True)
             pq.write_table(table, path, compression="zstd", row_group_size=FILE_GROUP_ROWS)
         titles: list[str | None] = [f"Item {n} of category {c}" for n, c in enumerate(world.item_category.tolist())]
         write_items(folder, world.item_ids.to_pylist(), titles)
-        for index, (name, dim) in enumerate(sorted(plan.modalities.items())):
-            _write_modality(folder / FEATURES_FOLDER / name, plan, world, index, dim)
+        for index, (name, dim) in enumerate(sorted(settings.modalities.items())):
+            _write_modality(folder / FEATURES_FOLDER / name, settings, world, index, dim)
         _write_truth(folder / TRUTH_FOLDER, world, counts)
-        end = plan.start + timedelta(days=plan.num_days)
+        end = settings.start + timedelta(days=settings.num_days)
         return Imported(
-            dataset=f"generated-{plan.seed}",
+            dataset=f"generated-{settings.seed}",
             raw=str(Path(raw).absolute()),
             num_users=int(seen.sum()),
-            num_items=plan.num_items,
-            num_interactions=plan.num_rows,
-            modalities=dict(plan.modalities),
+            num_items=settings.num_items,
+            num_interactions=settings.num_rows,
+            modalities=dict(settings.modalities),
             split="temporal",
             start=end - timedelta(days=1),
             end=end,
         )
 
-    source = {"dataset": f"generated-{plan.seed}", "format": FORMAT, "plan": described}
+    source = {"dataset": f"generated-{settings.seed}", "format": FORMAT, "plan": described}
     return write_raw(Path(raw), source, build)
 
 
 def draw_log(
-    plan: Plan, world: World, counts: dict[str, Any], seen: NDArray[np.bool_]
+    settings: GeneratorSettings, world: World, counts: dict[str, Any], seen: NDArray[np.bool_]
 ) -> Iterator[tuple[date, pa.Table]]:
     """Yield the rows of every arrival day.
 
     Args:
-        plan, world: what to draw from.
-        counts: gets the numbers of rows, late rows and rows per kind of dirt.
-        seen: bool [num_users], set where a user has a clean row.
+        settings, world: settings and latent variables.
+        counts: the numbers of rows, late rows and invalid rows by kind are added to it.
+        seen: bool [num_users], set for users with a valid row.
     """
-    rng = np.random.default_rng([plan.seed, 1])
-    weekdays = np.array([(plan.start + timedelta(days=day)).weekday() for day in range(plan.num_days)])
-    num_dirty = round(plan.num_rows * plan.dirt_share)
-    per_day = _apportion(plan.num_rows - num_dirty, WEEKDAY_WEIGHTS[weekdays])
+    rng = np.random.default_rng([settings.seed, 1])
+    weekdays = np.array([(settings.start + timedelta(days=day)).weekday() for day in range(settings.num_days)])
+    num_dirty = round(settings.num_rows * settings.dirt_share)
+    per_day = _apportion(settings.num_rows - num_dirty, WEEKDAY_WEIGHTS[weekdays])
     dirt_per_day = _apportion(num_dirty, WEEKDAY_WEIGHTS[weekdays])
-    midnight = int(datetime.combine(plan.start, time(), UTC).timestamp()) * 1_000_000
-    waiting: dict[int, list[pa.Table]] = {day: [] for day in range(plan.num_days)}
-    for day in range(plan.num_days):
-        users, items, within, events = _draw_events(plan, world, day, int(per_day[day]), rng)
+    midnight = int(datetime.combine(settings.start, time(), UTC).timestamp()) * 1_000_000
+    waiting: dict[int, list[pa.Table]] = {day: [] for day in range(settings.num_days)}
+    for day in range(settings.num_days):
+        users, items, within, events = _draw_events(settings, world, day, int(per_day[day]), rng)
         seen[users] = True
         table = _table(world, users, items, midnight + day * DAY_MICROS + within, events)
-        # Nothing can arrive after the last day: what would is on time.
+        # Rows that would arrive after the last day arrive on it.
         delay = np.where(
-            rng.random(len(users)) < plan.late_share, rng.integers(1, plan.most_days_late + 1, len(users)), 0
+            rng.random(len(users)) < settings.late_share, rng.integers(1, settings.most_days_late + 1, len(users)), 0
         )
-        delay = np.minimum(delay, plan.num_days - 1 - day)
+        delay = np.minimum(delay, settings.num_days - 1 - day)
         counts["late"] += int((delay > 0).sum())
         for days in np.unique(delay).tolist():
             waiting[day + days].append(table.filter(pa.array(delay == days)))
@@ -225,23 +227,23 @@ def draw_log(
         dirt = _draw_dirt(pa.concat_tables(clean), int(dirt_per_day[day]), midnight + day * DAY_MICROS, rng, counts)
         arrived = pa.concat_tables([*clean, *dirt])
         counts["rows"] += arrived.num_rows
-        yield plan.start + timedelta(days=day), arrived
+        yield settings.start + timedelta(days=day), arrived
 
 
 def _draw_events(
-    plan: Plan, world: World, day: int, count: int, rng: np.random.Generator
+    settings: GeneratorSettings, world: World, day: int, count: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int8]]:
-    users = _power_law(rng.random(count), plan.num_users, plan.user_exponent)
-    place = np.searchsorted(np.cumsum(CATEGORY_SHARES), rng.random(count), side="right")
-    category = world.user_categories[users, np.minimum(place, 2)]
-    category = np.where(place == 3, rng.integers(0, plan.num_categories, count), category)
+    users = _power_law(rng.random(count), settings.num_users, settings.user_exponent)
+    choice = np.searchsorted(np.cumsum(CATEGORY_SHARES), rng.random(count), side="right")
+    category = world.user_categories[users, np.minimum(choice, 2)]
+    category = np.where(choice == 3, rng.integers(0, settings.num_categories, count), category)
     sizes = np.diff(world.starts)
     items = np.full(count, -1)
     absent = np.arange(count)
     for _ in range(DRAWS):
         chosen = category[absent]
-        places = _power_law(rng.random(len(absent)), sizes[chosen], plan.item_exponent)
-        items[absent] = world.members[world.starts[chosen] + places]
+        positions = _power_law(rng.random(len(absent)), sizes[chosen], settings.item_exponent)
+        items[absent] = world.members[world.starts[chosen] + positions]
         absent = absent[world.item_launch[items[absent]] > day]
     items[absent] = world.members[world.starts[category[absent]]]
     hours = np.searchsorted(np.cumsum(HOUR_WEIGHTS / HOUR_WEIGHTS.sum()), rng.random(count), side="right")
@@ -253,10 +255,10 @@ def _draw_events(
 def _draw_dirt(
     clean: pa.Table, count: int, midnight: int, rng: np.random.Generator, counts: dict[str, Any]
 ) -> list[pa.Table]:
-    """Spoilt copies of clean rows, one kind each."""
+    """Copy valid rows and make them invalid, one table per kind."""
     if clean.num_rows == 0:
         return []
-    spoilt = []
+    invalid = []
     for kind, size in zip(DIRT, _apportion(count, np.ones(len(DIRT))).tolist(), strict=True):
         rows = clean.take(pa.array(rng.integers(0, clean.num_rows, size)))
         instants = pa.timestamp("us", "UTC")
@@ -273,8 +275,8 @@ def _draw_dirt(
             name, values = changes[kind]
             rows = rows.set_column(rows.column_names.index(name), name, values)
         counts["dirt"][kind] += size
-        spoilt.append(rows)
-    return spoilt
+        invalid.append(rows)
+    return invalid
 
 
 def _table(
@@ -297,11 +299,11 @@ def _table(
 
 
 def _power_law(uniform: NDArray[np.float64], size: Any, exponent: float) -> NDArray[np.int64]:
-    """Ranks from 0 whose frequency falls as (rank + 1) ** -exponent, by the inverse of the distribution function.
+    """Draw ranks from 0 with frequency (rank + 1) ** -exponent, by the inverse of the distribution function.
 
     Args:
-        uniform: in [0, 1).
-        size: number of ranks, one for all or one for each.
+        uniform: random numbers in [0, 1).
+        size: number of ranks, one for all draws or one for each.
         exponent: below 1.
     """
     power = 1 - exponent
@@ -310,7 +312,7 @@ def _power_law(uniform: NDArray[np.float64], size: Any, exponent: float) -> NDAr
 
 
 def _apportion(total: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Whole numbers in proportion to the weights that add up to the total."""
+    """Split a total into whole numbers in proportion to the weights."""
     ends = np.round(total * np.cumsum(weights) / weights.sum()).astype(np.int64)
     return np.diff(ends, prepend=0)
 
@@ -319,15 +321,15 @@ def _ids(letter: str, numbers: NDArray[np.int64]) -> pa.Array:
     return pc.binary_join_element_wise(letter, pa.array(numbers).cast(pa.string()), "")
 
 
-def _write_modality(folder: Path, plan: Plan, world: World, index: int, dim: int) -> None:
-    rng = np.random.default_rng([plan.seed, 2, index])
+def _write_modality(folder: Path, settings: GeneratorSettings, world: World, index: int, dim: int) -> None:
+    rng = np.random.default_rng([settings.seed, 2, index])
     mixing = rng.standard_normal((LATENT_DIM, dim)) / np.sqrt(LATENT_DIM)
     folder.mkdir(parents=True)
     with pq.ParquetWriter(folder / "part-0.parquet", FEATURES, compression="zstd") as writer:
-        for start in range(0, plan.num_items, FEATURE_ROWS):
+        for start in range(0, settings.num_items, FEATURE_ROWS):
             latent = world.item_latent[start : start + FEATURE_ROWS]
             rows = latent @ mixing + 0.3 * rng.standard_normal((len(latent), dim))
-            keep = rng.random(len(latent)) >= plan.missing_share
+            keep = rng.random(len(latent)) >= settings.missing_share
             values = pa.array(rows[keep].astype(np.float32).reshape(-1))
             offsets = pa.array(np.arange(int(keep.sum()) + 1, dtype=np.int32) * dim)
             ids = world.item_ids.slice(start, len(latent)).filter(pa.array(keep))

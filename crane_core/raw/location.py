@@ -1,4 +1,4 @@
-"""Where raw data lie: a local folder or a prefix of an S3 bucket, listed and opened alike."""
+"""Locations of raw data: a local folder or a prefix of an S3 bucket, with one interface."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder.
+    """A file or folder on a local disk or in a bucket.
 
     Attributes:
         path: absolute local path, or bucket and key.
         scheme: empty for a local disk, or `s3`.
-        info: what the listing said about it, None when it comes from none.
+        info: Arrow's FileInfo if the location comes from a listing, else None.
     """
 
     path: PurePosixPath
@@ -34,10 +34,10 @@ class Location:
 
     @classmethod
     def at(cls, uri: str | Path | Location) -> Location:
-        """The location a path, `file://` or `s3://` URI names.
+        """Return the location of a path, a `file://` URI or an `s3://` URI.
 
         Raises:
-            ConfigError: any other scheme, or no bucket.
+            ConfigError: the scheme is another one, or there is no bucket.
         """
         if isinstance(uri, Location):
             return uri
@@ -47,7 +47,8 @@ class Location:
             return cls(PurePosixPath(local.absolute()))
         if parts.scheme not in ("s3", "s3a") or not parts.netloc:
             raise ConfigError(
-                f"Raw data at {str(uri)!r}: expected a local path or s3://bucket/prefix.", "Correct runtime.raw."
+                f"Raw data at {str(uri)!r}: expected a local path or s3://bucket/prefix.",
+                "Set runtime.raw to a folder, or to s3://bucket/prefix.",
             )
         return cls(PurePosixPath(parts.netloc) / parts.path.strip("/"), "s3")
 
@@ -55,8 +56,8 @@ class Location:
     def filesystem(self) -> fs.FileSystem:
         if not self.scheme:
             return fs.LocalFileSystem()
-        # As botocore does; Arrow reads region and credentials from the environment, but not the endpoint.
-        return _s3(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+        # Arrow reads region and credentials from the environment, but not the endpoint. The order is that of botocore.
+        return s3_filesystem(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
 
     @property
     def name(self) -> str:
@@ -76,11 +77,11 @@ class Location:
         return self._ask(fs.FileSystem.get_file_info, str(self.path)).type == fs.FileType.Directory
 
     def children(self) -> list[Location]:
-        """What lies directly below, by name; hidden entries left out; nothing when it is no folder."""
+        """List the entries directly below, by name, without hidden ones; nothing if this is not a folder."""
         return self._list(recursive=False)
 
     def files(self) -> list[Location]:
-        """The files below, at any depth, by name; hidden ones and those in hidden folders left out."""
+        """List the files at any depth below, by name, without hidden ones and those in hidden folders."""
         return [entry for entry in self._list(recursive=True) if entry.info.is_file]
 
     def _list(self, recursive: bool) -> list[Location]:
@@ -100,12 +101,14 @@ class Location:
             return method(self.filesystem, argument)
         except OSError as error:
             raise DataError(
-                f"{self} cannot be listed: {error}.", "Check that the bucket exists and may be read, and try again."
+                f"{self} cannot be listed: {error}.",
+                "Check that it exists and may be read, then repeat the command.",
             ) from error
 
 
 @cache
-def _s3(endpoint: str | None) -> fs.FileSystem:
+def s3_filesystem(endpoint: str | None) -> fs.FileSystem:
+    """Connect to S3, once per process and endpoint."""
     return fs.S3FileSystem(
         endpoint_override=endpoint,
         connect_timeout=CONNECT_SECONDS,

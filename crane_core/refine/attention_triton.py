@@ -1,12 +1,12 @@
 """Triton kernels of RCA for CUDA: tanh attention, and softmax over groups of keys; keys are the values.
 
-What PyTorch's fused attention does not offer: another phi than softmax, and, for the inverted lists of `block`, many
-small attentions in one launch whose mass is returned so that they can be merged. Blocks of scores stay in registers,
-forward and backward; products are summed in float32. Inputs are float32 (three TF32 products for each, about as exact
-as float32) or bfloat16.
+They do two things that PyTorch's fused attention does not. They compute tanh in place of softmax. And they compute many
+small attentions in one launch for the inverted lists of `block`, and return the sum of the exponentials of each, so
+that the results can be merged. Blocks of scores stay in registers, forward and backward; products are summed in
+float32. Inputs are bfloat16, or float32: then each product is three TF32 products, about as exact as float32.
 
-Checked on a CPU by Triton's interpreter against float64 (`tests/unit/refine/test_attention_triton.py`). Not yet
-measured on a GPU, and the block sizes not tuned on one. Imported where a tensor lies on CUDA only.
+Checked on a CPU by Triton's interpreter against float64 (`tests/unit/refine/test_attention_triton.py`). Neither speed
+nor block sizes have been measured on a GPU yet. Imported only where a tensor lies on CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from crane_core.errors import ConfigError
 
 MOST_DIMS = 128
-"""Widest rows: a block of them must fit the registers of a program."""
+"""Largest width of a row: a block of rows must fit in the registers of a Triton program."""
 _BLOCK = {"rows": 128, "keys": 64}
 _BLOCK_BACKWARD = {"rows": 64, "keys": 64}
 
@@ -30,16 +30,16 @@ Group = tuple[int, int, int, int]
 
 
 def attend(queries: Tensor, keys: Tensor, groups: list[Group], phi: Phi) -> tuple[Tensor, Tensor]:
-    """Attention of each group of queries to its keys.
+    """Return the attention of each group of queries to its keys.
 
     Args:
         queries: float32 or bfloat16 [n, d], contiguous, d <= 128.
         keys: like the queries, [m, d].
         groups: queries [start, stop) and their keys [start, stop); every query is in one group.
-        phi: `softmax`, or `tanh`, whose sum is not divided by anything.
+        phi: `softmax`, or `tanh`; the sum over the keys of `tanh` is not divided.
 
     Returns:
-        like the queries [n, d], and for `softmax` the logarithm of the sum of the exponentials, float32 [n].
+        output like the queries [n, d], and for `softmax` the logarithm of the sum of the exponentials, float32 [n].
 
     Raises:
         ConfigError: the rows are too wide.
@@ -61,16 +61,16 @@ def attend_backward(
     groups: list[Group],
     phi: Phi,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `attend`.
+    """Return the gradients of `attend`.
 
     Args:
         queries, keys, groups, phi: as given to `attend`; a key is in one group at most.
         incoming: gradient of the output, [n, d].
-        statistics: of `softmax`, float32 [n] each: the logarithm of the sum of the exponentials, and the product of
-            each row's gradient and output. Of a row whose keys are spread over several groups, those of all of them.
+        statistics: for `softmax`, two float32 [n]: the logarithm of the sum of the exponentials, and the product of
+            the gradient and the output of each row. Both cover all groups of a row whose keys are in several groups.
 
     Returns:
-        gradients of the queries [n, d] and of the keys [m, d], like these.
+        gradients like the queries [n, d] and like the keys [m, d].
     """
     queries, keys = queries.contiguous(), keys.contiguous()
     incoming = incoming.to(keys.dtype).contiguous()
@@ -88,7 +88,7 @@ def attend_backward(
 
 
 def _tiles(groups: list[Group], block: int, device: torch.device) -> Tensor:
-    """The groups, cut into blocks along their first side: int64 [num_tiles, 4]."""
+    """Cut the groups into blocks along their first range: int64 [num_tiles, 4]."""
     cut = [(at, min(at + block, stop), *other) for start, stop, *other in groups for at in range(start, stop, block)]
     return torch.tensor(cut, dtype=torch.int64).to(device)
 
@@ -110,7 +110,7 @@ def _blocks(sizes: dict[str, int]) -> dict[str, int]:
 
 @triton.jit
 def _load(source, index, stop, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of a matrix, zero behind the last one."""
+    """Load rows of a matrix, and zeros behind the last one."""
     columns = tl.arange(0, WIDTH)
     inside = (index < stop)[:, None] & (columns < DIM)[None, :]
     return tl.load(source + index[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
@@ -125,9 +125,9 @@ def _store(target, index, stop, values, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _dot(left, right, PRECISION: tl.constexpr):
-    """The product, summed in float32."""
+    """Return the matrix product, summed in float32."""
     if PRECISION == "interpreted":
-        # The interpreter multiplies the bit patterns of bfloat16. In float32 the products are the exact ones.
+        # The interpreter would multiply the bit patterns of bfloat16. Products of bfloat16 are exact in float32.
         return tl.dot(left.to(tl.float32), right.to(tl.float32))
     return tl.dot(left, right, input_precision=PRECISION)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,23 @@ def fit(
 ) -> tuple[Refiner, dict[str, Any]]:
     """Fit projection, RCA and fusion on mini-batches of (user, item) rows.
 
-    The refined profile of a user *without the target item* must rank the target above a sample of the catalog
-    (sampled softmax over cosines; the user's other items are no negatives), and the modalities of one item must
-    agree (InfoNCE). The sample also serves as the keys of RCA.
+    The loss has two terms. The refined profile of a user *without the target item* must rank the target above a sample
+    of the catalog (sampled softmax over cosines; other items of the user are no negatives). And the modalities of an
+    item must agree (InfoNCE). The sample also provides the keys of RCA.
 
     Args:
         modalities: features and profiles.
         train: training items per user.
-        aggregate: how the profiles were made, `sum` or `mean`.
+        aggregate: `sum` or `mean`, as the profiles were made.
         config: optimiser and sizes.
         device: where to fit.
 
     Returns:
-        The fitted refiner, on the device, and its curve and monitors as JSON values.
+        The fitted refiner on the device, and as JSON values `curve`: `step`, `ranking` and `agreement` of every tenth
+        step and the last.
 
     Raises:
-        DataError: there is no item, or a feature that the fit meets is not finite.
+        DataError: there is no item, or a feature that the fit reads is not finite.
         TrainingError: the loss is not finite.
     """
     num_items = len(modalities[0].items)
@@ -53,25 +55,10 @@ def fit(
     curve = []
     for step in track(range(config.num_steps), config.num_steps, "fit_rca", logger):
         picked = generator.integers(len(train.items), size=config.batch_size)
-        users, targets = train_users[picked], train.items[picked]
         landmarks = generator.choice(num_items, size=min(config.num_landmarks, num_items), replace=False)
-        candidates = np.unique(np.concatenate([targets, landmarks]))
-        queries = torch.cat(
-            [
-                refiner.project(*_profiles_without(modalities, users, targets, aggregate, refiner)),
-                refiner.project(*item_rows(modalities, candidates, device)),
-            ]
-        )
-        keys = refiner.project(*item_rows(modalities, landmarks, device))
-        _, refined = refiner.rca(keys, queries, config.chunk_size)
-        fused = F.normalize(refiner.fuse(refined), dim=1)
-        logits = fused[: len(users)] @ fused[len(users) :].T / config.temperature
-        columns = torch.from_numpy(np.searchsorted(candidates, targets))
-        logits = logits.masked_fill(_other_positives(train, users, candidates, columns).to(device), -torch.inf)
-        columns = columns.to(device)
-        ranking = F.cross_entropy(logits, columns)
-        distinct = np.searchsorted(candidates, np.unique(targets))
-        agreement = _agreement(refined[len(users) :][distinct], modalities, candidates[distinct], config.temperature)
+        batch = _Batch(train_users[picked], train.items[picked], landmarks)
+        profiles = profiles_without(modalities, batch.users, batch.targets, aggregate, refiner)
+        ranking, agreement = _losses(refiner, modalities, profiles, batch, train, config)
         loss = ranking + config.agreement_weight * agreement
         optimiser.zero_grad()
         loss.backward()
@@ -85,10 +72,61 @@ def fit(
     return refiner.eval(), {"curve": curve}
 
 
-def _profiles_without(
+@dataclass(frozen=True)
+class _Batch:
+    """A mini-batch of (user, target item) pairs and the sample of the catalog they are compared with.
+
+    Attributes:
+        users, targets: int [b], row numbers.
+        landmarks: int [l], distinct items.
+    """
+
+    users: np.ndarray
+    targets: np.ndarray
+    landmarks: np.ndarray
+
+
+def _losses(
+    refiner: Refiner,
+    modalities: list[Modality],
+    profiles: tuple[list[Tensor], list[Tensor]],
+    batch: _Batch,
+    train: ItemLists,
+    config: Refine,
+) -> tuple[Tensor, Tensor]:
+    """Return the ranking loss and the agreement loss of a mini-batch; `profiles` come from `profiles_without`."""
+    device = refiner.fusion.device
+    candidates = np.unique(np.concatenate([batch.targets, batch.landmarks]))
+    queries = torch.cat(
+        [
+            refiner.project(*profiles),
+            refiner.project(*item_rows(modalities, candidates, device)),
+        ]
+    )
+    keys = refiner.project(*item_rows(modalities, batch.landmarks, device))
+    _, refined = refiner.rca(keys, queries, config.chunk_size)
+    num_users = len(batch.users)
+    fused = F.normalize(refiner.fuse(refined), dim=1)
+    logits = fused[:num_users] @ fused[num_users:].T / config.temperature
+    columns = torch.from_numpy(np.searchsorted(candidates, batch.targets))
+    logits = logits.masked_fill(_other_positives(train, batch.users, candidates, columns).to(device), -torch.inf)
+    ranking = F.cross_entropy(logits, columns.to(device))
+    distinct = np.searchsorted(candidates, np.unique(batch.targets))
+    agreement = _agreement(refined[num_users:][distinct], modalities, candidates[distinct], config.temperature)
+    return ranking, agreement
+
+
+def profiles_without(
     modalities: list[Modality], users: np.ndarray, targets: np.ndarray, aggregate: str, refiner: Refiner
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Profile rows with the target item taken out; absent where nothing is left."""
+    """Read the scaled profiles of some users without their target item; not present where no item is left.
+
+    Returns:
+        per modality float32 [b, dim_m], and bool [b], present.
+
+    Raises:
+        DataError: a profile is not finite.
+    """
     device, scales = refiner.fusion.device, refiner.get_buffer("profile_scales")
     rows, present = [], []
     for index, modality in enumerate(modalities):
@@ -105,7 +143,7 @@ def _profiles_without(
 
 
 def _other_positives(train: ItemLists, users: np.ndarray, candidates: np.ndarray, columns: Tensor) -> Tensor:
-    """bool [users, candidates]: the user's training items, the target itself excepted."""
+    """Mark the training items of each user among the candidates, except the target: bool [b, candidates]."""
     rows, items = train.rows(users)
     found = np.searchsorted(candidates, items)
     hit = candidates[np.minimum(found, len(candidates) - 1)] == items
@@ -116,7 +154,7 @@ def _other_positives(train: ItemLists, users: np.ndarray, candidates: np.ndarray
 
 
 def _agreement(rows: Tensor, modalities: list[Modality], items: np.ndarray, temperature: float) -> Tensor:
-    """InfoNCE between every two modalities of the same items, over the items that have both."""
+    """Return the mean InfoNCE loss between every two modalities, over the items that have both."""
     total = rows.new_zeros(())
     pairs = [(a, b) for a in range(len(modalities)) for b in range(a)]
     for a, b in pairs:

@@ -1,7 +1,7 @@
-"""Attention kernels with gradients, which never hold rows x items in memory.
+"""Attention kernels with gradients that never hold all scores, rows x items, in memory.
 
-Softmax is PyTorch's fused kernel, on a CPU and on CUDA. Tanh runs in tiles on a CPU; on CUDA it, and the softmax over
-inverted lists, are the Triton kernels of `crane_core.refine.attention_triton`. No CUDA path has been measured on a GPU
+Softmax is PyTorch's fused kernel, on a CPU and on CUDA. Tanh runs in tiles on a CPU. On CUDA, tanh and the softmax over
+inverted lists are the Triton kernels of `crane_core.refine.attention_triton`. No CUDA path has been measured on a GPU
 yet.
 """
 
@@ -18,11 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from crane_core.numerics.kmeans import row_chunks
 
 _TILE = (512, 256)
-"""Largest block of scores per thread, queries x keys: 512 KiB in float32, so that two stay in an L2 cache."""
+"""Largest block of scores per thread, queries x keys: 512 KiB in float32, so that two fit in an L2 cache."""
 
 
 def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
-    """PyTorch's fused attention, whose memory depends on neither the rows nor the keys; refused, it raises."""
+    """Run PyTorch's fused attention, or raise RuntimeError where no fused kernel takes the inputs.
+
+    Its memory depends on neither the number of queries nor the number of keys.
+    """
     fused = [SDPBackend.FLASH_ATTENTION]
     if queries.device.type == "cuda":
         fused += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -32,29 +35,29 @@ def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 class FusedTanh(torch.autograd.Function):
-    """Tanh attention in one Triton kernel each way."""
+    """Tanh attention on CUDA: one Triton kernel forward and one backward."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
-        from crane_core.refine import attention_triton as rca_triton
+        from crane_core.refine import attention_triton
 
         ctx.save_for_backward(queries, keys)
         everything = [(0, len(queries), 0, len(keys))]
-        return rca_triton.attend(queries, keys, everything, "tanh")[0].div_(len(keys))
+        return attention_triton.attend(queries, keys, everything, "tanh")[0].div_(len(keys))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        from crane_core.refine import attention_triton as rca_triton
+        from crane_core.refine import attention_triton
 
         queries, keys = ctx.saved_tensors
         everything = [(0, len(queries), 0, len(keys))]
         incoming = gradients[0] / len(keys)
-        return *rca_triton.attend_backward(queries, keys, incoming, None, everything, "tanh"), None
+        return *attention_triton.attend_backward(queries, keys, incoming, None, everything, "tanh"), None
 
 
 class TiledTanh(torch.autograd.Function):
-    """Tanh attention in tiles of scores, in two buffers that stay in the cache; backward computes each tile again."""
+    """Tanh attention on a CPU, in tiles of scores held in two buffers. Backward computes each tile again."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
@@ -89,11 +92,11 @@ class TiledTanh(torch.autograd.Function):
 
 
 class _Tiles:
-    """The blocks of scores of some queries with some keys, in two buffers that are allocated once.
+    """Blocks of scores between queries and keys, in two buffers that are allocated once.
 
     Attributes:
-        rows, columns: slices of the queries and of the keys; every pair of them is a tile.
-        doubled: twice the scale of the scores, what `tanh` takes.
+        rows, columns: slices of the queries and of the keys; every pair of slices is a tile.
+        doubled: twice the scale of the scores. Queries times it are the input of `tanh`.
     """
 
     def __init__(self, queries: Tensor, keys: Tensor, chunk_size: int) -> None:
@@ -105,7 +108,7 @@ class _Tiles:
         self._buffers = queries.new_empty((2, num_rows * num_columns))
 
     def tanh(self, doubled: Tensor, keys: Tensor) -> Tensor:
-        """`tanh(x)` of 2x, as `e / (e + 2)` with `e = exp(2x) - 1`: half the time of torch's, as exact."""
+        """Return `tanh(x)` from 2x as `e / (e + 2)` with `e = exp(2x) - 1`: as exact as torch.tanh in half its time."""
         scores = torch.mm(doubled, keys.T, out=self._buffer(0, len(doubled), len(keys)))
         grown = scores.clamp_max_(60).expm1_()
         return grown.div_(torch.add(grown, 2, out=self._buffer(1, *grown.shape)))
@@ -118,13 +121,14 @@ class _Tiles:
 
 
 Group = tuple[int, int, int, int]
-"""Queries [start, stop) that attend to keys [start, stop)."""
+"""First and last query, first and last key, each [start, stop): these queries attend to these keys."""
 
 
 class ListedSoftmax(torch.autograd.Function):
-    """Softmax over the keys of a query's lists: fused attention to each list, merged by the mass of each.
+    """Softmax over the keys in the lists of a query.
 
-    Sorted by list, the queries of a list are one dense product with its keys.
+    The queries are sorted by list, so that all queries of a list are multiplied with its keys at once. The results for
+    the lists of a query are averaged, weighted by the sum of the exponentials of each list.
     """
 
     @staticmethod
@@ -135,54 +139,62 @@ class ListedSoftmax(torch.autograd.Function):
         ends = [0, *torch.bincount(probes, minlength=len(bounds) - 1).cumsum(0).tolist()]
         edges = zip(ends, ends[1:], bounds, bounds[1:], strict=False)
         groups = [(start, stop, first, last) for start, stop, first, last in edges if start < stop]
-        partial, mass = _attend_groups(queries.index_select(0, order // num_probes), keys, groups)
-        # Back into the order of the queries, a row of num_probes results for each.
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        mass = mass.index_select(0, place).view_as(nearest)
+        partial, mass = attend_groups(queries.index_select(0, order // num_probes), keys, groups)
+        # Back to the order of the queries: num_probes results for each.
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device)
+        mass = mass.index_select(0, position).view_as(nearest)
         normaliser = mass.logsumexp(1)
         shares = torch.exp(mass - normaliser[:, None])[:, None].to(partial.dtype)
-        output = torch.bmm(shares, partial.index_select(0, place).view(*nearest.shape, -1))[:, 0]
-        ctx.save_for_backward(queries, keys, output, normaliser, order // num_probes, place)
+        output = torch.bmm(shares, partial.index_select(0, position).view(*nearest.shape, -1))[:, 0]
+        ctx.save_for_backward(queries, keys, output, normaliser, order // num_probes, position)
         ctx.groups = groups
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        queries, keys, output, normaliser, rows, place = ctx.saved_tensors
-        # With the normaliser of the whole row, each list's share of the gradient stands for itself.
+        queries, keys, output, normaliser, rows, position = ctx.saved_tensors
+        # With the normaliser over all lists of a query, the gradients of its lists can be added.
         own, incoming, attended, masses = (
             source.index_select(0, rows) for source in (queries, gradients[0], output, normaliser)
         )
-        partial, key_gradient = _attend_groups_backward(own, incoming, attended, masses, keys, ctx.groups)
-        query_gradient = partial.index_select(0, place).view(len(queries), -1, queries.shape[1]).sum(1)
+        partial, key_gradient = attend_groups_backward(own, incoming, attended, masses, keys, ctx.groups)
+        query_gradient = partial.index_select(0, position).view(len(queries), -1, queries.shape[1]).sum(1)
         return query_gradient, key_gradient, None, None
 
 
-def _attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each group: [n, d], and the logarithm of the sum of the exponentials, [n]."""
+def attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
+    """Return the softmax attention of each group, [n, d], and the logarithm of the sum of its exponentials, [n]."""
     if queries.device.type == "cuda":
-        from crane_core.refine import attention_triton as rca_triton
+        from crane_core.refine import attention_triton
 
-        return rca_triton.attend(queries, keys, groups, "softmax")
+        return attention_triton.attend(queries, keys, groups, "softmax")
     output, mass = torch.empty_like(queries), queries.new_empty(len(queries))
     for start, stop, first, last in groups:
         heads, part = queries[None, None, start:stop], keys[None, None, first:last]
-        # What scaled_dot_product_attention calls; it alone would keep the mass to itself.
+        # scaled_dot_product_attention calls this operator, but does not return the sum of the exponentials.
         attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads, part, part)
         output[start:stop], mass[start:stop] = attended[0, 0], logsumexp.flatten()
     return output, mass
 
 
-def _attend_groups_backward(
+def attend_groups_backward(
     queries: Tensor, incoming: Tensor, output: Tensor, normaliser: Tensor, keys: Tensor, groups: list[Group]
 ) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `attend_groups`: of the queries [n, d] and of the keys [m, d].
+
+    Args:
+        queries, keys, groups: the inputs of `attend_groups`.
+        incoming: gradient of the attention, [n, d].
+        output: attention of each query over all its groups, [n, d].
+        normaliser: logarithm of the sum of the exponentials over all its groups, [n].
+    """
     if queries.device.type == "cuda":
-        from crane_core.refine import attention_triton as rca_triton
+        from crane_core.refine import attention_triton
 
         delta = (incoming.float() * output.float()).sum(1)
-        return rca_triton.attend_backward(queries, keys, incoming, (normaliser, delta), groups, "softmax")
+        return attention_triton.attend_backward(queries, keys, incoming, (normaliser, delta), groups, "softmax")
     query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
     for start, stop, first, last in groups:
         rows, part = slice(start, stop), keys[None, None, first:last]

@@ -9,21 +9,21 @@ from crane_core.refine.attention import Correlation, Keys
 
 
 class Recursion(nn.Module):
-    """The weights of one RCA pass, `W_E, b_E, W_C,m, W_H,m`."""
+    """One pass of RCA, with its weights `W_E, b_E, W_C,m, W_H,m`."""
 
     def __init__(self, num_modalities: int, dim: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.joint = nn.Parameter(_xavier((num_modalities * dim, dim), generator))
+        self.joint = nn.Parameter(xavier((num_modalities * dim, dim), generator))
         self.joint_bias = nn.Parameter(torch.zeros(dim))
-        self.correlation = nn.Parameter(_xavier((num_modalities, dim, dim), generator))
-        self.hidden = nn.Parameter(_xavier((num_modalities, dim, dim), generator))
+        self.correlation = nn.Parameter(xavier((num_modalities, dim, dim), generator))
+        self.hidden = nn.Parameter(xavier((num_modalities, dim, dim), generator))
 
     def joint_rows(self, rows: Tensor) -> Tensor:
-        """`E = [X_1 ; ... ; X_M] W_E + b_E`: float [n, M, d] -> [n, d]."""
+        """Return `E = [X_1 ; ... ; X_M] W_E + b_E`: float [n, M, d] -> [n, d]."""
         return torch.addmm(self.joint_bias, rows.flatten(1), self.joint)
 
     def refine(self, rows: Tensor, keys: Keys, chunk_size: int) -> Tensor:
-        """`X_m + ReLU(C_m E W_H,m)` for every modality at once: float [n, M, d] -> [n, M, d]."""
+        """Return `X_m + ReLU(C_m E W_H,m)` for all modalities at once: float [n, M, d] -> [n, M, d]."""
         by_modality = rows.transpose(0, 1)
         queries = by_modality @ self.correlation
         attended = keys.attend(queries.flatten(0, 1), chunk_size).view_as(queries)
@@ -31,17 +31,17 @@ class Recursion(nn.Module):
 
 
 class RecursiveCrossModalAttention(nn.Module):
-    """R passes of cross-modal refinement with one set of weights each.
+    """R passes of cross-modal refinement, each with its own weights.
 
-    Keys and values are the joint rows of the items; item rows and user rows are queries through the same
-    weights. The paper leaves both open.
+    Keys and values are the joint rows of the items. Item rows and user rows are queries and share the weights. The
+    paper leaves both open.
 
     Args:
         num_modalities: M >= 1.
         dim: d.
-        num_recursions: R >= 0; with 0 the rows pass unchanged.
+        num_recursions: R >= 0; with 0 the rows do not change.
         correlation: phi.
-        generator: of the initial weights.
+        generator: draws the initial weights.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RecursiveCrossModalAttention(nn.Module):
         self.recursions = nn.ModuleList(Recursion(num_modalities, dim, generator) for _ in range(num_recursions))
 
     def forward(self, items: Tensor, queries: Tensor, chunk_size: int = 4096) -> tuple[Tensor, Tensor]:
-        """Refine item rows, and other rows that look at them.
+        """Refine item rows, and other rows that attend to them.
 
         Args:
             items: float [num_items, M, d]; the keys of every pass are made from them.
@@ -75,6 +75,7 @@ class RecursiveCrossModalAttention(nn.Module):
         return items, queries
 
 
-def _xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw weights from the uniform distribution of Glorot and Bengio (2010), float32; the last two sizes count."""
     bound = (6 / (shape[-2] + shape[-1])) ** 0.5
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound

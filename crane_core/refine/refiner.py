@@ -1,4 +1,4 @@
-"""The refiner: projection of every modality, RCA and fusion."""
+"""The refiner: projection of every modality, RCA and fusion; and the rows that it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crane_core.config import Refine
 from crane_core.dataset.modalities import Modality
 from crane_core.errors import DataError
 from crane_core.refine.attention import Correlation
-from crane_core.refine.recursion import RecursiveCrossModalAttention
+from crane_core.refine.recursion import RecursiveCrossModalAttention, xavier
 
 CPU = torch.device("cpu")
 
@@ -20,19 +20,17 @@ class Refiner(nn.Module):
 
     Args:
         dims: width of each modality.
-        profile_scales: what each modality's profiles are divided by. Sums grow with the number of items; one
-            constant per modality brings a typical profile to the length of an item row and keeps the differences
-            in intensity between users.
-        config: sizes and kernel.
+        profile_scales: divisor of the profiles of each modality. A profile that is a sum grows with the number of
+            items. One constant per modality brings a typical profile to the length of an item row and keeps the
+            differences between active and quiet users.
+        config: sizes and correlation function.
     """
 
     def __init__(self, dims: list[int], profile_scales: list[float], config: Refine) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed)
         dim = config.embedding_dim
-        self.weights = nn.ParameterList(
-            (torch.rand(width, dim, generator=generator) * 2 - 1) * (6 / (width + dim)) ** 0.5 for width in dims
-        )
+        self.weights = nn.ParameterList(xavier((width, dim), generator) for width in dims)
         self.biases = nn.Parameter(torch.zeros(len(dims), dim))
         self.missing = nn.Parameter(torch.randn(len(dims), dim, generator=generator) * 0.01)
         self.register_buffer("profile_scales", torch.tensor(profile_scales))
@@ -49,7 +47,7 @@ class Refiner(nn.Module):
         self.fusion = nn.Parameter(torch.eye(dim).repeat(len(dims), 1) / len(dims))
 
     def project(self, rows: list[Tensor], present: list[Tensor]) -> Tensor:
-        """`X_m = raw_m W_m + b_m`, a learned vector where the modality is missing.
+        """Return `X_m = raw_m W_m + b_m`, or a learned vector where the modality is missing.
 
         Args:
             rows: per modality float32 [n, dim_m].
@@ -65,12 +63,12 @@ class Refiner(nn.Module):
         return torch.stack(projected, dim=1)
 
     def fuse(self, rows: Tensor) -> Tensor:
-        """`[X_1 ; ... ; X_M] W_F`: float [n, M, d] -> [n, d]."""
+        """Return `[X_1 ; ... ; X_M] W_F`: float [n, M, d] -> [n, d]."""
         return rows.flatten(1) @ self.fusion
 
 
 def profile_scales(modalities: list[Modality]) -> list[float]:
-    """For each modality, mean length of the non-empty profiles over mean length of the present item rows."""
+    """Divide the mean length of the non-empty profiles by that of the present item rows, for each modality."""
     scales = []
     for modality in modalities:
         profiles = _mean_norm(modality.profiles, modality.counts > 0)
@@ -80,7 +78,7 @@ def profile_scales(modalities: list[Modality]) -> list[float]:
 
 
 def project_items(refiner: Refiner, modalities: list[Modality], rows: np.ndarray | slice) -> Tensor:
-    """Projections of some items, float32 [n, M, d].
+    """Project some items, float32 [n, M, d].
 
     Raises:
         DataError: a feature is not finite.
@@ -91,8 +89,13 @@ def project_items(refiner: Refiner, modalities: list[Modality], rows: np.ndarray
 def item_rows(
     modalities: list[Modality], rows: np.ndarray | slice, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """Read the features of some items onto a device: per modality float32 [n, dim_m], and bool [n], present.
+
+    Raises:
+        DataError: a feature is not finite.
+    """
     return (
-        # Widened where they are used: half precision halves the way to a GPU.
+        # Converted to float32 on the device: half precision halves the bytes that are copied to a GPU.
         [to_device(device, finite_rows(m.items[rows], m.name, "items")).float() for m in modalities],
         [to_device(device, m.present[rows]) for m in modalities],
     )
@@ -101,6 +104,11 @@ def item_rows(
 def user_rows(
     modalities: list[Modality], rows: np.ndarray | slice, refiner: Refiner
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """Read the scaled profiles of some users: per modality float32 [n, dim_m], and bool [n], not empty.
+
+    Raises:
+        DataError: a profile is not finite.
+    """
     device, scales = refiner.fusion.device, refiner.get_buffer("profile_scales")
     return (
         [
@@ -112,6 +120,11 @@ def user_rows(
 
 
 def finite_rows(rows: np.ndarray, modality: str, whose: str) -> np.ndarray:
+    """Return the rows, float [n, dim].
+
+    Raises:
+        DataError: a row of `whose` (items or users) is not finite.
+    """
     bad = ~np.isfinite(rows).all(axis=1)
     if bad.any():
         raise DataError(
@@ -122,12 +135,12 @@ def finite_rows(rows: np.ndarray, modality: str, whose: str) -> np.ndarray:
 
 
 def to_device(device: torch.device, rows: np.ndarray) -> Tensor:
-    """A copy of rows of a memory map, on the device; through page-locked memory when that is a GPU."""
+    """Copy rows of a memory map to the device, through page-locked memory when that is a GPU."""
     host = torch.from_numpy(np.array(rows))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _mean_norm(rows: np.ndarray, keep: np.ndarray) -> float:
     picked = np.flatnonzero(keep)[:100_000]
-    # Squares leave half precision long before the numbers do.
+    # The squares of numbers in half precision overflow it.
     return float(np.linalg.norm(rows[picked].astype(np.float32), axis=1).mean()) if len(picked) else 0.0

@@ -66,7 +66,7 @@ def measure(
     """
     rows = model.item_ids.get_indexer(item_ids)
     # Tombstones keep their numbers, and a model from before knows them: they are outside the catalog all the same.
-    rows[interactions.gone] = -1
+    rows[interactions.tombstones] = -1
     absent = np.where(rows >= 0, 0.0, -np.inf).astype(np.float32)
     known = model.user_ids.get_indexer(user_ids[users])
     ranked = np.full((len(users), _K), -1, dtype=np.int32)
@@ -93,7 +93,7 @@ def measure(
         version,
         window_end,
         user_metrics(ranked, interactions.test, users, (_K,)),
-        coverage(ranked, interactions.num_items - len(interactions.gone)),
+        coverage(ranked, interactions.num_items - len(interactions.tombstones)),
         popularity_bias(ranked, users, interactions.train, interactions.num_items),
         float(user_metrics(ranked[members], cold, users[members], (_K,))["recall@20"].mean()) if len(members) else None,
     )

@@ -12,7 +12,7 @@ import torch
 
 from crane_core.dataset.interactions import ItemLists
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks
-from crane_core.graph.candidates import CPU
+from crane_core.graph.candidates import CPU, SearchResources
 from crane_core.graph.exact import search
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
@@ -108,7 +108,7 @@ def write_similar(
     with pq.ParquetWriter(path, SIMILAR) as writer:
         for start in track(starts, len(starts), "similar", logger):
             stop = min(start + block, len(rows))
-            neighbours, similarities = search(rows, range(start, stop), num_similar, device=device)
+            neighbours, similarities = search(rows, range(start, stop), num_similar, resources=SearchResources(device))
             count, width = neighbours.shape
             ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), count)
             columns = [np.repeat(ids[start:stop], width), ranks, ids[neighbours.ravel()], similarities.ravel()]

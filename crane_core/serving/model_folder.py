@@ -71,7 +71,7 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
     rows, known = load_arrays(trained.file("embeddings.safetensors")), load_interactions(interactions)
     counts = known.train.counts()
     users = np.flatnonzero(counts > 0)
-    items = np.setdiff1d(np.arange(known.num_items), known.gone)
+    items = np.setdiff1d(np.arange(known.num_items), known.tombstones)
     # Nobody has met a tombstone in training: every item that was seen has a number here.
     seen = np.searchsorted(items, known.train.items).astype(np.int32)
     return Recommender(

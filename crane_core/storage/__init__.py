@@ -1,4 +1,4 @@
-"""Where bytes live: one small interface over a local directory and an S3 bucket."""
+"""Storage of bytes: one interface over a local directory and an S3 bucket."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from crane_core.errors import ConfigError
 
 
 class Storage(Protocol):
-    """Keys are relative POSIX paths. Every write is atomic: a reader sees all of it or nothing."""
+    """Bytes by key, a relative POSIX path. Every write is atomic: a reader sees all of it or nothing."""
 
     uri: str
 
     def read(self, key: str) -> bytes | None:
-        """The bytes at `key`, None when there are none."""
+        """Return the bytes at `key`, or None."""
 
     def write(self, key: str, data: bytes) -> None:
         """Write or replace `key`."""
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write `key` only if it does not exist; False when somebody else was first."""
+        """Write `key` only if it does not exist; return whether it was written."""
 
     def names(self, prefix: str) -> list[str]:
-        """Names directly below the folder `prefix`, sorted."""
+        """List the names directly below the folder `prefix`, sorted."""
 
     def publish(self, folder: Path, key: str) -> bool:
-        """Make the complete local `folder`, manifest included, appear at `key`; False when one is there."""
+        """Move the local `folder`, manifest included, to `key` in one step; return False if `key` exists already."""
 
     def fetch(self, key: str, cache: Path) -> Path:
-        """A local folder with the files of the published folder `key`."""
+        """Return a local folder with the files of the published folder `key`."""
 
 
 def open_storage(uri: str) -> Storage:
     """Open a local directory (a path or `file://`) or `s3://bucket/prefix`.
 
     Raises:
-        ConfigError: any other scheme.
+        ConfigError: the scheme is another one.
     """
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):

@@ -1,8 +1,8 @@
 """The artifact store: one directory per stage and fingerprint, complete or absent.
 
-{store}/{stage}/{fingerprint}/...          what a stage leaves behind, `manifest.json` last
-{store}/runs/{run_id}/run.json             the run: its configuration
-{store}/runs/{run_id}/{stage}.json         which artifact the stage made or found for this run
+{store}/{stage}/{fingerprint}/...          the files of an artifact; `manifest.json` is written last
+{store}/runs/{run_id}/run.json             the configuration of a run
+{store}/runs/{run_id}/{stage}.json         the artifact that the stage made or found for this run
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published directory.
+    """The output of a stage, a published directory.
 
     Attributes:
-        path: local folder that holds it.
+        path: local folder of the artifact.
         manifest: its parsed manifest.
     """
 
@@ -50,7 +50,7 @@ class Artifact:
         return self.manifest["fingerprint"]
 
     def file(self, name: str) -> Path:
-        """Path of a file or folder inside.
+        """Return the path of a file or folder of the artifact.
 
         Raises:
             ArtifactError: the manifest does not list it.
@@ -75,7 +75,7 @@ class ArtifactStore:
     """Finds, publishes and reads artifacts and run records.
 
     Args:
-        storage: where they live.
+        storage: storage of the artifacts.
         cache: local folder for copies of remote artifacts.
     """
 
@@ -84,11 +84,11 @@ class ArtifactStore:
         self.cache = cache
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
-        """The published artifact, None when there is none.
+        """Return the published artifact, or None.
 
         Raises:
-            ArtifactError: it is damaged or not to be trusted: a file of the manifest is missing or has another size, a
-                name leads out of the folder, something is there that the manifest does not list.
+            ArtifactError: the artifact cannot be trusted: a file of the manifest is missing or has another size, a name
+                leads out of the folder, or there is a file that the manifest does not list.
         """
         if not RUN_ID.fullmatch(fingerprint):
             raise ArtifactError(f"{fingerprint!r} is no fingerprint of {stage}.", "Remove the run and start it again.")
@@ -104,9 +104,9 @@ class ArtifactStore:
             )
         missing = {"stage", "fingerprint", "files", "content", "facts"} - set(manifest)
         if missing or (manifest["stage"], manifest["fingerprint"]) != (stage, fingerprint):
-            found = f"it lacks {', '.join(sorted(missing))}" if missing else "it is of another artifact"
+            found = f"it lacks {', '.join(sorted(missing))}" if missing else "it belongs to another artifact"
             raise self._untrusted(key, f"its manifest is not its own: {found}")
-        # Before anything is fetched by name.
+        # Checked before files are fetched by these names.
         found = check_names(manifest["files"])
         if found:
             raise self._untrusted(key, found)
@@ -117,14 +117,14 @@ class ArtifactStore:
         return Artifact(path, manifest)
 
     def publish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
-        """Write the manifest into `folder`, the last file, and make the whole appear at once."""
+        """Write the manifest into `folder` as its last file, and publish the folder in one step."""
         files = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
         manifest = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
-        manifest["content"] = content_checksum(files, manifest.pop("tables", {}))
+        manifest["content"] = artifact_checksum(files, manifest.pop("tables", {}))
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         self.storage.publish(folder, f"{manifest['stage']}/{manifest['fingerprint']}")
         published = self.find(manifest["stage"], manifest["fingerprint"])
@@ -132,10 +132,10 @@ class ArtifactStore:
         return published
 
     def start_run(self, run_id: str, config: RunConfig) -> None:
-        """Record the run, or check that it is the one already recorded under this id.
+        """Record a run, or check that the run recorded under this id has the same configuration.
 
         Raises:
-            ConfigError: the id is no file name, or belongs to a run with another configuration.
+            ConfigError: the id is not a file name, or belongs to a run with another configuration.
         """
         check_run_id(run_id)
         identity = config.identity()
@@ -150,7 +150,7 @@ class ArtifactStore:
             )
 
     def run(self, run_id: str) -> dict[str, Any]:
-        """The record `run.json` of a run.
+        """Return the record `run.json` of a run.
 
         Raises:
             ArtifactError: there is no such run.
@@ -162,12 +162,12 @@ class ArtifactStore:
         return recorded | {"config": upgraded(recorded["config"])}
 
     def recorded_config(self, run_id: str) -> dict[str, Any] | None:
-        """The configuration of a run, None when there is no such run yet."""
+        """Return the configuration of a run, or None if there is no such run yet."""
         recorded = self._json(f"runs/{run_id}/run.json")
         return recorded and upgraded(recorded["config"])
 
     def previous_run(self, config: RunConfig) -> str | None:
-        """The run whose window ends last before this one's, among those that have an item graph."""
+        """Return the run with an item graph whose window ends last before the end of this window, or None."""
         ends = {run: datetime.fromisoformat(self.run(run)["config"]["window"]["end"]) for run in self.run_ids()}
         earlier = sorted((end, run) for run, end in ends.items() if end < config.window.end)
         return next((run for _, run in reversed(earlier) if self.entry(run, "ml.graph")), None)
@@ -214,7 +214,7 @@ class ArtifactStore:
         """Return the artifact that a stage, or a part of it, left for a run.
 
         Raises:
-            ArtifactError: the stage has not finished for this run, or its artifact is gone.
+            ArtifactError: the stage has not finished for this run, or its artifact was removed.
         """
         group, name, *part = label.split(".")
         stage = f"{group}.{name}"
@@ -230,10 +230,10 @@ class ArtifactStore:
 
 
 def check_names(files: Any) -> str:
-    """What is wrong with the file list of a manifest, "" when nothing is.
+    """Check the file list of a manifest: return the fault, or "".
 
     Args:
-        files: name to `bytes` and `sha256`, as found; names are relative POSIX paths that stay inside.
+        files: name to `bytes` and `sha256`, as found. Names must be relative POSIX paths that stay in the folder.
     """
     if not isinstance(files, dict):
         return f"its list of files is a {type(files).__name__}"
@@ -248,10 +248,10 @@ def check_names(files: Any) -> str:
 
 
 def check_files(folder: Path, files: Any, itself: str) -> str:
-    """What is wrong with a folder that holds what a manifest lists, "" when nothing is.
+    """Compare a folder with the file list of its manifest: return the fault, or "".
 
     Args:
-        folder: local.
+        folder: local folder.
         files: name to `bytes` and `sha256`, as found.
         itself: name of the manifest, which does not list itself.
     """
@@ -271,15 +271,15 @@ def check_files(folder: Path, files: Any, itself: str) -> str:
         if size != entry["bytes"]:
             found = "no file" if size is None else f"{size} bytes"
             return f"{name} is damaged: expected {entry['bytes']} bytes, found {found}"
-    strangers = present - set(files) - {itself}
-    return f"it holds {', '.join(sorted(strangers))}, which nothing lists" if strangers else ""
+    unlisted = present - set(files) - {itself}
+    return f"it holds {', '.join(sorted(unlisted))}, which nothing lists" if unlisted else ""
 
 
 def check_run_id(run_id: str) -> None:
-    """Refuse an id that is not fit for a file name.
+    """Refuse a run id that cannot be a file name.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it cannot.
     """
     if not RUN_ID.fullmatch(run_id):
         raise ConfigError(
@@ -288,12 +288,12 @@ def check_run_id(run_id: str) -> None:
         )
 
 
-def content_checksum(files: Mapping[str, Mapping[str, Any]], tables: Mapping[str, str]) -> str:
-    """One checksum of an artifact's content.
+def artifact_checksum(files: Mapping[str, Mapping[str, Any]], tables: Mapping[str, str]) -> str:
+    """Return the checksum of an artifact, which the manifest stores as `content`.
 
     Args:
         files: name to size and sha256.
-        tables: folder to a checksum of its rows, for tables whose file names and row order are free.
+        tables: folder to a checksum of its rows, for tables whose file names and row order do not matter.
     """
     parts = dict(tables)
     for name, entry in files.items():
@@ -303,6 +303,7 @@ def content_checksum(files: Mapping[str, Mapping[str, Any]], tables: Mapping[str
 
 
 def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

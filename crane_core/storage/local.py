@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class LocalStorage:
-    """Atomic writes by rename within one file system."""
+    """Storage in a directory; a rename within one file system makes writes atomic."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -47,7 +47,7 @@ class LocalStorage:
         for path in folder.rglob("*"):
             if path.is_file():
                 sync(path)
-        # A rename across file systems is not atomic: bring the folder over under a hidden name first.
+        # A rename between file systems is not atomic, so the folder is first moved here under a hidden name.
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         shutil.move(folder, hidden)
         try:
@@ -71,14 +71,14 @@ class LocalStorage:
             spooled.write_bytes(data)
             sync(spooled)
         except OSError:
-            # A full disk must not be filled further.
+            # On a full disk, do not leave a useless file.
             spooled.unlink(missing_ok=True)
             raise
         return spooled
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Matrices on disk: `.npy` files written row by row in bounded memory and read by memory mapping."""
+"""Matrices on disk: `.npy` files, written row by row in bounded memory and read by memory mapping."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BLOCK_BYTES = 32 * 1024 * 1024
 
 
 class RowWriter:
-    """Writes a C-order matrix front to back; rows nobody gives are zero.
+    """Writes a C-order matrix from the first row to the last; rows that are not written are zero.
 
     Args:
         path: the `.npy` file, replaced if it exists.
-        num_rows: height.
-        dim: width.
+        num_rows: number of rows.
+        dim: width of a row.
         dtype: element type.
     """
 
@@ -37,7 +37,7 @@ class RowWriter:
         self._next = 0
 
     def write(self, index: NDArray[np.integer], rows: NDArray) -> None:
-        """Put `rows[j]` at row `index[j]`.
+        """Write `rows[j]` at row `index[j]`.
 
         Args:
             index: integer [n], strictly increasing, within and across calls.
@@ -81,7 +81,7 @@ def open_matrix(path: Path) -> NDArray:
     """Map a `.npy` file into memory, read-only.
 
     Raises:
-        ArtifactError: it is missing, cut short or no array of numbers.
+        ArtifactError: it is missing, truncated or not an array of numbers.
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -92,17 +92,17 @@ def open_matrix(path: Path) -> NDArray:
 
 
 def blocks(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Cut rows into slices of about 32 MiB; the cuts depend on the arguments only, so sums over them repeat."""
+    """Cut rows into slices of about 32 MiB, always the same for the same arguments, so that sums are reproducible."""
     step = rows_per_block(row_bytes)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 
 
 def changed_rows(before: NDArray, now: NDArray) -> NDArray[np.bool_]:
-    """bool [len(now)]: rows that differ from the row of the same number before, or had none.
+    """Mark the rows of `now` that are new or differ from the row of the same number in `before`: bool [len(now)].
 
     Args:
-        before, now: matrices of one width, or columns; `now` has at least as many rows.
+        before, now: matrices of the same width, or columns; `now` has at least as many rows.
     """
     changed = np.ones(len(now), dtype=bool)
     for block in blocks(len(before), before[:1].nbytes):
@@ -111,6 +111,7 @@ def changed_rows(before: NDArray, now: NDArray) -> NDArray[np.bool_]:
 
 
 def rows_per_block(row_bytes: int) -> int:
+    """Return how many rows fit in `BLOCK_BYTES`, but one at least."""
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
 

@@ -1,4 +1,4 @@
-"""An S3 bucket as storage. The only module that imports boto3."""
+"""An S3 bucket as storage. No other module imports boto3."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from botocore.exceptions import ClientError
 from crane_core.errors import ArtifactError
 
 MANIFEST = "manifest.json"
-_RETRIES = Config(retries={"max_attempts": 8, "mode": "standard"})
+RETRIES = Config(retries={"max_attempts": 8, "mode": "standard"})
 
 
 class S3Storage:
-    """Conditional puts (`If-None-Match`) make creation atomic.
+    """Storage in a bucket; conditional puts (`If-None-Match`) make creation atomic.
 
-    A folder is published as objects under `{key}/.data/{attempt}/`, then its manifest, whose creation is the
-    moment it exists; the object's metadata names the attempt that won.
+    A folder is published in two steps: its files as objects under `{key}/.data/{attempt}/`, then its manifest. From
+    then on it exists. The metadata of the manifest object names the attempt that it belongs to.
     """
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client = boto3.client("s3", config=_RETRIES)
+        self._client = boto3.client("s3", config=RETRIES)
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -41,8 +41,16 @@ class S3Storage:
     def write(self, key: str, data: bytes) -> None:
         self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data)
 
-    def create(self, key: str, data: bytes) -> bool:
-        return self._create(key, data, {})
+    def create(self, key: str, data: bytes, metadata: dict[str, str] | None = None) -> bool:
+        try:
+            self._client.put_object(
+                Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*", Metadata=metadata or {}
+            )
+        except ClientError as error:
+            if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                return False
+            raise
+        return True
 
     def names(self, prefix: str) -> list[str]:
         folder = f"{self.prefix}{prefix.strip('/')}/"
@@ -60,7 +68,7 @@ class S3Storage:
             if path.is_file():
                 self._client.upload_file(str(path), self.bucket, data + path.relative_to(folder).as_posix())
         manifest = (folder / MANIFEST).read_bytes()
-        won = self._create(f"{key}/{MANIFEST}", manifest, {"attempt": attempt})
+        won = self.create(f"{key}/{MANIFEST}", manifest, {"attempt": attempt})
         if not won:
             for item in self._objects(data):
                 self._client.delete_object(Bucket=self.bucket, Key=item)
@@ -70,14 +78,14 @@ class S3Storage:
     def fetch(self, key: str, cache: Path) -> Path:
         target = cache / key
         if (target / MANIFEST).exists():
-            # `jobs.tidy` goes by when a copy was last asked for.
+            # `jobs.tidy` removes the copies that were not used for some time.
             os.utime(target)
             return target
         head = self._client.head_object(Bucket=self.bucket, Key=f"{self.prefix}{key}/{MANIFEST}")
         attempt = head["Metadata"].get("attempt", "")
         data = f"{self.prefix}{key}/.data/{attempt}/"
         items = self._objects(data) if attempt.isalnum() else []
-        # Keys are free text: one that climbs out of the folder would be written anywhere on this machine.
+        # A key may be any text. One with ".." in it could be written anywhere on this machine.
         if not items or any({"", ".", ".."} & set(item[len(data) :].split("/")) for item in items):
             raise ArtifactError(
                 f"{self.uri}/{key} holds no files of its manifest, or some whose names lead out of it.",
@@ -95,17 +103,6 @@ class S3Storage:
                 raise
             shutil.rmtree(hidden)
         return target
-
-    def _create(self, key: str, data: bytes, metadata: dict[str, str]) -> bool:
-        try:
-            self._client.put_object(
-                Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*", Metadata=metadata
-            )
-        except ClientError as error:
-            if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
-                return False
-            raise
-        return True
 
     def _objects(self, prefix: str) -> list[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)

@@ -1,4 +1,4 @@
-"""Reading safetensors files of unknown origin: the header is checked against the bytes before anything is allocated."""
+"""Read safetensors files of unknown origin: the header is checked against the file size before memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes that a safetensors file declares, after a check that its bytes are exactly those it declares.
+    """Read the shapes that a safetensors file declares, and check that the file holds exactly the bytes it declares.
 
     Raises:
-        ArtifactError: it cannot be read, or header and data disagree: a truncated, padded or overlapping file, or one
-            that declares more than it holds.
+        ArtifactError: the file cannot be read, or header and data disagree: it is truncated or padded, tensors overlap,
+            or it declares more than it holds.
     """
     try:
         size = path.stat().st_size
@@ -52,7 +52,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, on the CPU.
+    """Load all tensors of a file, on the CPU.
 
     Raises:
         ArtifactError: as `tensor_shapes`.
@@ -65,7 +65,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file, as NumPy arrays.
+    """Load all tensors of a file, as NumPy arrays.
 
     Raises:
         ArtifactError: as `tensor_shapes`.
@@ -78,6 +78,4 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _refused(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(
-        f"{path} is refused: it {found}.", "Remove the folder that holds it and make it again: run its stage."
-    )
+    return ArtifactError(f"{path} is refused: it {found}.", "Remove its folder and run its stage again.")

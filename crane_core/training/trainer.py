@@ -65,7 +65,7 @@ class Hooks:
     """
 
     stopping: Event = field(default_factory=Event)
-    watch: Callable[[dict[str, float]], None] = lambda entry: None
+    watch: Callable[[dict[str, float]], None] | None = None
 
 
 class Trainer:
@@ -310,7 +310,8 @@ class Trainer:
         if self.rank == 0:
             for line in new_warnings(progress.curve, self.config.lightgcn.embedding_dim):
                 logger.warning(line)
-        self.hooks.watch(progress.curve[-1])
+        if self.hooks.watch is not None:
+            self.hooks.watch(progress.curve[-1])
         if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
             progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
             self.write_best()

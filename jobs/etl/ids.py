@@ -9,7 +9,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
-from crane_core.schema import COLD, EVENT_TIME, GONE, ITEM_ID, STATE, TITLE, TRAIN, TRAINED, USER_ID
+from crane_core.schema import COLD, EVENT_TIME, ITEM_ID, STATE, TITLE, TOMBSTONE, TRAIN, TRAINED, USER_ID
 from jobs.etl.events import DAY, ITEM_KEY, USER_KEY, key_of, temporal_split
 from jobs.etl.tables import number_rows
 
@@ -107,7 +107,7 @@ def number_ids(
         start = base.count()
         numbered = numbered.withColumn(name, (F.col(name) + F.lit(start)).cast("int"))
         kept = base.withColumnRenamed(TITLE, "old_title").join(ids, column, "left")
-        kept = kept.withColumn(STATE, F.coalesce(STATE, F.lit(GONE)))
+        kept = kept.withColumn(STATE, F.coalesce(STATE, F.lit(TOMBSTONE)))
         if catalog is not None:
             kept = kept.withColumn(TITLE, F.when(F.col("listed"), F.col(TITLE)).otherwise(F.col("old_title")))
         numbered = numbered.unionByName(kept.select(numbered.columns))

@@ -54,7 +54,7 @@ def run(job: Job) -> Result:
         "item_knn": item_knn(interactions),
         "popularity": popularity(interactions),
     }
-    models = {name: without(score, interactions.gone) for name, score in models.items()}
+    models = {name: without(score, interactions.tombstones) for name, score in models.items()}
     ranked = {
         name: rank_users(score, interactions.train, users, max(config.ks), config.user_block)
         for name, score in models.items()
@@ -64,7 +64,7 @@ def run(job: Job) -> Result:
     for name, metrics in per_user.items():
         intervals = bootstrap(metrics, config.num_bootstrap, config.seed)
         report["models"][name] = {metric: interval.as_dict() for metric, interval in intervals.items()} | {
-            "coverage@20": coverage(ranked[name], interactions.num_items - len(interactions.gone)),
+            "coverage@20": coverage(ranked[name], interactions.num_items - len(interactions.tombstones)),
             "popularity_bias@20": popularity_bias(ranked[name], users, interactions.train, interactions.num_items),
         }
         if name != "crane":
@@ -117,7 +117,7 @@ def _cold(path: Path, interactions: Interactions, block: int) -> dict[str, objec
         relevant = ItemLists.from_pairs(users, known.column(ITEM_IDX).to_numpy().astype(np.int32), num_users)
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         everyone = np.arange(num_users)
-        lists = rank_users(without(popularity(interactions), interactions.gone), nothing, everyone, 20, block)
+        lists = rank_users(without(popularity(interactions), interactions.tombstones), nothing, everyone, 20, block)
         metrics = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
     return {"rows": counts, "unknown_users": num_users, "popularity": metrics}
 

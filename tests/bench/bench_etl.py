@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.raw.generator import EVENT_SHARES, Plan, generate
+from crane_core.raw.generator import EVENT_SHARES, GeneratorSettings, generate
 from jobs.runner import open_store
 
 WEIGHTS = dict(zip(EVENT_SHARES, (1.0, 3.0, 5.0), strict=True))
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="bench-etl-") as folder:
         work = Path(folder)
         raw = arguments.raw or work / "raw"
-        plan = Plan(
+        plan = GeneratorSettings(
             num_rows=arguments.rows,
             num_users=max(100, arguments.rows // 20),
             num_items=max(50, min(arguments.rows // 100, 1_000_000)),
@@ -103,7 +103,7 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def plan_end(plan: Plan, days_before: int) -> str:
+def plan_end(plan: GeneratorSettings, days_before: int) -> str:
     from datetime import timedelta
 
     return str(plan.start + timedelta(days=plan.num_days - days_before))

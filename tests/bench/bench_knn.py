@@ -36,7 +36,7 @@ import faiss
 import numpy as np
 import torch
 
-from crane_core.graph.candidates import unit_rows
+from crane_core.graph.candidates import SearchResources, unit_rows
 from crane_core.graph.exact import brute_force, search
 from crane_core.graph.faiss_search import use_threads
 from crane_core.graph.lists import build_lists, search_lists
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 flat.add(unit)
         for shard in shards:
             with clocks[""]:
-                found.append(search(rows, shard, args.k, memory=memory, device=device)[0])
+                found.append(search(rows, shard, args.k, resources=SearchResources(device, memory))[0])
             if flat:
                 with clocks["peer_"]:
                     peers.append(flat.search(unit[shard.start : shard.stop], args.k + 1)[1])

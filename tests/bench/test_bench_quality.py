@@ -21,8 +21,7 @@ from crane_core.experiments.models import Recipe, Trained
 from crane_core.experiments.search import as_yaml
 from crane_core.training.share import SHARES
 from tests.bench import bench_quality
-from tests.unit.refine.test_fit import planted_modalities
-from tests.worlds.planted import checkerboard
+from tests.worlds.planted import checkerboard, planted_modalities
 
 COLD = (0, 8)
 

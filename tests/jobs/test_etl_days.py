@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, EXIT_OK
-from crane_core.raw.generator import DIRT, Plan, generate, make_world
+from crane_core.raw.generator import DIRT, GeneratorSettings, generate, make_world
 from crane_core.raw.importers import import_movielens
 from crane_core.schema import INTERACTIONS
 from crane_core.storage.artifacts import Artifact
@@ -100,7 +100,9 @@ def movielens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def punctual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated log in which everything arrives on its day; repeats and duplicates are in it."""
     raw = tmp_path_factory.mktemp("punctual") / "raw"
-    plan = Plan(4000, 150, 60, NUM_DAYS, START, 6, {"text": 4}, late_share=0, dirt_share=0, missing_share=0.1)
+    plan = GeneratorSettings(
+        4000, 150, 60, NUM_DAYS, START, 6, {"text": 4}, late_share=0, dirt_share=0, missing_share=0.1
+    )
     generate(plan, raw)
     path = next((raw / "interactions" / "dt=2026-01-05").iterdir())
     table = pq.read_table(path, partitioning=None)
@@ -288,7 +290,7 @@ def test_profiles_go_on_from_a_named_run(
 ) -> None:
     """Yesterday's sums and today's changes are the full recomputation, to the bit."""
     raw, store, whole = tmp_path / "raw", tmp_path / "store", tmp_path / "whole"
-    plan = Plan(1200, 60, 30, NUM_DAYS, START, 4, {"text": 5, "image": 3}, missing_share=0.2)
+    plan = GeneratorSettings(1200, 60, 30, NUM_DAYS, START, 4, {"text": 5, "image": 3}, missing_share=0.2)
     generate(plan, raw)
     settings = {"features__standardise": "l2", "etl__history_days": 12}
     assert etl(store, raw, "one", *window(1, NUM_DAYS - 1), **settings) == EXIT_OK
@@ -391,7 +393,7 @@ def test_movielens_in_pieces_equals_the_whole(spark: SparkSession, movielens: Pa
 
 def test_generated_dirt_is_counted_to_the_row(spark: SparkSession, tmp_path: Path) -> None:
     """The generator knows what it spoilt; the ETL finds exactly that, and the truth in what is left."""
-    plan = Plan(6000, 200, 80, NUM_DAYS, START, 8, {"text": 4}, dirt_share=0.08)
+    plan = GeneratorSettings(6000, 200, 80, NUM_DAYS, START, 8, {"text": 4}, dirt_share=0.08)
     generate(plan, tmp_path / "raw")
     weights = {"etl__event_weights": "{view: 1, cart: 3, purchase: 5}", "etl__repeats": "max"}
     assert etl(tmp_path / "store", tmp_path / "raw", "r", *window(1), ("interactions",), **weights) == EXIT_OK

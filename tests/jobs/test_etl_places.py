@@ -19,7 +19,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from crane_core.errors import EXIT_OK
-from crane_core.raw.generator import Plan, generate
+from crane_core.raw.generator import GeneratorSettings, generate
 from jobs.runner import open_store
 from tests.worlds.etl_stages import main as run_stages
 from tests.worlds.s3_faults import FaultyProxy
@@ -91,7 +91,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("places") / "raw"
-    generate(Plan(1500, 60, 30, 10, date(2026, 1, 1), 5, {"text": 4, "image": 3}, dirt_share=0.05), folder)
+    generate(GeneratorSettings(1500, 60, 30, 10, date(2026, 1, 1), 5, {"text": 4, "image": 3}, dirt_share=0.05), folder)
     return folder
 
 

@@ -35,8 +35,7 @@ from crane_core.training.validation import STEERING_METRIC, Validation
 from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.launch import Node
 from jobs.runner import open_store
-from tests.unit.refine.test_fit import planted_modalities
-from tests.worlds.planted import checkerboard
+from tests.worlds.planted import checkerboard, planted_modalities
 
 SETTINGS = [
     "window.start=2026-01-01",

@@ -1,13 +1,16 @@
-"""Data sets with a known answer, for tests of what learns."""
+"""Data sets with a known answer, for tests of models and searches."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from crane_core.config import Refine
 from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content
@@ -15,7 +18,7 @@ from crane_core.model.propagation import SymmetricGraph
 
 
 def checkerboard(num_groups: int = 4, users_per_group: int = 10, items_per_group: int = 8) -> Interactions:
-    """Users meet the items of their own group and no others; two items of each user are held out."""
+    """Make users who have all items of their own group and no others; two items of each are held out."""
     parts: list[list[tuple[int, int]]] = [[], [], []]
     for user in range(num_groups * users_per_group):
         group = user // users_per_group
@@ -28,7 +31,7 @@ def checkerboard(num_groups: int = 4, users_per_group: int = 10, items_per_group
 
 
 def checkerboard_content(seed: int = 0) -> Content:
-    """Two modalities of the checkerboard's items and users that know the group through noise."""
+    """Make content of the checkerboard in two modalities: the group of an item or user, with noise."""
     generator = np.random.default_rng(seed)
     centers = generator.normal(size=(4, 2, 5))
     items, users = (
@@ -45,10 +48,10 @@ def checkerboard_content(seed: int = 0) -> Content:
 
 @dataclass(frozen=True)
 class Communities:
-    """Users who mostly meet the items of their own group, popular ones first.
+    """Users who mostly have items of their own group, the more popular ones more often.
 
     Attributes:
-        interactions: validation and test hold warm and cold items, and no cold item is in both.
+        interactions: validation and test have warm and cold items; no cold item is in both.
         groups: int [num_items], the group of each item.
     """
 
@@ -57,10 +60,10 @@ class Communities:
 
 
 def communities(seed: int, num_groups: int = 4, users_per_group: int = 60, items_per_group: int = 60) -> Communities:
-    """240 users and 240 items, a fifth of them cold, a tenth each for validation and test.
+    """Make 240 users and 240 items. A fifth of the items is cold, one half for validation and one half for test.
 
-    A user meets ten warm items of the own group and four of others, and is held out three warm items and two cold ones
-    of the own group for validation, and as many for test.
+    A user has ten warm training items of the own group and four of other groups. Three warm and two cold items of the
+    own group are held out for validation, and as many for test.
     """
     generator = np.random.default_rng(seed)
     num_users, num_items = num_groups * users_per_group, num_groups * items_per_group
@@ -78,3 +81,55 @@ def communities(seed: int, num_groups: int = 4, users_per_group: int = 60, items
             parts[split] += [(user, int(item)) for item in chosen]
     train, validation, test = (ItemLists.from_pairs(*np.array(pairs, dtype=np.int32).T, num_users) for pairs in parts)
     return Communities(Interactions(num_users, num_items, train, validation, test), groups)
+
+
+REFINE = Refine(embedding_dim=8, num_steps=60, batch_size=64, num_landmarks=64, learning_rate=0.01, chunk_size=7)
+"""A refiner small enough for `planted_modalities`."""
+
+
+def planted_modalities(noise: float = 2.0) -> list[Modality]:
+    """Make two modalities of the checkerboard: the group of an item, with noise. Every fifth item lacks the second."""
+    interactions = checkerboard()
+    generator = np.random.default_rng(0)
+    groups = np.arange(interactions.num_items) // 8
+    modalities = []
+    for number, dim in enumerate((6, 5)):
+        centers = generator.normal(size=(4, dim)) * 2
+        items = (centers[groups] + noise * generator.normal(size=(len(groups), dim))).astype(np.float32)
+        present = np.ones(len(items), dtype=bool) if number == 0 else np.arange(len(items)) % 5 > 0
+        items[~present] = 0
+        users = interactions.train.users()
+        profiles = np.zeros((interactions.num_users, dim), dtype=np.float32)
+        np.add.at(profiles, users, items[interactions.train.items])
+        counts = np.bincount(users, weights=present[interactions.train.items], minlength=interactions.num_users)
+        modalities.append(Modality(f"m{number}", items, present, profiles, counts.astype(np.int32)))
+    return modalities
+
+
+def halves(modalities: list[Modality], dtype: str) -> list[Modality]:
+    """Round the items to half precision and store them in another number type."""
+    rounded = [each.items.astype(np.float16).astype(dtype) for each in modalities]
+    return [dataclasses.replace(each, items=items) for each, items in zip(modalities, rounded, strict=True)]
+
+
+def make_rows(kind: str) -> np.ndarray:
+    """Make random rows, or rows that are hard for a search, such as near ties or duplicates: float32 [150, 8]."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(150, 8)).astype(np.float32)
+    if kind == "clustered":
+        return rows[:10].repeat(15, axis=0) + 0.01 * rows
+    if kind == "near_ties":
+        return rows[:3].repeat(50, axis=0) + 1e-4 * rows
+    if kind == "duplicates":
+        return rows[generator.integers(5, size=150)]
+    if kind == "some_duplicates":
+        rows[40:80] = rows[0]
+    if kind == "zeros":
+        rows[::3] = 0
+    return rows
+
+
+def item_lists(*rows: list[int]) -> ItemLists:
+    """Make item lists of users 0, 1, .., one argument for each."""
+    users = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    return ItemLists.from_pairs(users, np.array([i for row in rows for i in row], dtype=np.int32), len(rows))

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crane_core.config import Window
 from crane_core.schema import FEATURES, INTERACTIONS, ITEMS
 
 
@@ -63,3 +64,15 @@ def _write(path: Path, columns: list[list[Any]], schema: pa.Schema) -> Path:
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)
     return path
+
+
+def window(start: str, end: str) -> Window:
+    """Return the window between two instants, ISO 8601."""
+    return Window.model_validate({"start": start, "end": end})
+
+
+def write_four_days(raw: Path) -> Path:
+    """Write one event into each of the partitions of 3 to 6 January 2026."""
+    for day in ("2026-01-03", "2026-01-04", "2026-01-05", "2026-01-06"):
+        write_day(raw, day, [("a", "x", at(day))])
+    return raw

@@ -1,4 +1,4 @@
-"""Bring public dataset formats into the raw layout of `crane_core.schema`."""
+"""Importers of public dataset formats into the raw layout of `crane_core.schema`."""
 
 from crane_core.raw.importers.amazon import import_amazon
 from crane_core.raw.importers.mapped import import_mapped

@@ -1,8 +1,8 @@
 """Import a category of Amazon Reviews 2023: reviews and metadata as JSON lines, plain or gzipped.
 
 A review is an interaction of its user with the product family (`parent_asin`) at its time, weighted by its rating.
-Titles, feature lists, descriptions and categories become the modality `text`. What the metadata aggregate over all
-years, `average_rating` and `rating_number`, is not used: it knows the future.
+Titles, feature lists, descriptions and categories become the modality `text`. The fields `average_rating` and
+`rating_number` are not used: they summarise all years, so they contain later reviews.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from crane_core.errors import DataError
 from crane_core.raw.importers.movielens import text_vectors
-from crane_core.raw.importers.tables import read_batches, write_log
+from crane_core.raw.importers.tables import LogCounts, read_batches, write_log
 from crane_core.raw.importers.target import Imported, write_features, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT
 from crane_core.storage.artifacts import sha256_file
@@ -31,19 +30,19 @@ PRODUCT = {
     "categories": pa.list_(pa.string()),
 }
 MOST_TEXT = 4000
-"""Characters of an item's text that are used."""
+"""Characters of the text of an item that are used."""
 
 
 def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | None = None) -> Imported:
-    """Import a category into `raw`; a second import of the same files touches nothing.
+    """Import a category into `raw`; a second import of the same files changes nothing.
 
     Args:
         reviews: `{category}.jsonl` or `{category}.jsonl.gz`.
-        raw: the raw folder to make.
-        metadata: `meta_{category}.jsonl[.gz]`; looked for beside the reviews when absent.
+        raw: the raw folder to write.
+        metadata: `meta_{category}.jsonl[.gz]`; by default the one beside the reviews.
 
     Raises:
-        DataError: a file is missing, is no JSON lines or lacks a field; `raw` holds another dataset.
+        DataError: a file is missing, is not JSON lines or lacks a field; `raw` holds another dataset.
     """
     reviews = Path(reviews)
     metadata = Path(metadata) if metadata else reviews.parent / f"meta_{reviews.name}"
@@ -54,49 +53,25 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
     source = {"dataset": name, "format": FORMAT, "files": {p.name: sha256_file(p) for p in (reviews, metadata)}}
 
     def build(target: Path) -> Imported:
-        users: set[str] = set()
-        span: list[int] = []
-        count = 0
-
-        def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal count
-            for batch in read_batches(reviews, REVIEW, list(REVIEW)):
-                count += batch.num_rows
-                users.update(filter(None, pc.unique(batch.column("user_id")).to_pylist()))
-                found = pc.min_max(batch.column("timestamp")).as_py()
-                span.extend(value for value in found.values() if value is not None)
-                yield pa.record_batch(
-                    {
-                        USER_ID: batch.column("user_id"),
-                        ITEM_ID: batch.column("parent_asin"),
-                        EVENT_TIME: batch.column("timestamp").cast(pa.timestamp("ms", "UTC")).cast(_MICROS),
-                        WEIGHT: batch.column("rating"),
-                    }
-                )
-
-        write_log(target, rows())
-        if not span:
-            raise DataError(f"{reviews} has {count} rows and no review with a time.", "Deliver the reviews.")
-        titles: dict[str, str | None] = {}
-        texts: list[str] = []
-        for batch in read_batches(metadata, PRODUCT, ["parent_asin"]):
-            for row in batch.to_pylist():
-                item = row["parent_asin"]
-                if item and item not in titles:
-                    titles[item] = row["title"]
-                    parts = [row["title"], *(row["categories"] or ()), *(row["features"] or ())]
-                    texts.append(" ".join(filter(None, [*parts, *(row["description"] or ())]))[:MOST_TEXT])
+        counts = LogCounts()
+        write_log(target, counts.counted(_read_log(reviews)))
+        if counts.last is None:
+            raise DataError(
+                f"{reviews} has {counts.num_rows} rows and no review with a time.",
+                "Deliver reviews with the field timestamp, milliseconds since 1970.",
+            )
+        titles, texts = _read_products(metadata)
         ids = list(titles)
         write_items(target, ids, list(titles.values()))
         vectors = text_vectors(texts)
         write_features(target, "text", ids, vectors)
-        last = pa.scalar(max(span), pa.timestamp("ms")).as_py().date()
+        last = counts.last.date()
         return Imported(
             dataset=name,
             raw=str(Path(raw).absolute()),
-            num_users=len(users),
+            num_users=len(counts.users),
             num_items=len(ids),
-            num_interactions=count,
+            num_interactions=counts.num_rows,
             modalities={"text": vectors.shape[1]},
             split="temporal",
             start=last,
@@ -104,6 +79,33 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
         )
 
     return write_raw(Path(raw), source, build)
+
+
+def _read_log(reviews: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the reviews as interactions."""
+    for batch in read_batches(reviews, REVIEW, list(REVIEW)):
+        yield pa.record_batch(
+            {
+                USER_ID: batch.column("user_id"),
+                ITEM_ID: batch.column("parent_asin"),
+                EVENT_TIME: batch.column("timestamp").cast(pa.timestamp("ms", "UTC")).cast(_MICROS),
+                WEIGHT: batch.column("rating"),
+            }
+        )
+
+
+def _read_products(metadata: Path) -> tuple[dict[str, str | None], list[str]]:
+    """Read the first record of each item: item to title, and the texts in the same order."""
+    titles: dict[str, str | None] = {}
+    texts: list[str] = []
+    for batch in read_batches(metadata, PRODUCT, ["parent_asin"]):
+        for row in batch.to_pylist():
+            item = row["parent_asin"]
+            if item and item not in titles:
+                titles[item] = row["title"]
+                parts = [row["title"], *(row["categories"] or ()), *(row["features"] or ())]
+                texts.append(" ".join(filter(None, [*parts, *(row["description"] or ())]))[:MOST_TEXT])
+    return titles, texts
 
 
 _MICROS = pa.timestamp("us", "UTC")

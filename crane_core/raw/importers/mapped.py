@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,24 +31,27 @@ from pydantic import Field, ValidationError, field_validator
 from crane_core.config import Section, known_zone
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import FEATURES_FOLDER, ITEMS_FOLDER, check_modality
-from crane_core.raw.importers.tables import list_files, read_batches, write_log
+from crane_core.raw.importers.tables import LogCounts, list_files, read_batches, write_log
 from crane_core.raw.importers.target import Imported, write_features, write_raw
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, VECTOR, WEIGHT
 from crane_core.storage.artifacts import sha256_file
 
 FORMAT = "mapped-1"
+EXAMPLE = f"See an example of a mapping: python -m pydoc {__name__}."
 OPTIONAL = {WEIGHT: pa.float32(), LABEL: pa.int8(), EVENT_TYPE: pa.string()}
 
 
 class MappedLog(Section):
+    """The interactions of a mapping file."""
+
     files: tuple[str, ...]
     """Patterns relative to the mapping file."""
     columns: dict[Literal["user_id", "item_id", "event_time", "weight", "label", "event_type"], str]
-    """Column of the raw layout to column of the files; the first three are needed."""
+    """Column of the raw layout to column of the files; the first three are required."""
     time: Literal["iso", "s", "ms", "us"] = "iso"
-    """How the times are written."""
+    """Format of the times: ISO 8601, or a number of seconds, milliseconds or microseconds since 1970."""
     zone: str = "UTC"
-    """Zone of ISO times that name none."""
+    """Time zone of ISO times without one."""
 
     @field_validator("columns")
     @classmethod
@@ -65,6 +68,8 @@ class MappedLog(Section):
 
 
 class MappedItems(Section):
+    """The catalog of a mapping file."""
+
     files: tuple[str, ...]
     """Patterns relative to the mapping file."""
     columns: dict[Literal["item_id", "title"], str]
@@ -72,15 +77,19 @@ class MappedItems(Section):
 
 
 class MappedModality(Section):
+    """The features of one modality in a mapping file."""
+
     files: tuple[str, ...]
     """Patterns relative to the mapping file; Parquet, or one `.npy` matrix."""
     columns: dict[Literal["item_id", "vector"], str] = Field({"item_id": ITEM_ID, "vector": VECTOR})
     """Column of the raw layout to column of Parquet files."""
     ids: str | None = None
-    """File with the item of each row of the matrix, one a line."""
+    """File with the item of each row of the matrix, one per line."""
 
 
 class Mapping(Section):
+    """A mapping file."""
+
     dataset: str = Field(min_length=1)
     """Name of the dataset."""
     interactions: MappedLog
@@ -89,11 +98,11 @@ class Mapping(Section):
 
 
 def import_mapped(mapping: str | Path, raw: str | Path) -> Imported:
-    """Import what a mapping file describes into `raw`; a second import of the same files touches nothing.
+    """Import the files that a mapping file describes into `raw`; a second import of the same files changes nothing.
 
     Raises:
-        ConfigError: the mapping file is wrong.
-        DataError: a file is missing or cannot be read as described; `raw` holds another dataset.
+        ConfigError: the mapping file is not valid.
+        DataError: a file is missing or does not have the described format; `raw` holds another dataset.
     """
     path = Path(mapping)
     chosen = read_mapping(path)
@@ -111,38 +120,25 @@ def import_mapped(mapping: str | Path, raw: str | Path) -> Imported:
     }
 
     def build(target: Path) -> Imported:
-        users: set[str] = set()
-        items: set[str] = set()
-        days: list[Any] = []
-        count = 0
-
-        def rows() -> Iterator[pa.RecordBatch]:
-            nonlocal count
-            for file in log:
-                for batch in read_log(file, chosen.interactions):
-                    count += batch.num_rows
-                    users.update(filter(None, pc.unique(batch.column(USER_ID)).to_pylist()))
-                    items.update(filter(None, pc.unique(batch.column(ITEM_ID)).to_pylist()))
-                    days.extend(day for day in pc.min_max(batch.column(EVENT_TIME)).as_py().values() if day)
-                    yield batch
-
-        write_log(target, rows())
-        if not days:
+        counts = LogCounts()
+        batches = (batch for file in log for batch in read_log(file, chosen.interactions))
+        write_log(target, counts.counted(batches))
+        if counts.last is None:
             raise DataError(
-                f"{', '.join(map(str, log[:3]))}: {count} rows, none with a time.", "Correct interactions.time."
+                f"{', '.join(map(str, log[:3]))}: {counts.num_rows} rows, none with a time.",
+                "Let interactions.columns.event_time name the column of the times.",
             )
+        items = counts.items
         if chosen.items:
             items |= _write_catalog(target, catalog, chosen.items)
-        widths = {
-            name: _write_modality(target, name, vectors[name], entry, folder) for name, entry in chosen.features.items()
-        }
-        last = max(days).date()
+        widths = {name: _write_modality(target, name, vectors[name], entry) for name, entry in chosen.features.items()}
+        last = counts.last.date()
         return Imported(
             dataset=chosen.dataset,
             raw=str(Path(raw).absolute()),
-            num_users=len(users),
+            num_users=len(counts.users),
             num_items=len(items),
-            num_interactions=count,
+            num_interactions=counts.num_rows,
             modalities=widths,
             split="label" if LABEL in chosen.interactions.columns else "temporal",
             start=last,
@@ -156,22 +152,28 @@ def read_mapping(path: Path) -> Mapping:
     """Read and check a mapping file.
 
     Raises:
-        ConfigError: it cannot be read, or a field is unknown, missing or wrong.
+        ConfigError: it cannot be read, or a field is unknown, missing or not valid.
     """
     try:
         return Mapping.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The mapping {path} cannot be read ({error}).", "Give a YAML file.") from error
+        raise ConfigError(
+            f"The mapping {path} cannot be read ({error}).",
+            EXAMPLE,
+        ) from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"The mapping {path}: {problems}.", "Correct these fields.") from error
+        raise ConfigError(
+            f"The mapping {path}: {problems}.",
+            EXAMPLE,
+        ) from error
 
 
 def read_log(path: Path, entry: MappedLog) -> Iterator[pa.RecordBatch]:
-    """Batches of interactions under the names of the raw layout.
+    """Yield batches of interactions with the columns of the raw layout.
 
     Raises:
-        DataError: the file cannot be read as described.
+        DataError: the file does not have the described format.
     """
     kinds: dict[str, pa.DataType] = {USER_ID: pa.string(), ITEM_ID: pa.string(), **OPTIONAL}
     kinds[EVENT_TIME] = pa.string() if entry.time == "iso" else pa.int64()
@@ -194,8 +196,8 @@ def _instants(values: pa.Array, entry: MappedLog, path: Path) -> pa.Array:
         return pc.coalesce(exact, local.cast(instants))
     except pa.ArrowException as error:
         raise DataError(
-            f"{path}: a time is not written as interactions.time={entry.time} says: {error}.",
-            "Correct interactions.time in the mapping, or the rows.",
+            f"{path}: a time does not have the format interactions.time={entry.time}: {error}.",
+            "Set interactions.time in the mapping to iso, s, ms or us, or correct the rows.",
         ) from error
 
 
@@ -207,16 +209,17 @@ def _feature_files(folder: Path, name: str, entry: MappedModality) -> list[Path]
         raise DataError(
             f"features.{name}: {', '.join(entry.files)} matches {len(files)} files, expected Parquet files or one "
             ".npy matrix.",
-            "Correct the pattern.",
+            "Let features.files of the mapping match them.",
         )
     if matrix and entry.ids is None:
         raise ConfigError(f"features.{name} is a matrix without ids.", "Name the file of its item ids: ids: FILE.")
     if matrix and entry.ids and not (folder / entry.ids).is_file():
-        raise DataError(f"features.{name}: there is no file {folder / entry.ids}.", "Correct ids.")
+        raise DataError(f"features.{name}: there is no file {folder / entry.ids}.", "Let ids name a file.")
     return [*files, *([folder / entry.ids] if matrix and entry.ids else [])]
 
 
 def _write_catalog(target: Path, files: list[Path], entry: MappedItems) -> set[str]:
+    """Write the catalog and return its items."""
     (target / ITEMS_FOLDER).mkdir()
     types = dict.fromkeys(entry.columns.values(), pa.string())
     seen: set[str] = set()
@@ -233,7 +236,8 @@ def _write_catalog(target: Path, files: list[Path], entry: MappedItems) -> set[s
     return seen
 
 
-def _write_modality(target: Path, name: str, files: list[Path], entry: MappedModality, folder: Path) -> int:
+def _write_modality(target: Path, name: str, files: list[Path], entry: MappedModality) -> int:
+    """Write one modality and return the width of its vectors."""
     if files[0].suffix == ".npy":
         matrix = np.load(files[0], mmap_mode="r", allow_pickle=False)
         ids = files[1].read_text().split("\n")
@@ -253,12 +257,12 @@ def _write_modality(target: Path, name: str, files: list[Path], entry: MappedMod
         try:
             table = pq.read_table(path, columns=list(entry.columns.values()), partitioning=None)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}.", "Correct the columns or the file.") from error
+            raise DataError(f"{path} cannot be read: {error}.", "Deliver Parquet with the mapped columns.") from error
         names = {column: raw for raw, column in entry.columns.items()}
         if set(names) - set(table.column_names):
             raise DataError(
                 f"{path} has no column {', '.join(sorted(set(names) - set(table.column_names)))}.",
-                "Correct features in the mapping.",
+                "Name existing columns in features of the mapping.",
             )
         table = table.rename_columns([names[column] for column in table.column_names])
         pq.write_table(table, out / f"part-{index}.parquet", compression="zstd")

@@ -1,8 +1,8 @@
 """Import a folder in the layout of the MMRec toolbox.
 
-`*.inter` is tab-separated with the columns userID, itemID, optionally rating, and x_label (0 train, 1 validation,
-2 test); `{modality}_feat.npy` holds one row per item, the row number is the itemID; `items.tsv` or `items.csv`
-with itemID and a column `name` or `title` is optional. There are no timestamps: the rows of each label get one
+`*.inter` is tab-separated, with the columns userID, itemID and x_label (0 train, 1 validation, 2 test), and optionally
+rating. `{modality}_feat.npy` holds one row per item; the row number is the itemID. `items.tsv` or `items.csv` with the
+columns itemID and `name` or `title` is optional. The format has no timestamps, so the rows of each label get one
 nominal day, and the label is kept for `etl.split=label`.
 """
 
@@ -29,18 +29,18 @@ FEATURE_SUFFIX = "_feat.npy"
 FIRST_DAY = date(2000, 1, 1)
 LABELS = (0, 1, 2)
 MOST_ITEMS_PER_ROW = 1000
-"""Without features to count them, more items than this for every row of the folder are taken for a wrong id."""
+"""Without features the largest id gives the number of items. More items than this per row are taken for a wrong id."""
 TITLE_COLUMNS = ("title", "name")
 
 
 def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
-    """Import an MMRec folder into `raw`; a second import of the same folder touches nothing.
+    """Import an MMRec folder into `raw`; a second import of the same folder changes nothing.
 
-    Rows of NaN or infinite features are imported as they are: the feature stage counts and quarantines them.
+    Features with NaN or infinity are imported unchanged: the feature stage counts and quarantines them.
 
     Raises:
-        DataError: not exactly one `*.inter`; a missing column or a value that is no id or label; a feature file
-            that is no matrix of numbers or whose rows are not the items; `raw` holds another dataset.
+        DataError: there is not exactly one `*.inter`; a column is missing; a value is not an id or label; a feature
+            file is not a matrix of numbers with one row per item; `raw` holds another dataset.
     """
     folder = Path(folder)
     log, catalog, features = _files(folder)
@@ -74,12 +74,12 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
 
 @dataclass(frozen=True)
 class MmrecFolder:
-    """What a folder in MMRec layout holds.
+    """The data of a folder in MMRec layout.
 
     Attributes:
-        log: the columns `userID`, `itemID`, `x_label` and, where delivered, `rating`.
-        num_items: size of the catalog; items count from 0.
-        titles: item to title, where there is a catalog file.
+        log: table with `userID`, `itemID`, `x_label` and, if delivered, `rating`.
+        num_items: size of the catalog; items are numbered from 0.
+        titles: item to title, if there is a catalog file.
         matrices: modality to its matrix of numbers [num_items, dim], memory-mapped.
     """
 
@@ -103,13 +103,13 @@ def read_mmrec(folder: Path) -> MmrecFolder:
     if not matrices and num_items > MOST_ITEMS_PER_ROW * (table.num_rows + len(titles)):
         raise DataError(
             f"{log} ({table.num_rows} rows) has item ids up to {num_items - 1}.",
-            "Ids are row numbers from 0: correct the largest, or number the items anew.",
+            "Ids are row numbers from 0: correct the largest id, or renumber the items.",
         )
     return MmrecFolder(table, num_items, titles, matrices)
 
 
 def _files(folder: Path) -> tuple[Path, Path | None, list[Path]]:
-    """The log, the catalog and the feature files of a folder."""
+    """Find the log, the catalog and the feature files of a folder."""
     logs = sorted(folder.glob("*.inter"))
     if len(logs) != 1:
         raise DataError(
@@ -188,7 +188,7 @@ def _read_delimited(path: Path, types: dict[str, pa.DataType], delimiter: str) -
             rows = max(0, sum(1 for _ in handle) - 1)
         raise DataError(
             f"{path} ({rows} rows) cannot be read: {error}.",
-            "Correct the lines named; ids and labels are whole numbers.",
+            "Correct the lines that the message names; ids and labels are whole numbers.",
         ) from error
     if len(set(table.column_names)) != len(table.column_names):
         raise DataError(

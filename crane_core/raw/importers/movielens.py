@@ -1,4 +1,4 @@
-"""Import MovieLens 100K as the RecBole wheel carries it: real timestamps, one partition per day."""
+"""Import MovieLens 100K from the RecBole wheel, with its real timestamps and one partition per day."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ TEXT_SEED = 0
 
 
 def import_movielens(source: str | Path, raw: str | Path) -> Imported:
-    """Import MovieLens 100K into `raw`; a second import of the same source touches nothing.
+    """Import MovieLens 100K into `raw`; a second import of the same source changes nothing.
 
-    Two modalities: `text`, TF-IDF of title, genres and year reduced by a seeded truncated SVD, and `genres`,
-    one column per genre.
+    It has two modalities: `text`, TF-IDF of title, genres and year reduced by a seeded truncated SVD, and `genres`, one
+    column per genre.
 
     Args:
         source: the wheel `recbole-1.2.1-*.whl`, read as a zip, or a folder with ml-100k.inter and ml-100k.item.
-        raw: the raw folder to make.
+        raw: the raw folder to write.
 
     Raises:
         DataError: a file or column is missing or unreadable; `raw` holds another dataset.
@@ -99,7 +99,7 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
 
 
 def text_vectors(texts: list[str]) -> NDArray[np.float32]:
-    """TF-IDF of words and word pairs, reduced by a seeded truncated SVD.
+    """Compute TF-IDF of words and word pairs, reduced by a seeded truncated SVD.
 
     Returns:
         float32 [len(texts), min(64, terms - 1)].
@@ -113,7 +113,7 @@ def text_vectors(texts: list[str]) -> NDArray[np.float32]:
 
 
 def genre_vectors(genres: list[str | None]) -> NDArray[np.float32]:
-    """One column per genre, in alphabetical order: 1 where the item has it.
+    """Make one column per genre, in alphabetical order, which is 1 for the items of the genre.
 
     Returns:
         float32 [len(genres), distinct genres].

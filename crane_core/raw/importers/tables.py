@@ -1,8 +1,10 @@
-"""Read files of rows in bounded memory, under the names of the raw layout: CSV, TSV, JSON lines and Parquet."""
+"""Read CSV, TSV, JSON lines and Parquet files, and write logs, in bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 
 from crane_core.errors import DataError
 from crane_core.raw.files import DAY_PREFIX, INTERACTIONS_FOLDER
-from crane_core.schema import EVENT_TIME, INTERACTIONS
+from crane_core.schema import EVENT_TIME, INTERACTIONS, ITEM_ID, USER_ID
 
 BATCH_ROWS = 65_536
 BLOCK_BYTES = 8 * 1024 * 1024
@@ -24,16 +26,16 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files that match any of the patterns, in order of their names.
+    """List the files that match any of the patterns, by name.
 
     Raises:
-        DataError: a pattern matches nothing, or a file of no known format.
+        DataError: a pattern matches no file, or a file has an unknown format.
     """
     found: set[Path] = set()
     for pattern in patterns:
         matches = {path for path in folder.glob(pattern) if path.is_file()}
         if not matches:
-            raise DataError(f"{folder} has no file {pattern!r}, 0 rows.", "Correct the pattern or deliver the files.")
+            raise DataError(f"{folder} has no file {pattern!r}, 0 rows.", "Change the pattern or deliver the files.")
         found |= matches
     for path in found:
         if file_format(path) not in FORMATS:
@@ -45,17 +47,17 @@ def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def file_format(path: Path) -> str:
-    """The suffix that tells the format, that of a compression left off."""
+    """Return the suffix of the format, without that of the compression."""
     return Path(path.name.removesuffix(".gz")).suffix
 
 
 def read_batches(path: Path, types: Mapping[str, pa.DataType], needed: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Batches with the named columns; one that is not there and not needed is null.
+    """Yield batches of some columns; a missing column that is not needed is null.
 
     Args:
-        path: a file of one of `FORMATS`.
-        types: column of the file to the type it is read as.
-        needed: those that must be there.
+        path: a file in one of `FORMATS`.
+        types: column of the file to the type that it is read as.
+        needed: columns that must exist.
 
     Raises:
         DataError: the file cannot be read, lacks a needed column, or holds values of other types.
@@ -67,7 +69,7 @@ def read_batches(path: Path, types: Mapping[str, pa.DataType], needed: Sequence[
             if missing:
                 raise DataError(
                     f"{path} has no column {', '.join(missing)}; it has {', '.join(batch.schema.names) or 'none'}.",
-                    "Correct the name of the column, or deliver the file again with it.",
+                    "Name one of these columns, or deliver the file again with the missing ones.",
                 )
             columns = [
                 batch.column(name).cast(kind) if name in batch.schema.names else pa.nulls(batch.num_rows, kind)
@@ -78,14 +80,40 @@ def read_batches(path: Path, types: Mapping[str, pa.DataType], needed: Sequence[
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(
             f"{path} ({path.stat().st_size} bytes) cannot be read after {rows} rows: {error}.",
-            "Correct the lines named or the types of the columns, or deliver the file again.",
+            "Correct the lines or the types that the message names, or deliver the file again.",
         ) from error
 
 
-def write_log(target: Path, batches: Iterator[pa.RecordBatch]) -> None:
-    """Write interactions, each into the partition of the day of its event, in bounded memory.
+@dataclass
+class LogCounts:
+    """Counts of a log, taken while its batches are written.
 
-    A row without a time goes to the first day of the epoch, where the ETL counts it.
+    Attributes:
+        num_rows: rows.
+        users, items: distinct ids, without empty ones.
+        last: time of the last event in UTC, None without any time.
+    """
+
+    num_rows: int = 0
+    users: set[str] = field(default_factory=set)
+    items: set[str] = field(default_factory=set)
+    last: datetime | None = None
+
+    def counted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the batches unchanged, columns of `schema.INTERACTIONS`, and count them."""
+        for batch in batches:
+            self.num_rows += batch.num_rows
+            self.users.update(filter(None, pc.unique(batch.column(USER_ID)).to_pylist()))
+            self.items.update(filter(None, pc.unique(batch.column(ITEM_ID)).to_pylist()))
+            last = pc.max(batch.column(EVENT_TIME)).as_py()
+            self.last = max(filter(None, (self.last, last)), default=None)
+            yield batch
+
+
+def write_log(target: Path, batches: Iterator[pa.RecordBatch]) -> None:
+    """Write interactions in bounded memory, each into the partition of the day of its event.
+
+    A row without a time goes to 1970-01-01, so that the ETL counts it as dropped.
 
     Args:
         target: raw root.

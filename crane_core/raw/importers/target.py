@@ -1,4 +1,4 @@
-"""Where an importer writes: a raw folder that appears at once and is never rewritten."""
+"""Write the raw folder of an import: it appears in one step and is never rewritten."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SOURCE_FILE = "source.json"
 
 @dataclass(frozen=True)
 class Imported:
-    """What a raw folder holds after an import.
+    """Facts of an imported raw folder.
 
     Attributes:
         dataset: name of the dataset.
-        raw: the folder.
+        raw: path of the folder.
         num_users: distinct users in the log.
         num_items: items of the catalog.
         num_interactions: rows of the log.
         modalities: name to width of the feature vectors.
-        split: the `etl.split` that fits the data.
-        start: first day of a window that makes sense.
-        end: the day after the last day of data, exclusive end of that window.
-        is_new: False when the folder held this very import already.
+        split: suitable value of `etl.split`.
+        start: first day of a suitable window.
+        end: exclusive end of that window, the day after the last day of data.
+        is_new: False if the folder already held this import.
     """
 
     dataset: str
@@ -53,15 +53,15 @@ class Imported:
 
 
 def write_raw(raw: Path, source: Mapping[str, Any], build: Callable[[Path], Imported]) -> Imported:
-    """Let `build` fill a temporary sibling of `raw`, then rename it; leave `raw` alone if it holds this source.
+    """Let `build` fill a temporary folder beside `raw` and rename it to `raw`; do nothing if `raw` holds this source.
 
     Args:
-        raw: the folder to make.
-        source: identity of what is imported, JSON values.
+        raw: the folder to write.
+        source: identity of the imported data, JSON values.
         build: writes the raw layout into the folder it is given.
 
     Raises:
-        DataError: `raw` holds something else.
+        DataError: `raw` holds other data.
     """
     raw = raw.absolute()
     present = _present(raw, source)
@@ -87,13 +87,13 @@ def write_raw(raw: Path, source: Mapping[str, Any], build: Callable[[Path], Impo
 
 
 def write_interactions(folder: Path, day: date, table: pa.Table) -> None:
-    """Write the partition of one arrival day; `table` has the columns of `schema.INTERACTIONS` it knows."""
+    """Write the partition of one arrival day; `table` has some columns of `schema.INTERACTIONS`."""
     schema = pa.schema([field for field in INTERACTIONS if field.name in table.column_names])
     _write(folder / INTERACTIONS_FOLDER / f"{DAY_PREFIX}{day.isoformat()}", table.select(schema.names), schema)
 
 
 def write_items(folder: Path, ids: list[str], titles: list[str | None]) -> None:
-    """Write the catalog."""
+    """Write the catalog: an id and a title, or None, for each item."""
     _write(folder / ITEMS_FOLDER, pa.table([pa.array(ids), pa.array(titles, pa.string())], names=ITEMS.names), ITEMS)
 
 
@@ -102,7 +102,7 @@ def write_features(folder: Path, modality: str, ids: list[str], rows: NDArray) -
 
     Args:
         folder: raw root.
-        modality: its name.
+        modality: name of the modality.
         ids: item of each row.
         rows: floating [len(ids), dim], stored as float32.
     """

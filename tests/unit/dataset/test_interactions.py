@@ -1,4 +1,4 @@
-"""Interactions read from Parquet shards in blocks, and lists that answer who has met what."""
+"""Interactions read from Parquet shards in blocks, and membership queries on item lists."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 from crane_core.dataset import interactions as dataset
 from crane_core.dataset.interactions import ItemLists, load_interactions
 from crane_core.errors import ArtifactError
-from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
 
@@ -21,7 +19,7 @@ NUM_USERS, NUM_ITEMS = 60, 40
 
 
 def written(folder: Path, num_shards: int = 3, most: int = NUM_ITEMS) -> tuple[Artifact, np.ndarray]:
-    """Random pairs in random order over some files, and the pairs with their split, int [n, 3]."""
+    """Write random pairs in random order into some files; return the artifact and user, item, split, int [n, 3]."""
     generator = np.random.default_rng(5)
     keys = np.flatnonzero(generator.random(NUM_USERS * most) < 0.2)
     users, items = np.divmod(generator.permutation(keys), most)
@@ -38,7 +36,7 @@ def written(folder: Path, num_shards: int = 3, most: int = NUM_ITEMS) -> tuple[A
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 def test_blocks_of_any_size_give_the_lists(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_BLOCK_ROWS", block)
+    monkeypatch.setattr(dataset, "BLOCK_ROWS", block)
     artifact, pairs = written(tmp_path)
     found = load_interactions(artifact)
     for split, lists in enumerate((found.train, found.validation, found.test)):
@@ -63,15 +61,3 @@ def test_who_holds_what() -> None:
     users, items = np.divmod(generator.permutation(30 * 50), 50)
     assert np.array_equal(lists.holds(users, items), met[users, items])
     assert lists.holds(users[:0], items[:0]).tolist() == []
-
-
-def test_the_graph_does_not_depend_on_the_order_of_the_pairs() -> None:
-    met = np.random.default_rng(2).random((30, 20)) < 0.2
-    users, items = np.nonzero(met)
-    order = np.random.default_rng(3).permutation(len(users))
-    sorted_graph, graph = (user_item_graph(users[rows], items[rows], Shards((30, 20))) for rows in (slice(None), order))
-    assert graph.has_sorted_indices and graph.indices.dtype == graph.indptr.dtype == np.int32
-    assert (graph != sorted_graph).nnz == 0 and (graph != graph.T).nnz == 0
-    degrees = np.maximum(np.concatenate([met.sum(1), met.sum(0)]), 1)
-    dense = np.block([[np.zeros((30, 30)), met], [met.T, np.zeros((20, 20))]]) / np.sqrt(np.outer(degrees, degrees))
-    np.testing.assert_allclose(graph.toarray(), dense, rtol=1e-6)

@@ -85,7 +85,7 @@ def test_item_knn_equals_a_dense_loop_in_blocks_and_whole(
     users = np.arange(log.num_users)
     whole = item_knn(log, num_neighbours, shrinkage)(users)
     assert whole.numpy() == pytest.approx(expected, abs=1e-6)
-    monkeypatch.setattr(baselines, "_BLOCK_ENTRIES", 60)
+    monkeypatch.setattr(baselines, "BLOCK_ENTRIES", 60)
     assert torch.equal(item_knn(log, num_neighbours, shrinkage)(users), whole)
 
 

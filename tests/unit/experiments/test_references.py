@@ -20,8 +20,7 @@ from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model.views import Batch
 from crane_core.training.trainer import Trainer
-from tests.unit.refine.test_fit import planted_modalities
-from tests.worlds.planted import checkerboard
+from tests.worlds.planted import checkerboard, planted_modalities
 from tests.worlds.settings import changed, model_config
 
 CPU = torch.device("cpu")

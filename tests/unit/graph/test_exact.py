@@ -1,4 +1,4 @@
-"""kNN: equal to brute force for every way of cutting the work up, ties and degenerate rows included."""
+"""Exact kNN: equal to brute force for every split of the work, with ties and degenerate rows."""
 
 import itertools
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from crane_core.errors import ArtifactError
 from crane_core.graph import candidates, exact, faiss_search
-from crane_core.graph.candidates import pack, unit_rows, unpack
+from crane_core.graph.candidates import SearchResources, unit_rows, unpack
 from crane_core.graph.exact import brute_force, nearest, search
+from tests.worlds.planted import make_rows
 
 
 def reference(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every pair in float64, ordered by similarity and then by index."""
+    """Compare every pair in float64; order by similarity and then by index."""
     unit = unit_rows(rows).astype(np.float64)
     similarity = np.array([[float((a * b).sum()) for b in unit] for a in unit]).astype(np.float32)
     np.fill_diagonal(similarity, -np.inf)
@@ -27,23 +27,8 @@ def reference(rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.take_along_axis(similarity, order, 1)
 
 
-def make_rows(kind: str) -> np.ndarray:
-    generator = np.random.default_rng(0)
-    rows = generator.normal(size=(150, 8)).astype(np.float32)
-    if kind == "clustered":
-        return rows[:10].repeat(15, axis=0) + 0.01 * rows
-    if kind == "near_ties":
-        return rows[:3].repeat(50, axis=0) + 1e-4 * rows
-    if kind == "duplicates":
-        return rows[generator.integers(5, size=150)]
-    if kind == "some_duplicates":
-        rows[40:80] = rows[0]
-    if kind == "zeros":
-        rows[::3] = 0
-    return rows
-
-
 ALONE = os.environ | {"PYTHONPATH": str(Path(exact.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
 KINDS = ["random", "clustered", "near_ties", "duplicates", "some_duplicates", "zeros"]
 
 
@@ -54,50 +39,12 @@ def test_any_sharding_equals_brute_force(kind: str, top: candidates.Top) -> None
     expected, expected_similarity = reference(rows, 10)
     for num_shards, memory in ((1, 1 << 30), (2, 200_000), (7, 500_000), (150, 1 << 20)):
         cuts = [len(rows) * i // num_shards for i in range(num_shards + 1)]
-        shards = [nearest(rows, range(*cut), 10, memory=memory, top=top) for cut in itertools.pairwise(cuts)]
+        resources = SearchResources(memory=memory)
+        shards = [nearest(rows, range(*cut), 10, resources=resources, top=top) for cut in itertools.pairwise(cuts)]
         neighbours, similarities = unpack(np.concatenate(shards))
         np.testing.assert_array_equal(neighbours, expected)
         np.testing.assert_array_equal(similarities, expected_similarity)
     np.testing.assert_array_equal(brute_force(rows, np.arange(len(rows)), 10, memory=100_000), expected)
-
-
-def test_few_rows_are_compared_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = []
-    everything = candidates.compare_all
-    monkeypatch.setattr(candidates, "compare_all", lambda *given: compared.append(len(given[1])) or everything(*given))
-    for kind, most in (("random", 0), ("duplicates", 0), ("some_duplicates", 0), ("zeros", 1)):
-        rows = np.concatenate([make_rows(kind), 1 + np.random.default_rng(1).normal(size=(100, 8))])
-        compared.clear()
-        search(rows, range(len(rows)), 5)
-        assert sum(compared) <= most, kind
-
-
-def test_a_dot_product_of_unit_rows_is_exact_in_any_order() -> None:
-    generator = np.random.default_rng(0)
-    for dim in (3, 64, 1000):
-        left, right = unit_rows(generator.normal(size=(2, dim)))
-        products = left.astype(np.float64) * right.astype(np.float64)
-        orders = {float(np.add.reduce(products[generator.permutation(dim)])) for _ in range(20)}
-        assert orders == {float(left.astype(np.float64) @ right.astype(np.float64))}
-
-
-def test_packed_neighbours_keep_similarity_and_row_and_sort_by_both() -> None:
-    similarities = np.array([0.5, -0.25, 0.0, -0.0, 1.0, 0.5, -1.0], dtype=np.float32)
-    keys = np.array([7, 1, 5, 4, 2**31 - 2, 3, 0], dtype=np.int32)
-    packed = np.sort(pack(torch.from_numpy(similarities), torch.from_numpy(keys)).numpy())
-    found, values = unpack(packed)
-    assert found.tolist() == [2**31 - 2, 3, 7, 4, 5, 1, 0]
-    assert values.tolist() == [1.0, 0.5, 0.5, 0.0, 0.0, -0.25, -1.0]
-
-
-@pytest.mark.parametrize("top", [faiss_search.top_faiss, exact.top_torch])
-def test_candidates_are_the_best_scores(top: candidates.Top) -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(size, 8, generator=generator) for size in (70, 333))
-    scores = queries @ keys.T
-    values, found = top(queries, keys, 15, 50_000)
-    torch.testing.assert_close(values, scores.topk(15, dim=1).values)
-    torch.testing.assert_close(scores.gather(1, found), values)
 
 
 def test_queries_and_keys_may_be_some_rows() -> None:
@@ -123,7 +70,7 @@ def test_fewer_items_than_k() -> None:
 
 
 def test_a_shard_without_queries_has_lists_as_long_as_the_others() -> None:
-    """More shards than items, and no more items than neighbours."""
+    """There are more shards than items, and fewer items than neighbours."""
     rows = np.eye(3, dtype=np.float32)
     shards = [search(rows, range(3 * s // 7, 3 * (s + 1) // 7), 10) for s in range(7)]
     np.testing.assert_array_equal(np.concatenate([shard[0] for shard in shards]), [[1, 2], [0, 2], [0, 1]])
@@ -145,6 +92,8 @@ SEARCH = """
 import os, resource, sys
 from pathlib import Path
 import numpy as np
+from crane_core.graph.candidates import SearchResources
+from crane_core.graph.candidates import SearchResources, unit_rows, unpack
 from crane_core.graph.exact import search
 rows = np.load("rows.npy", mmap_mode="r")
 if limit := int(sys.argv[2]):
@@ -156,7 +105,7 @@ if limit := int(sys.argv[2]):
     except MemoryError:
         print("the rows do not fit")
 work = Path(sys.argv[4]) if sys.argv[4] else None
-found = search(rows, range(int(sys.argv[5])), 5, memory=int(sys.argv[3]), work=work)
+found = search(rows, range(int(sys.argv[5])), 5, resources=SearchResources(memory=int(sys.argv[3]), work=work))
 np.save(sys.argv[1], np.stack([found[0], found[1].view(np.int32)]))
 """
 

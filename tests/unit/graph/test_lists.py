@@ -1,4 +1,4 @@
-"""Approximate kNN: recall, and one result for every way of cutting the work up."""
+"""Approximate kNN: recall, and the same result for every split of the work."""
 
 import itertools
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_any_sharding_gives_the_same_neighbours(tmp_path: Path) -> None:
 
 def test_a_query_finds_exactly_what_its_lists_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     def roughly(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
-        """As wrong as float32 sums of 16 products may be."""
+        """Search with errors as large as those of float32 sums of 16 products."""
         error = 16 * 2.0**-24 * torch.where(torch.arange(len(keys)) % 2 == 0, 1, -1)
         return tuple((queries @ keys.T + error).topk(width, dim=1))
 

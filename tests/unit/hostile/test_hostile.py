@@ -1,4 +1,4 @@
-"""Artifacts, manifests, models and settings from a hostile hand: refused with typed errors, and nothing leaks."""
+"""Artifacts, manifests, models and settings written by an attacker are refused with typed errors; no secret leaks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from crane_core.errors import EXIT_CONFIG, ArtifactError, CraneError
 from crane_core.serving.model_folder import CHECKSUMS, load_model
 from crane_core.storage import open_storage
 from crane_core.storage.artifacts import ArtifactStore, sha256_file
 from crane_core.storage.matrix import open_matrix
-from crane_core.storage.tensors import load_arrays, load_tensors
 from jobs.runner import Redacting, redacted
-from tests.unit.storage.test_artifacts import publish
+from tests.worlds.artifacts import publish
+from tests.worlds.hostile_tensors import HOSTILE_TENSORS, header
 from tests.worlds.served import write
 
-TEN_GB = 10 * 1024**3
 STAGE, FINGERPRINT = "etl.features", "f"
 
 
@@ -67,7 +65,7 @@ def test_a_name_that_leads_out_of_the_artifact(store: ArtifactStore, artifact: P
 
 @pytest.mark.parametrize("place", ["facts.json", "table"])
 def test_a_link_in_an_artifact(store: ArtifactStore, artifact: Path, tmp_path: Path, place: str) -> None:
-    """Even to a file of the very content that the manifest expects."""
+    """Refused even if the target has the bytes that the manifest expects."""
     (artifact / place).rename(tmp_path / "elsewhere")
     (artifact / place).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match=f"{place} is a link"):
@@ -82,7 +80,7 @@ def test_a_pipe_in_an_artifact_is_not_waited_for(store: ArtifactStore, artifact:
 
 
 def test_a_file_that_nothing_lists(store: ArtifactStore, artifact: Path) -> None:
-    """A reader of the folder would read it with the others."""
+    """A stage that reads all files of the folder would read it."""
     (artifact / "table" / "part-1").write_text("more rows")
     with pytest.raises(ArtifactError, match=r"table/part-1, which nothing lists"):
         store.find(STAGE, FINGERPRINT)
@@ -133,7 +131,7 @@ def test_a_run_record_that_leads_elsewhere(store: ArtifactStore, fingerprint: An
 
 @pytest.mark.parametrize("key", ["../../../escaped", "table/../../../escaped", "a//b"])
 def test_an_object_whose_key_climbs_out_of_the_cache(s3_uri: str, tmp_path: Path, key: str) -> None:
-    """The zip-slip of a bucket: keys are free text."""
+    """Keys of a bucket may be any text, also one with `..`, as in the zip-slip attack."""
     storage = open_storage(s3_uri)
     store = ArtifactStore(storage, tmp_path / "deep" / "cache")
     publish(store, tmp_path / "out")
@@ -159,50 +157,6 @@ def test_a_manifest_of_a_bucket_that_names_no_upload(s3_uri: str, tmp_path: Path
     client.put_object(Bucket=bucket, Key=key, Body=body, Metadata={} if attempt is None else {"attempt": attempt})
     with pytest.raises(ArtifactError, match="holds no files"):
         ArtifactStore(storage, tmp_path / "fresh").find(STAGE, FINGERPRINT)
-
-
-def header(**tensors: Any) -> bytes:
-    text = json.dumps(tensors).encode()
-    return struct.pack("<Q", len(text)) + text
-
-
-def huge(**changes: Any) -> dict[str, Any]:
-    return {"dtype": "F32", "shape": [TEN_GB // 4], "data_offsets": [0, TEN_GB]} | changes
-
-
-HOSTILE_TENSORS = {
-    "ten gigabytes in one kilobyte": header(rows=huge()).ljust(1024, b"\0"),
-    "ten gigabytes of no bytes": header(rows=huge(data_offsets=[0, 0])),
-    "a shape that overflows": header(rows=huge(shape=[2**33, 2**33], data_offsets=[0, 0])),
-    "a negative shape": header(rows=huge(shape=[-1, -8], data_offsets=[0, 32])) + bytes(32),
-    "a header of ten gigabytes": struct.pack("<Q", TEN_GB) + b"{}",
-    "no header": b"\x01",
-    "nothing": b"",
-    "an unknown type": header(rows=huge(dtype="PICKLE", shape=[1], data_offsets=[0, 4])) + bytes(4),
-    "offsets of text": header(rows=huge(data_offsets=["0", "4"], shape=[1])) + bytes(4),
-    "a tensor that is a list": header(rows=[1, 2]),
-    "a header that is a list": struct.pack("<Q", 2) + b"[]",
-    "a header without end": struct.pack("<Q", 100_000) + b"[" * 100_000,
-    "overlapping tensors": header(a=huge(shape=[2], data_offsets=[0, 8]), b=huge(shape=[2], data_offsets=[4, 12]))
-    + bytes(12),
-    "trailing bytes": header(a=huge(shape=[1], data_offsets=[0, 4])) + bytes(400),
-}
-
-
-@pytest.mark.parametrize("read", [load_arrays, load_tensors])
-@pytest.mark.parametrize("kind", HOSTILE_TENSORS)
-def test_a_hostile_tensor_file(tmp_path: Path, kind: str, read: Callable[[Path], Any]) -> None:
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(HOSTILE_TENSORS[kind])
-    with pytest.raises(ArtifactError, match=r"weights\.safetensors is refused"):
-        read(path)
-
-
-def test_a_sound_tensor_file_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    save_file({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((0, 4), np.int64)}, path)
-    assert load_arrays(path)["b"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert load_tensors(path)["a"].shape == (0, 4)
 
 
 def test_no_reader_goes_around_the_check() -> None:
@@ -240,7 +194,7 @@ def test_a_matrix_of_python_objects(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, name: str, data: bytes) -> None:
-    """A file of a model, its checksum along: what someone with access to the registry's files can do."""
+    """Replace a file of a model and its checksum, as an attacker with access to the registry's files can."""
     (folder / name).write_bytes(data)
     checksums = json.loads((folder / CHECKSUMS).read_text())
     checksums[name] = entry_of(folder / name)
@@ -293,6 +247,7 @@ def test_a_model_with_a_link(tmp_path: Path) -> None:
 
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "planted-aws-secret", "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-secret"}
+
 URI = "postgresql://crane:planted-in-uri@127.0.0.1:1/mlflow"
 
 

@@ -1,4 +1,4 @@
-"""The images' dependency locks say what pyproject.toml asks for: `make locks` after a change."""
+"""The dependency locks of the images agree with pyproject.toml; `make locks` updates them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)(?: ;.*)? \\$")
 
 
 def locked(name: str) -> dict[str, str]:
-    """Package to version; every entry has a hash."""
+    """Read a lock: package to version. Every entry must have a hash."""
     versions: dict[str, str] = {}
     for entry in re.split(r"\n(?=[A-Za-z0-9])", (PROJECT / "docker" / "locks" / f"{name}.txt").read_text()):
         first, _, rest = entry.partition("\n")
@@ -71,7 +71,7 @@ def test_each_device_has_its_own_torch() -> None:
 
 
 def test_one_version_of_what_the_images_exchange() -> None:
-    """Spark writes what torch reads; the clients of Airflow submit to the Spark of the jobs."""
+    """torch reads what Spark writes, and Airflow's client submits to the Spark of the jobs."""
     spark, torch, airflow = locked("spark"), locked("torch-cpu"), locked("airflow")
     for package in ("pyarrow", "pyspark", "numpy", "pandas"):
         assert spark[package] == torch[package]

@@ -1,4 +1,4 @@
-"""The store and raw data on an S3 API that fails: everything arrives whole, and nothing is seen before it is whole."""
+"""The store and raw data on an S3 API with faults: artifacts are complete or absent at every moment."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ PART_BYTES = 8 * 1024 * 1024
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_RETRIES", s3._RETRIES.merge(Config(read_timeout=2, connect_timeout=2)))
+    monkeypatch.setattr(s3, "RETRIES", s3.RETRIES.merge(Config(read_timeout=2, connect_timeout=2)))
     monkeypatch.setattr(location, "REQUEST_SECONDS", 2)
-    location._s3.cache_clear()
+    location.s3_filesystem.cache_clear()
     yield
-    location._s3.cache_clear()
+    location.s3_filesystem.cache_clear()
 
 
 def some_faults(method: str, path: str, count: int) -> Fault | None:
-    """A lost connection in the middle of a part, one answer that does not come, and every third request refused."""
+    """Drop one connection in the middle of a part, leave one request without an answer, and refuse every third one."""
     if "partNumber=2" in path and "dropped" not in SEEN:
         SEEN.add("dropped")
         return "drop"
@@ -65,7 +65,7 @@ def open_at(uri: str, tmp_path: Path) -> ArtifactStore:
 def test_an_artifact_arrives_whole_or_is_not_there(
     s3_uri: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader that looks all the time sees nothing, then everything."""
+    """A reader that polls sees nothing, and later the complete artifact."""
     SEEN.clear()
     made = folder_of(tmp_path / "made", 20)
     expected = hashlib.sha256((made / "matrix.npy").read_bytes()).hexdigest()
@@ -94,9 +94,9 @@ def test_an_artifact_arrives_whole_or_is_not_there(
 def test_an_upload_that_never_ends_well_leaves_nothing_to_see(
     s3_uri: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection is lost in the middle of the second part, again and again; later the same work succeeds."""
+    """Every attempt loses the connection in the second part; without the fault the same upload succeeds."""
     made = folder_of(tmp_path / "made", 20)
-    monkeypatch.setattr(s3, "_RETRIES", s3._RETRIES.merge(Config(retries={"max_attempts": 2, "mode": "standard"})))
+    monkeypatch.setattr(s3, "RETRIES", s3.RETRIES.merge(Config(retries={"max_attempts": 2, "mode": "standard"})))
     proxy = FaultyProxy(s3_endpoint, lambda method, path, count: "drop" if "partNumber=2" in path else None)
     with proxy.running():
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

@@ -20,8 +20,7 @@ from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
 from crane_core.refine.refiner import Refiner
 from crane_core.training.trainer import Trainer
-from tests.unit.refine.test_fit import halves, planted_modalities
-from tests.worlds.planted import checkerboard
+from tests.worlds.planted import checkerboard, halves, planted_modalities
 from tests.worlds.processes import on_ranks
 from tests.worlds.settings import changed, model_config
 

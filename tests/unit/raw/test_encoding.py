@@ -1,4 +1,4 @@
-"""Encoding by small models of random weights: a plain call's vectors, resumed, extended, and bad input told apart."""
+"""Encoding by small models of random weights: equal to plain calls, resumed, extended, and bad input by reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from PIL import Image
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw import encoding
 from crane_core.raw.checks import check_features
-from crane_core.raw.encoding import Recipe, encode
+from crane_core.raw.encoding import EncoderSpec, encode
 from crane_core.raw.files import list_features
 from jobs import cli
 
@@ -80,7 +80,7 @@ def test_text_vectors_are_those_of_a_plain_call(text_model: str, tmp_path: Path)
     from sentence_transformers import SentenceTransformer
 
     write_catalog(tmp_path, titles(50))
-    encoded = encode(tmp_path, "text", Recipe(text_model, ("title", "brand")), batch_size=8)
+    encoded = encode(tmp_path, "text", EncoderSpec(text_model, ("title", "brand")), batch_size=8)
     assert (encoded.found, encoded.made, encoded.set_aside) == (0, 50, {})
     found = read(tmp_path, "text")
     plain = SentenceTransformer(text_model, device="cpu").encode(["thing 0", "thing 1\nb1"], show_progress_bar=False)
@@ -91,17 +91,17 @@ def test_text_vectors_are_those_of_a_plain_call(text_model: str, tmp_path: Path)
 
 def test_only_what_is_missing_is_made(text_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PART_ROWS", 20)
-    recipe = Recipe(text_model, ("title",))
+    spec = EncoderSpec(text_model, ("title",))
     write_catalog(tmp_path, titles(50))
-    encode(tmp_path, "text", recipe)
+    encode(tmp_path, "text", spec)
     before = read(tmp_path, "text")
     write_catalog(tmp_path, [*titles(70), *titles(3)])
-    encoded = encode(tmp_path, "text", recipe)
+    encoded = encode(tmp_path, "text", spec)
     assert (encoded.found, encoded.made) == (50, 20)
     after = read(tmp_path, "text")
     assert len(after) == 70 and all(after[name] == vector for name, vector in before.items())
-    monkeypatch.setattr(encoding, "_load", lambda *given: pytest.fail("nothing is missing"))
-    assert encode(tmp_path, "text", recipe).made == 0
+    monkeypatch.setattr(encoding, "load_model", lambda *given: pytest.fail("nothing is missing"))
+    assert encode(tmp_path, "text", spec).made == 0
 
 
 def test_killed_in_the_middle_it_goes_on(text_model: str, tmp_path: Path) -> None:
@@ -126,12 +126,12 @@ def test_killed_in_the_middle_it_goes_on(text_model: str, tmp_path: Path) -> Non
 def test_items_without_text_go_aside(text_model: str, tmp_path: Path) -> None:
     rows = [{"item_id": "a", "title": " "}, {"item_id": "b", "title": None}, {"item_id": "c", "title": "x"}]
     write_catalog(tmp_path, [*rows, {"item_id": None, "title": "y"}, {"item_id": " ", "title": "z"}])
-    encoded = encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    encoded = encode(tmp_path, "text", EncoderSpec(text_model, ("title",)))
     assert encoded.made == 1 and encoded.set_aside == {"no_text": 2}
     aside = pq.read_table(tmp_path / "features" / "text" / encoding.SET_ASIDE).to_pylist()
     assert aside == [{"item_id": "a", "reason": "no_text"}, {"item_id": "b", "reason": "no_text"}]
     write_catalog(tmp_path, [{"item_id": "a", "title": "now"}, *rows[1:]])
-    encoded = encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    encoded = encode(tmp_path, "text", EncoderSpec(text_model, ("title",)))
     assert (encoded.found, encoded.made, encoded.set_aside) == (1, 1, {"no_text": 1})
 
 
@@ -152,7 +152,7 @@ def test_pictures(picture_model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     names = ["red", "grey", "cut", "text", "link", "../outside", "bomb", "none", "x" * 300]
     write_catalog(tmp_path, [{"item_id": name} for name in names])
-    encoded = encode(tmp_path, "image", Recipe(picture_model, pictures=str(pictures)), batch_size=1)
+    encoded = encode(tmp_path, "image", EncoderSpec(picture_model, pictures=str(pictures)), batch_size=1)
     assert encoded.made == 2
     assert encoded.set_aside == {"broken_picture": 3, "no_picture": 2, "outside_folder": 2}
     model = SentenceTransformer(picture_model, device="cpu")
@@ -173,7 +173,7 @@ def test_pictures_named_by_a_column(picture_model: str, tmp_path: Path, capsys: 
     named |= {"up": "../outside.png", "away": str(tmp_path / "outside.png"), "link": "covers/link.png"}
     named |= {"gone": "covers/2.png", "folder": "covers", "text": "covers/text.png", "long": "x" * 300, "nul": "\0"}
     write_catalog(raw, [{"item_id": item, "cover": path} for item, path in named.items()])
-    encoded = encode(raw, "image", Recipe(picture_model, picture_column="cover"), batch_size=2)
+    encoded = encode(raw, "image", EncoderSpec(picture_model, picture_column="cover"), batch_size=2)
     assert encoded.made == 3
     assert encoded.set_aside == {"broken_picture": 1, "no_picture": 6, "outside_folder": 3}
     pictures = tmp_path / "pictures"
@@ -181,60 +181,60 @@ def test_pictures_named_by_a_column(picture_model: str, tmp_path: Path, capsys: 
     for item, path in (("a", "1.png"), ("b", "old/scan"), ("c", "1.png")):
         shutil.copy(raw / "covers" / path, pictures / f"{item}.png")
     write_catalog(tmp_path / "other", [{"item_id": item} for item in "abc"])
-    encode(tmp_path / "other", "image", Recipe(picture_model, pictures=str(pictures)), batch_size=2)
+    encode(tmp_path / "other", "image", EncoderSpec(picture_model, pictures=str(pictures)), batch_size=2)
     assert read(raw, "image") == read(tmp_path / "other", "image")
     arguments = ["encode", str(raw), "--modality", "image", "--model", picture_model, "--picture-column", "cover"]
     assert cli.main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["found"] == 3
     with pytest.raises(ConfigError, match="vectors of two models do not compare"):
-        encode(raw, "image", Recipe(picture_model, pictures=str(pictures)))
+        encode(raw, "image", EncoderSpec(picture_model, pictures=str(pictures)))
     with pytest.raises(DataError, match="has no column photo; it has item_id, cover"):
-        encode(raw, "image", Recipe(picture_model, picture_column="photo"))
+        encode(raw, "image", EncoderSpec(picture_model, picture_column="photo"))
 
 
 def test_a_modality_without_a_vector_is_empty_and_fills_later(picture_model: str, tmp_path: Path) -> None:
-    raw, recipe = tmp_path / "raw", Recipe(picture_model, picture_column="cover")
+    raw, spec = tmp_path / "raw", EncoderSpec(picture_model, picture_column="cover")
     rows = [{"item_id": " ", "cover": "1.png"}, {"item_id": "a", "cover": None}, {"item_id": "b", "cover": "1.png"}]
     for number, expected in ((0, {}), (1, {}), (3, {"no_picture": 2})):
         write_catalog(raw, rows)
         path = raw / "items" / "items.parquet"
         pq.write_table(pq.read_table(path).slice(0, number), path)
-        encoded = encode(raw, "image", recipe)
+        encoded = encode(raw, "image", spec)
         assert (encoded.found, encoded.made, encoded.set_aside) == (0, 0, expected)
         table = pq.read_table(raw / "features" / "image")
         assert table.num_rows == 0 and table.schema.names == ["item_id", "vector"]
         with pytest.raises(DataError, match=r"image has 0 rows in 1 files\. Remedy: .* features\.modalities"):
             check_features(list_features(raw, ())["image"])
     Image.new("RGB", (20, 30)).save(raw / "1.png")
-    assert encode(raw, "image", recipe).made == 1
+    assert encode(raw, "image", spec).made == 1
     assert [footer.num_rows for footer in check_features(list_features(raw, ())["image"])] == [0, 1]
     assert list(read(raw, "image")) == ["b"]
 
 
 def test_another_recipe_and_foreign_features_are_refused(text_model: str, tmp_path: Path) -> None:
     write_catalog(tmp_path, titles(3))
-    encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    encode(tmp_path, "text", EncoderSpec(text_model, ("title",)))
     with pytest.raises(ConfigError, match="vectors of two models do not compare"):
-        encode(tmp_path, "text", Recipe(text_model, ("title", "brand")))
+        encode(tmp_path, "text", EncoderSpec(text_model, ("title", "brand")))
     (tmp_path / "features" / "other").mkdir()
     (tmp_path / "features" / "other" / "x.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match="were not made here"):
-        encode(tmp_path, "other", Recipe(text_model, ("title",)))
+        encode(tmp_path, "other", EncoderSpec(text_model, ("title",)))
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="holds no catalog"):
-        encode(tmp_path, "text", Recipe("m", ("title",)))
+        encode(tmp_path, "text", EncoderSpec("m", ("title",)))
     write_catalog(tmp_path, titles(3))
     with pytest.raises(DataError, match="has no column name; it has item_id, title"):
-        encode(tmp_path, "text", Recipe("m", ("name",)))
+        encode(tmp_path, "text", EncoderSpec("m", ("name",)))
     with pytest.raises(DataError, match="no folder of pictures"):
-        encode(tmp_path, "image", Recipe("m", pictures=str(tmp_path / "absent")))
+        encode(tmp_path, "image", EncoderSpec("m", pictures=str(tmp_path / "absent")))
     with pytest.raises(ConfigError, match="is no sentence-transformers model"):
-        encode(tmp_path, "text", Recipe(str(tmp_path / "absent"), ("title",)))
+        encode(tmp_path, "text", EncoderSpec(str(tmp_path / "absent"), ("title",)))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"crane-pipeline\[encode\]"):
-        encode(tmp_path, "text", Recipe("m", ("title",)))
+        encode(tmp_path, "text", EncoderSpec("m", ("title",)))
 
 
 def test_a_model_that_would_run_a_pickle_is_refused(text_model: str, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_model_that_would_run_a_pickle_is_refused(text_model: str, tmp_path: P
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     write_catalog(tmp_path / "raw", titles(3))
     with pytest.raises(ConfigError, match="can be loaded"):
-        encode(tmp_path / "raw", "text", Recipe(str(tmp_path / "model"), ("title",)))
+        encode(tmp_path / "raw", "text", EncoderSpec(str(tmp_path / "model"), ("title",)))
 
 
 def test_the_command_tells_what_it_did(text_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,10 +260,10 @@ def test_a_removed_part_is_made_again_and_no_other_lost(
 ) -> None:
     monkeypatch.setattr(encoding, "PART_ROWS", 10)
     write_catalog(tmp_path, titles(30))
-    encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    encode(tmp_path, "text", EncoderSpec(text_model, ("title",)))
     before = read(tmp_path, "text")
     (tmp_path / "features" / "text" / "part-000000.parquet").unlink()
-    encoded = encode(tmp_path, "text", Recipe(text_model, ("title",)))
+    encoded = encode(tmp_path, "text", EncoderSpec(text_model, ("title",)))
     assert (encoded.found, encoded.made) == (20, 10)
     after = read(tmp_path, "text")
     assert after.keys() == before.keys()
@@ -272,15 +272,15 @@ def test_a_removed_part_is_made_again_and_no_other_lost(
 
 def test_a_second_call_at_the_same_time_is_refused(text_model: str, tmp_path: Path) -> None:
     write_catalog(tmp_path, titles(3))
-    hold = "import sys; from pathlib import Path; from crane_core.raw.encoding import _alone\n"
-    hold += "with _alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    hold = "import sys; from pathlib import Path; from crane_core.raw.encoding import exclusive\n"
+    hold += "with exclusive(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "features" / "text")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="Another call is making"):
-            encode(tmp_path, "text", Recipe(text_model, ("title",)))
+            encode(tmp_path, "text", EncoderSpec(text_model, ("title",)))
         other.kill()
-    assert encode(tmp_path, "text", Recipe(text_model, ("title",))).made == 3
+    assert encode(tmp_path, "text", EncoderSpec(text_model, ("title",))).made == 3
 
 
 def move_weights(model: Path) -> str:
@@ -320,16 +320,16 @@ def add_a_token(model: Path) -> str:
 def test_another_model_under_the_same_name_is_refused(
     text_model: str, tmp_path: Path, change: Callable[[Path], str], number: int
 ) -> None:
-    """Whether or not an item lacks its vector; documentation may change."""
-    recipe = Recipe(shutil.copytree(text_model, str(tmp_path / "model")), ("title",))
+    """Refused with and without a new item to encode; documentation may change."""
+    spec = EncoderSpec(shutil.copytree(text_model, str(tmp_path / "model")), ("title",))
     write_catalog(tmp_path / "raw", titles(3))
-    encode(tmp_path / "raw", "text", recipe)
+    encode(tmp_path / "raw", "text", spec)
     (tmp_path / "model" / "README.md").write_text("other words")
-    assert encode(tmp_path / "raw", "text", recipe).found == 3
+    assert encode(tmp_path / "raw", "text", spec).found == 3
     name = change(tmp_path / "model")
     write_catalog(tmp_path / "raw", titles(number))
     with pytest.raises(ConfigError, match=rf"other {name}: vectors of two models do not compare"):
-        encode(tmp_path / "raw", "text", recipe)
+        encode(tmp_path / "raw", "text", spec)
     assert len(read(tmp_path / "raw", "text")) == 3
 
 
@@ -345,26 +345,26 @@ def test_a_model_of_the_hub_is_known_by_its_files(
     reference = cache / "models--org--tiny" / "refs" / "main"
     reference.parent.mkdir()
     reference.write_text(40 * "0")
-    recipe = Recipe("org/tiny", ("title",))
+    spec = EncoderSpec("org/tiny", ("title",))
     write_catalog(tmp_path / "raw", titles(3))
-    assert encode(tmp_path / "raw", "text", recipe).made == 3
+    assert encode(tmp_path / "raw", "text", spec).made == 3
     write_catalog(tmp_path / "raw", titles(4))
     reference.write_text(40 * "1")
     with pytest.raises(ConfigError, match=f"other {name}"):
-        encode(tmp_path / "raw", "text", recipe)
+        encode(tmp_path / "raw", "text", spec)
     reference.write_text(40 * "0")
-    assert encode(tmp_path / "raw", "text", recipe).made == 1
+    assert encode(tmp_path / "raw", "text", spec).made == 1
 
 
 def test_features_of_before_the_files_were_kept_go_on(text_model: str, tmp_path: Path) -> None:
     write_catalog(tmp_path, titles(3))
-    recipe = Recipe(text_model, ("title",))
-    encode(tmp_path, "text", recipe)
-    path = tmp_path / "features" / "text" / encoding.RECIPE
+    spec = EncoderSpec(text_model, ("title",))
+    encode(tmp_path, "text", spec)
+    path = tmp_path / "features" / "text" / encoding.RECORD_FILE
     whole = json.loads(path.read_text())
     path.write_text(json.dumps({name: whole[name] for name in ("model", "columns", "pictures", "weights")}))
     write_catalog(tmp_path, titles(4))
-    assert encode(tmp_path, "text", recipe).made == 1
+    assert encode(tmp_path, "text", spec).made == 1
     assert json.loads(path.read_text()) == whole
 
 
@@ -375,7 +375,9 @@ def test_no_file_is_handed_to_a_program(picture_model: str, tmp_path: Path, monk
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png", "EPS")
     write_catalog(tmp_path, [{"item_id": "a"}])
-    assert encode(tmp_path, "image", Recipe(picture_model, pictures=str(tmp_path))).set_aside == {"broken_picture": 1}
+    assert encode(tmp_path, "image", EncoderSpec(picture_model, pictures=str(tmp_path))).set_aside == {
+        "broken_picture": 1
+    }
     assert not (tmp_path / "started").exists()
 
 
@@ -394,7 +396,7 @@ def test_pictures_in_memory_are_bounded(picture_model: str, tmp_path: Path, monk
     for number in range(8):
         Image.new("RGB", (30, 30)).save(tmp_path / f"{number}.png")
     write_catalog(tmp_path, [{"item_id": str(number)} for number in range(8)])
-    assert encode(tmp_path, "image", Recipe(picture_model, pictures=str(tmp_path))).made == 8
+    assert encode(tmp_path, "image", EncoderSpec(picture_model, pictures=str(tmp_path))).made == 8
     assert sizes == [3, 3, 2]
 
 
@@ -402,21 +404,21 @@ def test_pictures_in_memory_are_bounded(picture_model: str, tmp_path: Path, monk
 def test_a_modality_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     write_catalog(tmp_path / "raw", titles(3))
     with pytest.raises(ConfigError, match="is no name of a folder"):
-        encode(tmp_path / "raw", name, Recipe("m", ("title",)))
+        encode(tmp_path / "raw", name, EncoderSpec("m", ("title",)))
     assert [path.name for path in (tmp_path / "raw").iterdir()] == ["items"]
 
 
 def test_what_the_model_cannot_do_is_said(text_model: str, picture_model: str, tmp_path: Path) -> None:
     write_catalog(tmp_path, titles(3))
-    recipe = Recipe(text_model, ("title",))
+    spec = EncoderSpec(text_model, ("title",))
     with pytest.raises(ConfigError, match="no device 'nonsense'"):
-        encode(tmp_path, "text", recipe, device="nonsense")
+        encode(tmp_path, "text", spec, device="nonsense")
     with pytest.raises(ConfigError, match="batch of 0"):
-        encode(tmp_path, "text", recipe, batch_size=0)
+        encode(tmp_path, "text", spec, batch_size=0)
     with pytest.raises(ConfigError, match="takes image, not text"):
-        encode(tmp_path, "text", Recipe(picture_model, ("title",)))
+        encode(tmp_path, "text", EncoderSpec(picture_model, ("title",)))
     with pytest.raises(ConfigError, match="takes text, not image"):
-        encode(tmp_path, "image", Recipe(text_model, pictures=str(tmp_path)))
+        encode(tmp_path, "image", EncoderSpec(text_model, pictures=str(tmp_path)))
 
 
 def test_ids_of_any_string_type(text_model: str, tmp_path: Path) -> None:
@@ -425,4 +427,4 @@ def test_ids_of_any_string_type(text_model: str, tmp_path: Path) -> None:
         (raw / "items").mkdir(parents=True)
         ids = pa.array(["a", "b"]).cast(kind)
         pq.write_table(pa.table({"item_id": ids, "title": ["x", "y"]}), raw / "items" / "items.parquet")
-        assert [encode(raw, "text", Recipe(text_model, ("title",))).made for _ in range(2)] == [2, 0]
+        assert [encode(raw, "text", EncoderSpec(text_model, ("title",))).made for _ in range(2)] == [2, 0]

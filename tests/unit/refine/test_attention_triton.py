@@ -14,12 +14,12 @@ pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch; to
 
 from crane_core.errors import ConfigError
 from crane_core.refine import attention_triton as rca_triton
-from crane_core.refine.kernels import FusedTanh, _attend_groups, _attend_groups_backward
+from crane_core.refine.kernels import FusedTanh, attend_groups, attend_groups_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
 GROUPS = [(0, 3, 40, 41), (3, 140, 0, 40), (140, 150, 45, 130)]
-"""A group of one key, one of more rows than a block, one of more keys; keys 41 to 44 nobody attends to."""
+"""A group of one key, one of more rows than a block, one of more keys; no query attends to keys 41 to 44."""
 
 
 def rows(seed: int, *shape: int) -> Tensor:
@@ -56,12 +56,12 @@ def test_softmax_over_groups_and_its_gradients(dtype: torch.dtype, limit: float,
     queries, keys, incoming = (rows(seed, size, 32).to(dtype) for seed, size in ((3, 150), (4, 130), (5, 150)))
     queries = queries * scale
     exact = [each.double() for each in (queries, keys, incoming)]
-    expected, mass = _attend_groups(exact[0], exact[1], GROUPS)
+    expected, mass = attend_groups(exact[0], exact[1], GROUPS)
     found, found_mass = rca_triton.attend(queries.to(DEVICE), keys.to(DEVICE), GROUPS, "softmax")
     # Wide scores: a rounded one counts by its exponential.
     assert close(found, expected, limit * scale)
     assert close(found_mass, mass, limit)
-    gradients = _attend_groups_backward(exact[0], exact[2], expected, mass, exact[1], GROUPS)
+    gradients = attend_groups_backward(exact[0], exact[2], expected, mass, exact[1], GROUPS)
     statistics = mass.float().to(DEVICE), (exact[2] * expected).sum(1).float().to(DEVICE)
     given = (queries.to(DEVICE), keys.to(DEVICE), incoming.to(DEVICE), statistics, GROUPS)
     backward = rca_triton.attend_backward(*given, "softmax")

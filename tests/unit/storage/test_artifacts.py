@@ -1,8 +1,9 @@
+"""Artifacts and run records: found, refused when damaged, and named by fingerprints."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from crane_core.config_file import load_config
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.stages import STAGES
 from crane_core.storage import open_storage
-from crane_core.storage.artifacts import Artifact, ArtifactStore, content_checksum
+from crane_core.storage.artifacts import ArtifactStore, artifact_checksum
+from tests.worlds.artifacts import publish
 
 STAGE = STAGES["etl.features"]
 
@@ -24,13 +26,6 @@ def configure(*settings: str) -> RunConfig:
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     uri = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3_uri")
     return ArtifactStore(open_storage(uri), tmp_path / "cache")
-
-
-def publish(store: ArtifactStore, folder: Path, text: str = "data", **extra: Any) -> Artifact:
-    (folder / "table").mkdir(parents=True)
-    (folder / "table" / "part-0").write_text(text)
-    (folder / "facts.json").write_text("{}")
-    return store.publish(folder, {"stage": "etl.features", "fingerprint": "f", "facts": {"n": 3}, **extra})
 
 
 def test_published_artifact_is_found_with_facts_and_files(store: ArtifactStore, tmp_path: Path) -> None:
@@ -107,14 +102,14 @@ def test_entry_leads_to_the_artifact(store: ArtifactStore, tmp_path: Path) -> No
 
 
 def test_content_of_a_table_is_that_of_its_rows() -> None:
-    def content(files: dict[str, str], tables: dict[str, str]) -> str:
-        return content_checksum({name: {"bytes": 1, "sha256": sha} for name, sha in files.items()}, tables)
+    def checksum(files: dict[str, str], tables: dict[str, str]) -> str:
+        return artifact_checksum({name: {"bytes": 1, "sha256": sha} for name, sha in files.items()}, tables)
 
-    reference = content({"t/part-0": "a", "m.npy": "b"}, {"t": "rows"})
-    assert content({"t/part-0": "x", "t/part-1": "y", "m.npy": "b"}, {"t": "rows"}) == reference
-    assert content({"t/part-0": "a", "m.npy": "b"}, {"t": "other"}) != reference
-    assert content({"t/part-0": "a", "m.npy": "c"}, {"t": "rows"}) != reference
-    assert content({"t/part-0": "a", "m.npy": "b"}, {}) != reference
+    reference = checksum({"t/part-0": "a", "m.npy": "b"}, {"t": "rows"})
+    assert checksum({"t/part-0": "x", "t/part-1": "y", "m.npy": "b"}, {"t": "rows"}) == reference
+    assert checksum({"t/part-0": "a", "m.npy": "b"}, {"t": "other"}) != reference
+    assert checksum({"t/part-0": "a", "m.npy": "c"}, {"t": "rows"}) != reference
+    assert checksum({"t/part-0": "a", "m.npy": "b"}, {}) != reference
 
 
 def test_manifest_is_json_with_size_and_checksum_of_every_file(store: ArtifactStore, tmp_path: Path) -> None:

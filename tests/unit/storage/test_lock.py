@@ -1,4 +1,4 @@
-"""Lock files: one holder, and a dead holder holds nothing."""
+"""Lock files: held by one process at a time, and released when it dies."""
 
 import subprocess
 import sys

@@ -1,0 +1,82 @@
+"""Amazon reviews and metadata become raw data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crane_core.errors import DataError
+from crane_core.raw.checks import check_features
+from crane_core.raw.files import list_features
+from crane_core.raw.importers import import_amazon
+from tests.worlds.sources import check, table
+
+REVIEWS = [
+    {"rating": 5.0, "user_id": "A1", "parent_asin": "B1", "asin": "B1x", "timestamp": 1588687728923, "text": "good"},
+    {"rating": 1.0, "user_id": "A2", "parent_asin": "B1", "timestamp": 1588687728923, "verified_purchase": True},
+    {"rating": 4.0, "user_id": "A1", "parent_asin": "B2", "timestamp": 1609459199999},
+    {"rating": 4.0, "user_id": None, "parent_asin": "B2", "timestamp": None},
+]
+
+PRODUCTS = [
+    {
+        "parent_asin": f"B{n}",
+        "title": f"Blue kettle {n}",
+        "average_rating": 4.9,
+        "features": ["steel", "cordless"],
+        "description": ["boils water"],
+        "categories": ["Kitchen", "Kettles"],
+        "details": {"x": "y"},
+    }
+    for n in (1, 2, 3)
+]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_amazon_reviews_become_raw_data(tmp_path: Path, suffix: str) -> None:
+    write_lines(tmp_path / f"Kitchen.jsonl{suffix}", REVIEWS)
+    write_lines(tmp_path / f"meta_Kitchen.jsonl{suffix}", PRODUCTS)
+    raw = tmp_path / "raw"
+    imported = import_amazon(tmp_path / f"Kitchen.jsonl{suffix}", raw)
+    assert (imported.num_users, imported.num_items, imported.num_interactions) == (2, 3, 4)
+    assert (imported.start, imported.end) == (date(2020, 12, 31), date(2021, 1, 1))
+    days = {path.name: table(raw, f"interactions/{path.name}") for path in (raw / "interactions").iterdir()}
+    assert {name: rows.num_rows for name, rows in days.items()} == {
+        "dt=2020-05-05": 2,
+        "dt=2020-12-31": 1,
+        "dt=1970-01-01": 1,
+    }
+    rows = days["dt=2020-05-05"].select(["user_id", "item_id", "weight"]).to_pylist()
+    assert rows == [
+        {"user_id": "A1", "item_id": "B1", "weight": 5.0},
+        {"user_id": "A2", "item_id": "B1", "weight": 1.0},
+    ]
+    assert days["dt=2020-12-31"]["event_time"][0].as_py().microsecond == 999000
+    check(raw, imported.start, imported.end, needs_label=False)
+    assert table(raw, "items")["title"].to_pylist() == ["Blue kettle 1", "Blue kettle 2", "Blue kettle 3"]
+    check_features(list_features(raw, ())["text"])
+    assert not import_amazon(tmp_path / f"Kitchen.jsonl{suffix}", raw).is_new
+
+
+def test_broken_amazon_files_are_errors(tmp_path: Path) -> None:
+    reviews = tmp_path / "Kitchen.jsonl"
+    with pytest.raises(DataError, match="There is no file"):
+        import_amazon(reviews, tmp_path / "raw")
+    write_lines(tmp_path / "meta_Kitchen.jsonl", PRODUCTS)
+    reviews.write_text('{"user_id": "A1", "rating": \n')
+    with pytest.raises(DataError, match="cannot be read after 0 rows"):
+        import_amazon(reviews, tmp_path / "raw")
+    write_lines(reviews, [{"user_id": "A1"}])
+    with pytest.raises(DataError, match="no review with a time"):
+        import_amazon(reviews, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()

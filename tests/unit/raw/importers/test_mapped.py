@@ -1,0 +1,81 @@
+"""Files described by a mapping become raw data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from crane_core.errors import ConfigError, DataError
+from crane_core.raw.importers import import_mapped
+from tests.worlds.sources import check, table
+
+MAPPING = """
+dataset: shop
+interactions:
+  files: [events/*.csv]
+  columns: {user_id: customer, item_id: sku, event_time: at, weight: quantity, event_type: kind}
+  zone: Europe/Berlin
+items:
+  files: [products.tsv]
+  columns: {item_id: sku, title: name}
+features:
+  text: {files: [text.parquet], columns: {item_id: sku, vector: embedding}}
+  image: {files: [image.npy], ids: image_ids.txt}
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    (tmp_path / "events").mkdir()
+    (tmp_path / "events" / "a.csv").write_text(
+        "at,customer,sku,quantity,kind,note\n2026-01-05 23:30:00,c1,00017,2,view,x\n"
+        '2026-01-05T23:30:00Z,c2,"a,b",,purchase,y\n'
+    )
+    (tmp_path / "products.tsv").write_text("sku\tname\tprice\n00017\tKettle\t9\nz\tCup\t1\n")
+    pq.write_table(pa.table({"sku": ["00017"], "embedding": [[1.0, 2.0]]}), tmp_path / "text.parquet")
+    np.save(tmp_path / "image.npy", np.ones((2, 3), dtype=np.float16))
+    (tmp_path / "image_ids.txt").write_text("00017\nz\n")
+    (tmp_path / "mapping.yaml").write_text(MAPPING)
+    return tmp_path
+
+
+def test_mapped_files_become_raw_data(shop: Path) -> None:
+    raw = shop / "raw"
+    imported = import_mapped(shop / "mapping.yaml", raw)
+    assert (imported.num_users, imported.num_items, imported.num_interactions) == (2, 3, 2)
+    assert imported.modalities == {"image": 3, "text": 2}
+    rows = table(raw, "interactions/dt=2026-01-05").to_pylist()
+    found = [
+        (row["user_id"], row["item_id"], row["event_time"].isoformat(), row["weight"], row["event_type"])
+        for row in rows
+    ]
+    assert found == [
+        ("c1", "00017", "2026-01-05T22:30:00+00:00", 2.0, "view"),
+        ("c2", "a,b", "2026-01-05T23:30:00+00:00", None, "purchase"),
+    ]
+    check(raw, imported.start, imported.end, needs_label=False)
+    assert not import_mapped(shop / "mapping.yaml", raw).is_new
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error", "expected"),
+    [
+        ("event_time: at, ", "", ConfigError, "must name event_time"),
+        ("zone: Europe/Berlin", "zone: Mars", ConfigError, "IANA"),
+        ("dataset: shop", "datasets: shop", ConfigError, "dataset"),
+        ("customer", "client", DataError, "no column client|client"),
+        ("events/*.csv", "events/*.xls", DataError, "no file 'events/.\\\\*.xls'"),
+        ("zone: Europe/Berlin", "time: s", DataError, "cannot be read"),
+        ("ids: image_ids.txt", "ids: products.tsv", DataError, "3 ids"),
+        ("vector: embedding", "vector: vec", DataError, "cannot be read|no column"),
+    ],
+)
+def test_wrong_mappings_are_errors(shop: Path, before: str, after: str, error: type[Exception], expected: str) -> None:
+    (shop / "mapping.yaml").write_text(MAPPING.replace(before, after))
+    with pytest.raises(error, match=expected):
+        import_mapped(shop / "mapping.yaml", shop / "raw")
+    assert not (shop / "raw").exists()
