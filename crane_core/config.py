@@ -17,7 +17,7 @@ Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
 Precision = Literal["float32", "bfloat16"]
 Loss = Literal["softmax", "bpr"]
 PREVIOUS = "previous"
-"""`etl.base_run` of a run that goes on from the one before it, whichever that is."""
+"""Value of `etl.base_run` that stands for the run before this one."""
 
 
 class Section(BaseModel):
@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 def known_zone(name: str) -> str:
-    """The name, if the IANA database has it; a ValueError otherwise."""
+    """Return the name if the IANA database has it; raise a ValueError otherwise."""
     try:
         ZoneInfo(name)
     except (KeyError, ValueError, OSError) as error:
@@ -103,7 +103,7 @@ class Etl(Section):
     """The run stops when one is above this."""
 
     def going_on_from(self, run: str | None) -> Etl:
-        """The same with another `base_run`."""
+        """Return the same with another `base_run`."""
         return self.model_copy(update={"base_run": run})
 
     @field_validator("time_zone")
@@ -190,11 +190,11 @@ class Refine(Section):
     agreement_weight: float = Field(0.1, ge=0)
     """Weight of the InfoNCE loss between the modalities of one item."""
     max_drift: float = Field(0.0, ge=0, le=1)
-    """A run with `etl.base_run` keeps that run's weights, keys and rows of RCA and refines new and changed items alone,
-    as long as at most this share of an item's neighbours would be others in a catalog refined anew with these weights.
-    Past it, where the two runs do not fit together, where most items have other features than in that run (`zscore` and
-    `max_dim` measure all of them anew every day), or where the catalog has doubled, everything is built anew. 0: always
-    anew."""
+    """Largest drift at which a run with `etl.base_run` keeps that run's weights, keys and rows of RCA and refines only
+    new and changed items. The drift is the share of an item's neighbours that would differ if the whole catalog were
+    refined anew with these weights. Everything is built anew above it; where the settings of the two runs differ; where
+    most items have other features than in that run (`zscore` and `max_dim` change all of them every day); and where the
+    catalog has doubled. 0: everything is built anew in every run."""
     chunk_size: int = Field(16384, ge=1)
     """Rows refined at a time, written at a time, and lost at most when a job is killed; also the upper bound of the
     edges of a block of scores. Memory grows with it, the result does not depend on it beyond rounding."""
@@ -245,9 +245,9 @@ class Train(Section):
     patience: int = Field(20, ge=1)
     """Epochs without a better validation recall before training stops."""
     num_neighbours: int | None = Field(None, ge=1)
-    """An epoch propagates over a random part of the user-item graph, about so many edges for every node, weighted so
-    that products stay right on average: for graphs whose propagation costs more than the batches do, or that a GPU
-    cannot hold. Validation ranks by the whole graph. None propagates over all of it."""
+    """Edges for every node, on average, in the random part of the user-item graph that an epoch propagates over. Its
+    products equal those of the whole graph on average. For graphs whose propagation costs more than the batches, or
+    that a GPU cannot hold. Validation ranks by the whole graph. None: every epoch propagates over the whole graph."""
     validation_users: int = Field(20_000, ge=1)
     """Users the validation recall is measured on; a fixed sample where there are more."""
     checkpoint_steps: int = Field(200, ge=1)
@@ -286,8 +286,8 @@ class CraneSettings(Section):
     num_negatives: int = Field(1024, ge=1)
     """Random items that all rows of a batch share as negatives under `softmax`."""
     ranking_negatives: Literal["warm", "catalog"] = "warm"
-    """Where these are drawn from: items with training interactions, or all items. As negatives, items nobody has met
-    would only learn to be ranked last."""
+    """Where these are drawn from: items with training interactions, or all items. Drawing cold items as negatives would
+    push every cold item to the bottom."""
     ranking_temperature: float = Field(0.2, gt=0)
     """Temperature of the softmax."""
     user_balance: float = Field(0.5, ge=0, le=1)
@@ -309,7 +309,7 @@ class CraneSettings(Section):
     """Its negatives for a user: the other users of the batch, or also its items but for those the user has met in
     training; likewise for an item."""
     edge_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the user-item edges CRANE goes without in a training epoch; popular ends lose more."""
+    """Share of the user-item edges that CRANE drops in a training epoch; popular users and items lose more."""
 
     @property
     def reads_users(self) -> bool:

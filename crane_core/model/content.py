@@ -1,4 +1,4 @@
-"""What CRANE learns on beside the interactions: refined rows and the item graph, frozen or learned with the rest."""
+"""Content: refined rows and the item graph, which CRANE reads beside the interactions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from crane_core.storage.matrix import open_matrix
 
 @dataclass(frozen=True)
 class Content:
-    """Frozen inputs of the semantic view, as the refine and graph stages left them.
+    """Frozen content, as the stages `ml.refine` and `ml.graph` left it.
 
     Attributes:
         items: refined item rows, float32 [num_items, M, d], each of length 1.
@@ -39,33 +39,32 @@ class Content:
 
     @property
     def width(self) -> int:
-        """M d, the numbers in a row."""
+        """Numbers in a row, M d."""
         return self.items[0].numel()
 
     def rows(self) -> tuple[Tensor, Tensor | None]:
-        """`items` and `users`."""
+        """Return `items` and `users`."""
         return self.items, self.users
 
     def start_epoch(self, epoch: int) -> None:
-        """Nothing here changes."""
+        """Do nothing: frozen content does not change."""
 
 
 class JointContent(nn.Module):
-    """Inputs of the semantic view that learn with the model: RCA over the whole catalog, with gradients.
+    """Content that learns with the model: RCA over the whole catalog, with gradients.
 
-    The paper has one learned fusion `W_F`. Here the fusion of the model takes the rows, and the refiner's own, which
-    no gradient reaches, only weighs the modalities in the item graph: there it stays as it was fitted, or the plain
+    The paper has one learned fusion `W_F`. Here the model fuses the rows with a fusion of its own. The refiner's fusion
+    only weighs the modalities in the item graph; no gradient reaches it, so it stays as it was fitted, or the plain
     average.
 
     Args:
         modalities: standardised features, and profiles where the model reads user rows. Kept whole on the device, as
             float32: a step would widen them all.
         refiner: projection and RCA; its parameters become the model's.
-        chunk_size: bounds the blocks of scores. The rows themselves, a few times M d numbers for each recursion, are
-            kept for the backward pass.
-        k: neighbours in the item graph.
-        graph_epochs: epochs that a graph is kept.
-        with_users: whether to refine the users too.
+        refine: `chunk_size` bounds the blocks of scores. The rows themselves, a few times M d numbers for each
+            recursion, are kept for the backward pass.
+        knn: neighbours in the item graph.
+        crane: epochs that a graph is kept, and whether to refine the users too.
         device: where the rows will be.
 
     Attributes:
@@ -81,42 +80,41 @@ class JointContent(nn.Module):
         self,
         modalities: list[Modality],
         refiner: Refiner,
-        chunk_size: int,
-        k: int,
-        graph_epochs: int,
-        with_users: bool,
+        refine: Refine,
+        knn: Knn,
+        crane: CraneSettings,
         device: torch.device,
     ) -> None:
         super().__init__()
         refiner.fusion.requires_grad_(False)
         self.refiner = refiner.to(device)
-        self.chunk_size = chunk_size
-        self.k = k
-        self.graph_epochs = graph_epochs
+        self.chunk_size = refine.chunk_size
+        self.k = knn.k
+        self.graph_epochs = crane.graph_epochs
         self.items = [(_tensor(each.items, device).float(), _tensor(each.present, device)) for each in modalities]
         self.users = [
             (_tensor(each.profiles, device) / scale, _tensor(each.counts, device) > 0)
             for each, scale in zip(modalities, refiner.get_buffer("profile_scales"), strict=True)
-            if with_users
+            if crane.reads_users
         ]
         num_items = len(modalities[0].items)
-        empty = torch.empty(num_items, min(k, num_items - 1), dtype=torch.int32, device=device)
+        empty = torch.empty(num_items, min(knn.k, num_items - 1), dtype=torch.int32, device=device)
         self.register_buffer("neighbours", empty)
         self.register_load_state_dict_post_hook(_connect)
         self._find_neighbours()
 
     @property
     def width(self) -> int:
-        """M d, the numbers in a row."""
+        """Numbers in a row, M d."""
         return self.refiner.biases.numel()
 
     def rows(self) -> tuple[Tensor, Tensor | None]:
-        """Refined rows by the current weights, each of length 1: items float32 [num_items, M, d], and users."""
+        """Return the refined rows , each of length 1: items float32 [num_items, M, d], and users."""
         items, users = self._refined(self.users)
         return F.normalize(items, dim=2), F.normalize(users, dim=2) if self.users else None
 
     def start_epoch(self, epoch: int) -> None:
-        """Build the graph anew where it is due. The one of the start is built with the content."""
+        """Build the graph anew in every `graph_epochs`-th epoch; the first one is built with the content."""
         if epoch and epoch % self.graph_epochs == 0:
             self._find_neighbours()
 
@@ -139,12 +137,12 @@ class JointContent(nn.Module):
 
 
 def _connect(content: JointContent, _: Any = None) -> None:
-    """Make the graph of the neighbours, which a state dict may just have replaced."""
+    """Make the graph of the neighbours anew: a state dict may have replaced them."""
     content.graph = neighbour_graph(content.neighbours)
 
 
 def neighbour_graph(neighbours: Tensor) -> SymmetricGraph:
-    """The graph, on their device, of int32 [num_items, k] neighbours."""
+    """Return the graph of int32 [num_items, k] neighbours, on their device."""
     return SymmetricGraph(build_graph(neighbours.cpu().numpy()), neighbours.device)
 
 
@@ -156,7 +154,7 @@ def joint_content(
     crane: CraneSettings,
     device: torch.device,
 ) -> JointContent:
-    """The content of a joint training at its start.
+    """Return the content of a joint training at its start.
 
     Args:
         modalities: features and profiles.
@@ -167,11 +165,11 @@ def joint_content(
     refiner = Refiner([each.items.shape[1] for each in modalities], profile_scales(modalities), refine)
     if crane.joint_start == "fitted":
         refiner.load_state_dict(fitted)
-    return JointContent(modalities, refiner, refine.chunk_size, knn.k, crane.graph_epochs, crane.reads_users, device)
+    return JointContent(modalities, refiner, refine, knn, crane, device)
 
 
 def load_content(refined: Artifact, graph: Artifact, device: torch.device, with_users: bool) -> Content:
-    """Read the artifacts of `ml.refine` and `ml.graph`, the user rows only on demand."""
+    """Read the artifacts of `ml.refine` and `ml.graph`; user rows only where `with_users`."""
     items, users = (
         F.normalize(torch.from_numpy(np.array(open_matrix(refined.file(name)))), dim=2).to(device) if wanted else None
         for name, wanted in (("items.npy", True), ("users.npy", with_users))

@@ -17,15 +17,15 @@ from crane_core.model.views import Batch, PickedViews, Views
 class Crane(LightGCN):
     """A semantic view `h` from refined content beside the behavioural view `e` (arXiv 2601.11151, section 3.4).
 
-    Departures from the paper, chosen by validation recall; each is a field of `Train`, and the preset `paper` has the
-    paper's choice:
+    Departures from the paper, chosen by validation recall. Each is a field of `CraneSettings`; the preset `paper` has
+    the paper's choice:
 
     - `h` spreads ID embeddings gated by content over the item graph instead of content itself (the gate of MGCN,
       arXiv 2308.03588), so both views live in one space, and `h_u` sums the user's items; a projection of a node's
       own refined row is added, so that a user is also what the refined profile says;
-    - every dimension of `h` enters `z` as far as a gate driven by `e` trusts it;
+    - a gate driven by `e` weighs every dimension of `h` before it enters `z`;
     - ranking is learned by a sampled softmax with warm negatives, in which a user's weight grows slower than the
-      user's history. An item nobody has met is ranked by the mean length of its neighbours in the item graph.
+      user's history. A cold item is ranked by the mean length of its neighbours in the item graph.
 
     Args:
         num_users, num_items: sizes of the id maps.
@@ -55,12 +55,12 @@ class Crane(LightGCN):
             self.trust = nn.Parameter(torch.full((1,), 0.1))
 
     def shard(self, shards: Shards) -> None:
-        """Content stays whole on every rank, and each computes the semantic view of its own rows."""
+        """Keep the embeddings of one rank. Content stays whole; every rank computes the semantic view of its rows."""
         super().shard(shards)
         self.user_shards, self.item_shards = (Shards((size,), shards.rank, shards.world_size) for size in shards.sizes)
 
     def start_epoch(self, epoch: int) -> None:
-        """Let the content build its graph anew."""
+        """Let the content build its graph anew where that is due."""
         self.content.start_epoch(epoch)
 
     def forward(self, graph: SymmetricGraph) -> Views:
@@ -68,7 +68,7 @@ class Crane(LightGCN):
 
         With `X = [X_1 ; ... ; X_M]`, the refined rows: `F = X W_F + b_F`, `h_i = G_II^L (id_i sigmoid(F_i)) + X_i W_O`,
         and `h_u` is the normalised sum of the spread IDs over the user's training items, plus `X_u W_O`. For the other
-        forms see `Train`.
+        forms see `CraneSettings`.
         """
         behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         semantic = self._semantic(graph)
@@ -81,10 +81,10 @@ class Crane(LightGCN):
         return Views(final, behaviour, semantic)
 
     def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
-        """LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items.
+        """Return LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items.
 
-        With `contrast_negatives=both_kinds`, over both at once: then the items a user has met in training are no
-        negatives of the user, nor the user one of theirs.
+        With `contrast_negatives=both_kinds` it is over both at once. Then a user and an item that have met in training
+        are no negatives of each other.
         """
         assert views.semantic is not None
         kinds, false = [batch.users, batch.positives + self.num_users], None
@@ -106,7 +106,7 @@ class Crane(LightGCN):
         return fill_cold(super()._lengths(items, graph), is_warm, self.content.graph)
 
     def _item_graph(self) -> SymmetricGraph:
-        """This rank's rows of the content's graph, cut anew when the content has built another."""
+        """Return this rank's rows of the content's graph, selected anew when the content has built another graph."""
         whole = self.content.graph
         if self.item_shards.world_size == 1:
             return whole
@@ -137,12 +137,12 @@ class Crane(LightGCN):
 
 
 def fill_cold(rows: Tensor, is_warm: Tensor, graph: SymmetricGraph) -> Tensor:
-    """Give the items nobody has met the mean row of their warm neighbours, weighted by the item graph.
+    """Give cold items the mean row of their warm neighbours, weighted by the item graph.
 
     A cold item without a warm neighbour gets a zero row.
 
     Args:
-        rows: float32 [num_items, d], of which only warm rows were learned.
+        rows: float32 [num_items, d]; only rows of warm items were learned.
         is_warm: bool [num_items].
         graph: the item graph.
     """
@@ -153,5 +153,5 @@ def fill_cold(rows: Tensor, is_warm: Tensor, graph: SymmetricGraph) -> Tensor:
 
 
 def _beside(users: Tensor, between: Tensor, items: Tensor) -> Tensor:
-    """The symmetric matrix of a block among users, one among items, and the one between them."""
+    """Return the symmetric matrix of a block among users, a block among items, and the block between them."""
     return torch.cat([torch.cat([users, between], dim=1), torch.cat([between.T, items], dim=1)])

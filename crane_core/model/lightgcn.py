@@ -13,14 +13,14 @@ from crane_core.model.sharding import Shards
 from crane_core.model.views import Batch, PickedViews, Rows, Views
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""How far the length of an item's row may count when it is ranked; validation chooses."""
+"""Powers of the length of an item's row that scores may be multiplied by; validation chooses one."""
 
 
 class LightGCN(nn.Module):
     """Propagated ID embeddings (He et al., arXiv 2002.02126).
 
-    The paper learns with BPR and ranks by dot products. With a sampled softmax over cosines the length of a row stays
-    free, and propagation gives it the item's popularity: an item is then ranked by cosine times length to a power that
+    The paper learns with BPR and ranks by dot products. A sampled softmax over cosines leaves the length of a row free,
+    and propagation gives it the item's popularity. Items are then ranked by cosine times length to a power, which
     validation chooses.
 
     Args:
@@ -29,11 +29,11 @@ class LightGCN(nn.Module):
         loss: of the ranking; LightGCN's own is BPR.
 
     Attributes:
-        edge_dropout: share of the edges a training epoch goes without; LightGCN keeps them all.
-        shares_negatives: whether the rows of a batch share their negatives, or have one each.
-        contrasts_kinds: whether users are contrasted with items, which needs `Batch.known`.
-        num_views: how many of the views differ.
-        content_width: numbers of a node's refined row that its view reads.
+        edge_dropout: share of the edges that a training epoch drops; LightGCN keeps all of them.
+        shares_negatives: whether the rows of a batch share their negatives; otherwise each row has one.
+        contrasts_kinds: whether users are contrasted with items; this needs `Batch.known`.
+        num_views: number of views that differ.
+        content_width: numbers that the view reads of a node's refined row.
     """
 
     def __init__(self, num_users: int, num_items: int, config: ModelConfig, loss: Loss = "bpr") -> None:
@@ -53,32 +53,34 @@ class LightGCN(nn.Module):
         )
 
     def shard(self, shards: Shards) -> None:
-        """Keep the embeddings of one rank only; from then on `forward` gives its rows of all nodes, from its graph."""
+        """Keep the embeddings of one rank. `forward` then returns the rows of that rank, from its rows of the graph."""
         self.shards = shards
         self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
 
     def start_epoch(self, epoch: int) -> None:
-        """Called before the first step of every epoch, the same on every rank.
+        """Prepare an epoch; called before its first step, the same on every rank.
 
-        Whatever it changes must be in the state dict: a training resumed within the epoch does not call it again.
+        All that it changes must be in the state dict: a training resumed within the epoch does not call it again.
         """
 
     def forward(self, graph: SymmetricGraph) -> Views:
-        """Rows of all nodes from the user-item graph."""
+        """Return the rows of all nodes from the user-item graph."""
         behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         return Views(behaviour, behaviour, None)
 
     def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
-        """The terms of the loss, weighted: means over the batch, of which this rank adds up its own rows.
+        """Return the weighted terms of the loss, this rank's part of the mean over the batch.
 
         Summed over ranks, values and gradients are those of the whole batch.
-        `ranking`: BPR or the sampled softmax on `z`. `regularisation`: lambda / 2 times the squared norm of the
-        batch's embeddings.
+
+        Returns:
+            `ranking`: BPR or the sampled softmax on `z`. `regularisation`: lambda / 2 times the squared norm of the
+            batch's embeddings.
         """
         nodes = [batch.users, batch.positives + self.num_users]
         if not self.shares_negatives:
             nodes.append(batch.negatives + self.num_users)
-        # A rank that keeps a shard answers for the nodes it keeps, one that keeps all of them for its rows.
+        # A rank that keeps a shard counts the nodes that it keeps; a rank that keeps all nodes, those of its rows.
         mine = self.shards.own if self.shards.world_size > 1 else batch.mine
         penalty = (
             self.config.lightgcn.regularisation
@@ -88,7 +90,7 @@ class LightGCN(nn.Module):
         return {"ranking": self._ranking(views, batch), "regularisation": penalty / len(batch.users)}
 
     def rankings(self, views: Views, graph: SymmetricGraph) -> dict[str, Rows]:
-        """The ways to rank by these views, by name; training goes by the one that validation prefers.
+        """Return the ways to rank by these views; validation chooses one.
 
         Returns:
             name to users float32 [num_users, d] and items float32 [num_items, d], whose dot products are the scores.
@@ -101,7 +103,7 @@ class LightGCN(nn.Module):
         return {f"length^{power:g}": (users, items * lengths**power) for power in POWERS}
 
     def _lengths(self, items: Tensor, graph: SymmetricGraph) -> Tensor:
-        """float32 [num_items, 1], what stands for the popularity of an item."""
+        """Return the length of every item's row, which stands for its popularity: float32 [num_items, 1]."""
         return items.norm(dim=1, keepdim=True)
 
     def _ranking(self, views: Views | PickedViews, batch: Batch) -> Tensor:
@@ -117,7 +119,7 @@ class LightGCN(nn.Module):
         return (batch.mine(batch.weights) * values).sum() / len(batch.users)
 
     def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:
-        """Squared norm of the nodes' ID embeddings, as the LightGCN paper has it."""
+        """Return the squared norm of the nodes' ID embeddings, as in the LightGCN paper."""
         ids = views.ids if isinstance(views, PickedViews) else self.ids
         return ids[nodes].square().sum()
 

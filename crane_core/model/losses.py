@@ -12,17 +12,19 @@ from crane_core.model.views import Batch, Picked
 
 
 def bpr(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """`-log sigmoid` of score differences (Rendle et al., UAI 2009): float32 [n, d] each -> [n]."""
+    """Return `-log sigmoid` of score differences (Rendle et al., UAI 2009): float32 [n, d] each -> [n]."""
     return F.softplus(-(users * (positives - negatives)).sum(1))
 
 
 def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Tensor, temperature: float) -> Tensor:
-    """Negative log probability of the positive among itself and the negatives, by cosine (Wu et al., arXiv 2201.02327).
+    """Return the sampled softmax loss over cosines (Wu et al., arXiv 2201.02327).
+
+    It is the negative log probability of the positive among itself and the negatives.
 
     Args:
         users, positives: float32 [n, d].
         negatives: float32 [m, d], shared by all rows.
-        met: bool [n, m], negatives the row's user has met: they are left out of its softmax.
+        met: bool [n, m], negatives that the row's user has met; they are left out of its softmax.
         temperature: what the cosines are divided by.
 
     Returns:
@@ -34,7 +36,9 @@ def sampled_softmax(users: Tensor, positives: Tensor, negatives: Tensor, met: Te
 
 
 def log_sum_exp(left: Tensor, right: Tensor, left_out: Tensor | None = None) -> Tensor:
-    """Logarithm of the sum over j of `exp(left_i . right_j)`, in one block of n x m numbers from score to gradient.
+    """Return the logarithm of the sum over j of `exp(left_i . right_j)`.
+
+    One block of n x m numbers serves from the scores to the gradient.
 
     Args:
         left: float32 [n, d].
@@ -75,7 +79,7 @@ def info_nce(
     temperature: float,
     false: Tensor | None = None,
 ) -> Tensor:
-    """Agreement of two views of the same nodes (van den Oord et al., arXiv 1807.03748), cosine similarity.
+    """Return the InfoNCE loss of two views of the same nodes, by cosine (van den Oord et al., arXiv 1807.03748).
 
     The positive of a node is itself in the other view; its negatives are the other distinct nodes given, over all
     ranks, the false ones left out.
@@ -85,7 +89,7 @@ def info_nce(
         nodes: int64 [n], nodes of the batch, repeats allowed.
         batch: says which of the distinct nodes are this rank's.
         temperature: tau.
-        false: bool [distinct nodes, distinct nodes], both ascending: which are no negatives of which.
+        false: bool [distinct nodes, distinct nodes], both ascending: pairs that are no negatives.
 
     Returns:
         Sum over this rank's distinct nodes, divided by the number of distinct nodes of the batch.

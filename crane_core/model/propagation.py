@@ -1,4 +1,4 @@
-"""Propagation over a symmetric sparse graph: one kernel, forward and backward."""
+"""Propagation over a symmetric sparse graph, with one kernel for forward and backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from crane_core.model.sharding import Shards
 
 _BLOCK_ENTRIES = 1 << 24
-"""Entries of a matrix that are brought to the device at a time: 128 MiB."""
+"""Entries of a matrix that are moved to the device at a time: 128 MiB."""
 
 
 class SymmetricGraph:
@@ -52,15 +52,15 @@ class SymmetricGraph:
         self._cuts = np.unique([0, *inner, matrix.shape[0]]).tolist()
 
     def __matmul__(self, rows: Tensor) -> Tensor:
-        """float32 or float64 [m, d] -> [m, d], the rows of this rank."""
+        """Multiply, with a gradient: float32 or float64 [m, d] -> [m, d], the rows of this rank."""
         return _SymmetricProduct.apply(rows, self)
 
     def degrees(self) -> Tensor:
-        """int64 [n], entries of each row of all ranks."""
+        """Return the number of entries of each row, of all ranks: int64 [n]."""
         return self.shards.collect(self._offsets.diff().long())
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """The product without a gradient."""
+        """Multiply without a gradient."""
         gathered = self.shards.collect(rows.detach().contiguous())
         if len(self._cuts) == 2:
             return _sum_rows(gathered, self._offsets, self._indices, self._values)
@@ -91,7 +91,7 @@ class _SymmetricProduct(torch.autograd.Function):
 
 
 def propagate(graph: SymmetricGraph, embeddings: Tensor, num_layers: int) -> Tensor:
-    """Mean of the embeddings over propagation steps 0..num_layers (LightGCN, eq. 7-8).
+    """Return the mean of the embeddings over propagation steps 0..num_layers (LightGCN, eq. 7-8).
 
     Args:
         graph: symmetric-normalised [num_nodes, num_nodes].
@@ -109,10 +109,10 @@ def propagate(graph: SymmetricGraph, embeddings: Tensor, num_layers: int) -> Ten
 
 
 def drop_edges(users: np.ndarray, items: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Choose the user-item edges of an epoch: popular ends lose more (degree-sensitive edge dropout).
+    """Choose the user-item edges that an epoch keeps: degree-sensitive edge dropout.
 
-    Exactly `round(share * num_edges)` edges go; an edge is kept with weight `1 / sqrt(deg_user * deg_item)`, drawn
-    without replacement.
+    Exactly `round(share * num_edges)` edges are dropped. Edges to keep are drawn without replacement with the weight
+    `1 / sqrt(deg_user * deg_item)`, so popular users and items lose more.
 
     Args:
         users, items: int [num_edges].
@@ -144,7 +144,7 @@ class DirectedGraph:
         self.onward, self.back = (SymmetricGraph(part, device) for part in (matrix, matrix.T.tocsr()))
 
     def __matmul__(self, rows: Tensor) -> Tensor:
-        """float32 [m, d] -> [n, d]."""
+        """Multiply, with a gradient: float32 [m, d] -> [n, d]."""
         return _DirectedProduct.apply(rows, self)
 
 

@@ -1,8 +1,8 @@
-"""Rows of nodes spread over the ranks of a training: who keeps which, and how they meet.
+"""Rows of nodes, sharded over the ranks of a training.
 
-One dimension: a rank keeps some users and some items, their embeddings, their optimiser state and their rows of the
-graph. Kinds are cut apart one by one, since an item has more edges than a user. The collectives are torch's; shards
-of uneven size are padded to the largest.
+A rank keeps some users and some items: their embeddings, their optimiser state and their rows of the graph. Users and
+items are partitioned separately, so that every rank gets about as many edges: an item has more edges than a user. The
+collectives are torch's; shards of uneven size are padded to the largest.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from crane_core.errors import ConfigError
 
 
 class Shards:
-    """Which rows of each kind of node a rank keeps: equal numbers, in order, up to one row.
+    """The rows of each kind of node that a rank keeps: consecutive, and as many on every rank up to one row.
 
     Args:
-        sizes: number of nodes of each kind; rows of all nodes hold the kinds one after the other.
+        sizes: number of nodes of each kind. The rows of all nodes hold one kind after the other.
         rank, world_size: of the training.
 
     Raises:
@@ -39,16 +39,16 @@ class Shards:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all nodes."""
+        """Number of rows of all nodes."""
         return sum(self.sizes)
 
     @property
     def num_local(self) -> int:
-        """Rows this rank keeps."""
+        """Number of rows that this rank keeps."""
         return sum(part.stop - part.start for part in self.parts())
 
     def parts(self, rank: int | None = None) -> list[slice]:
-        """The rows of all nodes that a rank, this one when None, keeps: a slice for each kind."""
+        """Return the rows that a rank keeps, this rank when None: a slice of the rows of all nodes for each kind."""
         rank = self.rank if rank is None else rank
         slices, offset = [], 0
         for size in self.sizes:
@@ -58,11 +58,11 @@ class Shards:
         return slices
 
     def local(self, rows: Tensor) -> Tensor:
-        """This rank's of the rows of all nodes: [num_rows, ...] -> [num_local, ...]."""
+        """Select the rows of this rank from those of all nodes: [num_rows, ...] -> [num_local, ...]."""
         return rows if self.world_size == 1 else torch.cat([rows[part] for part in self.parts()])
 
     def own(self, nodes: Tensor) -> Tensor:
-        """Of some nodes, int64 [n], those this rank keeps, as local rows."""
+        """Select the nodes that this rank keeps, and return their local row numbers: int64 [n] -> [m], m <= n."""
         if self.world_size == 1:
             return nodes
         found, offset = [], 0
@@ -72,7 +72,7 @@ class Shards:
         return torch.cat(found)
 
     def collect(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, on every rank: [num_local, d] -> [num_rows, d]; no gradient."""
+        """Gather the rows of all ranks on every rank, without a gradient: [num_local, d] -> [num_rows, d]."""
         if self.world_size == 1:
             return rows
         padded = rows.new_zeros(self._width, *rows.shape[1:])
@@ -82,7 +82,7 @@ class Shards:
         return torch.cat([gathered[place] for place, _ in self._places()])
 
     def add_up(self, rows: Tensor) -> Tensor:
-        """This rank's rows of the sum over ranks: [num_rows, d] -> [num_local, d]; no gradient."""
+        """Sum over the ranks and return the rows of this rank, without a gradient: [num_rows, d] -> [num_local, d]."""
         if self.world_size == 1:
             return rows
         padded = rows.new_zeros(self.world_size * self._width, *rows.shape[1:])
@@ -94,11 +94,11 @@ class Shards:
 
     @property
     def _width(self) -> int:
-        """Rows of the largest shard, were it the largest in every kind."""
+        """Upper bound of the rows of a shard."""
         return sum(-(-size // self.world_size) for size in self.sizes)
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
-        """Where each part stands in the gathered rows, and in the rows of all nodes; in the order of the latter."""
+        """Yield the places of each part in the gathered rows and among all nodes, in the order of the nodes."""
         shards = [self.parts(rank) for rank in range(self.world_size)]
         for kind in range(len(self.sizes)):
             for rank, parts in enumerate(shards):

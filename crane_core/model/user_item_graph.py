@@ -10,13 +10,13 @@ import scipy.sparse as sp
 from crane_core.model.sharding import Shards
 
 _BLOCK_EDGES = 1 << 20
-"""Edges that are drawn, or get their values, at a time."""
+"""Edges that are sampled, or whose values are computed, at a time."""
 
 
 def user_item_graph(users: np.ndarray, items: np.ndarray, shards: Shards) -> sp.csr_array:
-    """Normalised bipartite graph of LightGCN, the rows of one rank: float32 CSR, users first, sorted int32 columns.
+    """Return the normalised bipartite graph of LightGCN, the rows of one rank.
 
-    Both halves are laid out directly: beside the result, memory holds about its size once more.
+    float32 CSR, users first, sorted int32 columns. Peak memory is about twice the size of the result.
 
     Args:
         users, items: int [n], no pair twice.
@@ -31,7 +31,9 @@ def user_item_graph(users: np.ndarray, items: np.ndarray, shards: Shards) -> sp.
 def sampled_user_item_graph(
     users: np.ndarray, items: np.ndarray, shards: Shards, num_neighbours: int, generator: np.random.Generator
 ) -> sp.csr_array:
-    """A random part of the user-item graph of `num_neighbours` edges a node, whose products are right on average.
+    """Return a random part of the user-item graph, about `num_neighbours` edges for every node.
+
+    Its products equal those of the whole graph on average.
 
     The edge sampler of GraphSAINT (Zeng et al., ICLR 2020): an edge between nodes of degrees d and e is kept with the
     chance `p = min(1, num_neighbours (1 / d + 1 / e))` and weighs `1 / (p sqrt(d e))`, at most
@@ -39,8 +41,8 @@ def sampled_user_item_graph(
 
     Args:
         users, items, shards: as of `user_item_graph`.
-        num_neighbours: edges that a node keeps by its own degree, on average; those its neighbours keep come on top.
-        generator: of the draw.
+        num_neighbours: edges that a node keeps on average by its own degree; edges kept by its neighbours are added.
+        generator: of the sample.
     """
     roots = _inverse_roots(users, items, shards)
     kept = np.empty(len(users), dtype=bool)
@@ -52,7 +54,7 @@ def sampled_user_item_graph(
 
 
 def _inverse_roots(users: np.ndarray, items: np.ndarray, shards: Shards) -> np.ndarray:
-    """float64 [num_rows], `degree^-1/2` of every node; 0 without edges."""
+    """Return `degree^-1/2` of every node, 0 for a node without edges: float64 [num_rows]."""
     counts = [np.bincount(nodes, minlength=size) for nodes, size in zip((users, items), shards.sizes, strict=True)]
     degrees = np.concatenate(counts)
     inverse = np.zeros(len(degrees))
@@ -61,14 +63,14 @@ def _inverse_roots(users: np.ndarray, items: np.ndarray, shards: Shards) -> np.n
 
 
 def _chances(left: np.ndarray, right: np.ndarray, num_neighbours: int) -> np.ndarray:
-    """That edges are kept, by the inverse roots of the degrees of their ends."""
+    """Return the chances that edges are kept, from the inverse roots of the degrees of their ends."""
     return np.minimum(1, num_neighbours * (left**2 + right**2))
 
 
 def _lay_out(
     users: np.ndarray, items: np.ndarray, roots: np.ndarray, shards: Shards, num_neighbours: int | None = None
 ) -> sp.csr_array:
-    """The rows of one rank of the edges, with values of the whole graph's `roots`."""
+    """Return the rows of one rank of some edges, with values by the degrees of the whole graph."""
     num_users, num_items = shards.sizes
     own_users, own_items = shards.parts()
     met = _rows_of(users, items, own_users, shards.sizes)
@@ -92,7 +94,7 @@ def _lay_out(
 
 
 def _rows_of(rows: np.ndarray, columns: np.ndarray, part: slice, shape: tuple[int, ...]) -> sp.csr_array:
-    """Some rows of a matrix that has ones at the given places: int8 CSR, sorted int32 columns."""
+    """Return some rows of the matrix that has ones at the given places: int8 CSR, sorted int32 columns."""
     if part != slice(0, shape[0]):
         inside = (rows >= part.start) & (rows < part.stop)
         rows, columns = rows[inside] - part.start, columns[inside]

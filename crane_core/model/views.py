@@ -15,15 +15,18 @@ Rows = tuple[Tensor, Tensor]
 
 
 class Batch(NamedTuple):
-    """Training rows: users and items they met, int64 [n] each, and items they did not.
+    """A batch of training interactions, with negatives.
 
-    `negatives` is int64 [n], one for each row, or int64 [m] shared by all rows; then `met`, bool [n, m], says which of
-    them the row's user has met after all, and `weights`, float32 [n], how much each row counts.
+    Every rank holds the same batch and computes the loss of every `world_size`-th row of it.
 
-    For a contrast between users and items, `known`, bool [distinct users, distinct positives], both ascending, says
-    which of these items each of these users has met in training.
-
-    Of `world_size` ranks that hold the same batch, rank `rank` answers for every `world_size`-th row.
+    Attributes:
+        users, positives: int64 [n], the interactions.
+        negatives: int64 [n], one for each row; or int64 [m], shared by all rows.
+        rank, world_size: of the training.
+        met: bool [n, m], shared negatives that the row's user has met in training.
+        weights: float32 [n], how much each row counts, for shared negatives.
+        known: bool [distinct users, distinct positives], both ascending: which of these items each of these users has
+            met in training. Only for a contrast between users and items.
     """
 
     users: Tensor
@@ -36,7 +39,7 @@ class Batch(NamedTuple):
     known: Tensor | None = None
 
     def mine(self, rows: Tensor) -> Tensor:
-        """The rows this rank answers for."""
+        """Select the rows whose loss this rank computes."""
         return rows[self.rank :: self.world_size]
 
 
@@ -55,20 +58,22 @@ class Views:
     semantic: Tensor | None
 
     def collect(self, shards: Shards) -> Views:
-        """The rows of all ranks, without a gradient."""
+        """Gather the rows of all ranks, without a gradient."""
         final = shards.collect(self.final.detach())
         behaviour = final if self.behaviour is self.final else shards.collect(self.behaviour.detach())
         return Views(final, behaviour, None if self.semantic is None else shards.collect(self.semantic.detach()))
 
 
 class Picked:
-    """Rows to pick from, whose gradients add up here: plain indexing makes one of the size of all rows at every pick.
+    """Rows to select from, whose gradients are summed here.
+
+    Plain indexing would make a gradient of the size of all rows at every selection.
 
     Args:
         rows: float32 [n, d].
 
     Attributes:
-        gradient: float32 [n, d], what all backward passes have brought.
+        gradient: float32 [n, d], the sum over all backward passes.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -78,11 +83,11 @@ class Picked:
         self._anchor = rows.new_zeros((), requires_grad=True)
 
     def __getitem__(self, nodes: Tensor) -> Tensor:
-        """float32 [m, d], the rows of int64 [m] nodes."""
+        """Select the rows of some nodes: int64 [m] -> float32 [m, d]."""
         return _Pick.apply(self._anchor, self, nodes)
 
     def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
-        """As of a tensor."""
+        """Return zeros, as the method of a tensor."""
         return self.rows.new_zeros(shape)
 
 
@@ -100,11 +105,11 @@ class _Pick(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PickedViews:
-    """What the losses of a step read: views of all ranks and this rank's ID embeddings, each made once for a step.
+    """The rows that the losses of a step read: views of all ranks, and the ID embeddings of this rank.
 
     Attributes:
         final, behaviour, semantic: as in `Views`.
-        ids: the embeddings this rank keeps.
+        ids: the embeddings that this rank keeps.
     """
 
     final: Picked
@@ -114,14 +119,14 @@ class PickedViews:
 
     @classmethod
     def of(cls, views: Views, ids: nn.Parameter, shards: Shards) -> PickedViews:
-        """Gather the rows of all ranks."""
+        """Gather the rows of all ranks, once for a step."""
         rows = views.collect(shards)
         final = Picked(rows.final)
         behaviour = final if rows.behaviour is rows.final else Picked(rows.behaviour)
         return cls(final, behaviour, None if rows.semantic is None else Picked(rows.semantic), Picked(ids))
 
     def backward(self, views: Views, ids: nn.Parameter, shards: Shards) -> None:
-        """Add up what has reached the rows on all ranks, and send it on through this rank's part of `views`."""
+        """Sum the gradients of the rows over the ranks, and propagate them back through this rank's part of `views`."""
         pairs = ((self.final, views.final), (self.behaviour, views.behaviour), (self.semantic, views.semantic))
         reached = {rows: picked for picked, rows in pairs if picked is not None and rows is not None}
         gradients = [shards.add_up(picked.gradient) for picked in reached.values()]

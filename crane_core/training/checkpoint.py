@@ -1,4 +1,4 @@
-"""Checkpoints of a training: every rank writes the rows it keeps, and one file says which set of them counts."""
+"""Checkpoints of a training: every rank writes the rows that it keeps, and one file names the newest complete set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = 2
 
 
 class Checkpoint(NamedTuple):
-    """What a training goes on from.
+    """The state that a training goes on from.
 
     Attributes:
         sharded: name to this rank's rows [num_local, ...].
@@ -39,7 +39,9 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder all ranks see; the newest complete one counts, at whatever moment a rank dies.
+    """The checkpoints in a folder that all ranks see.
+
+    A kill at any moment leaves the newest complete checkpoint.
 
     Args:
         folder: of the training. `checkpoint.json` is replaced last and names the folder `checkpoint-{version}` with
@@ -52,7 +54,7 @@ class Checkpoints:
         self.shards = shards
 
     def write(self, version: str, checkpoint: Checkpoint) -> None:
-        """Write all ranks' parts, then make them count, then remove what they replace. Every rank calls it."""
+        """Write the parts of all ranks, name them the newest, then remove older ones. Every rank calls it."""
         target, shards = self.folder / f"checkpoint-{version}", self.shards
         target.mkdir(exist_ok=True)
         write_tensors(target / f"rank-{shards.rank}.safetensors", checkpoint.sharded)
@@ -74,7 +76,7 @@ class Checkpoints:
                 shutil.rmtree(other)
 
     def read(self) -> Checkpoint | None:
-        """The newest checkpoint, with the rows of this rank; None before the first.
+        """Read the newest checkpoint, with the rows of this rank; None before the first.
 
         Raises:
             ArtifactError: it is of another format or of other numbers of rows, or damaged.
@@ -109,7 +111,7 @@ class Checkpoints:
         return Checkpoint(sharded, load_tensors(target / "replicated.safetensors"), pointer["state"])
 
     def _rows(self, name: str, files: list[Any], written: Shards) -> Tensor:
-        """This rank's rows, from the files of those who kept them."""
+        """Read the rows of this rank from the files of the ranks that wrote them."""
         pieces = []
         for mine in self.shards.parts():
             for rank, file in enumerate(files):
@@ -124,7 +126,7 @@ class Checkpoints:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that is complete or absent, and on the disk when it is there."""
+    """Write a safetensors file that is complete or absent, and synced to the disk when it appears."""
     spooled = path.with_name(f".{path.name}")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, spooled)
     sync(spooled)

@@ -1,4 +1,4 @@
-"""What a step of training needs in memory, and what there is."""
+"""Estimate the memory that a training needs, and compare it with what is free."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _FLOAT = 4
 _EDGE = 16
 """Bytes of an edge in a graph: a column and a value in the row of either end."""
 _LISTED_EDGE = 20
-"""Bytes of its user and its places among the rows to learn from and in the order of an epoch."""
+"""Bytes of an edge in lists: its user, its number among the interactions to learn from, its place in an epoch."""
 _DRAWN_EDGE = 20
-"""Bytes beside all that while graphs are laid out and the edges of an epoch drawn, when no step is at work."""
+"""Further bytes of an edge while graphs are built and the edges of an epoch are drawn; no step runs meanwhile."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(model: LightGCN, num_edges: int, device: torch.device, free: int) -> None:
-    """Refuse a training that cannot fit, before its graph is laid out.
+    """Refuse a training that cannot fit, before its graph is built.
 
     Args:
-        model: what a step propagates and learns from.
+        model: of the training.
         num_edges: training interactions.
         device: of the model.
-        free: bytes there.
+        free: bytes that are free there.
 
     Raises:
         TrainingError: with the batch, or else the width and the means, that would fit.
@@ -61,10 +61,10 @@ def check_memory(model: LightGCN, num_edges: int, device: torch.device, free: in
 
 
 def edge_bytes(model: LightGCN, num_edges: int, device: torch.device) -> int:
-    """Bytes held for the edges on the device, beside their items.
+    """Return the bytes that the edges take on the device, beside their items.
 
-    This rank's rows of the graph and of what is left of it for an epoch; on a CPU also the lists of the edges, whole on
-    every rank. What graphs are sampled from stays off a GPU.
+    These are this rank's rows of the graph and of the graph of an epoch; on a CPU also the lists of all edges, which
+    every rank holds. The graph that others are sampled from is not moved to a GPU.
     """
     on_gpu, num_neighbours = device.type == "cuda", model.config.train.num_neighbours
     in_graphs = 0 if on_gpu and num_neighbours is not None else num_edges
@@ -76,11 +76,11 @@ def edge_bytes(model: LightGCN, num_edges: int, device: torch.device) -> int:
 
 
 def node_bytes(model: LightGCN, dim: int) -> int:
-    """Bytes a step of `dim` columns holds for the nodes, beside graphs, embeddings and frozen content.
+    """Return the bytes that a step of `dim` columns takes for the nodes, beside graphs, embeddings and frozen content.
 
-    By node of this rank: gradient, two moments, the propagated layers, and what CRANE's views are made of; by node of
-    all ranks and view: the gathered rows, the rows the loss reads, and their gradient. The refinement of a joint
-    training is not in it.
+    For a node of this rank: gradient, two moments, propagated layers, and the parts of CRANE's views. For a node of all
+    ranks and every view: the gathered rows, the rows that the loss reads, and their gradient. The refinement of a joint
+    training is not counted.
     """
     local = (4 + model.num_views) * dim + model.content_width
     return (local * model.shards.num_local + 3 * model.num_views * dim * model.shards.num_rows) * _FLOAT

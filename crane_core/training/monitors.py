@@ -1,4 +1,4 @@
-"""What goes wrong while rows are learned, in numbers, and when it is worth a line in the log."""
+"""Monitors of a training: figures that show a failure, and the thresholds of warnings."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLLAPSE = 0.02
-"""How far from 1 to d the effective rank of the users' rows must reach, or they have collapsed. LightGCN under BPR
-passes through 0.036 (Last.fm 2K, d = 64) while popularity is all it knows, and learns on from there."""
+"""Least effective rank of the users' rows, as a share of the way from 1 to d; below it they have collapsed. LightGCN
+under BPR passes through 0.036 (Last.fm 2K, d = 64) while it has learned popularity alone, and recovers."""
 OVERWHELMED = 2.0
-"""Times the gradient of the ranking that the gradient of another term of the loss may reach. At the default settings
+"""Largest gradient norm of another term of the loss, as a multiple of that of the ranking. At the default settings
 CRANE's contrast stays at 0.005 and LightGCN's regularisation at 0.04 (Last.fm 2K)."""
 GRADIENT = "gradient_"
-"""What the name of a term is prefixed with where the norm of its gradient is meant."""
+"""Prefix of the name of a term of the loss, for the norm of its gradient."""
 
 
 def effective_rank(rows: Tensor) -> float:
-    """How many directions the rows spread over: exp of the entropy of the spectrum of their second moments.
+    """Return how many directions the rows spread over: exp of the entropy of the spectrum of their second moments.
 
     The spectrum is that of the second-moment matrix of the rows scaled to length 1, divided by its sum: a row's length
     changes neither the user's ranking nor this number. These are the squares of the singular values; the effective rank
@@ -41,7 +41,7 @@ def effective_rank(rows: Tensor) -> float:
 
 
 def cosine_moments(rows: Tensor) -> tuple[float, float]:
-    """Mean and variance of the cosines of two different rows, from moments of the scaled rows: no pair is computed.
+    """Return mean and variance of the cosines of two different rows, from moments of the scaled rows.
 
     Args:
         rows: float32 [n, d]; a zero row has cosine 0 to all others.

@@ -9,16 +9,17 @@ import numpy as np
 from crane_core.dataset.interactions import ItemLists
 
 _ROUNDS = 50
-"""Draws of a negative before the items left to a user are listed: half of the items rejects one in 10**15."""
+"""Draws of a negative before the items left to the user are listed. Where a user has met half of the items, one in
+10**15 is left after so many."""
 
 
 class NegativeSampler:
-    """Items a user has not met.
+    """Draws items that a user has not met.
 
     Args:
         train: training items per user.
         num_items: catalog size.
-        pool: what shared negatives are drawn from, `warm` items or the whole `catalog`.
+        pool: where shared negatives are drawn from, `warm` items or the whole `catalog`.
 
     Attributes:
         exhausted: bool [num_users], users who have met every item; no negative exists for them.
@@ -31,7 +32,7 @@ class NegativeSampler:
         self._pool = np.unique(train.items) if pool == "warm" else np.arange(num_items)
 
     def one_each(self, users: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """One item for each user, uniform over the catalog by exact rejection: int [n] -> int64 [n].
+        """Draw one item for each user, uniform over the items left, by rejection: int [n] -> int64 [n].
 
         None of the users is exhausted.
         """
@@ -42,14 +43,14 @@ class NegativeSampler:
             if not len(rejected):
                 return items
             items[rejected] = generator.integers(self.num_items, size=len(rejected))
-        # Who has met nearly all items would be rejected nearly forever.
+        # A user who has met nearly all items would be rejected nearly forever.
         for row in rejected[self._train.holds(users[rejected], items[rejected])]:
             own = self._train.rows(users[[row]])[1]
             items[row] = generator.choice(np.setdiff1d(np.arange(self.num_items), own))
         return items
 
     def shared(self, users: np.ndarray, size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Random items of the pool, the same for all users.
+        """Draw random items of the pool, the same for all users.
 
         Args:
             users: int [n].
@@ -63,7 +64,7 @@ class NegativeSampler:
         return items, self.met(users, items)
 
     def met(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether each user has met each item: int [n] and distinct int [m] -> bool [n, m]."""
+        """Return whether each user has met each item: int [n] and distinct int [m] -> bool [n, m]."""
         column = np.full(self.num_items, -1, dtype=np.int32)
         column[items] = np.arange(len(items))
         rows, known = self._train.rows(users)

@@ -1,9 +1,9 @@
-"""How far CRANE's rows are trusted beside the behavioural view.
+"""Choose the share of CRANE's scores beside those of LightGCN.
 
-The paper adds the semantic view to the behavioural one and leaves their scales to chance, which loses a large part
-of the recall where content says little. Here LightGCN's rows `e`, trained alone, and CRANE's rows `z` stand beside
-each other, and a score is `(1 - s) e_u e_i + s z_u z_i` once both have the same spread. The share `s` is chosen on the
-validation split; at 0 the model is LightGCN itself, at 1 CRANE alone.
+The paper adds the semantic view to the behavioural one without fitting their scales. Where content says little, that
+loses a large part of the recall. Here a score is `(1 - s) e_u e_i + s z_u z_i`, where `e` are the rows of LightGCN,
+trained alone, and `z` those of CRANE, scaled to the same spread. The share `s` is chosen on the validation split: at 0
+the model is LightGCN, at 1 CRANE alone.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ class Trust:
 def choose_trust(
     behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions, config: ModelConfig
 ) -> Trust:
-    """The share that ranks the validation items best.
+    """Choose the share that ranks the validation items best.
 
-    One split cannot tell shares apart whose Recall@20 differs by less than chance. Of those within one standard error
-    of the best, by user, the one with the best NDCG@20 is taken, and the smallest of equals.
+    One split cannot distinguish shares whose Recall@20 differs by less than chance. Among the shares within one
+    standard error of the best, over users, the one with the best NDCG@20 is chosen, and the smallest of equal ones.
 
-    Items without training interactions have no row worth ranking by in the behavioural view: they are only ever its
-    negatives. Wherever CRANE is trusted at all they take the mean of their neighbours' rows there, so that both views
-    know them.
+    LightGCN learns nothing about items without training interactions but that they are negatives. At any share above 0
+    they take the mean of their neighbours' rows in LightGCN's view.
 
     Args:
         behaviour: rows of the behavioural view.
@@ -82,12 +81,12 @@ def choose_trust(
 
 
 def _indistinct(lead: np.ndarray) -> bool:
-    """Whether a lead, float64 [num_users], is within one standard error of its mean."""
+    """Return whether the mean of a lead, float64 [num_users], is within one standard error of 0."""
     return bool(lead.mean() <= lead.std() / len(lead) ** 0.5)
 
 
 def fuse(behaviour: Rows, crane: Rows, share: float) -> Rows:
-    """Rows whose dot products are `(1 - share) e_u e_i + share z_u z_i`, both of the spread of the first.
+    """Return rows whose dot products are `(1 - share) e_u e_i + share z_u z_i`, both of the spread of the first.
 
     The spread of a model is the standard deviation of its scores over all users and items.
     """
@@ -98,7 +97,7 @@ def fuse(behaviour: Rows, crane: Rows, share: float) -> Rows:
 
 
 def score_spread(users: torch.Tensor, items: torch.Tensor) -> float:
-    """Standard deviation of all scores `users @ items.T`, from their d x d moments: no score is computed."""
+    """Return the standard deviation of all scores `users @ items.T`, from the d x d moments of the rows."""
     mean = float(users.double().mean(0) @ items.double().mean(0))
     second = [rows.double().T @ rows.double() / len(rows) for rows in (users, items)]
     return max(float((second[0] * second[1]).sum()) - mean**2, 0.0) ** 0.5
