@@ -23,11 +23,11 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.graph.faiss_search import write_index
+from crane_core.release.champion_lock import lock_champion
 from crane_core.serving.export import write_popular, write_recommendations, write_similar
 from crane_core.serving.model_folder import load_recommender
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.ml.desk import take_desk
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job
 
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Find the champion and its run, and make or find the artifact."""
-    # Under the lease nobody is between moving the alias and testing through it.
-    with take_desk(config.runtime, store, f"export run={arguments.run}") as desk:
-        champion = desk.champion
-        run_id = desk.registry.version(champion).run_id if champion else None
+    # Under the lock no other process can be between moving the alias and testing the model through it.
+    with lock_champion(config.runtime, store, f"export run={arguments.run}") as lock:
+        champion = lock.champion
+        run_id = lock.registry.version(champion).run_id if champion else None
     if run_id is None:
         logger.info("skipped reason=no_champion")
         return {"status": "skipped", "reason": "There is no champion.", "version": None}

@@ -1,8 +1,8 @@
 """Register the model of a run: `python -m jobs.ml.register --store URI --run RUN_ID`.
 
 Leaves a version in the model registry with its evidence and lineage, and the alias `candidate` unless the run is a
-backfill. The same model and evaluation, laid out by the same version of this stage, are the same version, however often
-it is asked.
+backfill. The same model and evaluation, written by the same version of this stage, become one version, however often
+the job runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.release.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
+from crane_core.release.registry import CANDIDATE, Registry, open_registry
+from crane_core.release.version import DatasetReference, Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import load_recommender, write_model
 from crane_core.serving.probe import make_probe
@@ -60,7 +61,7 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
 
 
 def _make_candidate(registry: Registry, version: Version) -> str | None:
-    """The alias, unless a newer version carries it: registering an old run again must not bring it back."""
+    """Give a version the alias, unless a newer version has it: registering an old run again must not bring it back."""
     holder = registry.holder(CANDIDATE)
     if holder is not None and int(holder) > int(version.number):
         return None

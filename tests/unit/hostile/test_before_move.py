@@ -11,7 +11,7 @@ import pytest
 
 from crane_core.config import load_config
 from crane_core.release.ledger import Ledger
-from crane_core.release.registry import served_folder
+from crane_core.release.mlmodel import served_folder
 from crane_core.serving.model_folder import load_model
 from crane_core.serving.probe import smoke_test
 from crane_core.storage.artifacts import ArtifactStore
