@@ -51,7 +51,7 @@ def test_the_monitors_are_shown_where_the_training_has_them(store, earlier):
     spread = {} if earlier else {"profile_spread": {"text": 1.27}}
     publish(store, "ml.refine", {"fit.json": {"curve": [], "mean_cosine": [0.2]} | spread}, {"modalities": ["text"]})
     page = render(store, "run-1", CONFIG, [])
-    assert "Validation Recall@20 by trust" in page
+    assert "Validation Recall@20 by share" in page
     for text in ("Effective rank of the users", "Variance of these cosines", "Gradient norm: ranking", "text 1.27"):
         assert (text in page) is not earlier, text
 
