@@ -38,10 +38,9 @@ class JudgedWindow:
     @classmethod
     def load(cls, source: Artifact, users: np.ndarray) -> JudgedWindow:
         """Read the artifact of `etl.interactions`."""
-        ids = (
-            load_ids(source, folder, column).to_numpy() for folder, column in (("users", USER_ID), ("items", ITEM_ID))
-        )
-        return cls(load_interactions(source), *ids, users)
+        user_ids = load_ids(source, "users", USER_ID).to_numpy()
+        item_ids = load_ids(source, "items", ITEM_ID).to_numpy()
+        return cls(load_interactions(source), user_ids, item_ids, users)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def plot_models(models: Mapping[str, Any]) -> Figure:
         for position, name in enumerate(names):
             interval(axis, position, models[name][metric], COLOURS.get(name, INK), "{:.4f}")
         axis.set_title(title)
-        axis.set_yticks(range(len(names)), [label(name) for name in names])
+        axis.set_yticks(range(len(names)), [model_label(name) for name in names])
         axis.set_ylim(-0.6, len(names) - 0.35)
         axis.set_xlim(left=0)
         axis.margins(x=0.12)
@@ -53,7 +53,7 @@ def plot_differences(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Figu
         for position, (_, name, values) in enumerate(rows[::-1]):
             interval(axis, position, values[metric], COLOURS.get(name, INK), "{:+.4f}")
         axis.set_title(title)
-        axis.set_yticks(range(len(rows)), [label for label, _, _ in rows[::-1]])
+        axis.set_yticks(range(len(rows)), [text for text, _, _ in rows[::-1]])
         axis.set_ylim(-0.6, len(rows) - 0.35)
         axis.margins(x=0.15)
         clean(axis, "x")
@@ -92,7 +92,7 @@ def plot_curves(
         epochs = [point["epoch"] for point in curve]
         colour = COLOURS.get(name, INK)
         values = [point["recall@20"] for point in curve]
-        quality.plot(epochs, values, color=colour, linewidth=1.8, label=label(name))
+        quality.plot(epochs, values, color=colour, linewidth=1.8, label=model_label(name))
         best = models[name]["best_epoch"]
         if best in epochs:
             quality.plot([best], [values[epochs.index(best)]], "o", color=colour, markersize=6)
@@ -161,6 +161,6 @@ def plot_fit(fit: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def label(name: str) -> str:
+def model_label(name: str) -> str:
     """Return the name of a model as it is printed."""
     return LABELS.get(name, name)

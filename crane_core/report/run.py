@@ -22,7 +22,7 @@ from crane_core.report.page import STYLE, environment, plot_monitors, svg
 from crane_core.report.plots import (
     COLOURS,
     LABEL_COLOURS,
-    label,
+    model_label,
     plot_curves,
     plot_days,
     plot_differences,
@@ -94,7 +94,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
                 ("cost", "Time and memory", _cost),
             )
         }
-    template = environment({"label": label}).get_template("report.html")
+    template = environment({"label": model_label}).get_template("report.html")
     return template.render(
         run_id=run_id,
         window=config.window,
@@ -175,7 +175,7 @@ def _quality(run: _Run, chapter: Chapter) -> None:
     models = metrics["models"]
     judged = run.judgement()
     numbers = judged.numbers if judged else {}
-    rows = [(f"CRANE − {label(name)}", name, values) for name, values in metrics["differences"].items()]
+    rows = [(f"CRANE − {model_label(name)}", name, values) for name, values in metrics["differences"].items()]
     if numbers.get("differences"):
         rows.insert(0, (f"CRANE − champion (version {numbers['champion']})", "champion", numbers["differences"]))
     names = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in run.config.evaluate.ks]
@@ -218,7 +218,7 @@ def _training(run: _Run, chapter: Chapter) -> None:
     share = run.json("ml.train", "trust.json")
     chapter.data = {"models": models, "share": share["share"]}
     chapter.plots["curves"] = svg(plot_curves(curves, models, share))
-    monitors = plot_monitors({label(name): curve for name, curve in curves.items()}, LABEL_COLOURS, GRADIENT)
+    monitors = plot_monitors({model_label(name): curve for name, curve in curves.items()}, LABEL_COLOURS, GRADIENT)
     if monitors:
         chapter.plots["monitors"] = svg(monitors)
 

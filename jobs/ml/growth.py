@@ -35,7 +35,10 @@ def knn_base(job: Job) -> BaseGraph | None:
     if "growth" not in job.input("ml.refine").facts:
         return None
     earlier = _artifacts(job, KNN_FROM)
-    return find_base_graph(*earlier, job.config) if earlier else None
+    if not earlier:
+        return None
+    refined, graph = earlier
+    return find_base_graph(refined, graph, job.config)
 
 
 def _artifacts(job: Job, stages: tuple[str, ...]) -> list[Artifact]:
