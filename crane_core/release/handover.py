@@ -115,10 +115,10 @@ def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[]
         smoke()
     except Exception as error:
         restored = restore(ledger, aliases, entry, f"version {entry.version} failed its smoke test ({error})", fence)
-        remedy = error.remedy if isinstance(error, CraneError) else "Look at the model's files and register it again."
+        remedy = error.remedy if isinstance(error, CraneError) else "Register the run's model again and promote that."
         raise ArtifactError(
-            f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is "
-            f"{restored.champion or 'nobody'} again.",
+            f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is again "
+            f"{f'version {restored.champion}' if restored.champion else 'none'}.",
             remedy,
         ) from error
     aliases.tag(entry.version, {SMOKE_TAG: str(entry.seq)})

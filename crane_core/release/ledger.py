@@ -1,4 +1,4 @@
-"""The append-only ledger of the model registry: who became champion, when and why.
+"""The append-only ledger of the model registry: every decision about the champion, its time and its reason.
 
 One object per entry, `{store}/ledger/{seq:08d}.json`, made only if it does not exist, and chained: each entry
 carries the hash of the one before and its own. The ledger decides who is champion: an entry is written first and the

@@ -104,7 +104,8 @@ class Registry:
                 )
         except (MlflowException, OSError) as error:
             raise ConfigError(
-                f"The model registry {uri} does not answer ({error}).", "Correct runtime.registry or start the server."
+                f"The model registry {uri} does not answer ({error}).",
+                "Set runtime.registry to its URI, such as http://host:5000, or start the server.",
             ) from error
 
     def register(self, release: Release) -> tuple[Version, bool]:
@@ -262,7 +263,8 @@ class Registry:
             return mlflow.pyfunc.load_model(str(folder))
         except MlflowException as error:
             raise ArtifactError(
-                f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
+                f"models:/{self.name}{reference} cannot be loaded ({error}).",
+                "Register the run's model again and promote that.",
             ) from error
 
     @contextlib.contextmanager

@@ -29,12 +29,14 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce, run_job
+from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)
 
 
 def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Find the champion and its run, and make or find the artifact."""
+    usage = Usage()
     # Under the lock no other process can be between moving the alias and testing the model through it.
     with lock_champion(config.runtime, store, f"export run={arguments.run}") as lock:
         champion = lock.champion
@@ -44,7 +46,8 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
         return {"status": "skipped", "reason": "There is no champion.", "version": None}
     recorded = store.run(run_id)["config"]
     own = RunConfig.model_validate({**recorded, "runtime": config.runtime.model_dump()})
-    entry = produce(STAGES["ml.export"], run_id, "", own, store, run) | {"version": champion, "champion_run": run_id}
+    entry = usage.entry() | produce(STAGES["ml.export"], run_id, "", own, store, run)
+    entry |= {"version": champion, "champion_run": run_id}
     if run_id != arguments.run:
         store.record(run_id, "ml.export", "", entry)
     return entry

@@ -79,9 +79,9 @@ def _release(
     model = folder / config.runtime.model_name
     model.mkdir()
     write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
-    probe = folder / "probe.json"
-    answers = make_probe(recommender, PROBED_USERS)
-    probe.write_text(json.dumps(answers))
+    probe = make_probe(recommender, PROBED_USERS)
+    probe_file = folder / "probe.json"
+    probe_file.write_text(json.dumps(probe))
     metrics = json.loads(evaluated.file("metrics.json").read_text())
     identity = config.identity()
     git = _git_sha()
@@ -89,8 +89,8 @@ def _release(
         fingerprint=fingerprint,
         run_id=run_id,
         folder=model,
-        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe],
-        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in answers["answers"][:2]]}),
+        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
+        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
         params=_flat(identity),
         metrics={
             name: value
