@@ -37,8 +37,8 @@ PROBED_USERS = 32
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Make or find the version of a run and give it the alias."""
     inputs = _inputs(config, store, arguments.run)
-    contents = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
-    identity = [STAGES["ml.register"].version, *contents]
+    checksums = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
+    identity = [STAGES["ml.register"].version, *checksums]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
