@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from crane_core.report.page import FAINT, INK, STYLE, clean, environment, interval, plot_monitors, svg
+from crane_core.training.monitors import GRADIENT
 
 DEFAULT_COLOUR, COLOUR, VALIDATION_COLOUR = "#d9822b", "#0f5c8c", "#8a94a0"
 _FORM_COLOURS = ("#0f5c8c", "#d9822b", "#1d7a4d", "#6b4fa0", "#b3402e", "#66727e")
@@ -48,7 +49,8 @@ def _plots(found: Mapping[str, Any]) -> dict[str, Markup]:
     if measured:
         plots["variants"] = svg(_plot_variants(measured))
     labels = [row["label"] for row in found["table"]]
-    monitors = plot_monitors(found["curves"], dict(zip(labels, _FORM_COLOURS * len(labels), strict=False)))
+    colours = dict(zip(labels, _FORM_COLOURS * len(labels), strict=False))
+    monitors = plot_monitors(found["curves"], colours, GRADIENT)
     if monitors:
         plots["monitors"] = svg(monitors)
     if any(row["differences"] for row in found.get("thirds", ())):

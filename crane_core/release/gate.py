@@ -1,4 +1,4 @@
-"""The promotion gate: one pure decision from per-user evidence, by the rule in `promote` of the configuration."""
+"""The promotion gate: one pure decision from metrics per user, by the rule in `promote` of the configuration."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PRIMARY = ("ndcg@20", "recall@20")
 
 
 @dataclass(frozen=True)
-class Check:
+class Condition:
     """One condition of the gate.
 
     Attributes:
-        name: what is looked at.
-        found: the number found, None where it cannot be told.
-        limit: the number it is held against.
+        name: the number that is looked at.
+        found: its value, None where it is not a number.
+        limit: the value it is compared with.
         sense: how `found` must relate to `limit`: `>`, `>=` or `<=`.
         passed: whether it does.
         compares: whether it compares the primary metrics with the champion's.
@@ -43,7 +43,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says.
+    """Decision of the gate about one challenger.
 
     Attributes:
         promoted: whether the challenger becomes champion.
@@ -52,7 +52,7 @@ class Decision:
         champion: version it was compared with, None when there was none.
         num_users: users in the comparison.
         differences: challenger - champion with 95 % intervals, empty without a champion.
-        checks: every condition, in order.
+        checks: all conditions, in order.
         rule: the configuration of the gate.
     """
 
@@ -62,11 +62,11 @@ class Decision:
     champion: str | None
     num_users: int
     differences: Mapping[str, Interval]
-    checks: tuple[Check, ...]
+    checks: tuple[Condition, ...]
     rule: Mapping[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; what is not a number becomes null."""
+        """Return JSON values; a float that is not finite becomes null."""
         return _finite(asdict(self))
 
 
@@ -94,54 +94,85 @@ def decide(
     checks = [_check("number of users", num_users, ">=", rule.min_users)]
     differences: Mapping[str, Interval] = {}
     if champion is None:
-        recall = _mean(challenger.metrics["recall@20"])
-        checks += [
-            _check(f"recall@20 against {name}", recall, ">=", baselines.get(name, math.nan)) for name in rule.beats
-        ]
+        checks += _against_baselines(challenger, baselines, rule)
+        promoted, reason = _first_champion(checks, challenger, baselines, rule)
     elif challenger.window_end < champion.window_end:
-        reason = (
-            f"Refused: version {challenger.version} is made from a window that ends {challenger.window_end:%Y-%m-%d}, "
-            f"before that of champion {champion.version}, {champion.window_end:%Y-%m-%d}."
-        )
-        return _decision(False, reason, challenger, champion, num_users, {}, checks, rule)
+        promoted, reason = False, _older_window(challenger, champion)
     else:
         differences = paired_bootstrap(challenger.metrics, champion.metrics, bootstrap.num_bootstrap, bootstrap.seed)
-        lows, means = ({name: getattr(differences[name], which) for name in PRIMARY} for which in ("low", "mean"))
-        checks += [_check(f"lower bound of {name}", lows[name], ">", -rule.margin, True) for name in PRIMARY]
-        checks += [_check(f"mean of {name}", means[name], ">=", 0.0, True) for name in PRIMARY]
-        checks.append(_check("larger of the two means", max(means.values()), ">", 0.0, True))
-        checks += _guardrails(challenger, champion, rule)
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        reason = f"Refused: {_why(failed, champion, differences)}."
-    elif champion:
-        gains = ", ".join(_difference(name, differences[name]) for name in PRIMARY)
-        reason = f"Promoted: better than champion {champion.version} on {num_users} users ({gains}); guardrails hold."
-    else:
-        best = ", ".join(f"{name} {baselines[name]:.4f}" for name in rule.beats) or "none is asked for"
-        reason = (
-            f"Promoted: first champion, recall@20 {recall:.4f} on {num_users} users reaches its baselines ({best})."
-        )
-    return _decision(not failed, reason, challenger, champion, num_users, differences, checks, rule)
-
-
-def _why(failed: list[Check], champion: Measurement | None, differences: Mapping[str, Interval]) -> str:
-    others = [check.sentence() for check in failed if not check.compares]
-    if champion is None or len(others) == len(failed):
-        return "; ".join(check.sentence() for check in failed)
-    better = all(differences[name].mean >= 0 for name in PRIMARY) and any(
-        differences[name].mean > 0 for name in PRIMARY
+        checks += [*_against_champion(differences, rule), *_guardrails(challenger, champion, rule)]
+        promoted, reason = _next_champion(checks, champion, differences, num_users)
+    return Decision(
+        promoted=promoted,
+        reason=reason,
+        challenger=challenger.version,
+        champion=champion.version if champion else None,
+        num_users=num_users,
+        differences=differences,
+        checks=tuple(checks),
+        rule=rule.model_dump(mode="json"),
     )
-    verdict = "too uncertain to be better than" if better else "not better than"
+
+
+def _older_window(challenger: Measurement, champion: Measurement) -> str:
+    return (
+        f"Refused: version {challenger.version} is made from a window that ends {challenger.window_end:%Y-%m-%d}, "
+        f"before that of champion {champion.version}, {champion.window_end:%Y-%m-%d}."
+    )
+
+
+def _first_champion(
+    checks: list[Condition], challenger: Measurement, baselines: Mapping[str, float], rule: Promote
+) -> tuple[bool, str]:
+    """Return whether all conditions hold, and the reason, when there is no champion to compare with."""
+    failed = [check.sentence() for check in checks if not check.passed]
+    if failed:
+        return False, f"Refused: {'; '.join(failed)}."
+    num_users, recall = len(challenger.metrics["recall@20"]), _mean(challenger.metrics["recall@20"])
+    best = ", ".join(f"{name} {baselines[name]:.4f}" for name in rule.beats) or "none is asked for"
+    return True, (
+        f"Promoted: first champion, recall@20 {recall:.4f} on {num_users} users reaches its baselines ({best})."
+    )
+
+
+def _next_champion(
+    checks: list[Condition], champion: Measurement, differences: Mapping[str, Interval], num_users: int
+) -> tuple[bool, str]:
+    """Return whether all conditions hold, and the reason, beside a champion."""
     gains = ", ".join(_difference(name, differences[name]) for name in PRIMARY)
-    return "; ".join([f"{verdict} champion {champion.version} ({gains})", *others])
+    failed = [check for check in checks if not check.passed]
+    if not failed:
+        return True, (
+            f"Promoted: better than champion {champion.version} on {num_users} users ({gains}); guardrails hold."
+        )
+    reasons = [check.sentence() for check in failed if not check.compares]
+    if len(reasons) < len(failed):
+        means = [differences[name].mean for name in PRIMARY]
+        better = all(mean >= 0 for mean in means) and any(mean > 0 for mean in means)
+        verdict = "too uncertain to be better than" if better else "not better than"
+        reasons.insert(0, f"{verdict} champion {champion.version} ({gains})")
+    return False, f"Refused: {'; '.join(reasons)}."
+
+
+def _against_baselines(challenger: Measurement, baselines: Mapping[str, float], rule: Promote) -> list[Condition]:
+    recall = _mean(challenger.metrics["recall@20"])
+    return [_check(f"recall@20 against {name}", recall, ">=", baselines.get(name, math.nan)) for name in rule.beats]
+
+
+def _against_champion(differences: Mapping[str, Interval], rule: Promote) -> list[Condition]:
+    lows, means = ({name: getattr(differences[name], which) for name in PRIMARY} for which in ("low", "mean"))
+    return [
+        *(_check(f"lower bound of {name}", lows[name], ">", -rule.margin, True) for name in PRIMARY),
+        *(_check(f"mean of {name}", means[name], ">=", 0.0, True) for name in PRIMARY),
+        _check("larger of the two means", max(means.values()), ">", 0.0, True),
+    ]
 
 
 def _difference(name: str, interval: Interval) -> str:
     return f"{name} {interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
-def _guardrails(challenger: Measurement, champion: Measurement, rule: Promote) -> list[Check]:
+def _guardrails(challenger: Measurement, champion: Measurement, rule: Promote) -> list[Condition]:
     checks = [
         _check("coverage@20", challenger.coverage, ">=", rule.min_coverage_ratio * champion.coverage),
         _check(
@@ -154,31 +185,9 @@ def _guardrails(challenger: Measurement, champion: Measurement, rule: Promote) -
     return checks
 
 
-def _check(name: str, found: float, sense: str, limit: float, compares: bool = False) -> Check:
+def _check(name: str, found: float, sense: str, limit: float, compares: bool = False) -> Condition:
     passed = {">": found > limit, ">=": found >= limit, "<=": found <= limit}[sense]
-    return Check(name, float(found) if math.isfinite(found) else None, float(limit), sense, bool(passed), compares)
-
-
-def _decision(
-    promoted: bool,
-    reason: str,
-    challenger: Measurement,
-    champion: Measurement | None,
-    num_users: int,
-    differences: Mapping[str, Interval],
-    checks: list[Check],
-    rule: Promote,
-) -> Decision:
-    return Decision(
-        promoted,
-        reason,
-        challenger.version,
-        champion.version if champion else None,
-        num_users,
-        differences,
-        tuple(checks),
-        rule.model_dump(mode="json"),
-    )
+    return Condition(name, float(found) if math.isfinite(found) else None, float(limit), sense, bool(passed), compares)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,12 +1,15 @@
-"""Make the alias `champion` follow the ledger, and test the model through it."""
+"""Set the alias `champion` to what the ledger says, and test the model through the alias."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from crane_core.errors import ArtifactError, CraneError
-from crane_core.release.ledger import ANCHOR_TAG, FOLDER, Entry, Ledger, logger
+from crane_core.release.ledger import ANCHOR_TAG, FOLDER, Draft, Entry, Ledger
+
+logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 MAX_MOVES = 10
@@ -14,30 +17,30 @@ SMOKE_TAG = "crane.smoke"
 
 
 class Aliases(Protocol):
-    """What the ledger needs of a model registry."""
+    """The part of a model registry that moving the champion needs."""
 
     def holder(self, alias: str) -> str | None:
-        """The version an alias points to."""
+        """Return the version an alias points to."""
 
     def set_alias(self, alias: str, number: str | None) -> None:
-        """Point an alias to a version, or nowhere."""
+        """Point an alias to a version, or remove it."""
 
     def tag(self, number: str, tags: Mapping[str, str]) -> None:
-        """Note something on a version."""
+        """Write tags on a version."""
 
-    def noted(self, number: str, tag: str) -> str | None:
-        """What was noted on a version under a tag."""
+    def tag_of(self, number: str, tag: str) -> str | None:
+        """Return the value of a tag of a version."""
 
 
 def settle(ledger: Ledger, aliases: Aliases) -> str | None:
-    """Make the alias follow the ledger, whoever died or raced in between; read both again after every move.
+    """Set the alias to the champion of the ledger. Both are read again after every change, in case of a crash or race.
 
     Returns:
-        The champion, who carries the alias.
+        The champion, to which the alias points now.
 
     Raises:
-        ArtifactError: the registry has a champion and the ledger no entry, the chain is broken, or somebody else keeps
-            moving the alias.
+        ArtifactError: the registry has a champion and the ledger no entry, the chain is broken, or another process
+            keeps moving the alias.
     """
     for _ in range(MAX_MOVES):
         history = ledger.history()
@@ -57,23 +60,25 @@ def settle(ledger: Ledger, aliases: Aliases) -> str | None:
         aliases.set_alias(CHAMPION, champion)
     raise ArtifactError(
         f"The alias {CHAMPION!r} of model {ledger.model!r} does not stay where the ledger puts it.",
-        "Find out who else moves it: only the jobs of the pipeline may.",
+        "Find out what else moves it: only the jobs of the pipeline may.",
     )
 
 
 def recover(ledger: Ledger, aliases: Aliases, smoke: Callable[[Entry], object], fence: int) -> Entry | None:
-    """Finish what a holder of the lease that died has left: a stale alias, or a champion that nobody has tested.
+    """Finish what a crashed process has left: a stale alias, or a champion that was not tested.
 
     Args:
-        ledger, aliases: whose.
-        smoke: tests the version of an entry through the alias and raises when its answers are wrong.
+        ledger: the decisions.
+        aliases: the registry.
+        smoke: tests the version of an entry through the alias and raises when its recommendations are wrong.
         fence: token of the lease that is held.
 
     Returns:
-        The entry whose test was made up for and passed, None when there was none. The champion is tested either way.
+        The entry whose test was missing and has passed now, None when there was none. The champion is tested either
+        way.
     """
     settle(ledger, aliases)
-    moves = [entry for entry in ledger.history() if entry.action != "refuse"]
+    moves = ledger.moves()
     if not moves or is_confirmed(moves[-1], aliases):
         return None
     logger.warning("unfinished ledger_seq=%d version=%s: testing it now", moves[-1].seq, moves[-1].version)
@@ -87,22 +92,22 @@ def recover(ledger: Ledger, aliases: Aliases, smoke: Callable[[Entry], object], 
 
 
 def is_confirmed(entry: Entry, aliases: Aliases) -> bool:
-    """Whether the smoke test of an entry has passed; what is restored was confirmed when it was promoted."""
-    return entry.action == "restore" or aliases.noted(entry.version, SMOKE_TAG) == str(entry.seq)
+    """Return whether the smoke test of an entry has passed; a restored version passed it when it was promoted."""
+    return entry.action == "restore" or aliases.tag_of(entry.version, SMOKE_TAG) == str(entry.seq)
 
 
 def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[], object], fence: int) -> None:
-    """Carry out an entry that makes a version champion: move the alias, test through it, confirm or take it back.
+    """Carry out an entry that makes a version champion: move the alias, test through it, then confirm or restore.
 
     Args:
         ledger: holds the entry already.
         aliases: the registry.
         entry: a `promote` or `rollback`, the newest entry that moves the champion.
-        smoke: loads the model through the alias and raises when its answers are wrong.
+        smoke: loads the model through the alias and raises when its recommendations are wrong.
         fence: token of the lease that is held.
 
     Raises:
-        ArtifactError: the smoke test failed; the alias is back where it was and the ledger says so.
+        ArtifactError: the smoke test failed. The alias is back where it was, and the ledger has an entry for it.
     """
     aliases.tag(entry.version, {f"{ANCHOR_TAG}{entry.seq}": entry.hash})
     settle(ledger, aliases)
@@ -110,29 +115,29 @@ def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[]
         smoke()
     except Exception as error:
         restored = restore(ledger, aliases, entry, f"version {entry.version} failed its smoke test ({error})", fence)
-        remedy = error.remedy if isinstance(error, CraneError) else "Look at the model's files and register it again."
+        remedy = error.remedy if isinstance(error, CraneError) else "Register the run's model again and promote that."
         raise ArtifactError(
-            f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is "
-            f"{restored.champion or 'nobody'} again.",
+            f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is again "
+            f"{f'version {restored.champion}' if restored.champion else 'none'}.",
             remedy,
         ) from error
     aliases.tag(entry.version, {SMOKE_TAG: str(entry.seq)})
 
 
 def restore(ledger: Ledger, aliases: Aliases, entry: Entry, why: str, fence: int) -> Entry:
-    """Take the newest move of the champion back: one line in the ledger, then the alias.
+    """Take the newest change of the champion back: first an entry in the ledger, then the alias.
 
     Args:
-        ledger, aliases: whose.
+        ledger: the decisions.
+        aliases: the registry.
         entry: the `promote` or `rollback`.
         why: half a sentence.
         fence: token of the lease that is held.
     """
     reason = f"Restored: {why}."
     before = entry.champion_before
-    restored = ledger.append(
-        ledger.size(), "restore", entry.version, before, entry.run_id, reason, {"restores": entry.seq}, fence
-    )
+    draft = Draft("restore", entry.version, before, entry.run_id, reason, {"restores": entry.seq})
+    restored = ledger.append(ledger.size(), draft, fence)
     settle(ledger, aliases)
     aliases.tag(entry.version, {f"{ANCHOR_TAG}{restored.seq}": restored.hash})
     return restored

@@ -1,10 +1,10 @@
-"""One mover of the champion at a time: a lease in the store that outlives no crash by more than its seconds.
+"""A lock in the store so that one process at a time changes the alias `champion`. After a crash it expires within 60 s.
 
-Every term is an object of its own, `{store}/lease/{token:08d}.json`, made only if it does not exist, so that one of
-many wins; its number is the fencing token that the ledger writes into its entries. The holder alone rewrites its term,
-to prolong or to end it. A term that is neither ended nor prolonged runs out, and the next token takes over: whoever
-still believes in the older one is refused by the ledger. Clocks of the machines that promote may differ by seconds,
-not by a term.
+Every term of the lease is an object of its own, `{store}/lease/{token:08d}.json`. It is made only if it does not exist,
+so one of several processes wins. Its number is the fencing token that the ledger writes into its entries. Only the
+holder rewrites its term, to prolong or to end it. A term that is neither ended nor prolonged expires, and another
+process takes the next token; the ledger then refuses entries with the older one. The clocks of the machines that
+promote may differ by seconds, but not by the length of a term.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ NOTICE_SECONDS = 15.0
 
 
 class LeaseLost(CraneError):
-    """Somebody else moves the champion meanwhile; running again reads and decides anew."""
+    """Another process holds the lease by now; running the job again reads the ledger and decides anew."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One tenure of the lease.
+    """One term of the lease, as it is stored.
 
     Attributes:
-        token: its number, from 1; grows with every tenure.
-        owner: host, process and what it is about.
+        token: its number, from 1; the next term has the next number.
+        owner: host, process and purpose.
         expires_at: seconds since the epoch.
         released: whether the owner has ended it.
     """
@@ -63,8 +63,8 @@ class Lease:
     """The lease of one store.
 
     Args:
-        storage: where it lives.
-        seconds: length of a term; a holder that died blocks the others that long.
+        storage: holds the terms.
+        seconds: length of a term; after a crash the others wait that long at most.
     """
 
     def __init__(self, storage: Storage, seconds: float = SECONDS) -> None:
@@ -72,23 +72,28 @@ class Lease:
         self.seconds = seconds
 
     @contextlib.contextmanager
-    def hold(self, purpose: str) -> Iterator[Tenure]:
+    def hold(self, purpose: str) -> Iterator[HeldLease]:
         """Wait for the lease, keep it for the block, end it.
 
         Args:
-            purpose: what for, as those who wait are told.
+            purpose: shown in the log of the processes that wait.
         """
-        tenure = Tenure(self, self._acquire(f"{socket.gethostname()}:{os.getpid()} {purpose}"))
-        with tenure:
-            yield tenure
+        held = HeldLease(self, self.acquire(f"{socket.gethostname()}:{os.getpid()} {purpose}"))
+        with held:
+            yield held
 
     def newest(self) -> Term | None:
-        """The last term, whatever its state."""
+        """Return the last term, whatever its state; None before the first."""
         names = self.storage.names(FOLDER)
         text = self.storage.read(f"{FOLDER}/{names[-1]}") if names else None
         return Term(**json.loads(text)) if text else None
 
-    def _acquire(self, owner: str) -> Term:
+    def acquire(self, owner: str) -> Term:
+        """Wait until no other term runs, and make the next one.
+
+        Args:
+            owner: host, process and purpose.
+        """
         told = 0.0
         while True:
             last = self.newest()
@@ -101,16 +106,16 @@ class Lease:
                 told = time.monotonic()
                 left = last.expires_at - time.time()
                 logger.info("waiting for=lease token=%d held_by=%s expires_in=%.0f", last.token, last.owner, left)
-            # Waiters that wake together would fight again.
+            # Processes that wake at the same moment would compete again.
             time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))
 
 
-class Tenure:
-    """A held lease: a thread prolongs the term three times before it runs out.
+class HeldLease:
+    """A lease while it is held: a thread prolongs the term three times before it expires.
 
     Args:
         lease: the lease.
-        term: the term that was won.
+        term: the term that was acquired.
     """
 
     def __init__(self, lease: Lease, term: Term) -> None:
@@ -121,27 +126,27 @@ class Tenure:
 
     @property
     def token(self) -> int:
-        """The fencing token."""
+        """Fencing token of the term."""
         return self._term.token
 
     def check(self) -> None:
-        """Make sure that nobody has taken over.
+        """Make sure that no other process has taken over.
 
         Raises:
-            LeaseLost: somebody has.
+            LeaseLost: another process has.
         """
         last = self._lease.newest()
         if last is None or last.token != self.token:
             raise lost(self.token, last.token if last else 0)
 
-    def __enter__(self) -> Tenure:
+    def __enter__(self) -> HeldLease:
         self._keeper.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._keeper.join()
-        # The work is done or has failed already; at worst the term runs out by itself.
+        # The work is done or has failed already. If this write fails too, the term expires by itself.
         with contextlib.suppress(OSError):
             self._lease.storage.write(self._term.key, replace(self._term, released=True).encode())
 
@@ -155,8 +160,8 @@ class Tenure:
 
 
 def lost(mine: int, newest: int) -> LeaseLost:
-    """The error of a holder that was overtaken."""
+    """Return the error for a process whose lease another one has taken over."""
     return LeaseLost(
-        f"The lease ran out and was taken over: token {mine} is held here, {newest} is the newest.",
+        f"The lease expired and was taken over: token {mine} is held here, {newest} is the newest.",
         "Run the job again: it reads the ledger and decides anew.",
     )

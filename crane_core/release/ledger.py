@@ -1,9 +1,9 @@
-"""The append-only ledger of the model registry: who became champion, when and why.
+"""The append-only ledger of the model registry: every decision about the champion, its time and its reason.
 
 One object per entry, `{store}/ledger/{seq:08d}.json`, made only if it does not exist, and chained: each entry
-carries the hash of the one before and its own. The ledger is the truth about the champion: an entry is written
-first, the alias follows, and after a crash in between the alias is set to what the ledger says. Whoever writes holds
-the lease of the store (`crane_core.release.lease`); the entry carries its token, and no entry follows one with a higher
+carries the hash of the one before and its own. The ledger decides who is champion: an entry is written first and the
+alias is moved second. After a crash in between, the alias is set to what the ledger says. The writer holds the lease of
+the store (`crane_core.release.lease`). An entry carries the token of its lease, and no entry follows one with a higher
 token.
 """
 
@@ -29,22 +29,38 @@ Action = Literal["promote", "refuse", "rollback", "restore"]
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A decision before it is written into the ledger.
+
+    Attributes:
+        action: `promote` and `rollback` make `version` champion; `refuse` changes nothing; `restore` takes back a
+            promotion or rollback whose smoke test, or a step that had to follow it, failed.
+        version: the version the decision is about.
+        champion: champion from now on, None when there is none.
+        run_id: run that asked for it.
+        reason: one sentence.
+        numbers: everything the decision rests on, JSON values.
+    """
+
+    action: Action
+    version: str
+    champion: str | None
+    run_id: str
+    reason: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One decision.
+    """A decision in the ledger.
 
     Attributes:
         seq: position, from 1.
         previous: hash of the entry before, zeros for the first.
-        at: when, ISO 8601 UTC.
+        at: time, ISO 8601 UTC.
         model: registered model.
-        action: `promote` and `rollback` make `version` champion; `refuse` leaves the champion alone; `restore`
-            takes a promotion or rollback back whose smoke test failed, or what had to follow it.
-        version: the version the decision is about.
+        action, version, champion, run_id, reason, numbers: see `Draft`.
         champion_before: champion until now, None when there was none.
-        champion: champion from now on, None when there is none.
-        run_id: run that asked.
-        reason: one sentence.
-        numbers: everything the decision rests on, JSON values.
         fence: token of the lease it was written under, 0 without one.
         hash: sha256 of all of the above.
     """
@@ -64,12 +80,12 @@ class Entry:
     hash: str = ""
 
     def computed_hash(self) -> str:
-        """sha256 over every field but `hash`."""
-        content = {name: value for name, value in asdict(self).items() if name != "hash"}
-        # Entries from before there were leases were hashed without the field.
+        """Return the sha256 over every field but `hash`."""
+        fields = {name: value for name, value in asdict(self).items() if name != "hash"}
+        # Entries older than the lease were hashed without the field.
         if not self.fence:
-            del content["fence"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            del fields["fence"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
@@ -79,8 +95,8 @@ class Ledger:
     """The entries of one store.
 
     Args:
-        storage: where they live.
-        model: registered model this reader is about; the chain runs through the entries of all models.
+        storage: holds the entries.
+        model: registered model that is asked about; one chain runs through the entries of all models.
     """
 
     def __init__(self, storage: Storage, model: str) -> None:
@@ -88,7 +104,7 @@ class Ledger:
         self.model = model
 
     def entries(self) -> list[Entry]:
-        """Every entry of every model, verified.
+        """Read every entry of every model and verify the chain.
 
         Raises:
             ArtifactError: an entry was changed, removed or does not follow the one before.
@@ -111,8 +127,8 @@ class Ledger:
         """Check the whole chain.
 
         Args:
-            anchors: seq to hash as noted elsewhere (on the registry's versions): an entry cut off the end of the
-                chain, or a chain written anew, shows by them.
+            anchors: seq to hash, as tagged on the registry's versions. They show that entries were cut off the end,
+                or that the whole chain was rewritten.
 
         Returns:
             The number of entries.
@@ -127,19 +143,23 @@ class Ledger:
         return len(hashes)
 
     def history(self) -> list[Entry]:
-        """The entries of this model, oldest first, the chain verified."""
+        """Return the entries of this model, oldest first, after verifying the chain."""
         return [entry for entry in self.entries() if entry.model == self.model]
 
+    def moves(self) -> list[Entry]:
+        """Return the entries of this model that set the champion: all but refusals, oldest first."""
+        return [entry for entry in self.history() if entry.action != "refuse"]
+
     def champion(self) -> str | None:
-        """The version that ought to carry the alias."""
+        """Return the version that the alias has to point to."""
         history = self.history()
         return history[-1].champion if history else None
 
     def earlier_champions(self) -> list[str]:
-        """Champions that can be gone back to, the nearest last.
+        """Return the champions before this one, the last before it at the end.
 
-        A rollback discards what it goes back over, so going back twice goes back two champions, never to the one
-        that was left.
+        A rollback discards the champions that it skips. Rolling back twice therefore goes back two champions and
+        never returns to the one that was left.
         """
         stack: list[str] = []
         for entry in self.history():
@@ -151,26 +171,17 @@ class Ledger:
                 stack.append(entry.champion)
         return stack[:-1]
 
-    def append(
-        self,
-        seen: int,
-        action: Action,
-        version: str,
-        champion: str | None,
-        run_id: str,
-        reason: str,
-        numbers: dict[str, Any] | None = None,
-        fence: int = 0,
-    ) -> Entry:
-        """Add an entry, if nobody has since the caller looked.
+    def append(self, seen: int, draft: Draft, fence: int = 0) -> Entry:
+        """Add an entry, if no other was added since the caller read the ledger.
 
         Args:
             seen: number of entries the decision was made on.
-            action, version, champion, run_id, reason, numbers, fence: see `Entry`.
+            draft: the decision.
+            fence: token of the lease that is held, 0 without one.
 
         Raises:
-            LeaseLost: another entry took the place, or a later holder of the lease has written: the caller must read
-                and decide again.
+            LeaseLost: another entry was added, or a later holder of the lease has written. The caller must read the
+                ledger and decide again.
         """
         entries = self.entries()
         newest = max((entry.fence for entry in entries), default=0)
@@ -182,25 +193,26 @@ class Ledger:
             previous=entries[-1].hash if entries else GENESIS,
             at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             model=self.model,
-            action=action,
-            version=version,
+            action=draft.action,
+            version=draft.version,
             champion_before=before,
-            champion=champion,
-            run_id=run_id,
-            reason=reason,
-            numbers=json.loads(json.dumps(numbers or {})),
+            champion=draft.champion,
+            run_id=draft.run_id,
+            reason=draft.reason,
+            numbers=json.loads(json.dumps(draft.numbers)),
             fence=fence,
         )
         entry = Entry(**{**asdict(entry), "hash": entry.computed_hash()})
         if not self.storage.create(f"{FOLDER}/{_name(entry.seq)}", entry.encode()):
             raise lost(fence, fence)
         logger.info(
-            "ledger seq=%d action=%s version=%s champion=%s before=%s", entry.seq, action, version, champion, before
+            "ledger seq=%d action=%s version=%s champion=%s before=%s",
+            *(entry.seq, entry.action, entry.version, entry.champion, before),
         )
         return entry
 
     def size(self) -> int:
-        """Number of entries of all models."""
+        """Return the number of entries of all models."""
         return len(self.storage.names(FOLDER))
 
     def _read(self, name: str) -> Entry:
@@ -213,7 +225,7 @@ class Ledger:
     def _broken(self, found: str) -> ArtifactError:
         return ArtifactError(
             f"The ledger {self.storage.uri}/{FOLDER} was tampered with: {found}.",
-            "Restore the folder from a backup; no alias moves until the chain is whole.",
+            "Restore the folder from a backup. No alias is moved until the chain is whole.",
         )
 
 

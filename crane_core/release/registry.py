@@ -10,12 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
-
-from crane_core.storage.lock import locked
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 # mlflow reads these when it is imported: a pipeline sends no telemetry, and its log lines are its own.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,8 +22,6 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 import mlflow
 import mlflow.artifacts
 import mlflow.pyfunc
-import pandas as pd
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -46,18 +40,18 @@ from mlflow.types.schema import Array
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.release.ledger import ANCHOR_TAG
+from crane_core.release.mlmodel import LOADER, served_folder
+from crane_core.release.version import Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import CHECKSUMS, DEFAULT_K
 from crane_core.storage.artifacts import sha256_file
+from crane_core.storage.lock import locked
 
 logger = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
 
 _MODEL = "model"
-_LOADER = "crane_core.serving"
-_DESCRIPTION = {"data", "env", "loader_module", "python_version"}
-"""What a model says of itself to MLflow; `code` and `config` would run or steer something else."""
 _EVIDENCE = "evidence"
 _EVIDENCE_TAG = "crane.evidence."
 _TRAINING_TAG = "crane.training"
@@ -79,74 +73,6 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("k", DataType.integer, DEFAULT_K)]),
 )
-
-
-@dataclass(frozen=True)
-class DatasetReference:
-    """An artifact a model was made from.
-
-    Attributes:
-        name: the stage.
-        digest: fingerprint of the artifact.
-        source: where it lies.
-        context: what it was used for: `training` or `evaluation`.
-    """
-
-    name: str
-    digest: str
-    source: str
-    context: str
-
-
-@dataclass(frozen=True)
-class Release:
-    """All that is registered of a trained model.
-
-    Attributes:
-        fingerprint: identity of model and evaluation; the same fingerprint is the same version.
-        run_id: the pipeline's run.
-        folder: model folder as `serving.write_model` leaves it.
-        evidence: files the gate reads again later.
-        input_example: a request the model answers.
-        params: the flattened configuration.
-        metrics: name to value; `@` is written `_at_`, which MLflow allows.
-        curve: one mapping per epoch, `epoch` and metrics.
-        datasets: what it was made from.
-        tags: lineage.
-    """
-
-    fingerprint: str
-    run_id: str
-    folder: Path
-    evidence: Sequence[Path]
-    input_example: pd.DataFrame
-    params: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    curve: Sequence[Mapping[str, float]]
-    datasets: Sequence[DatasetReference]
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version.
-
-    Attributes:
-        number: version number as MLflow writes it.
-        mlflow_run: MLflow run that holds parameters, metrics and evidence.
-        tags: lineage and decisions.
-        aliases: aliases that point here.
-    """
-
-    number: str
-    mlflow_run: str
-    tags: dict[str, str]
-    aliases: tuple[str, ...]
-
-    @property
-    def run_id(self) -> str:
-        """The pipeline's run that made it."""
-        return self.tags["crane.run"]
 
 
 class Registry:
@@ -178,11 +104,12 @@ class Registry:
                 )
         except (MlflowException, OSError) as error:
             raise ConfigError(
-                f"The model registry {uri} does not answer ({error}).", "Correct runtime.registry or start the server."
+                f"The model registry {uri} does not answer ({error}).",
+                "Set runtime.registry to its URI, such as http://host:5000, or start the server.",
             ) from error
 
     def register(self, release: Release) -> tuple[Version, bool]:
-        """Make a version, or find the one of the same fingerprint.
+        """Make a version, or find the one with the same fingerprint.
 
         Returns:
             The version, and whether it is new.
@@ -203,7 +130,7 @@ class Registry:
         with mlflow.start_run(run_id=run):
             model = mlflow.pyfunc.log_model(
                 name=_MODEL,
-                loader_module=_LOADER,
+                loader_module=LOADER,
                 data_path=str(release.folder),
                 signature=SIGNATURE,
                 input_example=(release.input_example, {"k": DEFAULT_K}),
@@ -218,19 +145,19 @@ class Registry:
         first = self.find(release.fingerprint)
         assert first is not None
         if first.number != str(version.version):
-            # Somebody registered the same model while we did: one fingerprint, one version.
+            # Another process registered the same model meanwhile: keep one version per fingerprint.
             self._client.delete_model_version(self.name, version.version)
             return first, False
         logger.info("registered version=%s seconds=%.1f", first.number, time.monotonic() - started)
         return first, True
 
     def find(self, fingerprint: str) -> Version | None:
-        """The version of a fingerprint, None when there is none."""
+        """Return the version with a fingerprint, None when there is none."""
         versions = [version for version in self.versions() if version.tags.get(_FINGERPRINT) == fingerprint]
         return versions[0] if versions else None
 
     def versions(self) -> list[Version]:
-        """Every version, oldest first."""
+        """Return all versions, oldest first."""
         aliases: dict[str, list[str]] = {}
         for alias, number in self._client.get_registered_model(self.name).aliases.items():
             aliases.setdefault(str(number), []).append(alias)
@@ -249,7 +176,7 @@ class Registry:
                 return sorted(found, key=lambda version: int(version.number))
 
     def version(self, number: str) -> Version:
-        """One version by number.
+        """Return the version with a number.
 
         Raises:
             ArtifactError: there is no such version.
@@ -262,28 +189,28 @@ class Registry:
         return versions[number]
 
     def holder(self, alias: str) -> str | None:
-        """Number of the version an alias points to, None when it points nowhere."""
+        """Return the number of the version an alias points to, None when there is no such alias."""
         number = self._client.get_registered_model(self.name).aliases.get(alias)
         return None if number is None else str(number)
 
     def set_alias(self, alias: str, number: str | None) -> None:
-        """Point an alias to a version, or nowhere."""
+        """Point an alias to a version, or remove it."""
         if number is None:
             self._client.delete_registered_model_alias(self.name, alias)
         else:
             self._client.set_registered_model_alias(self.name, alias, number)
 
     def tag(self, number: str, tags: Mapping[str, str]) -> None:
-        """Note something on a version."""
+        """Write tags on a version."""
         for key, value in _clipped(tags).items():
             self._client.set_model_version_tag(self.name, number, key, value)
 
-    def noted(self, number: str, tag: str) -> str | None:
-        """What was noted on a version under a tag."""
+    def tag_of(self, number: str, tag: str) -> str | None:
+        """Return the value of a tag of a version."""
         return self.version(number).tags.get(tag)
 
     def ledger_anchors(self) -> dict[int, str]:
-        """Ledger entries the versions remember: seq to hash."""
+        """Return the hashes of ledger entries that the versions are tagged with, by seq."""
         return {
             int(key.removeprefix(ANCHOR_TAG)): value
             for version in self.versions()
@@ -292,14 +219,14 @@ class Registry:
         }
 
     def evidence(self, version: Version, name: str) -> Path:
-        """Local copy of a file of a version's evidence.
+        """Return a local copy of a file of a version's evidence.
 
         Raises:
             ArtifactError: it is missing, or not the file that was registered.
         """
         expected = version.tags.get(f"{_EVIDENCE_TAG}{name}")
         try:
-            path = _download(run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri)
+            path = download(run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri)
         except (MlflowException, OSError) as error:
             raise self._refused(version, f"its evidence {name} cannot be read ({error})") from error
         if sha256_file(path) != expected:
@@ -307,13 +234,13 @@ class Registry:
         return path
 
     def model_folder(self, version: Version) -> Path:
-        """Local copy of the model folder that `serving.load_model` reads.
+        """Return a local copy of the model folder that `serving.model_folder.load_model` reads.
 
         Raises:
             ArtifactError: it is missing, or its checksums are not those that were registered.
         """
         try:
-            folder = _download(artifact_uri=f"models:/{self.name}/{version.number}")
+            folder = download(artifact_uri=f"models:/{self.name}/{version.number}")
         except (MlflowException, OSError) as error:
             raise self._refused(version, f"its files cannot be read ({error})") from error
         data = served_folder(folder)
@@ -328,31 +255,31 @@ class Registry:
             reference: `@alias` or `/number`.
 
         Raises:
-            ArtifactError: the model was tampered with, asks for other code than ours, or nothing is there.
+            ArtifactError: the model was tampered with, names code other than ours, or does not exist.
         """
         try:
-            folder = _download(artifact_uri=f"models:/{self.name}{reference}")
+            folder = download(artifact_uri=f"models:/{self.name}{reference}")
             served_folder(folder)
             return mlflow.pyfunc.load_model(str(folder))
         except MlflowException as error:
             raise ArtifactError(
-                f"models:/{self.name}{reference} cannot be loaded ({error}).", "Look at the registry's artifacts."
+                f"models:/{self.name}{reference} cannot be loaded ({error}).",
+                "Register the run's model again and promote that.",
             ) from error
 
     @contextlib.contextmanager
     def watch(self, name: str, fingerprint: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
-        """Show a training's epochs while it runs, in a run of MLflow of its own.
+        """Log a training's epochs while it runs, into an MLflow run of their own.
 
-        A training that goes on from a checkpoint goes on in the same run. A server that stops answering
-        costs the points of its absence, not the training: they are in the training's own curve. At the start it must
-        answer.
+        A training that resumes from a checkpoint resumes its run. The server must answer at the start. If it stops
+        answering later, the training goes on and these points are missing in MLflow; the training's own curve has them.
 
         Args:
-            name: of the run.
-            fingerprint: of the stage.
+            name: name of the run.
+            fingerprint: fingerprint of the stage.
 
         Yields:
-            What takes the entry of every epoch.
+            Function that logs the entry of an epoch.
         """
         query = f"tags.`{_TRAINING_TAG}` = '{fingerprint}'"
         found = self._client.search_runs([self._experiment_id], query, max_results=1)
@@ -418,35 +345,8 @@ class Registry:
         )
 
 
-def served_folder(model: Path) -> Path:
-    """The folder that `serving.load_model` reads, inside a model as MLflow keeps it.
-
-    `mlflow.pyfunc.load_model` imports whatever module the file `MLmodel` names and puts the folder that it calls `code`
-    first in Python's path. Whoever loads on their own calls this before.
-
-    Args:
-        model: local folder with the file `MLmodel`.
-
-    Raises:
-        ArtifactError: the file cannot be read, or asks for anything but our own loader.
-    """
-    try:
-        flavor = yaml.safe_load((model / "MLmodel").read_text())["flavors"]["python_function"]
-        asked = {key: value for key, value in flavor.items() if value}
-        data = PurePosixPath(asked.get("data", "."))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError, TypeError, KeyError, AttributeError) as error:
-        raise _untrusted(model, f"its MLmodel cannot be read ({error!r})") from error
-    if asked.get("loader_module") != _LOADER:
-        raise _untrusted(model, f"its loader is {asked.get('loader_module')!r}, expected {_LOADER!r}")
-    if strange := set(asked) - _DESCRIPTION:
-        raise _untrusted(model, f"its MLmodel asks for {', '.join(sorted(map(str, strange)))}")
-    if len(data.parts) != 2 or data.parts[0] != "data" or data.parts[1] == "..":
-        raise _untrusted(model, f"its data lie in {str(data)!r}")
-    return model / data
-
-
 def open_registry(runtime: Runtime, store_uri: str) -> Registry:
-    """The registry of a run: the one configured, else a SQLite file inside a local store.
+    """Open the configured registry, else the one in a SQLite file inside a local store.
 
     Raises:
         ConfigError: none is configured for a remote store, or it does not answer.
@@ -459,13 +359,13 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
         )
     root = Path(store_uri)
     root.mkdir(parents=True, exist_ok=True)
-    # Two processes that create the tables of one SQLite file at once would both fail.
+    # Two processes that create the tables of one SQLite file at the same time would both fail.
     with locked(root / ".mlflow.lock"):
         return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
 
 
-def _download(**what: str) -> Path:
-    """Local path of what a registry holds: in place where it is local, else a copy that goes with this process."""
+def download(**what: str) -> Path:
+    """Return a local path of files of a registry: in place if it is local, else a copy that is removed at exit."""
     before = tempfile.tempdir
     tempfile.tempdir = _copies()
     try:
@@ -476,14 +376,10 @@ def _download(**what: str) -> Path:
 
 @functools.cache
 def _copies() -> str:
-    """Folder of this process: what MLflow downloads it leaves in the temporary folder for good."""
+    """Make the folder of this process's downloads; in the temporary folder itself MLflow would never remove them."""
     folder = tempfile.mkdtemp(prefix="crane-registry-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _untrusted(model: Path, found: str) -> ArtifactError:
-    return ArtifactError(f"Model {model} is refused: {found}.", "Register the run's model again and promote that.")
 
 
 def _metric_name(name: str) -> str:

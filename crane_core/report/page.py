@@ -1,4 +1,4 @@
-"""The look of the pages this project writes: plots as inline SVG, numbers as text, one style sheet."""
+"""Templates, number formats and plot style of the HTML pages; plots become inline SVG."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from matplotlib import patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from crane_core.training.monitors import GRADIENT
 
 INK, FAINT, GRID = "#26323d", "#66727e", "#e4e8ec"
 STYLE: dict[Any, Any] = {
@@ -52,7 +50,7 @@ _MONITORS = {
 
 
 def environment(filters: Mapping[str, Callable[..., Any]]) -> jinja2.Environment:
-    """The shipped templates with the filters every page needs, and those of one page."""
+    """Load the shipped templates with the filters of all pages, and those of one page."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("crane_core.report"),
         autoescape=True,
@@ -75,7 +73,7 @@ def environment(filters: Mapping[str, Callable[..., Any]]) -> jinja2.Environment
 
 
 def interval(axis: Axes, position: float, value: Mapping[str, float], colour: str, form: str) -> None:
-    """A mean with its interval as one row of a plot, the mean written above in `form`."""
+    """Draw a mean with its interval as one row of a plot, the mean written above it in `form`."""
     mean, low, high = (number(value[name]) for name in ("mean", "low", "high"))
     axis.plot([low, high], [position, position], color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.45)
     axis.plot([mean], [position], "o", color=colour, markersize=6)
@@ -91,7 +89,7 @@ def interval(axis: Axes, position: float, value: Mapping[str, float], colour: st
 
 
 def clean(axis: Axes, grid: str) -> None:
-    """Grid lines along one axis, no ticks."""
+    """Draw grid lines along one axis and no ticks."""
     axis.grid(axis=grid, linewidth=0.8)  # type: ignore[arg-type]
     axis.tick_params(length=0)
     axis.spines["left" if grid == "x" else "bottom"].set_visible(True)
@@ -99,18 +97,21 @@ def clean(axis: Axes, grid: str) -> None:
         axis.spines["left"].set_visible(False)
 
 
-def plot_monitors(curves: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]) -> Figure | None:
-    """What the trainings' monitors saw, a panel for each and a line for each training; None where none saw anything.
+def plot_monitors(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str], gradient: str
+) -> Figure | None:
+    """Plot the monitors of trainings, a panel for each monitor and a line for each training; None without any monitor.
 
     Args:
         curves: label to the entries of its epochs; an entry may lack monitors.
         colours: label to the colour of its line.
+        gradient: prefix of the entries that are gradient norms; the rest is the term of the loss.
     """
     names = {
         name: title for name, title in _MONITORS.items() if any(name in each for e in curves.values() for each in e)
     }
-    terms = {name for entries in curves.values() for entry in entries for name in entry if name.startswith(GRADIENT)}
-    names |= {name: f"Gradient norm: {name.removeprefix(GRADIENT)}" for name in sorted(terms)}
+    terms = {name for entries in curves.values() for entry in entries for name in entry if name.startswith(gradient)}
+    names |= {name: f"Gradient norm: {name.removeprefix(gradient)}" for name in sorted(terms)}
     if not names:
         return None
     rows = -(-len(names) // 3)
@@ -134,7 +135,7 @@ def plot_monitors(curves: Mapping[str, Sequence[Mapping[str, float]]], colours: 
 
 
 def svg(figure: Figure) -> Markup:
-    """The figure as inline SVG; it is closed."""
+    """Return a figure as inline SVG, and close it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -143,29 +144,29 @@ def svg(figure: Figure) -> Markup:
 
 
 def number(value: float | None) -> float:
-    """NaN for None, which JSON has instead."""
+    """Return a number of a JSON file, where null stands for NaN."""
     return math.nan if value is None else float(value)
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """Fixed decimals; a dash where there is no number."""
+    """Format with fixed decimals; a dash where there is no number."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _either(value: float | None) -> str:
-    """A count without, any other number with decimals."""
+    """Format a count without decimals, any other number with them."""
     if value is not None and abs(value) >= 2 and value == int(value):
         return _count(int(value))
     return figure(value).replace("-", "−")
 
 
 def metric(name: str) -> str:
-    """Names of metrics as they are printed."""
+    """Return the name of a metric as it is printed."""
     return name.replace("recall", "Recall").replace("ndcg", "NDCG")
 
 
 def signed(value: float | None) -> str:
-    """A difference: four decimals and its sign."""
+    """Format a difference with four decimals and its sign."""
     return "–" if value is None or not math.isfinite(value) else f"{value:+.4f}".replace("-", "−")
 
 
@@ -178,7 +179,7 @@ def _share(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A duration in seconds or minutes."""
+    """Format a duration in seconds or minutes."""
     if value is None:
         return "–"
     return f"{value:.1f} s" if value < 90 else f"{value / 60:.1f} min"

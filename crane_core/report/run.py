@@ -1,46 +1,40 @@
-"""One self-contained HTML page about a run: the data, the models, the decision and what it all cost."""
+"""One self-contained HTML page about a run: its data, its models, the decision, and the time and memory it took."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from typing import Any
 
-import matplotlib.dates as mdates
 import numpy as np
 import pyarrow.parquet as pq
 from markupsafe import Markup
 from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import load_ids, load_interactions
 from crane_core.dataset.modalities import PROFILE_SPREAD
 from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Entry
-from crane_core.report.page import FAINT, GRID, INK, STYLE, clean, environment, interval, number, plot_monitors, svg
+from crane_core.report.page import STYLE, environment, plot_monitors, svg
+from crane_core.report.plots import (
+    COLOURS,
+    LABEL_COLOURS,
+    model_label,
+    plot_curves,
+    plot_days,
+    plot_differences,
+    plot_fit,
+    plot_models,
+    plot_slices,
+)
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
-from crane_core.training.monitors import OVERWHELMED
+from crane_core.training.monitors import GRADIENT, OVERWHELMED
 
-COLOURS = {
-    "crane": "#0f5c8c",
-    "lightgcn": "#d9822b",
-    "item_knn": "#3f8f5f",
-    "popularity": "#8a94a0",
-    "champion": "#6b4fa0",
-}
-LABELS = {
-    "crane": "CRANE",
-    "lightgcn": "LightGCN",
-    "item_knn": "Item kNN",
-    "popularity": "Popularity",
-    "champion": "Champion",
-}
-_LABEL_COLOURS = {LABELS[name]: colour for name, colour in COLOURS.items()}
 _SLICES = {
     "head_items": "Popular items (top fifth)",
     "tail_items": "Other items",
@@ -54,13 +48,13 @@ _SLICES = {
 
 
 @dataclass
-class Section:
-    """One part of the page.
+class Chapter:
+    """One chapter of the page.
 
     Attributes:
         title: heading.
-        missing: why there is nothing to show, None when there is.
-        data: what the template shows.
+        missing: reason why the chapter is empty, None when it is not.
+        data: values for the template.
         plots: name to inline SVG.
     """
 
@@ -71,9 +65,9 @@ class Section:
 
 
 def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequence[Entry]) -> str:
-    """The page.
+    """Render the page.
 
-    A stage that has not finished, or whose artifact is damaged, leaves a note in its place.
+    A stage that has not finished, or whose artifact is damaged, is replaced by a note.
 
     Args:
         store: holds the run.
@@ -86,8 +80,8 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
     """
     run = _Run(store, run_id, config, ledger)
     with plt.rc_context(STYLE):
-        sections = {
-            name: _section(title, build, run)
+        chapters = {
+            name: _chapter(title, build, run)
             for name, title, build in (
                 ("decision", "Decision", _decision),
                 ("quality", "Recommendation quality", _quality),
@@ -100,12 +94,12 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
                 ("cost", "Time and memory", _cost),
             )
         }
-    template = environment({"label": _label}).get_template("report.html")
+    template = environment({"label": model_label}).get_template("report.html")
     return template.render(
         run_id=run_id,
         window=config.window,
-        sections=sections,
-        headline=_headline(run, sections),
+        chapters=chapters,
+        headline=_headline(run, chapters),
         settings=config.identity(),
         lineage=_lineage(run),
         ledger=list(reversed(ledger))[:10],
@@ -117,7 +111,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
 
 
 class _Run:
-    """Artifacts and entries of a run, found when asked for."""
+    """Artifacts and entries of a run, read when they are needed."""
 
     def __init__(self, store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequence[Entry]) -> None:
         self.store = store
@@ -138,25 +132,25 @@ class _Run:
         return self.store.entry(self.run_id, stage)
 
     def judgement(self) -> Entry | None:
-        """The ledger entry of the run's decision."""
+        """Return the ledger entry of the run's decision, None before the decision."""
         entry = self.entry("ml.promote")
         return next((each for each in self.ledger if entry and each.seq == entry["ledger"]), None)
 
 
-def _section(title: str, build: Callable[[_Run, Section], None], run: _Run) -> Section:
-    section = Section(title)
+def _chapter(title: str, build: Callable[[_Run, Chapter], None], run: _Run) -> Chapter:
+    chapter = Chapter(title)
     try:
-        build(run, section)
+        build(run, chapter)
     except ArtifactError as error:
-        section.missing = str(error.found)
-    return section
+        chapter.missing = str(error.found)
+    return chapter
 
 
-def _headline(run: _Run, sections: Mapping[str, Section]) -> dict[str, Any]:
+def _headline(run: _Run, chapters: Mapping[str, Chapter]) -> dict[str, Any]:
     judged, registered = run.judgement(), run.entry("ml.register")
     reason = judged.reason.partition(": ")[2] if judged else "The run has not been through the promotion gate."
     entry = run.entry("ml.promote")
-    quality = sections["quality"].data
+    quality = chapters["quality"].data
     return {
         "verdict": entry["decision"] if entry else "not judged",
         "reason": reason[:1].upper() + reason[1:],
@@ -164,28 +158,28 @@ def _headline(run: _Run, sections: Mapping[str, Section]) -> dict[str, Any]:
         "models": quality.get("models", {}),
         "users": quality.get("users"),
         "differences": quality.get("differences", {}),
-        "seconds": sections["cost"].data.get("total_seconds"),
+        "seconds": chapters["cost"].data.get("total_seconds"),
     }
 
 
-def _decision(run: _Run, section: Section) -> None:
+def _decision(run: _Run, chapter: Chapter) -> None:
     entry = run.judgement()
     if entry is None:
         raise ArtifactError(f"Run {run.run_id!r} has not been judged.", "Run ml.promote first.")
     numbers = entry.numbers
-    section.data = {"entry": entry, "checks": numbers.get("checks", []), "standings": numbers.get("standings", {})}
+    chapter.data = {"entry": entry, "checks": numbers.get("checks", []), "measured": numbers.get("standings", {})}
 
 
-def _quality(run: _Run, section: Section) -> None:
+def _quality(run: _Run, chapter: Chapter) -> None:
     metrics = run.json("ml.evaluate", "metrics.json")
     models = metrics["models"]
     judged = run.judgement()
     numbers = judged.numbers if judged else {}
-    rows = [(f"CRANE − {_label(name)}", name, values) for name, values in metrics["differences"].items()]
+    rows = [(f"CRANE − {model_label(name)}", name, values) for name, values in metrics["differences"].items()]
     if numbers.get("differences"):
         rows.insert(0, (f"CRANE − champion (version {numbers['champion']})", "champion", numbers["differences"]))
     names = [f"{kind}@{k}" for kind in ("recall", "ndcg") for k in run.config.evaluate.ks]
-    section.data = {
+    chapter.data = {
         "users": metrics["users"],
         "models": models,
         "columns": names,
@@ -194,40 +188,11 @@ def _quality(run: _Run, section: Section) -> None:
         "cold": metrics.get("cold", {}),
         "champion": (numbers.get("standings") or {}).get("champion"),
     }
-    section.plots["models"] = svg(_plot_models(models))
-    section.plots["differences"] = svg(_plot_differences(rows))
+    chapter.plots["models"] = svg(plot_models(models))
+    chapter.plots["differences"] = svg(plot_differences(rows))
 
 
-def _plot_models(models: Mapping[str, Any]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.62 + 0.42 * len(models)), sharey=True)
-    names = list(models)[::-1]
-    for axis, metric, title in zip(axes, ("recall@20", "ndcg@20"), ("Recall@20", "NDCG@20"), strict=True):
-        for position, name in enumerate(names):
-            interval(axis, position, models[name][metric], COLOURS.get(name, INK), "{:.4f}")
-        axis.set_title(title)
-        axis.set_yticks(range(len(names)), [_label(name) for name in names])
-        axis.set_ylim(-0.6, len(names) - 0.35)
-        axis.set_xlim(left=0)
-        axis.margins(x=0.12)
-        clean(axis, "x")
-    return figure
-
-
-def _plot_differences(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 0.62 + 0.42 * len(rows)), sharey=True)
-    for axis, metric, title in zip(axes, ("recall@20", "ndcg@20"), ("Recall@20", "NDCG@20"), strict=True):
-        axis.axvline(0, color=FAINT, linewidth=0.9, linestyle=(0, (3, 3)))
-        for position, (_, name, values) in enumerate(rows[::-1]):
-            interval(axis, position, values[metric], COLOURS.get(name, INK), "{:+.4f}")
-        axis.set_title(title)
-        axis.set_yticks(range(len(rows)), [label for label, _, _ in rows[::-1]])
-        axis.set_ylim(-0.6, len(rows) - 0.35)
-        axis.margins(x=0.15)
-        clean(axis, "x")
-    return figure
-
-
-def _slices(run: _Run, section: Section) -> None:
+def _slices(run: _Run, chapter: Chapter) -> None:
     metrics = run.json("ml.evaluate", "metrics.json")
     models = [name for name in metrics["models"] if name in COLOURS]
     slices = {
@@ -236,160 +201,63 @@ def _slices(run: _Run, section: Section) -> None:
         if values["users"]
     }
     empty = [_SLICES.get(name, name) for name, values in metrics["slices"].items() if not values["users"]]
-    # Runs evaluated by an older version have no figures of cold items, or not all of them.
+    # Runs that an older version evaluated lack the numbers of cold items, or some of them.
     cold = metrics.get("cold_items")
     cold = cold and {"among_cold": None, **cold}
-    section.data = {"models": models, "slices": slices, "empty": empty, "cold_items": cold}
+    chapter.data = {"models": models, "slices": slices, "empty": empty, "cold_items": cold}
     if slices:
-        section.plots["slices"] = svg(_plot_slices(slices, models))
+        chapter.plots["slices"] = svg(plot_slices(slices, models))
 
 
-def _plot_slices(slices: Mapping[str, Any], models: Sequence[str]) -> Figure:
-    figure, axis = plt.subplots(figsize=(9.2, 0.8 + 0.38 * len(slices)))
-    names = list(slices)[::-1]
-    for position, name in enumerate(names):
-        values = {model: number(slices[name][model]["recall@20"]) for model in models}
-        axis.plot([min(values.values()), max(values.values())], [position] * 2, color=GRID, linewidth=3, zorder=1)
-        for model, value in values.items():
-            axis.plot([value], [position], "o", color=COLOURS[model], markersize=7, label=LABELS[model], zorder=2)
-    handles, labels = axis.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axis.legend(
-        unique.values(), unique.keys(), ncols=len(unique), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8.5,
-        handletextpad=0.2, columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(-0.6, len(names) - 0.4)
-    axis.set_xlabel("Recall@20")
-    axis.set_xlim(left=0)
-    clean(axis, "x")
-    return figure
-
-
-def _training(run: _Run, section: Section) -> None:
+def _training(run: _Run, chapter: Chapter) -> None:
     curves, models = {}, {}
     for name, stage in (("crane", "ml.train"), ("lightgcn", "ml.behaviour")):
         artifact = run.artifact(stage)
         curves[name] = json.loads(artifact.file("curve.json").read_text())
         models[name] = artifact.facts | {"seconds": artifact.manifest["seconds"]}
-    trust = run.json("ml.train", "trust.json")
-    section.data = {"models": models, "trust": trust}
-    section.plots["curves"] = svg(_plot_curves(curves, models, trust))
-    monitors = plot_monitors({_label(name): curve for name, curve in curves.items()}, _LABEL_COLOURS)
+    share = run.json("ml.train", "trust.json")
+    chapter.data = {"models": models, "share": share["share"]}
+    chapter.plots["curves"] = svg(plot_curves(curves, models, share))
+    monitors = plot_monitors({model_label(name): curve for name, curve in curves.items()}, LABEL_COLOURS, GRADIENT)
     if monitors:
-        section.plots["monitors"] = svg(monitors)
+        chapter.plots["monitors"] = svg(monitors)
 
 
-def _plot_curves(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], models: Mapping[str, Any], trust: Mapping[str, Any]
-) -> Figure:
-    figure, (quality, loss, weight) = plt.subplots(1, 3, figsize=(9.2, 2.7))
-    for name, curve in curves.items():
-        epochs = [point["epoch"] for point in curve]
-        colour = COLOURS.get(name, INK)
-        values = [point["recall@20"] for point in curve]
-        quality.plot(epochs, values, color=colour, linewidth=1.8, label=_label(name))
-        best = models[name]["best_epoch"]
-        if best in epochs:
-            quality.plot([best], [values[epochs.index(best)]], "o", color=colour, markersize=6)
-        loss.plot(epochs, [point["loss"] for point in curve], color=colour, linewidth=1.8)
-    shares, recalls = zip(*trust["curve"], strict=True)
-    weight.plot(shares, recalls, color=COLOURS["crane"], linewidth=1.8)
-    if trust["share"] in shares:
-        chosen = recalls[shares.index(trust["share"])]
-        weight.plot([trust["share"]], [chosen], "o", color=COLOURS["crane"], markersize=6)
-    quality.set_title("Validation Recall@20")
-    loss.set_title("Training loss")
-    weight.set_title("Validation Recall@20 by trust")
-    weight.set_xlabel("share of CRANE's scores")
-    for axis in (quality, loss):
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (quality, loss, weight):
-        axis.set_ylim(bottom=0)
-        clean(axis, "y")
-    quality.legend(loc="lower right", fontsize=8.5)
-    return figure
-
-
-def _data(run: _Run, section: Section) -> None:
+def _data(run: _Run, chapter: Chapter) -> None:
     quality = run.json("etl.interactions", "quality.json")
-    section.data = {"quality": quality, "modalities": {}}
+    chapter.data = {"quality": quality, "modalities": {}}
     if run.entry("etl.features"):
         facts = run.artifact("etl.features").facts
-        section.data |= {"modalities": facts.get("modalities", {})}
+        chapter.data |= {"modalities": facts.get("modalities", {})}
     days = quality.get("events_per_day", {})
     if len(days) > 1:
-        section.plots["days"] = svg(_plot_days(days, quality.get("cutoffs")))
+        chapter.plots["days"] = svg(plot_days(days, quality.get("cutoffs")))
 
 
-def _plot_days(days: Mapping[str, int], cutoffs: Any) -> Figure:
-    figure, axis = plt.subplots(figsize=(9.2, 2.1))
-    dates = [date.fromisoformat(day) for day in days]
-    axis.bar(dates, list(days.values()), color="#9fb8c9", width=1.0)  # type: ignore[arg-type]
-    axis.set_title("Events per day")
-    for cutoff, label in zip(_cutoffs(cutoffs), ("validation", "test"), strict=False):
-        axis.axvline(cutoff, color=COLOURS["crane"], linewidth=1, linestyle=(0, (3, 3)))  # type: ignore[arg-type]
-        axis.annotate(
-            f" {label}", (cutoff, 1), xycoords=("data", "axes fraction"), fontsize=8, color=COLOURS["crane"], va="top"
-        )
-    axis.xaxis.set_major_locator(mdates.AutoDateLocator(maxticks=8))
-    axis.xaxis.set_major_formatter(mdates.DateFormatter("%d %b %Y"))
-    clean(axis, "y")
-    return figure
-
-
-def _cutoffs(cutoffs: Any) -> list[date]:
-    values = cutoffs.values() if isinstance(cutoffs, Mapping) else cutoffs or ()
-    return [datetime.fromisoformat(value).date() for value in values if isinstance(value, str)]
-
-
-def _graph(run: _Run, section: Section) -> None:
+def _graph(run: _Run, chapter: Chapter) -> None:
     artifact = run.artifact("ml.graph")
     certificate = json.loads(artifact.file("certificate.json").read_text())
-    section.data = {
+    chapter.data = {
         "certificate": certificate,
         "facts": artifact.facts,
         "min_recall": run.config.knn.min_recall,
     }
 
 
-def _refine(run: _Run, section: Section) -> None:
+def _refine(run: _Run, chapter: Chapter) -> None:
     artifact = run.artifact("ml.refine")
     fit = json.loads(artifact.file("fit.json").read_text())
-    section.data = {
+    chapter.data = {
         "fit": fit,
         "facts": artifact.facts,
         "config": run.config.refine,
         "first": fit["curve"][0] if fit["curve"] else None,
         "last": fit["curve"][-1] if fit["curve"] else None,
     }
-    section.plots["fit"] = svg(_plot_fit(fit))
+    chapter.plots["fit"] = svg(plot_fit(fit))
 
 
-def _plot_fit(fit: Mapping[str, Any]) -> Figure:
-    figure, (loss, likeness) = plt.subplots(1, 2, figsize=(9.2, 2.6))
-    steps = [point["step"] for point in fit["curve"]]
-    for name, colour in (("ranking", COLOURS["crane"]), ("agreement", COLOURS["lightgcn"])):
-        if steps and name in fit["curve"][0]:
-            loss.plot(steps, [point[name] for point in fit["curve"]], color=colour, linewidth=1.6, label=name)
-    loss.set_title("Loss while fitting")
-    loss.set_xlabel("step")
-    loss.set_ylim(bottom=0)
-    if steps:
-        loss.legend(fontsize=8.5)
-    cosines = fit.get("mean_cosine", [])
-    likeness.plot(range(len(cosines)), cosines, "o-", color=COLOURS["crane"], linewidth=1.6)
-    likeness.set_title("Mean cosine between items (towards 1: over-refined)")
-    likeness.set_xlabel("recursion (0: before the first)")
-    likeness.set_xticks(range(len(cosines)))
-    likeness.set_ylim(min(0.0, *cosines, 0.0), 1.02)
-    clean(loss, "y")
-    clean(likeness, "y")
-    return figure
-
-
-def _samples(run: _Run, section: Section) -> None:
+def _samples(run: _Run, chapter: Chapter) -> None:
     export, source = run.artifact("ml.export"), run.artifact("etl.interactions")
     train = load_interactions(source).train
     user_ids, item_ids = load_ids(source, "users", USER_ID), load_ids(source, "items", ITEM_ID)
@@ -417,10 +285,10 @@ def _samples(run: _Run, section: Section) -> None:
             }
         )
     entry = run.entry("ml.export") or {}
-    section.data = {"users": users, "version": entry.get("version"), "champion_run": entry.get("champion_run")}
+    chapter.data = {"users": users, "version": entry.get("version"), "champion_run": entry.get("champion_run")}
 
 
-def _cost(run: _Run, section: Section) -> None:
+def _cost(run: _Run, chapter: Chapter) -> None:
     rows: list[dict[str, Any]] = []
     for stage, label in _labels(run.config):
         entry = run.store.entry(run.run_id, label)
@@ -438,7 +306,7 @@ def _cost(run: _Run, section: Section) -> None:
     if not known:
         raise ArtifactError(f"Run {run.run_id!r} has no finished stage.", "Run the pipeline first.")
     peak = max((row["peak_bytes"] for row in rows if row["peak_bytes"]), default=None)
-    section.data = {"rows": rows, "total_seconds": sum(known), "longest": max(known), "peak_bytes": peak}
+    chapter.data = {"rows": rows, "total_seconds": sum(known), "longest": max(known), "peak_bytes": peak}
 
 
 def _labels(config: RunConfig) -> Iterable[tuple[str, str]]:
@@ -461,7 +329,3 @@ def _lineage(run: _Run) -> list[tuple[str, str]]:
         if entry and "fingerprint" in entry:
             found.append((_shown(stage, label), entry["fingerprint"]))
     return found
-
-
-def _label(name: str) -> str:
-    return LABELS.get(name, name)

@@ -1,4 +1,4 @@
-"""What the champion recommends, for systems that only read files: keyed by external ids, made in bounded memory."""
+"""Write the champion's recommendations as files with external ids, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from crane_core.dataset.interactions import ItemLists
+from crane_core.config import Export
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks
 from crane_core.graph.candidates import CPU, SearchResources
 from crane_core.graph.exact import search
+from crane_core.graph.faiss_search import write_index
 from crane_core.progress import track
 from crane_core.schema import ITEM_ID, USER_ID
+from crane_core.serving.model_folder import Recommender
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +39,37 @@ SIMILAR = pa.schema(
 )
 
 
+def write_export(folder: Path, recommender: Recommender, config: Export, device: torch.device) -> dict[str, int]:
+    """Write everything that is exported of a recommender into an empty folder.
+
+    Returns:
+        Counts of users, items, recommendations and similar items.
+    """
+    for name in ("recommendations", "similar"):
+        (folder / name).mkdir()
+    recommendations, similar = (folder / name / "part-0.parquet" for name in ("recommendations", "similar"))
+    num_recommendations = write_recommendations(recommendations, recommender, config.k, device=device)
+    num_similar = write_similar(similar, recommender, config.num_similar, device=device)
+    write_popular(folder / "popular.parquet", recommender, config.k)
+    write_index(folder / "ann.faiss", recommender.item_embeddings)
+    recommender.write_ids(folder)
+    recommender.save_embeddings(folder / "embeddings.safetensors")
+    return {
+        "num_users": len(recommender.user_ids),
+        "num_items": len(recommender.item_ids),
+        "num_recommendations": num_recommendations,
+        "num_similar": num_similar,
+    }
+
+
 def write_recommendations(
-    path: Path,
-    user_embeddings: np.ndarray,
-    item_embeddings: np.ndarray,
-    seen: ItemLists,
-    user_ids: np.ndarray,
-    item_ids: np.ndarray,
-    k: int,
-    score_bytes: int = SCORE_BYTES,
-    device: torch.device = CPU,
+    path: Path, recommender: Recommender, k: int, *, score_bytes: int = SCORE_BYTES, device: torch.device = CPU
 ) -> int:
     """Write the best unseen items of every user, sorted by user id and rank.
 
     Args:
         path: Parquet file, schema `RECOMMENDATIONS`.
-        user_embeddings: float32 [num_users, d].
-        item_embeddings: float32 [num_items, d].
-        seen: items a user is not shown: the training items.
-        user_ids, item_ids: external ids, position = row.
+        recommender: users, items, and the training items that a user is not shown.
         k: items per user; users who have seen almost everything get fewer.
         score_bytes: bound of the score matrix in memory.
         device: where users are ranked.
@@ -63,12 +77,14 @@ def write_recommendations(
     Returns:
         The number of rows.
     """
-    block = max(1, score_bytes // (4 * len(item_embeddings)))
+    user_ids, item_ids = recommender.user_ids.to_numpy(), recommender.item_ids.to_numpy()
+    block = max(1, score_bytes // (4 * len(item_ids)))
     order = np.argsort(user_ids)
     num_rows = 0
     with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
-        left, right = (torch.from_numpy(rows).to(device) for rows in (user_embeddings, item_embeddings))
-        for users, values, indices in rank_blocks(dot_product(left, right), seen, order, k, block):
+        sides = (recommender.user_embeddings, recommender.item_embeddings)
+        score = dot_product(*(torch.from_numpy(rows).to(device) for rows in sides))
+        for users, values, indices in rank_blocks(score, recommender.seen, order, k, block):
             scores, items = values.numpy(), indices.numpy()
             rerank = np.lexsort((items, -scores), axis=1)
             scores, items = np.take_along_axis(scores, rerank, 1), np.take_along_axis(items, rerank, 1)
@@ -81,19 +97,13 @@ def write_recommendations(
 
 
 def write_similar(
-    path: Path,
-    item_embeddings: np.ndarray,
-    item_ids: np.ndarray,
-    num_similar: int,
-    block: int = 16384,
-    device: torch.device = CPU,
+    path: Path, recommender: Recommender, num_similar: int, *, block: int = 16384, device: torch.device = CPU
 ) -> int:
-    """Write the items of highest cosine to every item, itself excluded, sorted by item id and rank.
+    """Write the items with the highest cosine to every item, itself excluded, sorted by item id and rank.
 
     Args:
         path: Parquet file, schema `SIMILAR`.
-        item_embeddings: float32 [num_items, d].
-        item_ids: external ids, position = row.
+        recommender: the items.
         num_similar: neighbours per item.
         block: items at a time.
         device: where they are compared.
@@ -101,8 +111,9 @@ def write_similar(
     Returns:
         The number of rows.
     """
+    item_ids = recommender.item_ids.to_numpy()
     order = np.argsort(item_ids)
-    ids, rows = item_ids[order], item_embeddings[order]
+    ids, rows = item_ids[order], recommender.item_embeddings[order]
     starts = range(0, len(rows), block)
     num_rows = 0
     with pq.ParquetWriter(path, SIMILAR) as writer:
@@ -117,9 +128,10 @@ def write_similar(
     return num_rows
 
 
-def write_popular(path: Path, seen: ItemLists, item_ids: np.ndarray, k: int) -> None:
-    """Write the list for users nobody knows: the items with most training interactions."""
-    counts = np.bincount(seen.items, minlength=len(item_ids))
+def write_popular(path: Path, recommender: Recommender, k: int) -> None:
+    """Write the k items with most training interactions, for users without recommendations of their own."""
+    item_ids = recommender.item_ids.to_numpy()
+    counts = np.bincount(recommender.seen.items, minlength=len(item_ids))
     top = np.lexsort((np.arange(len(counts)), -counts))[:k]
     ranks = np.arange(1, len(top) + 1, dtype=np.int32)
     pq.write_table(pa.table({"rank": ranks, ITEM_ID: item_ids[top], "score": counts[top].astype(np.float32)}), path)

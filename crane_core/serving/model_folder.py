@@ -1,4 +1,4 @@
-"""The model as it is served: a folder of safetensors, JSON and Parquet, verified before it answers.
+"""The folder of a served model: safetensors, JSON and Parquet, verified before the model is used.
 
     embeddings.safetensors   user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d]
     seen.safetensors         indptr i64 [num_users + 1], items i32 [num_pairs]: training items of each user
@@ -8,8 +8,8 @@
     model.json               format, sizes, run and window
     checksums.json           size and sha256 of every other file
 
-MLflow loads it through `_load_pyfunc`; nothing in it can execute, and `registry.served_folder` sees to it that the file
-MLmodel around it names no other loader.
+MLflow loads it through `_load_pyfunc`. Nothing in the folder can execute, and `release.mlmodel.served_folder` refuses
+an MLmodel file around it that names another loader.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ USER_BLOCK = 256
 
 @dataclass(frozen=True)
 class Recommender:
-    """What of a run leaves the pipeline: users with training items, and items that are no tombstones, renumbered.
+    """The part of a run that is served: users with training items, and items that are no tombstones, renumbered.
 
     Attributes:
         user_ids, item_ids, titles: external ids and titles in row order.
@@ -72,7 +72,7 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
     counts = known.train.counts()
     users = np.flatnonzero(counts > 0)
     items = np.setdiff1d(np.arange(known.num_items), known.tombstones)
-    # Nobody has met a tombstone in training: every item that was seen has a number here.
+    # Tombstones have no training interaction, so every item that was seen has a row among the others.
     seen = np.searchsorted(items, known.train.items).astype(np.int32)
     return Recommender(
         load_ids(interactions, "users", USER_ID).take(pa.array(users)),
@@ -85,11 +85,11 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
 
 
 def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Mapping[str, Any]) -> None:
-    """Lay a trained model out for serving.
+    """Write a trained model into a folder for serving.
 
     Args:
         folder: empty folder.
-        recommender: what it answers from.
+        recommender: users and items that it serves.
         weights: safetensors file with the trained weights.
         facts: run and window, JSON values.
     """
@@ -162,15 +162,15 @@ class ServedModel:
     facts: dict[str, Any]
 
     def popularity(self) -> np.ndarray:
-        """float32 [num_items], training interactions of each item."""
+        """Return the number of training interactions of each item: float32 [num_items]."""
         return np.bincount(self.seen.items, minlength=len(self.item_ids)).astype(np.float32)
 
     def recommend(self, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The best unseen items of some users.
+        """Return the best unseen items of some users.
 
         Args:
             users: int [n] rows; -1 is an unknown user, who gets the most popular items.
-            k: list length; the catalog's size where that is smaller.
+            k: list length; at most the size of the catalog is used.
 
         Returns:
             int64 [n, k] item rows by falling score, -1 where fewer than k items are left; float32 [n, k] scores.
@@ -196,7 +196,7 @@ class ServedModel:
         return items, scores
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Recommendations for external user ids.
+        """Recommend items for external user ids.
 
         Args:
             model_input: column `user_id`, strings.
@@ -265,7 +265,7 @@ def load_model(folder: Path) -> ServedModel:
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:
-    """MLflow's entry point (`loader_module`)."""
+    """Load the model for MLflow, which calls this function of the module that `loader_module` names."""
     return load_model(Path(data_path))
 
 

@@ -1,4 +1,4 @@
-"""Hold a served model against the embeddings that it was evaluated with."""
+"""Compare a served model with the embeddings that it was evaluated with."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from crane_core.serving.model_folder import DEFAULT_K, Recommender
 
 
 def make_probe(recommender: Recommender, most: int, k: int = DEFAULT_K) -> dict[str, Any]:
-    """The top k of some users straight from the embeddings, to hold a served model against.
+    """Compute the top k of some users directly from the embeddings, to compare a served model with.
 
     Args:
-        recommender: with the rows the model was evaluated with.
-        most: how many users to ask about, spread evenly.
+        recommender: holds the rows the model was evaluated with.
+        most: number of users at most, spread evenly.
         k: list length.
     """
     answers = []
@@ -41,17 +41,17 @@ def make_probe(recommender: Recommender, most: int, k: int = DEFAULT_K) -> dict[
 
 
 def smoke_test(predict: Callable[..., pd.DataFrame], probe: Mapping[str, Any]) -> int:
-    """Ask a served model what the embeddings it was evaluated with answer themselves.
+    """Compare a served model's recommendations with those of the embeddings it was evaluated with.
 
     Args:
-        predict: the served model's.
-        probe: as `make_probe` makes it.
+        predict: method of the served model.
+        probe: result of `make_probe`.
 
     Returns:
         The number of users compared.
 
     Raises:
-        ArtifactError: an answer differs by more than rounding, or an unknown user gets no marked fallback.
+        ArtifactError: a list differs by more than rounding, or an unknown user gets no list marked as fallback.
     """
     answers = probe["answers"]
     nobody = "\x00nobody"

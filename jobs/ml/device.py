@@ -1,4 +1,4 @@
-"""Where torch and faiss compute, by `runtime`."""
+"""Choice of the device and number of threads for torch, from `runtime`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from crane_core.errors import ConfigError
 
 
 def use_torch_threads(runtime: Runtime) -> None:
-    """Set the number of torch threads: for jobs that compute on the CPU, whatever `runtime.device` is.
+    """Set the number of torch threads, for jobs that compute on the CPU whatever `runtime.device` is.
 
-    Where neither `runtime.num_threads` nor OMP_NUM_THREADS says it, the ranks of a machine share its cores.
+    If neither `runtime.num_threads` nor OMP_NUM_THREADS gives the number, the ranks of a machine share its cores.
     """
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
@@ -26,7 +26,7 @@ def use_device(runtime: Runtime) -> torch.device:
     """Set the number of torch threads and return this rank's device.
 
     Raises:
-        ConfigError: CUDA is asked for and absent.
+        ConfigError: CUDA is configured and not available.
     """
     use_torch_threads(runtime)
     if not runtime.device.startswith("cuda"):

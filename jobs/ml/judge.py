@@ -1,6 +1,6 @@
-"""What the gate says of a run's model: `python -m jobs.ml.judge --store URI --run RUN_ID`.
+"""Ask the gate about a run's model and change nothing: `python -m jobs.ml.judge --store URI --run RUN_ID`.
 
-The decision `jobs.ml.promote` would take now, for a person to look at: no ledger entry, no tag, no alias.
+Shows a person the decision that `jobs.ml.promote` would make now. Writes no ledger entry, no tag and no alias.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.config import RunConfig
+from crane_core.release.judge import Judge
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import open_registry
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.ml.promote import Judge
 from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 
 
 def judge(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-    """Decide, and leave it at that."""
+    """Decide, without carrying the decision out."""
     registry = open_registry(config.runtime, store.storage.uri)
     asked = Judge(config, store, arguments.run, registry)
     decision, _ = asked.decide(Ledger(store.storage, registry.name).champion())

@@ -1,7 +1,8 @@
-"""Nearest neighbours of one shard of the items: `python -m jobs.ml.knn --store URI --run RUN_ID --part 0`.
+"""Find the neighbours of one shard of the items: `python -m jobs.ml.knn --store URI --run RUN_ID --part 0`.
 
-Leaves `neighbours.npy` int32 and `similarities.npy` float32, both [rows, k]. Killed at any moment, the next attempt
-goes on with the block of items it was at. Where the rows have grown from an earlier run's, so do its lists.
+Leaves `neighbours.npy` int32 and `similarities.npy` float32, both [rows, k]. If the job is killed, the next attempt
+continues with the block of items that was not finished. If `ml.refine` has grown from an earlier run, the lists grow
+from that run's lists.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from crane_core.graph.growth import grow_neighbours
 from crane_core.graph.lists import find_neighbours
 from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
-from jobs.ml.growth import find_base_graph
+from jobs.ml.growth import knn_base
 from jobs.runner import Job, Result, run_stage
 
 
@@ -28,12 +29,11 @@ def run(job: Job) -> Result:
     num_items, shard = len(rows), int(job.part)
     start, stop = (num_items * (shard + i) // config.num_shards for i in (0, 1))
     facts: dict[str, Any] = {"start": start, "stop": stop, "num_items": num_items}
-    base = find_base_graph(job)
+    base = knn_base(job)
     if base is None:
         neighbours, similarities = find_neighbours(rows, range(start, stop), config, device, job.work)
     else:
-        lists = (base.rows, base.neighbours, base.similarities)
-        grown = grow_neighbours(rows, *lists, range(start, stop), config, device=device, work=job.work)
+        grown = grow_neighbours(rows, base, range(start, stop), config, device=device, work=job.work)
         neighbours, similarities = grown.neighbours, grown.similarities
         facts |= {"num_touched": grown.num_touched, "num_searched": grown.num_searched}
     np.save(job.out / "neighbours.npy", neighbours)

@@ -3,11 +3,11 @@
 Leaves `items.npy` [num_items, M, d] and `users.npy` [num_users, M, d] refined rows, `fused_items.npy` and
 `fused_users.npy` [n, d], the weights `rca.safetensors`, and `fit.json` with the curve and the monitors.
 
-With `refine.max_drift` it also leaves what a later run grows from, `keys-1.npy` and so on, `anchors.npy` and
-`anchor_items.npy`; and a run that grows (`etl.base_run`) refines new and changed rows alone.
+With `refine.max_drift` it also leaves the files that a later run grows from: `keys-1.npy` and so on, `anchors.npy` and
+`anchor_items.npy`. A run that grows (`etl.base_run`) refines only new and changed rows.
 
-Killed at any moment, the next attempt repeats at most the fit, or the chunks of `refine.chunk_size` rows that the
-ranks were at: what is written stays in the work folder.
+If the job is killed, the next attempt repeats at most the fit, or the unfinished chunks of `refine.chunk_size` rows:
+finished chunks stay in the work folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from crane_core.config import RunConfig
@@ -33,13 +32,12 @@ from crane_core.ranks import ranks
 from crane_core.refine.attention import Keys
 from crane_core.refine.catalog import keys_file, refine_to_files, refined_files
 from crane_core.refine.fit import fit
-from crane_core.refine.growth import choose_anchors, load_selected, outgrown, touched, write_selected
-from crane_core.refine.refiner import Refiner, project_items
+from crane_core.refine.fitted import WEIGHTS, fuse_file, load_refiner, save_refiner
+from crane_core.refine.growth import Anchors, Base, load_selected, outgrown, overlay, touched, write_selected
 from crane_core.storage.local import LocalStorage
-from crane_core.storage.matrix import blocks, open_matrix
-from crane_core.storage.tensors import load_tensors
+from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
-from jobs.ml.growth import Base, find_base
+from jobs.ml.growth import refine_base
 from jobs.ml.launch import on_ranks, rank
 from jobs.runner import Job, Result, open_store, run_stage
 
@@ -49,7 +47,7 @@ logger = logging.getLogger(__name__)
 def run(job: Job) -> Result:
     config = job.config.refine
     modalities = load_modalities(job.input("etl.features"), job.input("etl.profiles"))
-    base = find_base(job, modalities)
+    base = refine_base(job, modalities)
     growth = grow(job, base, modalities) if base else None
     if growth is None:
         build(job, modalities)
@@ -69,77 +67,50 @@ def build(job: Job, modalities: list[Modality]) -> None:
     likeness = json.loads((job.work / "likeness.json").read_text())
     for number, cosine in enumerate(likeness):
         logger.info("rows_alike recursion=%d mean_cosine=%.3f", number, cosine)
-    refiner = load_refiner(job.config, [m.items.shape[1] for m in modalities], job.work)
+    refiner = load_refiner(_dims(modalities), config, job.work)
     for name, path in refined_files(job.work, config.num_recursions).items():
-        # A second name and no copy: killed before the artifact is published, the work is still whole.
+        # A hard link and no copy: the work folder stays complete if the job is killed before it publishes.
         (job.out / f"{name}.npy").hardlink_to(path)
-        fuse(refiner, path, job.out / f"fused_{name}.npy", config.chunk_size)
-    shutil.copy(job.work / "rca.safetensors", job.out)
+        fuse_file(refiner, path, job.out / f"fused_{name}.npy", config.chunk_size)
+    shutil.copy(job.work / WEIGHTS, job.out)
     report = json.loads((job.work / "fit.json").read_text()) | {"mean_cosine": likeness}
     (job.out / "fit.json").write_text(json.dumps(report))
     if config.max_drift > 0:
         for number in range(1, config.num_recursions + 1):
             keys_file(job.out, number).hardlink_to(keys_file(job.work, number))
-        anchors = choose_anchors(len(modalities[0].items), config.seed)
-        np.save(job.out / "anchor_items.npy", anchors)
-        with torch.no_grad():
-            np.save(job.out / "anchors.npy", project_items(refiner, modalities, anchors).numpy())
+        Anchors.choose(refiner, modalities, config.seed).write(job.out)
 
 
 def grow(job: Job, base: Base, modalities: list[Modality]) -> dict[str, Any] | None:
-    """Take over the rows that stay and refine the others; None past the bounds of change and drift.
+    """Keep the rows that stay the same and refine the others; None beyond the limits of change and drift.
 
     Returns:
         `drift`, and how many items and users were refined.
     """
-    config, dims = job.config.refine, [m.items.shape[1] for m in modalities]
-    refiner = load_refiner(job.config, dims, base.refined.path)
-    kept = [f"keys-{number}.npy" for number in range(1, config.num_recursions + 1)]
-    kept += ["rca.safetensors", "fit.json", "anchors.npy", "anchor_items.npy"]
-    anchors, then = (open_matrix(base.refined.file(name)) for name in ("anchor_items.npy", "anchors.npy"))
-    num_built = base.refined.facts.get("growth", {}).get("num_built", len(base.modalities[0].items))
+    config, run_id = job.config.refine, job.config.etl.base_run
+    num_rows = {"items": len(modalities[0].items), "users": len(modalities[0].profiles)}
     rows = touched(base.modalities, modalities)
     counts = {"num_items": len(rows.items), "num_users": len(rows.users)}
-    num_items, run_id = len(modalities[0].items), job.config.etl.base_run
-    if outgrown(rows.items, len(base.modalities[0].items), num_built, num_items):
-        logger.warning("build_anew base=%s %s total=%d num_built=%d", run_id, counts, num_items, num_built)
+    if outgrown(rows.items, len(base.modalities[0].items), base.num_built, num_rows["items"]):
+        logger.warning("build_anew base=%s %s total=%d num_built=%d", run_id, counts, num_rows["items"], base.num_built)
         return None
-    found = drift(refiner, anchors, then, num_built, modalities, job.config.knn.k, config.chunk_size)
+    refiner = load_refiner(_dims(modalities), config, base.refined.path)
+    found = drift(refiner, Anchors.load(base), modalities, job.config.knn.k, config.chunk_size)
     logger.info("grow base=%s drift=%.4f %s", run_id, found, counts)
     if found > config.max_drift:
         logger.warning("build_anew drift=%.4f max_drift=%.4f", found, config.max_drift)
         return None
-    shutil.copy(base.refined.file("rca.safetensors"), job.work)
+    shutil.copy(base.refined.file(WEIGHTS), job.work)
     write_selected(modalities, rows, job.work / "touched")
     keys = [keys_file(base.refined.path, number) for number in range(1, config.num_recursions + 1)]
     on_ranks(_refine_rank, job, keys)
-    num_rows = {"items": num_items, "users": len(modalities[0].profiles)}
     for name, path in refined_files(job.work, config.num_recursions).items():
         fused = job.work / f"fused-{name}.npy"
-        fuse(refiner, path, fused, config.chunk_size)
+        fuse_file(refiner, path, fused, config.chunk_size)
         for made, target in ((path, f"{name}.npy"), (fused, f"fused_{name}.npy")):
             overlay(base.refined.file(target), getattr(rows, name), made, num_rows[name], job.out / target)
-    for name in kept:
-        shutil.copy(base.refined.file(name), job.out)
-    return {"base": run_id, "drift": found, "num_built": num_built, **counts}
-
-
-def overlay(before: Path, which: np.ndarray, rows: Path, num_rows: int, target: Path) -> None:
-    """Write the rows of a file with some of them replaced and new ones appended, a block at a time.
-
-    Args:
-        before: [m, ...], the file.
-        which: int, numbers of the replaced and new rows; every number from m on is among them.
-        rows: [len(which), ...], file of these rows.
-        num_rows: rows of the target.
-        target: file to write.
-    """
-    old, new = open_matrix(before), open_matrix(rows)
-    np.lib.format.open_memmap(target, "w+", old.dtype, (num_rows, *old.shape[1:]))
-    for block in blocks(len(old), old[:1].nbytes):
-        np.load(target, mmap_mode="r+")[block] = old[block]
-    for block in blocks(len(which), old[:1].nbytes):
-        np.load(target, mmap_mode="r+")[which[block]] = new[block]
+    base.copy_fit(job.out, config.num_recursions)
+    return {"base": run_id, "drift": found, "num_built": base.num_built, **counts}
 
 
 def fit_once(job: Job) -> None:
@@ -153,25 +124,17 @@ def fit_once(job: Job) -> None:
     modalities = load_modalities(job.input("etl.features"), job.input("etl.profiles"))
     device = use_device(job.config.runtime)
     refiner, report = fit(modalities, interactions.train, job.config.profiles.aggregate, job.config.refine, device)
-    weights = {name: value.cpu().contiguous() for name, value in refiner.state_dict().items()}
-    save_file(weights, job.work / "rca.safetensors")
+    save_refiner(refiner, job.work)
     LocalStorage(job.work).write("fit.json", json.dumps(report).encode())
-
-
-def load_refiner(config: RunConfig, dims: list[int], folder: Path) -> Refiner:
-    """The fitted refiner."""
-    refiner = Refiner(dims, [1.0] * len(dims), config.refine)
-    refiner.load_state_dict(load_tensors(folder / "rca.safetensors"))
-    return refiner.eval()
 
 
 @record
 def _refine_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, keys: list[Path] | None) -> None:
-    """What every rank does with its share of the catalog, or of the selected rows where keys are given."""
+    """Refine one rank's share of the catalog, or of the selected rows if keys are given."""
     with rank(config.runtime) as device:
         store = open_store(store_uri)
         modalities = load_modalities(store.artifact(run_id, "etl.features"), store.artifact(run_id, "etl.profiles"))
-        refiner = load_refiner(config, [m.items.shape[1] for m in modalities], work).to(device)
+        refiner = load_refiner(_dims(modalities), config.refine, work).to(device)
         frozen = None
         if keys is not None:
             modalities = load_selected(modalities, work / "touched")
@@ -186,15 +149,8 @@ def _refine_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, key
             LocalStorage(work).write("likeness.json", json.dumps(likeness).encode())
 
 
-@torch.no_grad()
-def fuse(refiner: Refiner, source: Path, target: Path, chunk_size: int) -> None:
-    """Fuse rows of a file into another, [n, M, d] to [n, d], a chunk at a time."""
-    num_rows = len(open_matrix(source))
-    np.lib.format.open_memmap(target, "w+", np.float32, (num_rows, refiner.fusion.shape[1]))
-    for start in range(0, num_rows, chunk_size):
-        part = slice(start, start + chunk_size)
-        rows = torch.from_numpy(np.array(open_matrix(source)[part]))
-        np.load(target, mmap_mode="r+")[part] = refiner.fuse(rows).numpy()
+def _dims(modalities: list[Modality]) -> list[int]:
+    return [modality.items.shape[1] for modality in modalities]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Register the model of a run: `python -m jobs.ml.register --store URI --run RUN_ID`.
 
 Leaves a version in the model registry with its evidence and lineage, and the alias `candidate` unless the run is a
-backfill. The same model and evaluation, laid out by the same version of this stage, are the same version, however often
-it is asked.
+backfill. The same model and evaluation, written by the same version of this stage, become one version, however often
+the job runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.release.registry import CANDIDATE, DatasetReference, Registry, Release, Version, open_registry
+from crane_core.release.registry import CANDIDATE, Registry, open_registry
+from crane_core.release.version import DatasetReference, Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import load_recommender, write_model
 from crane_core.serving.probe import make_probe
@@ -36,8 +37,8 @@ PROBED_USERS = 32
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Make or find the version of a run and give it the alias."""
     inputs = _inputs(config, store, arguments.run)
-    contents = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
-    identity = [STAGES["ml.register"].version, *contents]
+    checksums = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
+    identity = [STAGES["ml.register"].version, *checksums]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
@@ -60,7 +61,7 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
 
 
 def _make_candidate(registry: Registry, version: Version) -> str | None:
-    """The alias, unless a newer version carries it: registering an old run again must not bring it back."""
+    """Give a version the alias, unless a newer version has it: registering an old run again must not bring it back."""
     holder = registry.holder(CANDIDATE)
     if holder is not None and int(holder) > int(version.number):
         return None
@@ -78,9 +79,9 @@ def _release(
     model = folder / config.runtime.model_name
     model.mkdir()
     write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
-    probe = folder / "probe.json"
-    answers = make_probe(recommender, PROBED_USERS)
-    probe.write_text(json.dumps(answers))
+    probe = make_probe(recommender, PROBED_USERS)
+    probe_file = folder / "probe.json"
+    probe_file.write_text(json.dumps(probe))
     metrics = json.loads(evaluated.file("metrics.json").read_text())
     identity = config.identity()
     git = _git_sha()
@@ -88,8 +89,8 @@ def _release(
         fingerprint=fingerprint,
         run_id=run_id,
         folder=model,
-        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe],
-        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in answers["answers"][:2]]}),
+        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
+        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
         params=_flat(identity),
         metrics={
             name: value

@@ -1,4 +1,4 @@
-"""Where the ranks of a training on one machine meet: on the loopback interface, which torch's own rendezvous is not."""
+"""Rendezvous on the loopback interface for the ranks of one machine; torch's own listens on all interfaces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADDRESS = "127.0.0.1"
 
 
 class LoopbackRendezvous(RendezvousHandler):
-    """One node alone: it has always met everybody, and its store answers this machine only."""
+    """Rendezvous of a single node: complete from the start, with a store that only this machine can reach."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self.run_id = parameters.run_id
@@ -60,12 +60,12 @@ class LoopbackRendezvous(RendezvousHandler):
 
 
 def register() -> None:
-    """Make the backend known to torch's launcher."""
+    """Register the backend with torch's launcher."""
     rendezvous_handler_registry.register(BACKEND, LoopbackRendezvous)
 
 
 def stay_on_this_machine() -> None:
-    """Have gloo and NCCL talk over the loopback interface, unless the environment names another."""
+    """Make gloo and NCCL use the loopback interface, unless the environment names another."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback:
         for library in ("GLOO", "NCCL"):

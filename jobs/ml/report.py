@@ -1,6 +1,6 @@
 """Write the page about a run: `python -m jobs.ml.report --store URI --run RUN_ID`.
 
-Leaves `{store}/reports/{run_id}.html`, self-contained. Stages that have not run are named on the page, not an error.
+Leaves `{store}/reports/{run_id}.html`, self-contained. A stage that has not run is named on the page and is no error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def report(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-    """Render the page and replace the one that may be there, at once."""
+    """Render the page and replace an earlier one atomically."""
     entries = Ledger(store.storage, config.runtime.model_name).history()
     page = render(store, arguments.run, config, entries).encode()
     key = f"reports/{arguments.run}.html"

@@ -1,7 +1,7 @@
 """Make an earlier version champion again: `python -m jobs.ml.rollback --store URI --to VERSION|previous`.
 
-`previous` is the champion before the current one; asked again, the one before that. The same lease, the same smoke test
-through the alias and one line in the ledger as for a promotion; the champion stays where it was when the test fails.
+`previous` is the champion before the current one; the next time, the one before that. As for a promotion, there is the
+champion lock, a smoke test through the alias and one line in the ledger. If the test fails, the champion stays.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from crane_core.errors import ArtifactError
-from crane_core.release.ledger import Entry, Ledger
+from crane_core.release.champion_lock import ChampionLock, lock_champion
+from crane_core.release.ledger import Draft, Entry, Ledger
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.ml.desk import Desk, take_desk
 from jobs.runner import load_runtime, run_command
 from jobs.usage import Usage
 
@@ -26,23 +26,24 @@ PREVIOUS = "previous"
 def rollback(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
     """Move the champion back and test it."""
     usage = Usage()
-    with take_desk(load_runtime(arguments), store, f"rollback to={arguments.to}") as desk:
-        entry, status = _answered(desk, arguments.to, arguments.request), "found"
+    with lock_champion(load_runtime(arguments), store, f"rollback to={arguments.to}") as lock:
+        entry, status = _done_before(lock, arguments.to, arguments.request), "found"
         if entry is None:
-            version = desk.registry.version(_target(desk.ledger, arguments.to))
-            if version.number == desk.champion:
-                entry = next(each for each in reversed(desk.ledger.history()) if each.action != "refuse")
+            version = lock.registry.version(_target(lock.ledger, arguments.to))
+            if version.number == lock.champion:
+                entry = lock.ledger.moves()[-1]
             else:
                 reason = (
-                    f"Rolled back from version {desk.champion} to version {version.number}, "
+                    f"Rolled back from version {lock.champion} to version {version.number}, "
                     f"asked for as {arguments.to!r}."
                 )
-                wish = {"to": arguments.to, "request": arguments.request}
-                entry = desk.write("rollback", version.number, version.number, version.run_id, reason, wish)
-                desk.carry_out(entry)
+                request = {"to": arguments.to, "request": arguments.request}
+                draft = Draft("rollback", version.number, version.number, version.run_id, reason, request)
+                entry = lock.write(draft)
+                lock.carry_out(entry)
                 status = "done"
-        champion = desk.champion
-        run = desk.registry.version(champion).run_id if champion else None
+        champion = lock.champion
+        run = lock.registry.version(champion).run_id if champion else None
     logger.info("%s champion=%s reason=%s", status, champion, entry.reason)
     return {
         "status": status,
@@ -55,13 +56,13 @@ def rollback(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, A
     }
 
 
-def _answered(desk: Desk, to: str, request: str) -> Entry | None:
-    """The entry that answers this wish already: a retry after a crash must not go back twice."""
-    wish = {"to": to, "request": request}
-    if desk.finished and desk.finished.numbers == wish:
-        return desk.finished
-    moves = [entry for entry in desk.ledger.history() if entry.action != "refuse"]
-    mine = [entry for entry in moves if request and entry.action == "rollback" and entry.numbers == wish]
+def _done_before(lock: ChampionLock, to: str, request: str) -> Entry | None:
+    """Return the entry of an earlier attempt at this request: a retry after a crash must not go back twice."""
+    numbers = {"to": to, "request": request}
+    if lock.finished and lock.finished.numbers == numbers:
+        return lock.finished
+    moves = lock.ledger.moves()
+    mine = [entry for entry in moves if request and entry.action == "rollback" and entry.numbers == numbers]
     taken_back = {entry.numbers.get("restores") for entry in moves}
     return mine[-1] if mine and mine[-1].seq not in taken_back else None
 
@@ -81,7 +82,7 @@ def _target(ledger: Ledger, to: str) -> str:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", default=PREVIOUS, metavar="VERSION|previous", help="version to go back to")
     parser.add_argument(
-        "--request", default="", metavar="ID", help="who asks; asked again by the same, nothing is done"
+        "--request", default="", metavar="ID", help="name of this request; with the same name nothing is done again"
     )
 
 

@@ -29,11 +29,11 @@ from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.experiments.data import Dataset, load_dataset
 from crane_core.graph.drift import drift
 from crane_core.graph.exact import search
-from crane_core.graph.growth import grow_neighbours
+from crane_core.graph.growth import BaseGraph, grow_neighbours
 from crane_core.refine import growth
 from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
-from crane_core.refine.growth import choose_anchors
+from crane_core.refine.growth import Anchors
 from crane_core.refine.refiner import Refiner, project_items
 
 
@@ -84,7 +84,8 @@ def main() -> None:
         projected = project_items(refiner, then, np.arange(before))
         _, joined = refiner.rca(projected, project_items(refiner, now, np.arange(before, num_items)))
         rows = np.concatenate([rows_then, refiner.fuse(joined).numpy()])
-    grown = grow_neighbours(rows, rows_then, lists_then, similarities, range(num_items), knn).neighbours
+    base = BaseGraph(rows_then, lists_then, similarities)
+    grown = grow_neighbours(rows, base, range(num_items), knn).neighbours
     seconds["grow"] = time.perf_counter() - started
     np.testing.assert_array_equal(grown, search(rows, range(num_items), knn.k)[0])
     started = time.perf_counter()
@@ -92,10 +93,8 @@ def main() -> None:
     seconds["build"] = time.perf_counter() - started
     found = {}
     for name, size in (("drift", before), ("drift_of_sample", arguments.anchors)):
-        growth.ANCHORS = size
-        anchors = choose_anchors(before, 0)
-        known = projected[torch.from_numpy(anchors)].numpy()
-        found[name] = drift(refiner, anchors, known, before, now, knn.k, config.chunk_size)
+        growth.NUM_ANCHORS = size
+        found[name] = drift(refiner, Anchors.choose(refiner, then, 0), now, knn.k, config.chunk_size)
     found |= {"refit": differ(grown, anew), "seeds": differ(build(1)[2], anew)}
     sizes = {"dataset": dataset.name, "items": num_items, "before": before, "phi": arguments.phi}
     print(json.dumps(sizes | found | {"seconds": seconds}))

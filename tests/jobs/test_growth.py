@@ -17,6 +17,7 @@ from crane_core.config_file import load_config
 from crane_core.dataset.modalities import Modality
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
 from crane_core.graph.exact import search
+from crane_core.refine.fitted import load_refiner
 from crane_core.refine.refiner import project_items
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
@@ -125,7 +126,7 @@ def test_untouched_rows_stay_and_the_others_are_refined_by_the_same_keys(grown: 
     assert (growth["base"], growth["num_items"], growth["num_users"], growth["num_built"]) == ("one", 15, 4, NUM_ITEMS)
     assert 0 < growth["drift"] < 0.9
     config = load_config(None, ["window.start=2026-01-01", "window.end=2026-01-02", *SETTINGS])
-    refiner = refine.load_refiner(config, [6, 6], one.path)
+    refiner = load_refiner([6, 6], config.refine, one.path)
     content = modalities(12, 3, (4, 50, 119))
     with torch.no_grad():
         then = project_items(refiner, modalities(), np.arange(NUM_ITEMS))

@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
+from crane_core.release import champion_lock
 from crane_core.release.lease import Lease
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import Registry, open_registry
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.commands.query import verify_ledger
-from jobs.ml import desk, export, judge, promote, register, report, restore, rollback
+from jobs.ml import export, judge, promote, register, report, restore, rollback
 from jobs.runner import open_store
 from tests.worlds.mlflow_tables import copy_tables
 from tests.worlds.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
@@ -269,7 +270,7 @@ def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
     def crash(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(desk, "hand_over", crash)
+    monkeypatch.setattr(champion_lock, "hand_over", crash)
     with pytest.raises(KeyboardInterrupt):
         promote.main(argv)
     monkeypatch.undo()
@@ -304,7 +305,7 @@ def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
     def fail(*arguments):
         raise ArtifactError("The served model recommends something else.", "Look.")
 
-    monkeypatch.setattr(desk, "smoke_test", fail)
+    monkeypatch.setattr(champion_lock, "smoke_test", fail)
     place.job(promote, argv, code=4)
     assert place.registry.holder("champion") == "1"
     assert [entry.action for entry in place.ledger.history()] == ["promote", "promote", "restore"]
@@ -326,7 +327,7 @@ def test_a_promotion_during_another_waits_for_its_end(place, monkeypatch):
                     break
         raise ArtifactError("The served model recommends something else.", "Look.")
 
-    monkeypatch.setattr(desk, "smoke_test", slow_failure)
+    monkeypatch.setattr(champion_lock, "smoke_test", slow_failure)
     place.job(promote, second, code=4)
     assert racers[0].communicate(timeout=120) and racers[0].returncode == 0
     history = [(entry.action, entry.version, entry.champion_before, entry.champion) for entry in place.ledger.history()]
@@ -345,8 +346,8 @@ def test_a_promoter_that_is_killed_is_finished_by_the_next(place, monkeypatch):
     place.job(promote, place.run("run-1", noise=1.5))
     second, third = place.run("run-2", noise=0.8), place.run("run-3", noise=1.6)
     program = (
-        "import os, signal; from jobs.ml import desk, promote\n"
-        "desk.smoke_test = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal; from crane_core.release import champion_lock; from jobs.ml import promote\n"
+        "champion_lock.smoke_test = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"promote.main({second!r})"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
@@ -450,7 +451,7 @@ def test_a_rollback_that_died_is_finished_and_not_repeated(place, monkeypatch):
     def crash(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(desk, "hand_over", crash)
+    monkeypatch.setattr(champion_lock, "hand_over", crash)
     with pytest.raises(KeyboardInterrupt):
         rollback.main(["--store", str(place.root)])
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""MLflow's tables, made once for the whole test run: making them takes seconds, copying the file does not."""
+"""MLflow's tables, made once per test run: making them takes seconds, copying the file does not."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SEEN = {"ann": ["a"], "bob": ["b", "c"], "cyd": ["b"]}
 
 
 def make_model(users: Rows, items: Rows, seen: dict[str, list[str]]) -> ServedModel:
-    """A model in memory: rows by external id, training items by user."""
+    """Make a model in memory from rows by external id and training items by user."""
     return ServedModel(
         pd.Index(list(users), dtype=object),
         pd.Index(list(items), dtype=object),
@@ -31,7 +31,7 @@ def make_model(users: Rows, items: Rows, seen: dict[str, list[str]]) -> ServedMo
 
 
 def recommender(users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[str]] = SEEN) -> Recommender:
-    """With titles for all items but the last."""
+    """Make a recommender with titles for all items but the last."""
     return Recommender(
         pa.chunked_array([list(users)]),
         pa.chunked_array([list(items)]),
@@ -43,7 +43,7 @@ def recommender(users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[s
 
 
 def write(folder: Path, users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[str]] = SEEN) -> Path:
-    """A model folder."""
+    """Write a model folder."""
     source = folder.parent / f"{folder.name}-source"
     source.mkdir(parents=True)
     folder.mkdir()

@@ -12,7 +12,8 @@ import yaml
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.release.registry import DatasetReference, Registry, Release, open_registry
+from crane_core.release.registry import Registry, open_registry
+from crane_core.release.version import DatasetReference, Release
 from tests.worlds.mlflow_tables import copy_tables
 from tests.worlds.served import write
 
@@ -197,7 +198,8 @@ def test_a_training_shows_its_epochs_while_it_runs_and_goes_on_in_the_same_run(r
     client = mlflow.MlflowClient()
 
     def runs():
-        return client.search_runs([registry._experiment_id], "tags.`crane.training` = 'f1'")
+        experiment = client.get_experiment_by_name(registry.name)
+        return client.search_runs([experiment.experiment_id], "tags.`crane.training` = 'f1'")
 
     with pytest.raises(RuntimeError), registry.watch("run-1 ml.train", "f1") as log:
         log({"epoch": 0, "loss": 0.7, "recall@20": 0.1})
@@ -209,7 +211,7 @@ def test_a_training_shows_its_epochs_while_it_runs_and_goes_on_in_the_same_run(r
     with registry.watch("run-1 ml.train", "f1") as log:
         log({"epoch": 1, "loss": 0.5})
         with monkeypatch.context() as patch:
-            patch.setattr(registry._client, "log_batch", _refuse)
+            patch.setattr(mlflow.MlflowClient, "log_batch", _refuse)
             log({"epoch": 2, "loss": 0.4})
     (finished,) = runs()
     assert finished.info.status == "FINISHED"
@@ -229,7 +231,7 @@ import tempfile
 from crane_core.release import registry
 registry.mlflow.artifacts.download_artifacts = lambda **_: tempfile.mkdtemp()
 before = tempfile.gettempdir()
-print(registry._download(artifact_uri="models:/crane/1"), tempfile.gettempdir() == before)
+print(registry.download(artifact_uri="models:/crane/1"), tempfile.gettempdir() == before)
 """
 
 

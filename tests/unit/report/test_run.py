@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 
 from crane_core.config_file import load_config
-from crane_core.release.ledger import Ledger
+from crane_core.release.ledger import Draft, Ledger
 from crane_core.report.run import render
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.local import LocalStorage
@@ -51,7 +51,7 @@ def test_the_monitors_are_shown_where_the_training_has_them(store, earlier):
     spread = {} if earlier else {"profile_spread": {"text": 1.27}}
     publish(store, "ml.refine", {"fit.json": {"curve": [], "mean_cosine": [0.2]} | spread}, {"modalities": ["text"]})
     page = render(store, "run-1", CONFIG, [])
-    assert "Validation Recall@20 by trust" in page
+    assert "Validation Recall@20 by share" in page
     for text in ("Effective rank of the users", "Variance of these cosines", "Gradient norm: ranking", "text 1.27"):
         assert (text in page) is not earlier, text
 
@@ -113,7 +113,7 @@ def test_names_from_outside_are_escaped(store):
 def test_the_decision_shows_every_check(store):
     ledger = Ledger(store.storage, "crane")
     checks = [{"name": "recall@20 against lightgcn", "found": 0.21, "limit": 0.3, "sense": ">=", "passed": False}]
-    entry = ledger.append(0, "refuse", "1", None, "run-1", "Refused: too low.", {"checks": checks})
+    entry = ledger.append(0, Draft("refuse", "1", None, "run-1", "Refused: too low.", {"checks": checks}))
     assert entry is not None
     store.record("run-1", "ml.promote", {"status": "done", "decision": "refused", "ledger": entry.seq})
     page = render(store, "run-1", CONFIG, ledger.history())

@@ -1,4 +1,5 @@
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,6 +11,7 @@ from crane_core.serving.export import (
     write_recommendations,
     write_similar,
 )
+from crane_core.serving.model_folder import Recommender
 
 NUM_USERS, NUM_ITEMS, DIM, K = 40, 30, 6, 8
 
@@ -26,10 +28,15 @@ def world():
     return users, items, seen, user_ids, item_ids
 
 
+def served(users, items, seen, user_ids, item_ids) -> Recommender:
+    titles = pa.chunked_array([item_ids])
+    return Recommender(pa.chunked_array([user_ids]), pa.chunked_array([item_ids]), titles, users, items, seen)
+
+
 def test_recommendations_equal_brute_force(world, tmp_path):
     users, items, seen, user_ids, item_ids = world
     path = tmp_path / "r.parquet"
-    assert write_recommendations(path, users, items, seen, user_ids, item_ids, K) == NUM_USERS * K
+    assert write_recommendations(path, served(*world), K) == NUM_USERS * K
     table = pq.read_table(path)
     assert table.schema.equals(RECOMMENDATIONS)
     rows = table.to_pylist()
@@ -45,10 +52,8 @@ def test_recommendations_equal_brute_force(world, tmp_path):
 
 
 def test_memory_bound_does_not_change_the_lists(world, tmp_path):
-    users, items, seen, user_ids, item_ids = world
-    arguments = (users, items, seen, user_ids, item_ids, K)
-    write_recommendations(tmp_path / "a.parquet", *arguments)
-    write_recommendations(tmp_path / "b.parquet", *arguments, score_bytes=4 * NUM_ITEMS * 3)
+    write_recommendations(tmp_path / "a.parquet", served(*world), K)
+    write_recommendations(tmp_path / "b.parquet", served(*world), K, score_bytes=4 * NUM_ITEMS * 3)
     assert pq.ParquetFile(tmp_path / "b.parquet").num_row_groups == -(-NUM_USERS // 3)
     left, right = (pq.read_table(tmp_path / name) for name in ("a.parquet", "b.parquet"))
     assert left.drop(["score"]).equals(right.drop(["score"]))
@@ -58,7 +63,8 @@ def test_who_has_seen_almost_everything_gets_a_shorter_list(tmp_path):
     seen = ItemLists.from_pairs(np.array([0, 0, 1]), np.array([0, 1, 2]), 2)
     ids = np.array(["x", "y", "z"], dtype=object)
     ones = np.ones((3, 2), dtype=np.float32)
-    write_recommendations(tmp_path / "r.parquet", ones[:2], ones, seen, np.array(["b", "a"], dtype=object), ids, 5)
+    model = served(ones[:2], ones, seen, np.array(["b", "a"], dtype=object), ids)
+    write_recommendations(tmp_path / "r.parquet", model, 5)
     rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "r.parquet").to_pylist()]
     assert rows == [("a", 1, "x", 2.0), ("a", 2, "y", 2.0), ("b", 1, "z", 2.0)]
 
@@ -66,7 +72,7 @@ def test_who_has_seen_almost_everything_gets_a_shorter_list(tmp_path):
 @pytest.mark.parametrize("block", [7, 100])
 def test_similar_items_equal_brute_force(world, tmp_path, block):
     _, items, _, _, item_ids = world
-    assert write_similar(tmp_path / "s.parquet", items, item_ids, 4, block) == NUM_ITEMS * 4
+    assert write_similar(tmp_path / "s.parquet", served(*world), 4, block=block) == NUM_ITEMS * 4
     table = pq.read_table(tmp_path / "s.parquet")
     assert table.schema.equals(SIMILAR)
     rows = table.to_pylist()
@@ -83,6 +89,7 @@ def test_similar_items_equal_brute_force(world, tmp_path, block):
 
 def test_popular_items_by_count_then_index(tmp_path):
     seen = ItemLists.from_pairs(np.array([0, 1, 2, 2]), np.array([2, 2, 0, 1]), 3)
-    write_popular(tmp_path / "p.parquet", seen, np.array(["a", "b", "c", "d"], dtype=object), 3)
+    ids = np.array(["a", "b", "c", "d"], dtype=object)
+    write_popular(tmp_path / "p.parquet", served(np.ones((3, 2)), np.ones((4, 2)), seen, ids[:3], ids), 3)
     rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "p.parquet").to_pylist()]
     assert rows == [(1, "c", 2.0), (2, "a", 1.0), (3, "b", 1.0)]

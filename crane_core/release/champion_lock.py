@@ -1,4 +1,4 @@
-"""Where the champion is moved: registry and ledger under the lease, and the test of a model through its alias."""
+"""The lock under which the champion is changed: registry and ledger while the lease is held, with the smoke test."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
 from crane_core.release.handover import CHAMPION, hand_over, is_confirmed, recover, restore
-from crane_core.release.lease import Lease, Tenure
-from crane_core.release.ledger import Action, Entry, Ledger
+from crane_core.release.lease import HeldLease, Lease
+from crane_core.release.ledger import Draft, Entry, Ledger
 from crane_core.release.registry import Registry, open_registry
 from crane_core.serving.probe import smoke_test
 from crane_core.storage.artifacts import ArtifactStore
@@ -22,54 +21,60 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Desk:
-    """What the holder of the lease works with.
+class ChampionLock:
+    """Registry and ledger of a process that holds the lease.
 
     Attributes:
         registry: versions and aliases.
         ledger: the decisions.
-        tenure: the lease that is held.
-        finished: the entry of a holder that died, if its test was made up for just now.
+        lease: the lease that is held.
+        finished: entry of a crashed process whose smoke test was made up for when the lease was taken, if any.
     """
 
     registry: Registry
     ledger: Ledger
-    tenure: Tenure
+    lease: HeldLease
     finished: Entry | None = None
 
     @property
     def champion(self) -> str | None:
-        """The version that carries the alias, its smoke test passed."""
+        """Version that carries the alias and has passed its smoke test."""
         return self.ledger.champion()
 
-    def write(
-        self, action: Action, version: str, champion: str | None, run_id: str, reason: str, numbers: dict[str, Any]
-    ) -> Entry:
+    def write(self, draft: Draft) -> Entry:
         """Add an entry to the ledger."""
         seen = self.ledger.size()
-        self.tenure.check()
-        return self.ledger.append(seen, action, version, champion, run_id, reason, numbers, self.tenure.token)
+        self.lease.check()
+        return self.ledger.append(seen, draft, self.lease.token)
 
     def carry_out(self, entry: Entry) -> None:
-        """Move the alias as an entry says and test through it, unless that is done.
+        """Move the alias as an entry says and test the model through it, unless that is done.
 
         Raises:
             ArtifactError: the test failed and the former champion is back.
         """
         if not is_confirmed(entry, self.registry):
-            self.tenure.check()
-            hand_over(self.ledger, self.registry, entry, lambda: self.smoke(entry), self.tenure.token)
+            self.lease.check()
+            hand_over(self.ledger, self.registry, entry, lambda: self.smoke(entry), self.lease.token)
 
     def take_back(self, entry: Entry, why: str) -> Entry:
-        """Restore the champion before an entry."""
-        self.tenure.check()
-        return restore(self.ledger, self.registry, entry, why, self.tenure.token)
+        """Restore the champion before an entry.
+
+        Args:
+            entry: the newest entry that set the champion.
+            why: half a sentence.
+        """
+        self.lease.check()
+        return restore(self.ledger, self.registry, entry, why, self.lease.token)
 
     def smoke(self, entry: Entry) -> int:
-        """Load what the alias points to, as a serving process would, and compare its answers with the evaluation's.
+        """Load the model through the alias, as a serving process would, and compare it with the evaluated embeddings.
+
+        Returns:
+            The number of users compared.
 
         Raises:
-            ArtifactError: it is not the version expected, was tampered with, or answers wrongly.
+            ArtifactError: it is not the expected version, was tampered with, or recommends other items.
         """
         version = self.registry.version(entry.version)
         probe = json.loads(self.registry.evidence(version, "probe.json").read_text())
@@ -85,20 +90,20 @@ class Desk:
 
 
 @contextlib.contextmanager
-def take_desk(runtime: Runtime, store: ArtifactStore, purpose: str) -> Iterator[Desk]:
-    """Wait for the lease, check the ledger, finish what a holder that died has left.
+def lock_champion(runtime: Runtime, store: ArtifactStore, purpose: str) -> Iterator[ChampionLock]:
+    """Wait for the lease, verify the ledger, and finish what a crashed process has left.
 
     Args:
         runtime: names the registry.
         store: holds lease and ledger.
-        purpose: what for, as those who wait are told.
+        purpose: shown in the log of the processes that wait.
 
     Raises:
-        ArtifactError: the ledger was tampered with, or is not this registry's.
+        ArtifactError: the ledger was tampered with, or belongs to another registry.
     """
     registry = open_registry(runtime, store.storage.uri)
     ledger = Ledger(store.storage, registry.name)
-    with Lease(store.storage).hold(purpose) as tenure:
+    with Lease(store.storage).hold(purpose) as held:
         ledger.verify(registry.ledger_anchors())
-        desk = Desk(registry, ledger, tenure)
-        yield replace(desk, finished=recover(ledger, registry, desk.smoke, tenure.token))
+        lock = ChampionLock(registry, ledger, held)
+        yield replace(lock, finished=recover(ledger, registry, lock.smoke, held.token))

@@ -1,0 +1,78 @@
+"""Records of a registered model: what is registered, and the version that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class DatasetReference:
+    """An artifact a model was made from.
+
+    Attributes:
+        name: the stage.
+        digest: fingerprint of the artifact.
+        source: its location.
+        context: its use: `training` or `evaluation`.
+    """
+
+    name: str
+    digest: str
+    source: str
+    context: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """A trained model with everything that is registered beside it.
+
+    Attributes:
+        fingerprint: identity of model and evaluation; the same fingerprint is the same version.
+        run_id: the pipeline's run.
+        folder: model folder as `serving.model_folder.write_model` leaves it.
+        evidence: files that the gate reads again later.
+        input_example: a request the model can answer.
+        params: the flattened configuration.
+        metrics: name to value; MLflow does not allow `@`, so it is written as `_at_`.
+        curve: one mapping per epoch, `epoch` and metrics.
+        datasets: artifacts it was made from.
+        tags: lineage.
+    """
+
+    fingerprint: str
+    run_id: str
+    folder: Path
+    evidence: Sequence[Path]
+    input_example: pd.DataFrame
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    curve: Sequence[Mapping[str, float]]
+    datasets: Sequence[DatasetReference]
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version.
+
+    Attributes:
+        number: version number as MLflow writes it.
+        mlflow_run: MLflow run that holds parameters, metrics and evidence.
+        tags: lineage and decisions.
+        aliases: aliases that point here.
+    """
+
+    number: str
+    mlflow_run: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def run_id(self) -> str:
+        """The pipeline's run that made it."""
+        return self.tags["crane.run"]
