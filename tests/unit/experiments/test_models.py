@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crane_core.config import Features, Refine, Train, preset_names
+from crane_core.config import Refine, Train, preset_names
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError
 from crane_core.evaluation.baselines import item_knn
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import Scorer, dot_product, rank_users
 from crane_core.evaluation.slices import slices_of_test
-from crane_core.experiments import models as harness
+from crane_core.experiments import models
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.models import CONTENT_GRID, ITEM_KNN_GRID, MODELS, NEED_FEATURES, Recipe, Trained
 from crane_core.experiments.plans import load_recipe
@@ -103,11 +103,6 @@ def test_a_dataset_without_features_is_refused_by_the_models_that_need_them(name
         MODELS[name](dataset, RECIPE, tmp_path)
 
 
-def test_an_unknown_modality_is_named() -> None:
-    with pytest.raises(DataError, match=r"modalities m0, m1, not \['smell'\]"):
-        planted().modalities(Features(modalities=("m0", "smell")))
-
-
 def test_bpr_mf_does_not_propagate(tmp_path: Path) -> None:
     dataset = planted()
     trained = MODELS["bpr_mf"](dataset, RECIPE, tmp_path / "work")
@@ -123,7 +118,7 @@ def test_lightgcn_softmax_differs_from_lightgcn_by_the_loss_alone(tmp_path: Path
     assert not torch.equal(plain.score(users), softmax.score(users))
     model = LightGCN(40, 32, train, "softmax")
     assert torch.equal(model.ids, LightGCN(40, 32, train).ids), "both start from the same embeddings"
-    rows, _ = harness.train_to_best(model, dataset.interactions, train, tmp_path / "by hand")
+    rows, _ = models.train_to_best(model, dataset.interactions, train, tmp_path / "by hand")
     assert torch.equal(softmax.score(users), dot_product(*rows)(users))
 
 
@@ -152,7 +147,7 @@ def test_a_grid_is_searched_by_validation_recall(tmp_path: Path, monkeypatch: py
         sign = 1 if ITEM_KNN_GRID.index((num_neighbours, shrinkage)) >= 3 else -1
         return lambda users: sign * wanted[users]
 
-    monkeypatch.setattr(harness, "item_knn", fake)
+    monkeypatch.setattr(models, "item_knn", fake)
     trained = MODELS["item_knn"](dataset, RECIPE, tmp_path)
     assert trained.validation == 1.0
     assert trained.facts == dict(zip(("num_neighbours", "shrinkage"), ITEM_KNN_GRID[3], strict=True))
@@ -222,16 +217,3 @@ def test_cold_items_are_found_by_their_content_and_by_chance_without(tmp_path: P
     # By chance 20 of 226 items hold 9 % of what is wanted, and 12 of the 48 cold ones a quarter.
     assert everywhere[0] > 2.5 * 20 / 226 and everywhere[1] < 1.5 * 20 / 226
     assert among_cold[0] > 0.9 and 0.1 < among_cold[1] < 0.4
-
-
-def test_noise_has_the_shape_of_the_features_and_nothing_of_their_content() -> None:
-    dataset = planted()
-    noise = dataset.with_noise(seed=0)
-    assert noise.interactions is dataset.interactions and noise.fingerprint != dataset.fingerprint
-    assert {name: rows.shape for name, rows in noise.features.items()} == {
-        name: rows.shape for name, rows in dataset.features.items()
-    }
-    for name, rows in noise.features.items():
-        known = np.isfinite(dataset.features[name]).all(axis=1)
-        assert abs(np.corrcoef(rows[known].ravel(), dataset.features[name][known].ravel())[0, 1]) < 0.2
-    assert noise.with_noise(seed=0).fingerprint == noise.fingerprint
