@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import Markup
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.models import MODELS, Recipe, Trained
@@ -26,6 +29,17 @@ def dataset() -> Dataset:
 def folder(tmp_path: Path, dataset: Dataset) -> Path:
     """The dataset as a folder in MMRec layout."""
     return write_folder(dataset, tmp_path / "board")
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed and not drawn, which takes most of the time of a page."""
+
+    def close(figure: Figure) -> Markup:
+        plt.close(figure)
+        return Markup("<svg></svg>")
+
+    monkeypatch.setattr("crane_core.experiments.report.svg", close)
 
 
 @pytest.fixture

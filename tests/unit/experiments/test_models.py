@@ -25,15 +25,18 @@ from crane_core.experiments.references import FreedomSettings, MgcnSettings
 from crane_core.model.lightgcn import LightGCN
 from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 from tests.unit.refine.test_fit import planted_modalities
-from tests.unit.training.test_trainer import with_everything
-from tests.worlds.planted import Communities, checkerboard, communities
+from tests.worlds.planted import Communities, checkerboard, communities, with_everything
 
 RECIPE = Recipe(
     refine=Refine(embedding_dim=8, num_steps=10, batch_size=64),
-    train=Train(embedding_dim=8, batch_size=64, num_epochs=25, learning_rate=0.02),
+    train=Train(embedding_dim=8, batch_size=64, num_epochs=8, learning_rate=0.02),
     freedom=FreedomSettings(k=4, learning_rate=0.02),
     mgcn=MgcnSettings(k=4, learning_rate=0.02),
 )
+
+
+def of_epochs(num_epochs: int) -> Recipe:
+    return RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"num_epochs": num_epochs})})
 
 
 def planted() -> Dataset:
@@ -62,9 +65,8 @@ def test_every_model_beats_popularity_and_repeats_itself(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_user_who_has_met_everything_stops_no_model(name: str, tmp_path: Path) -> None:
-    train = RECIPE.train.model_copy(update={"num_epochs": 2})
     dataset = dataclasses.replace(planted(), interactions=with_everything(1))
-    trained = MODELS[name](dataset, RECIPE.model_copy(update={"train": train}), tmp_path / "work")
+    trained = MODELS[name](dataset, of_epochs(2), tmp_path / "work")
     assert trained.facts.get("users_without_negatives", 1) == 1
     assert torch.isfinite(trained.score(np.arange(40))).all()
 
@@ -95,12 +97,12 @@ def test_crane_joint_is_crane_in_joint_mode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_dataset_without_features_is_refused_by_the_models_that_need_them(name: str, tmp_path: Path) -> None:
-    dataset = dataclasses.replace(planted(), features={})
+    dataset, recipe = dataclasses.replace(planted(), features={}), of_epochs(1)
     if name in NEED_FEATURES:
         with pytest.raises(DataError, match="planted has no item features"):
-            MODELS[name](dataset, RECIPE, tmp_path)
+            MODELS[name](dataset, recipe, tmp_path)
     else:
-        MODELS[name](dataset, RECIPE, tmp_path)
+        MODELS[name](dataset, recipe, tmp_path)
 
 
 def test_bpr_mf_does_not_propagate(tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_the_chosen_item_knn_is_the_one_it_names(tmp_path: Path) -> None:
 
 LARGER = Recipe(
     refine=Refine(embedding_dim=8, num_steps=30, batch_size=64),
-    train=Train(embedding_dim=16, batch_size=512, num_epochs=30, learning_rate=0.02, num_negatives=64),
+    train=Train(embedding_dim=16, batch_size=512, num_epochs=12, patience=5, learning_rate=0.02, num_negatives=64),
 )
 
 
@@ -178,11 +180,13 @@ def group_features(world: Communities, seed: int) -> dict[str, np.ndarray]:
 
 
 def train_communities(
-    world: Communities, features: dict[str, np.ndarray], seed: int, work: Path
+    world: Communities, features: dict[str, np.ndarray], seed: int, work: Path, name: str
 ) -> tuple[Trained, Trained]:
-    """CRANE and LightGCN."""
+    """Train CRANE and LightGCN, which is found where the same folder holds it."""
     dataset = Dataset("communities", world.interactions, features)
-    crane, lightgcn = (MODELS[name](dataset, LARGER.with_seed(seed), work / name) for name in ("crane", "lightgcn"))
+    crane, lightgcn = (
+        MODELS[model](dataset, LARGER.with_seed(seed), work / f"{model}-{name}") for model in ("crane", "lightgcn")
+    )
     return crane, lightgcn
 
 
@@ -191,7 +195,7 @@ def test_on_noise_crane_does_not_fall_below_lightgcn(seed: int, tmp_path: Path) 
     world, generator = communities(seed), np.random.default_rng(seed)
     features = {name: generator.normal(size=(240, dim)).astype(np.float32) for name, dim in (("a", 12), ("b", 6))}
     test, users, found = world.interactions.test, np.arange(240), []
-    for trained in train_communities(world, features, seed, tmp_path):
+    for trained in train_communities(world, features, seed, tmp_path, "work"):
         ranked = rank_users(trained.score, world.interactions.train, users, 20)
         found.append(user_metrics(ranked, test, users, (20,)))
     difference = paired_bootstrap(*found, 1000, seed)["recall@20"]
@@ -207,7 +211,7 @@ def test_cold_items_are_found_by_their_content_and_by_chance_without(tmp_path: P
     cold = slices_of_test(world.interactions)["cold_items"]
     everywhere, among_cold = [], []
     for attempt, shown in (("true", features), ("shuffled", {name: rows[order] for name, rows in features.items()})):
-        crane, _ = train_communities(world, shown, 2, tmp_path / attempt)
+        crane, _ = train_communities(world, shown, 2, tmp_path, attempt)
         ranked = rank_users(crane.score, world.interactions.train, users, 20)
         everywhere.append(user_metrics(ranked, cold, users, (20,))["recall@20"].mean())
         scores = crane.score(users)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
+import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,21 @@ import yaml
 from crane_core.config import load_config
 from crane_core.dataset.interactions import ItemLists
 from crane_core.errors import EXIT_CONFIG, ArtifactError, TrainingError
-from crane_core.experiments.data import Dataset
+from crane_core.experiments.data import Dataset, held
 from crane_core.experiments.models import MODELS, Recipe, Trained
 from crane_core.experiments.plans import changed, load_recipe
 from crane_core.experiments.search import SPACES, Search, as_yaml
 from crane_core.experiments.trials import Trials
 from jobs import cli
 from tests.worlds.experiments import NO_BOUND, RECIPE, flags, study
+from tests.worlds.processes import forkserver
 
-HOLDING = """
-import sys, time
-from pathlib import Path
-from crane_core.experiments.data import held
 
-with held(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def _hold(folder: Path, pipe: Connection) -> None:
+    """Hold the lock of a folder until the process is ended."""
+    with held(folder):
+        pipe.send("held")
+        time.sleep(60)
 
 
 class TestSearch:
@@ -141,7 +140,9 @@ class TestSearch:
             found = MODELS[model](dataset, other, tmp_path / str(number)).score(users)
             assert not torch.equal(found, expected), f"{model} does not read {path}"
 
-    def test_a_search_of_another_model_is_a_search_of_its_own(self, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_a_search_of_another_model_is_a_search_of_its_own(
+        self, folder: Path, tmp_path: Path, capsys, no_drawing: None
+    ) -> None:
         for path in folder.glob("*_feat.npy"):
             path.unlink()
         for model in ("lightgcn", "bpr_mf"):
@@ -166,10 +167,11 @@ class TestSearch:
 
     def test_a_second_process_waits_for_the_search(self, dataset, tmp_path, landscape) -> None:
         said: list[str] = []
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLDING, str(tmp_path / "search" / "crane")], stdout=subprocess.PIPE, text=True
-        )
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        context = forkserver()
+        ours, theirs = context.Pipe()
+        holder = context.Process(target=_hold, args=(tmp_path / "search" / "crane", theirs))
+        holder.start()
+        assert ours.recv() == "held"
 
         def show(_: str, line: str) -> None:
             said.append(line)
@@ -178,7 +180,8 @@ class TestSearch:
                 holder.terminate()
 
         study(dataset, tmp_path, show=show).run(["search"], 2)
-        assert holder.wait() != 0
+        holder.join()
+        assert holder.exitcode == -signal.SIGTERM
         assert said[0].startswith("waits for another process") and "trial=2 of=2" in said[2]
 
     def test_a_damaged_file_is_named(self, dataset, tmp_path, landscape) -> None:

@@ -47,7 +47,9 @@ def _killed_after(num_epochs: int, argv: list[str]) -> None:
 
 
 class TestCommand:
-    def test_killed_between_epochs_and_cells_it_goes_on(self, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_killed_between_epochs_and_cells_it_goes_on(
+        self, folder: Path, tmp_path: Path, capsys, no_drawing: None
+    ) -> None:
         only = ["--only", "profiles", "--seeds", "0", "1"]
         for epochs in (3, 2):
             argv = flags(folder, tmp_path / "killed", *only)

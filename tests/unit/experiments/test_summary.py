@@ -27,7 +27,9 @@ def trial(test: np.ndarray, validation: float = 0.5) -> Trial:
 
 
 class TestSummary:
-    def test_crane_alone_stands_beside_the_fused_model(self, dataset: Dataset, tmp_path: Path, monkeypatch) -> None:
+    def test_crane_alone_stands_beside_the_fused_model(
+        self, dataset: Dataset, tmp_path: Path, monkeypatch, no_drawing: None
+    ) -> None:
         def train(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
             seed = recipe.train.seed
             return Trained(random_scores(dataset, seed), 0.5, 1.0, {}, random_scores(dataset, 10 + seed))
