@@ -48,15 +48,15 @@ def experiments(
 
     Args:
         data: folder in MMRec layout with features.
-        only: names of experiments; all but the search if None.
-        seeds: every variant is trained with each of them.
-        minutes: no work starts that is expected to end later; None for no limit.
-        num_trials: number of recipes that a search tries, those of earlier runs included.
-        out: folder for all files.
+        only: names of experiments; all but the search when None.
+        seeds: of every variant.
+        minutes: no work starts that is expected to end later; None for no bound.
+        num_trials: recipes a search tries in all.
+        out: folder for everything.
         config: preset or file with the default recipe.
         overrides: `section.field=value`, applied last.
-        num_threads: threads of torch and faiss.
-        model: the model whose recipe is searched for.
+        num_threads: of torch and faiss.
+        model: whose recipe the search is for.
 
     Raises:
         ConfigError: an unknown experiment, model, section or value, or `out` is a file.
@@ -66,7 +66,7 @@ def experiments(
     if model != "crane":
         _check_model(model, names)
     if num_threads < 1:
-        raise ConfigError(f"--threads {num_threads} leaves no thread to work with.", "Give 1 or more.")
+        raise ConfigError(f"--threads {num_threads} leaves none to work with.", "Give 1 or more.")
     budget, steps = Budget(minutes), Steps()
     torch.set_num_threads(num_threads)
     use_threads(num_threads)
