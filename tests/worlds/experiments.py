@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from crane_core.experiments.plans import load_recipe
 from crane_core.experiments.study import Budget, Setting, Study
 from crane_core.experiments.trials import Trials
 from tests.worlds.planted import checkerboard
+from tests.worlds.processes import PRELOADED
 
 FAST = ["refine.num_steps=2", "refine.embedding_dim=8", "train.num_epochs=2", "train.embedding_dim=8"]
 RECIPE = load_recipe(None, FAST)
@@ -48,6 +51,13 @@ def flags(folder: Path, out: Path, *more: str) -> list[str]:
     """Arguments of `crane experiments` with the small recipe."""
     settings = [part for value in FAST for part in ("--set", value)]
     return ["experiments", "--data", str(folder), "--out", str(out), "--json", *settings, *more]
+
+
+def forkserver() -> ForkServerContext:
+    """Return a context whose processes are forked from one that has imported the command and has run no gradient."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "jobs.cli", "jobs.commands.experiments"])
+    return context
 
 
 def random_scores(dataset: Dataset, seed: int) -> Callable[[np.ndarray], torch.Tensor]:

@@ -27,16 +27,6 @@ def checkerboard(num_groups: int = 4, users_per_group: int = 10, items_per_group
     return Interactions(num_users, num_items, train, validation, test)
 
 
-def with_everything(num_full: int) -> Interactions:
-    """The checkerboard, whose first users have met the whole catalog."""
-    interactions = checkerboard()
-    train = interactions.train
-    full = np.arange(num_full).repeat(32), np.tile(np.arange(32, dtype=np.int32), num_full)
-    kept = train.users() >= num_full
-    users, items = np.append(full[0], train.users()[kept]), np.append(full[1], train.items[kept])
-    return Interactions(40, 32, ItemLists.from_pairs(users, items, 40), interactions.validation, interactions.test)
-
-
 def checkerboard_content(seed: int = 0) -> Content:
     """Two modalities of the checkerboard's items and users that know the group through noise."""
     generator = np.random.default_rng(seed)

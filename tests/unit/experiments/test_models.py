@@ -25,7 +25,8 @@ from crane_core.experiments.references import FreedomSettings, MgcnSettings
 from crane_core.model.lightgcn import LightGCN
 from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 from tests.unit.refine.test_fit import planted_modalities
-from tests.worlds.planted import Communities, checkerboard, communities, with_everything
+from tests.unit.training.test_trainer import with_everything
+from tests.worlds.planted import Communities, checkerboard, communities
 
 RECIPE = Recipe(
     refine=Refine(embedding_dim=8, num_steps=10, batch_size=64),

@@ -24,8 +24,7 @@ from crane_core.experiments.plans import changed, load_recipe
 from crane_core.experiments.search import SPACES, Search, as_yaml
 from crane_core.experiments.trials import Trials
 from jobs import cli
-from tests.worlds.experiments import NO_BOUND, RECIPE, flags, study
-from tests.worlds.processes import forkserver
+from tests.worlds.experiments import NO_BOUND, RECIPE, flags, forkserver, study
 
 
 def _hold(folder: Path, pipe: Connection) -> None:
@@ -110,7 +109,9 @@ class TestSearch:
             found.append((search.record(), search.best(), search.study.study_name))
         assert found[0] == found[1]
 
-    def test_a_search_with_real_trainings_ends_in_a_configuration(self, folder: Path, tmp_path: Path, capsys) -> None:
+    def test_a_search_with_real_trainings_ends_in_a_configuration(
+        self, folder: Path, tmp_path: Path, capsys, request: pytest.FixtureRequest
+    ) -> None:
         argv = flags(folder, tmp_path / "out", "--only", "search", "--trials", "2", "--seeds", "0")
         assert cli.main(argv) == 0
         result = json.loads(capsys.readouterr().out)
@@ -120,6 +121,7 @@ class TestSearch:
         assert config.train.num_epochs == 2 and config.refine.embedding_dim == 8
         page = Path(result["report"]).read_text()
         assert "All trials, best first" in page and "learning rate" in page
+        request.getfixturevalue("no_drawing")
         assert cli.main(argv) == 0
         assert "trial=" not in capsys.readouterr().err, "both trials are found"
 

@@ -23,8 +23,7 @@ from crane_core.experiments.study import Budget
 from crane_core.model.crane import Crane
 from crane_core.model.lightgcn import LightGCN
 from jobs import cli
-from tests.worlds.experiments import RECIPE, flags, study
-from tests.worlds.processes import forkserver
+from tests.worlds.experiments import RECIPE, flags, forkserver, study
 
 
 def _killed_after(num_epochs: int, argv: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import multiprocessing
 import random
 import signal
 import time
@@ -16,6 +17,8 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from crane_core.config import Train
@@ -34,8 +37,7 @@ from crane_core.model.views import Batch, Rows
 from crane_core.training import trainer as training
 from crane_core.training.negatives import NegativeSampler
 from crane_core.training.trainer import STEERING_METRIC, Trainer, _user_weights
-from tests.worlds.planted import checkerboard, checkerboard_content, with_everything
-from tests.worlds.processes import forkserver, run_ranks
+from tests.worlds.planted import checkerboard, checkerboard_content
 
 CPU = torch.device("cpu")
 SMALL = Train(embedding_dim=8, batch_size=64, num_epochs=12, learning_rate=0.02, regularisation=1e-4, num_negatives=12)
@@ -212,7 +214,9 @@ def _train_long(work: Path) -> None:
 def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
     ours = trainer(tmp_path / "undisturbed", config=LONG)
     expected = ours.run(), ours.progress.curve, ours.best_weights()
-    context = forkserver()
+    # Processes that start with torch imported, in which no gradient has run yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     work, moments, steps = tmp_path / "killed", random.Random(0), []
     work.mkdir()
     for _ in range(20):
@@ -453,7 +457,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 
 def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -> None:
     for world_size in (2, 4):
-        run_ranks(_rank, world_size, str(tmp_path))
+        mp.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
     for kind in KINDS:
         alone = uneven(kind, tmp_path / kind)
         alone.run()
@@ -544,6 +548,16 @@ def test_negatives_are_never_positives_and_cover_the_rest() -> None:
     assert counts[met].sum() == 0
     free = np.delete(counts, met)
     assert free.min() > 0.8 * free.mean()
+
+
+def with_everything(num_full: int) -> Interactions:
+    """The checkerboard, whose first users have met the whole catalog."""
+    interactions = checkerboard()
+    train = interactions.train
+    full = np.arange(num_full).repeat(32), np.tile(np.arange(32, dtype=np.int32), num_full)
+    kept = train.users() >= num_full
+    users, items = np.append(full[0], train.users()[kept]), np.append(full[1], train.items[kept])
+    return Interactions(40, 32, ItemLists.from_pairs(users, items, 40), interactions.validation, interactions.test)
 
 
 @both_kinds
