@@ -1,4 +1,4 @@
-"""What RCA costs: time, memory and error of each correlation function, and how they grow with the catalog."""
+"""Measure RCA: time, memory and error of each correlation function, and their growth with the catalog."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crane_core.config import Phi
 from crane_core.dataset.modalities import Modality
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.models import VERSION, Recipe
-from crane_core.experiments.trials import Cells, PeakMemory
+from crane_core.experiments.trials import PeakMemory, Trials
 from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
 from crane_core.refine.refiner import Refiner
@@ -29,7 +29,7 @@ EXACT: tuple[Phi, ...] = ("softmax", "tanh", "linear")
 """Forms that attend to every key; any other one approximates softmax."""
 
 MOST_SECONDS = 60.0
-"""A size that is expected to take longer is not measured."""
+"""Longest expected time of a measurement; a larger catalog is not measured."""
 
 _SMALLEST, _LARGEST_AT_LEAST = 1024, 16384
 _FIT_STEPS = 50
@@ -41,8 +41,8 @@ class PowerLaw:
     """`value = constant * size ** exponent`, least squares on logarithms.
 
     Attributes:
-        exponent, constant: of the law.
-        r_squared: share of the variance of the logarithms it explains.
+        exponent, constant: parameters of the law.
+        r_squared: share of the variance of the logarithms that the law explains.
     """
 
     exponent: float
@@ -51,7 +51,7 @@ class PowerLaw:
 
 
 def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw | None:
-    """The law through positive values; None where fewer than three are positive."""
+    """Fit the law to the positive values; None if fewer than three are positive."""
     kept = [(size, value) for size, value in zip(sizes, values, strict=True) if size > 0 and value > 0]
     if len(kept) < 3:
         return None
@@ -63,7 +63,7 @@ def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw |
 
 
 def catalog_sizes(num_items: int) -> list[int]:
-    """Powers of two from 1,024 to four catalogs, or to 16,384 where that is more."""
+    """Return powers of two from 1,024 to at least four times the catalog and at least 16,384."""
     sizes = [_SMALLEST]
     while sizes[-1] < max(4 * num_items, _LARGEST_AT_LEAST):
         sizes.append(2 * sizes[-1])
@@ -71,13 +71,13 @@ def catalog_sizes(num_items: int) -> list[int]:
 
 
 class Measurements:
-    """Results of measuring, JSON files beside the cells; each is taken once."""
+    """Measurements kept as JSON files beside the trials; each is taken once."""
 
-    def __init__(self, cells: Cells) -> None:
-        self.storage = cells.storage
+    def __init__(self, trials: Trials) -> None:
+        self.storage = trials.storage
 
     def find(self, *identity: Any) -> dict[str, Any] | None:
-        """A measurement that was taken; one whose file is damaged was not, and is taken again."""
+        """Return a measurement; None if it was not taken, or its file is damaged."""
         key = f"measurements/{fingerprint(VERSION, *identity)}.json"
         data = self.storage.read(key)
         if data is None:
@@ -86,14 +86,14 @@ class Measurements:
             found = json.loads(data)
             return {**found, "load": found["load"]}
         except (ValueError, KeyError, TypeError) as error:
-            logger.warning("damaged measurement=%s error=%s it is taken again", self.storage.root / key, error)
+            logger.warning("damaged measurement=%s error=%s it will be taken again", self.storage.root / key, error)
             return None
 
     def take(self, work: Callable[[], dict[str, Any]], *identity: Any) -> dict[str, Any]:
-        """Find a measurement, or take it and keep it."""
+        """Return a measurement; if there is none, take it and keep it."""
         found = self.find(*identity)
         if found is None:
-            # Others on the machine stretch what a clock sees: the reader must know.
+            # Other processes make the measured time longer, so the page names the load.
             found = {**work(), "load": os.getloadavg()[0], "cores": os.cpu_count()}
             key = f"measurements/{fingerprint(VERSION, *identity)}.json"
             self.storage.write(key, json.dumps({**found, "identity": identity}).encode())
@@ -101,15 +101,15 @@ class Measurements:
 
 
 class SameWeights:
-    """The correlation functions side by side: one fitted set of weights, the same rows.
+    """Compare the correlation functions on one set of fitted weights and the same rows.
 
     Args:
         dataset: features and interactions.
-        recipe: sizes and the seed; at least one recursion is used.
+        recipe: sizes and seed; at least one recursion is used.
     """
 
     def __init__(self, dataset: Dataset, recipe: Recipe) -> None:
-        # The weights are those of softmax, whose scores the sparse forms must get right; few steps suffice for that.
+        # The weights are fitted with softmax, because the sparse forms approximate its scores. A few steps are enough.
         steps = min(recipe.refine.num_steps, _FIT_STEPS)
         changes = {"phi": "softmax", "num_steps": steps, "num_recursions": max(1, recipe.refine.num_recursions)}
         self.config = recipe.refine.model_copy(update=changes)
@@ -122,7 +122,7 @@ class SameWeights:
         self._references: dict[Phi, Tensor] = {}
 
     def measure(self, phi: Phi) -> dict[str, Any]:
-        """Seconds and bytes of one pass of all rows, and the error of what the recursions add."""
+        """Measure seconds and bytes of one pass of all rows, and the error of what the recursions add."""
         refiner = self._refiner(phi=phi)
         memory = PeakMemory()
         (items, users, _), seconds = _fastest(lambda: refine_catalog(refiner, self.modalities, self.config.chunk_size))
@@ -142,7 +142,7 @@ class SameWeights:
 
     @torch.no_grad()
     def _reference(self, phi: Phi) -> Tensor:
-        """Refined rows in float64."""
+        """Return refined rows in float64."""
         if phi not in self._references:
             rca = self._refiner(phi=phi).rca.double()
             items, users = self._start
@@ -150,7 +150,7 @@ class SameWeights:
         return self._references[phi]
 
     def _refiner(self, **changes: Any) -> Refiner:
-        """The fitted weights under another phi, or without their recursions."""
+        """Return the fitted weights with another phi, or without recursions."""
         config = self.config.model_copy(update=changes)
         widths = [modality.items.shape[1] for modality in self.modalities]
         refiner = Refiner(widths, self.refiner.get_buffer("profile_scales").tolist(), config)
@@ -164,7 +164,7 @@ class SameWeights:
 
 @torch.no_grad()
 def measure_growth(phi: Phi, num_items: int, num_modalities: int, recipe: Recipe) -> dict[str, Any]:
-    """Seconds and bytes of RCA over random item rows, every item a query.
+    """Measure seconds and bytes of RCA over random item rows. Every item is a query.
 
     Args:
         phi: correlation function.
@@ -184,7 +184,7 @@ def measure_growth(phi: Phi, num_items: int, num_modalities: int, recipe: Recipe
 
 
 def _fastest(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What the work returns and its shortest time: of one run, or of three where they take less than a second."""
+    """Return the result of the work and its shortest time: of one run, or of up to three within a second."""
     taken: list[float] = []
     while not taken or (len(taken) < 3 and sum(taken) < 1):
         started = time.monotonic()

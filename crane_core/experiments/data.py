@@ -1,4 +1,4 @@
-"""A dataset in memory, read from a folder in MMRec layout: what the experiments train and evaluate on."""
+"""Dataset of the experiments in memory, read from a folder in MMRec layout."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Dataset:
     """Interactions and item features of one dataset.
 
     Attributes:
-        name: of the folder.
-        interactions: split as the folder labels it.
+        name: name of the folder.
+        interactions: split by the labels in the folder.
         features: modality to float32 [num_items, dim], as delivered; a row that is not finite counts as missing.
     """
 
@@ -43,7 +43,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content: interactions of every split, and features."""
+        """Hash of the content: interactions of every split and features, not the name."""
         interactions = self.interactions
         splits = (interactions.train, interactions.validation, interactions.test)
         return fingerprint(
@@ -53,7 +53,7 @@ class Dataset:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Name, fingerprint and sizes, JSON values."""
+        """Return name, fingerprint and sizes as JSON values."""
         interactions = self.interactions
         return {
             "name": self.name,
@@ -68,13 +68,13 @@ class Dataset:
         }
 
     def without_test(self) -> Dataset:
-        """The same without a test split, for whoever must choose without having seen it."""
+        """Return the same dataset without a test split, for choices that must not see it."""
         num_users = self.interactions.num_users
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         return replace(self, interactions=replace(self.interactions, test=nothing))
 
     def joint(self, features: Features) -> NDArray[np.float32]:
-        """Standardised features of all modalities side by side, [num_items, sum of widths]; a missing one is zeros.
+        """Return standardised features of all modalities, [num_items, sum of widths]; missing ones are zeros.
 
         Raises:
             DataError: see `modalities`.
@@ -82,7 +82,7 @@ class Dataset:
         return np.concatenate([np.where(m.present[:, None], m.items, 0) for m in self.modalities(features)], axis=1)
 
     def require_splits(self) -> None:
-        """Refuse a dataset that nothing can be learned, chosen or measured on.
+        """Check that there are rows to train on, to validate on and to test on.
 
         Raises:
             DataError: it has no training, no validation or no test row.
@@ -95,7 +95,7 @@ class Dataset:
                 )
 
     def with_noise(self, seed: int) -> Dataset:
-        """The same interactions with features that say nothing: normal noise of the same shape, nothing missing."""
+        """Return the same interactions with normal noise of the same shape as features; no row is missing."""
         generator = np.random.default_rng(seed)
         noise = {
             name: generator.standard_normal(matrix.shape, dtype=np.float32) for name, matrix in self.features.items()
@@ -103,7 +103,7 @@ class Dataset:
         return replace(self, name=f"{self.name}-noise", features=noise)
 
     def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
-        """Standardised features and profiles, as `etl.features` and `etl.profiles` make them.
+        """Return standardised features and profiles, as `etl.features` and `etl.profiles` make them.
 
         Raises:
             DataError: the dataset has no features, or not the modalities asked for.
@@ -127,7 +127,7 @@ class Dataset:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Identity of a content: 32 hex digits over arrays, byte for byte, and JSON values."""
+    """Return a hash of arrays, byte for byte, and JSON values: 32 hex digits."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -140,12 +140,12 @@ def fingerprint(*parts: Any) -> str:
 
 @contextlib.contextmanager
 def held(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Work in a folder, made where it is missing, alone: another process waits until this one is done or dead.
+    """Hold the lock of a folder, which is created if it is missing.
 
-    `waiting` is called when there is one to wait for.
+    Another process waits until this one releases the lock or ends. `waiting` is called before this process waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, not in it: whoever is done may remove the folder while others wait.
+    # The lock file lies beside the folder, because a process may remove the folder while others wait.
     with locked(folder.parent / f".{folder.name}.lock", waiting):
         yield
 
@@ -153,8 +153,8 @@ def held(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 def load_dataset(folder: str | Path) -> Dataset:
     """Read a folder in MMRec layout.
 
-    Ids are kept: row numbers of users and items are those of the folder, users and items without a row included. A pair
-    of user and item counts once, as in the pipeline: in train before validation before test.
+    Row numbers of users and items are those of the folder; users and items without a row are included. A pair of user
+    and item counts once, as in the pipeline: in train if it is there, else in validation, else in test.
 
     Raises:
         DataError: see `crane_core.raw.importers.mmrec`.

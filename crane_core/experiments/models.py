@@ -42,11 +42,11 @@ from crane_core.training.trainer import Trainer
 CPU = torch.device("cpu")
 
 VERSION = 3
-"""Raised when a training comes to mean something else: what was trained before is then not found."""
+"""Raised when the same recipe trains a different model; earlier trainings are then not reused."""
 
 
 class Recipe(ModelConfig):
-    """The parts of a run's configuration that decide a model, and the settings of the published references."""
+    """Sections of a run's configuration that decide a model, and the settings of the published references."""
 
     features: Features = Features()
     profiles: Profiles = Profiles()
@@ -56,7 +56,7 @@ class Recipe(ModelConfig):
     mgcn: MgcnSettings = MgcnSettings()
 
     def with_seed(self, seed: int) -> Recipe:
-        """The same recipe with every random choice drawn from another seed.
+        """Return the recipe with another seed for every random choice.
 
         Raises:
             ConfigError: the seed is out of range.
@@ -67,7 +67,7 @@ class Recipe(ModelConfig):
 
 
 def version_of(recipe: Recipe) -> int | str:
-    """The version of the trainings by a recipe. Those of `both_kinds` came to mean something else, and only those."""
+    """Return the version of the trainings by a recipe. The meaning of `both_kinds` has changed, and only that."""
     return f"{VERSION}, false negatives masked" if recipe.crane.contrast_negatives == "both_kinds" else VERSION
 
 
@@ -77,10 +77,10 @@ class Trained:
 
     Attributes:
         score: user rows int [b] to scores float32 [b, num_items].
-        validation: Recall@20 on the validation split, what every choice is made by.
-        seconds: of everything the model needed beyond the dataset.
-        facts: what else is worth reporting, JSON values.
-        alone: `score` of a fused model's own rows, LightGCN's left out.
+        validation: Recall@20 on the validation split, which decides every choice.
+        seconds: time for everything the model needs beyond the dataset.
+        facts: report of the training, JSON values.
+        alone: `score` of a fused model's own rows without LightGCN's.
     """
 
     score: Scorer
@@ -91,33 +91,33 @@ class Trained:
 
 
 TrainModel = Callable[[Dataset, Recipe, Path], Trained]
-"""Dataset, recipe and a folder of its own for the checkpoints of this training, so that it goes on after a kill. What
-several trainings share lies beside that folder."""
+"""Takes a dataset, a recipe and a folder. A killed training continues from its checkpoints in the folder, which is
+its own; files that several trainings share lie beside it."""
 
 View = tuple[Rows, dict[str, Any]]
-"""Best rows of a training, and its summary."""
+"""Rows of a training's best epoch, and its summary."""
 
 ITEM_KNN_GRID = tuple((size, shrinkage) for size in (20, 100, 1000) for shrinkage in (0.0, 100.0, 1000.0))
-"""Neighbours and shrinkage: the best were 100 and 0 on Last.fm 2K, 1000 and 100 on Baby, 100 and 1000 on TikTok."""
+"""Neighbours and shrinkage. The best were 100 and 0 on Last.fm 2K, 1000 and 100 on Baby, 100 and 1000 on TikTok."""
 CONTENT_GRID = ("l2", "zscore")
 
 
 def train_lightgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """LightGCN alone."""
+    """Train LightGCN alone."""
     rows, summary = behaviour(dataset.interactions, recipe, work)
     return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
 def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """LightGCN with CRANE's ranking loss: what of CRANE's gain is owed to the loss alone."""
+    """Train LightGCN with CRANE's ranking loss: the part of CRANE's gain that comes from the loss alone."""
     rows, summary = behaviour(dataset.interactions, recipe, work, "softmax")
     return Trained(dot_product(*rows), summary["validation"]["recall@20"], summary["seconds"], summary)
 
 
 def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """LightGCN fused with `lightgcn_softmax` as it is with CRANE: what is owed to the loss and the fusion together.
+    """Train LightGCN and `lightgcn_softmax` and fuse them as LightGCN and CRANE: the gain by loss and fusion together.
 
-    There is no item graph, so nothing stands for a cold item in LightGCN's rows.
+    There is no item graph, so cold items have no substitute in LightGCN's rows.
     """
     interactions = dataset.interactions
     view = behaviour(interactions, recipe, work)
@@ -128,22 +128,22 @@ def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Traine
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """CRANE: LightGCN beside RCA, item graph and the CRANE network, staged or joint, trusted as validation says.
+    """Train CRANE: RCA, item graph and network, staged or joint, fused with LightGCN at the share validation chooses.
 
-    The seconds are those of all parts, whether they were made now or found.
+    The seconds are those of all parts, including parts that were reused.
     """
     interactions = dataset.interactions
     view = behaviour(interactions, recipe, work)
     content, prepared = content_of(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe)
     own = train_to_best(model, interactions, recipe, work / "crane")
-    # The graph of the best epoch: a joint content has it from the best weights.
+    # The item graph of the best epoch: joint content builds it from the best weights.
     fused = _fused(view, own, content.graph, dataset, recipe)
     return replace(fused, seconds=fused.seconds + prepared["content_seconds"], facts=fused.facts | prepared)
 
 
 def train_crane_joint(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """CRANE with RCA in every step, whatever the recipe says."""
+    """Train CRANE with RCA in every step, whatever the recipe says."""
     return train_crane(dataset, recipe.changed({"crane.mode": "joint"}), work)
 
 
@@ -159,17 +159,17 @@ _WITHOUT_EFFECT = {
 
 
 def train_bpr_mf(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """Matrix factorisation under the BPR loss (Rendle et al., UAI 2009): LightGCN without propagation."""
+    """Train matrix factorisation with the BPR loss (Rendle et al., UAI 2009): LightGCN without propagation."""
     return train_lightgcn(dataset, recipe.changed({"lightgcn.num_layers": 0}), work)
 
 
 def train_popularity(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """`baselines.popularity`."""
+    """Return `baselines.popularity`."""
     return _choose(iter([({}, popularity(dataset.interactions))]), dataset, recipe)
 
 
 def train_item_knn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """`baselines.item_knn` with the neighbours and the shrinkage of `ITEM_KNN_GRID` that validation prefers."""
+    """Return `baselines.item_knn` with the neighbours and shrinkage of `ITEM_KNN_GRID` that validation prefers."""
     candidates = (
         ({"num_neighbours": size, "shrinkage": shrinkage}, item_knn(dataset.interactions, size, shrinkage))
         for size, shrinkage in ITEM_KNN_GRID
@@ -178,7 +178,7 @@ def train_item_knn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 
 
 def train_content(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """`baselines.content`, standardised as validation prefers.
+    """Return `baselines.content`, standardised as validation prefers.
 
     Raises:
         DataError: the dataset has no features.
@@ -194,7 +194,7 @@ def train_content(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 
 
 def train_freedom(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """FREEDOM on the raw features.
+    """Train FREEDOM on the raw features.
 
     Raises:
         DataError: the dataset has no features.
@@ -203,7 +203,7 @@ def train_freedom(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
 
 
 def train_mgcn(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
-    """MGCN on the raw features.
+    """Train MGCN on the raw features.
 
     Raises:
         DataError: the dataset has no features.
@@ -224,9 +224,9 @@ MODELS: dict[str, TrainModel] = {
     "freedom": train_freedom,
     "mgcn": train_mgcn,
 }
-"""Every model by name."""
+"""All models by name."""
 NEED_FEATURES = frozenset({"crane", "crane_joint", "content", "freedom", "mgcn"})
-"""Those that read item features, and raise a `DataError` where there are none."""
+"""Models that read item features, and raise a `DataError` without them."""
 
 
 def behaviour(interactions: Interactions, config: ModelConfig, work: Path, loss: Loss = "bpr") -> View:
@@ -253,7 +253,7 @@ def behaviour_key(interactions: Interactions, config: ModelConfig, loss: Loss) -
 
 
 def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, recipe: Recipe) -> Trained:
-    """LightGCN's view beside a model's own, at the share validation trusts the latter with."""
+    """Fuse LightGCN's rows with a model's own, at the share that validation chooses."""
     started = time.monotonic()
     (behavioural, alone), (rows, summary) = view, own
     trust = choose_trust(behavioural, rows, item_graph, dataset.interactions, recipe)
@@ -263,7 +263,7 @@ def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, 
 
 
 def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, dict[str, Any]]:
-    """What CRANE learns on, and the facts of it: `content_seconds` and `profile_spread` by modality."""
+    """Return the content that CRANE learns on, and its facts: `content_seconds` and `profile_spread` by modality."""
     fitted: dict[str, Tensor] = {}
     seconds = 0.0
     if recipe.crane.mode == "staged" or recipe.crane.joint_start == "fitted":
@@ -279,9 +279,9 @@ def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | 
 
 
 def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content, dict[str, Tensor], dict[str, Any]]:
-    """What `prepare_content` makes and the facts of it, made once for the same data and sections of the recipe.
+    """Return the result of `prepare_content` and its facts, made once for the same data and sections of the recipe.
 
-    It lies beside `work`, as the behavioural view does.
+    Its files lie beside `work`, as those of the behavioural view do.
     """
     sections = recipe.model_dump(mode="json", include={"features", "profiles", "refine", "knn"})
     shared = work.parent / f"content-{fingerprint(VERSION, dataset.without_test().fingerprint, sections)}"
@@ -294,7 +294,7 @@ def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Conten
             save_file({"items": content.items, "users": content.users}, shared / "rows.safetensors")
             save_file(fitted, shared / "rca.safetensors")
             sp.save_npz(shared / "graph.npz", content.graph.matrix)
-            # Last, and at once: without it the rest is made again.
+            # Written last and atomically: without it the content is made again.
             LocalStorage(shared).write(
                 "prepared.json", json.dumps({"seconds": seconds, "profile_spread": spreads}).encode()
             )
@@ -306,7 +306,7 @@ def shared_content(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Conten
 
 
 def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str, Tensor], dict[str, float]]:
-    """What `ml.refine`, `ml.knn` and `ml.graph` leave, in memory: rows and graph, fitted weights, profile spreads."""
+    """Do what `ml.refine`, `ml.knn` and `ml.graph` do, in memory: rows and graph, fitted weights, profile spreads."""
     modalities = dataset.modalities(recipe.features, recipe.profiles.aggregate)
     refiner, _ = fit(modalities, dataset.interactions.train, recipe.profiles.aggregate, recipe.refine)
     items, users, _ = refine_catalog(refiner, modalities, recipe.refine.chunk_size)
@@ -319,7 +319,7 @@ def prepare_content(dataset: Dataset, recipe: Recipe) -> tuple[Content, dict[str
 
 
 def train_to_best(model: LightGCN, interactions: Interactions, config: ModelConfig, work: Path) -> View:
-    """Train a model to its best validation recall; its rows there, and the trainer's summary and curve (`epochs`)."""
+    """Train a model. Return its rows at the best epoch, and the trainer's summary with the curve as `epochs`."""
     work.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, interactions, config, work, CPU)
     summary = trainer.run()
@@ -340,7 +340,7 @@ def _train_reference(
 
 
 def _choose(candidates: Iterator[tuple[dict[str, Any], Scorer]], dataset: Dataset, recipe: Recipe) -> Trained:
-    """The candidate with the best validation Recall@20, the first of equals; `facts` are its settings."""
+    """Return the candidate with the best validation Recall@20, the first of equals; `facts` are its settings."""
     started = time.monotonic()
     interactions, train = dataset.interactions, recipe.train
     users = interactions.validation_users(train.validation_users, train.seed)

@@ -1,4 +1,4 @@
-"""What the experiments ask and vary: each a list of variants of one recipe, the recipe itself among them."""
+"""Experiment plan: for each experiment its question and the variants of one recipe that it compares."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from crane_core.errors import ConfigError
 from crane_core.experiments.models import Recipe
 
 NAMES = ("form", "training", "rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
-"""The experiments of every run; `search` is run when it is asked for."""
+"""Experiments of every run; `search` runs only on request."""
 
 SEARCH = "search"
 
 SECTIONS = tuple(name for name in Recipe.model_fields if name in RunConfig.model_fields)
-"""The sections a recipe shares with the configuration of a run."""
+"""Sections that a recipe shares with the configuration of a run."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do it.
+    """One variant of a recipe.
 
     Attributes:
-        label: how tables and plots name it.
-        changes: `section.field` to value, what differs from the recipe.
+        label: its name in tables and plots.
+        changes: `section.field` to value, the differences to the recipe.
     """
 
     label: str
@@ -38,12 +38,12 @@ class Experiment:
     """A question and the variants that answer it.
 
     Attributes:
-        name: on the command line.
-        title: heading.
-        question: what is asked, one sentence.
-        variants: none for what is measured without training.
-        note: what the reader must know to read the answer.
-        model: what the variants are variants of.
+        name: its name on the command line.
+        title: its heading on the page.
+        question: one sentence.
+        variants: none if it is measured without training.
+        note: what a reader must know to understand the answer.
+        model: the model that every variant trains.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Experiment:
 
 
 def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
-    """The recipe of a preset or YAML file with `section.field=value` overrides; the defaults without either.
+    """Return the recipe of a preset or YAML file, or the default one, with `section.field=value` overrides.
 
     Raises:
-        ConfigError: see `crane_core.config_file.load_config`; or an override that no experiment reads.
+        ConfigError: see `crane_core.config_file.load_config`; or an override of a section that no experiment reads.
     """
     for override in overrides:
         section = override.partition(".")[0]
@@ -72,7 +72,7 @@ def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with `section.field` replaced, validated."""
+    """Return the recipe with values of `section.field` replaced, validated."""
     tree = recipe.model_dump()
     for path, value in changes.items():
         section, _, name = path.partition(".")
@@ -80,14 +80,14 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
-    """The experiments by name, around a recipe.
+def experiment_plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
+    """Return the experiments by name.
 
-    The recipe's own value is a point of every grid, so each experiment holds the recipe itself once.
+    The recipe's own value is added to every grid, so that each experiment includes the recipe itself once.
 
     Args:
-        recipe: the default every variant is compared with.
-        modalities: of the dataset.
+        recipe: the default that every variant is compared with.
+        modalities: names of the modalities of the dataset.
     """
     experiments = (
         _form(recipe),
@@ -101,7 +101,7 @@ def plan(recipe: Recipe, modalities: Iterable[str]) -> dict[str, Experiment]:
             "cost",
             "Cost of RCA by the size of the catalog",
             "How do time and memory of RCA grow with the number of items?",
-            note="Random rows with the modalities and the width of this recipe; every item attends to all items.",
+            note="Rows are random, with the modalities and the width of this recipe; every item attends to all items.",
         ),
         _modalities(recipe, modalities),
     )
@@ -117,7 +117,7 @@ def _training(recipe: Recipe) -> Experiment:
     return Experiment(
         "training",
         "Staged against joint training",
-        "What does it cost, and what does it save, to fit RCA before CRANE instead of in every step?",
+        "What does fitting RCA once before CRANE, instead of in every step, cost and save?",
         tuple(variants),
         "Staged, RCA is fitted once and its rows are frozen. Joint, as in the paper, RCA learns by CRANE's own loss, "
         "from the fitted weights or from scratch, and the item graph is built anew from the current rows.",
@@ -144,7 +144,7 @@ def _form(recipe: Recipe) -> Experiment:
         "The form of CRANE against the paper's",
         "What do the departures from the paper bring?",
         tuple(distinct.values()),
-        "How much of the gain over LightGCN is owed to the loss alone: compare with lightgcn_softmax in the bench.",
+        "The model lightgcn_softmax of the benchmark shows which part of the gain over LightGCN comes from the loss.",
     )
 
 
@@ -172,10 +172,10 @@ def _profiles(recipe: Recipe) -> Experiment:
     return Experiment(
         "profiles",
         "User profiles by sum or by mean",
-        "Is the intensity in a summed profile signal, and for whom?",
+        "Does the length of a summed profile carry information, and for which users?",
         tuple(variants),
-        "Interests are as diverse as the entropy of a user's training items over clusters of the item features. Users "
-        "with more items can reach a higher entropy: the table says how many items the users of each third have.",
+        "Diversity of interests is the entropy of a user's training items over clusters of the item features. Users "
+        "with more items can reach a higher entropy, so the table shows the number of items in each third.",
     )
 
 
@@ -186,9 +186,9 @@ def _phi(recipe: Recipe) -> Experiment:
         "Correlation function of RCA",
         "Which form of attention is worth its time, memory and error?",
         tuple(variants),
-        "Time, memory and error are of one pass of all users and items through the same weights. The error is that of "
-        "what the recursions add to the rows, in the Frobenius norm: softmax, tanh and linear against themselves in "
-        "float64, a sparse form against softmax in float64.",
+        "Time, memory and error are measured in one pass of all users and items through the same weights. The error is "
+        "that of the rows' change by the recursions, in the Frobenius norm: softmax, tanh and linear are compared with "
+        "themselves in float64, a sparse form with softmax in float64.",
     )
 
 
@@ -217,7 +217,7 @@ def _contrast(recipe: Recipe) -> Experiment:
         "Contrast of the two views",
         "How strong should the contrast be, at which temperature, and against which negatives?",
         tuple(variants),
-        "Negatives of the contrast are other distinct nodes of the batch, of the ranking random items.",
+        "Negatives of the contrast are the other distinct nodes of the batch; those of the ranking are random items.",
     )
 
 
@@ -231,5 +231,5 @@ def _modalities(recipe: Recipe, modalities: Iterable[str]) -> Experiment:
 
 
 def _grid(values: Iterable[Any], own: Any) -> list[Any]:
-    """The values and the recipe's own, ascending."""
+    """Return the values and the recipe's own, ascending."""
     return sorted({*values, own})

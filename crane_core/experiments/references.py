@@ -1,9 +1,8 @@
-"""FREEDOM and MGCN, two published multimodal recommenders: what CRANE is compared with.
+"""FREEDOM and MGCN, two published multimodal recommenders that CRANE is compared with.
 
-They compute what the formulas below say; a value that was chosen by a measurement says so. They were not checked line
-by line against the papers nor run beside the authors' code: their figures are those of these models in this harness,
-no reproduction of published tables. Both have the interface of `LightGCN`, so the trainer trains them; neither runs in
-the pipeline.
+They implement the formulas below; a comment marks each value that was chosen by a measurement. They were not checked
+line by line against the papers, nor run beside the authors' code, so their figures do not reproduce published tables.
+Both have the interface of `LightGCN`, so that the same trainer trains them. Neither runs in the pipeline.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class FreedomSettings(Section):
-    """What FREEDOM decides for itself; sizes, batches and stopping are those of `Train`."""
+    """Settings of FREEDOM alone; sizes, batches and stopping are those of `Train`."""
 
     k: int = Field(10, ge=1)
     """Neighbours per item in each modality's graph, the item itself included."""
@@ -39,11 +38,11 @@ class FreedomSettings(Section):
     modality_weights: tuple[float, ...] = ()
     """Weight of each modality's graph, in the order of the modalities; all equal, untuned, when empty."""
     edge_dropout: float = Field(0.8, ge=0, lt=1)
-    """Share of the user-item edges a training epoch goes without; popular ends lose more."""
+    """Share of the user-item edges that are left out of a training epoch; popular nodes lose more."""
     feature_weight: float = Field(1e-3, ge=0)
     """lambda, weight of the BPR terms on the projected features."""
     learning_rate: float = Field(3e-3, gt=0)
-    """Adam's step size; at 1e-3 validation recall still rises after 200 epochs on Last.fm 2K."""
+    """Adam's step size; at 1e-3 validation recall was still rising after 200 epochs on Last.fm 2K."""
 
     def applied(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration with FREEDOM's own optimiser settings; it regularises no embedding."""
@@ -51,7 +50,7 @@ class FreedomSettings(Section):
 
 
 class MgcnSettings(Section):
-    """What MGCN decides for itself; sizes, batches and stopping are those of `Train`."""
+    """Settings of MGCN alone; sizes, batches and stopping are those of `Train`."""
 
     k: int = Field(10, ge=1)
     """Neighbours per item in each modality's graph, the item itself included."""
@@ -85,8 +84,8 @@ class Freedom(LightGCN):
         num_users, num_items: sizes of the id maps.
         features: per modality float32 [num_items, dim], as delivered; a missing row is zero.
         config: sizes, from `FreedomSettings.applied`.
-        settings: the model's own.
-        device: of the item graph.
+        settings: the model's own settings.
+        device: device of the item graph.
     """
 
     def __init__(
@@ -108,13 +107,13 @@ class Freedom(LightGCN):
         )
         generator = torch.Generator().manual_seed(config.train.seed + 1)
         self.features = nn.ParameterList(torch.from_numpy(rows.copy()) for rows in features)
-        # A bias would cancel in the difference of two items.
+        # There is no bias: it would cancel in the difference of two items.
         self.projections = nn.ModuleList(
             _linear(rows.shape[1], config.lightgcn.embedding_dim, generator, bias=False) for rows in features
         )
 
     def forward(self, graph: SymmetricGraph) -> Views:
-        """`z_u` is LightGCN's row, `z_i` LightGCN's row plus the ID embeddings spread over the frozen item graph."""
+        """Return `z_u`, LightGCN's row, and `z_i`, LightGCN's row plus ID embeddings propagated over the item graph."""
         behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         items = self.ids[self.num_users :]
         for _ in range(self.settings.num_item_layers):
@@ -124,7 +123,7 @@ class Freedom(LightGCN):
         return Views(torch.cat([users, own + items]), behaviour, semantic)
 
     def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
-        """LightGCN's terms and `features`: lambda times BPR of the users with every modality's projected features."""
+        """Return LightGCN's terms and `features`: lambda times BPR of users with projected features, every modality."""
         users = views.final[batch.mine(batch.users)]
         total = users.new_zeros(())
         for rows, projection in zip(self.features, self.projections, strict=True):
@@ -140,8 +139,8 @@ class Mgcn(LightGCN):
         num_users, num_items: sizes of the id maps.
         features: per modality float32 [num_items, dim], as delivered; a missing row is zero. They are trained too.
         config: sizes and loss weights, from `MgcnSettings.applied`.
-        settings: the model's own.
-        device: of the item graphs.
+        settings: the model's own settings.
+        device: device of the item graphs.
     """
 
     def __init__(
@@ -165,13 +164,13 @@ class Mgcn(LightGCN):
         self.query = _linear(dim, 1, generator, bias=False)
 
     def forward(self, graph: SymmetricGraph) -> Views:
-        """`z = e + h`, the behavioural and the multimodal rows.
+        """Return `z = e + h`, the sum of behavioural and multimodal rows.
 
-        Purifier: `p_m = id * sigmoid(W_2 (W_1 x_m + b_1) + b_2)`; items spread `p_m` over the graph of their
-        modality, users gather it from their items over the normalised user-item graph. Fuser: attention weights
+        Purifier: `p_m = id * sigmoid(W_2 (W_1 x_m + b_1) + b_2)`; items propagate `p_m` over the graph of their
+        modality, users aggregate it from their items over the normalised user-item graph. Fuser: attention weights
         `a_m = softmax_m(q tanh(W_3 e_m + b_3))` give the shared part `s = sum a_m e_m`, behaviour-aware gates the
-        specific parts `(e_m - s) * sigmoid(W_4m e + b_4m)`, and `h` is the mean of all parts. With `s` added whole to
-        the mean of the specific parts validation recall stopped lower (Last.fm 2K, one seed).
+        specific parts `(e_m - s) * sigmoid(W_4m e + b_4m)`, and `h` is the mean of all parts. Adding `s` to the
+        mean of the specific parts gave a lower validation recall (Last.fm 2K, one seed).
         """
         behaviour = propagate(graph, self.ids, self.config.lightgcn.num_layers)
         views = self._spread(graph)
@@ -185,9 +184,9 @@ class Mgcn(LightGCN):
         return Views(behaviour + semantic, behaviour, semantic)
 
     def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
-        """LightGCN's terms and `contrast`: lambda_C times the InfoNCE of `h` and `e`, over users and over items.
+        """Return LightGCN's terms and `contrast`: lambda_C times the InfoNCE of `h` and `e`, over users and over items.
 
-        A node that is in the batch twice counts once, and is no negative of itself.
+        A node that is in the batch twice counts once and is not its own negative.
         """
         assert views.semantic is not None
         contrast = views.final.new_zeros(())
@@ -198,7 +197,7 @@ class Mgcn(LightGCN):
         return super().losses(views, batch) | {"contrast": self.config.crane.contrast_weight * contrast}
 
     def _spread(self, graph: SymmetricGraph) -> list[Tensor]:
-        """Purified rows of all nodes, per modality float32 [num_users + num_items, d]."""
+        """Return purified rows of all nodes, per modality float32 [num_users + num_items, d]."""
         ids, spread = self.ids[self.num_users :], []
         for m, projection in enumerate(self.projections):
             items = ids * torch.sigmoid(self.purifiers[m](projection(self.features[m])))
@@ -214,15 +213,15 @@ class Mgcn(LightGCN):
 
 
 def modality_graph(features: NDArray[np.float32], k: int, weighted: bool) -> sp.csr_array:
-    """`D^-1/2 S D^-1/2`, an edge from every item to its k most similar items, itself among them.
+    """Return `D^-1/2 S D^-1/2` with an edge from every item to its k most similar items, itself included.
 
-    The relation is not made symmetric. Edges to items of no or negative similarity are left out; an item without
-    features is joined to itself alone.
+    The graph is directed. Edges of zero or negative similarity are left out; an item without features has an edge to
+    itself alone.
 
     Args:
         features: float32 [num_items, dim].
         k: neighbours, >= 1.
-        weighted: whether an edge weighs the cosine (MGCN), or 1 (FREEDOM).
+        weighted: whether the weight of an edge is the cosine (MGCN) or 1 (FREEDOM).
 
     Returns:
         float32 CSR [num_items, num_items], not symmetric.

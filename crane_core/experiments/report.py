@@ -1,4 +1,4 @@
-"""One self-contained HTML page about the experiments on a dataset."""
+"""Render the results of the experiments on a dataset as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FORM_COLOURS = ("#0f5c8c", "#d9822b", "#1d7a4d", "#6b4fa0", "#b3402e", "#66727e
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        results: what `Study.run` returns, with the `seconds` it took.
+        results: the value of `Study.run`, with the `seconds` it took.
 
     Returns:
-        HTML that loads nothing from anywhere.
+        HTML that loads nothing from other places.
     """
     with plt.rc_context(STYLE):
         plots = {name: _plots(found) for name, found in results["experiments"].items()}
@@ -112,7 +112,7 @@ def _plot_forms(forms: Sequence[Mapping[str, Any]]) -> Figure:
     for axis, (title, values, form) in zip(axes, columns, strict=True):
         found = [np.nan if value is None else value for value in values[::-1]]
         if form.endswith("e}"):
-            # From rounding to tens of percent: no bar has room for that.
+            # Errors range from rounding to tens of percent, too wide for bars.
             axis.plot(found, range(len(names)), "o", color=COLOUR)
             axis.set_xscale("log")
             axis.margins(x=0.6)
@@ -173,7 +173,7 @@ def _power(law: Mapping[str, float] | None) -> str:
 
 
 def _percent(share: float | None) -> str:
-    """A share down to rounding errors."""
+    """Format a share; rounding errors stay visible."""
     if share is None:
         return "–"
     return f"{100 * share:.2f} %" if share >= 1e-4 else f"{100 * share:.1e} %"

@@ -1,8 +1,9 @@
-"""Search for a better recipe of a model: TPE (Bergstra et al., 2011) by validation Recall@20, all it ever sees.
+"""Search for a better recipe of a model: TPE (Bergstra et al., 2011) by validation Recall@20.
 
-The trials train on the dataset without its test split. Every trial is a cell, so a killed trial goes on from its
-checkpoint, and a line in a SQLite file, so a killed search goes on from its last trial. What a trial proposes depends
-on the seed and on the trials before it alone: a search in one go and one in many pieces try the same recipes.
+The trials train on the dataset without its test split. They are kept as those of the experiments are, so that a killed
+training continues from its checkpoint. A SQLite file records the finished ones, so that a killed search continues after
+its last trial. The recipe of a trial depends only on the seed and on the trials before it, so that interruptions do not
+change the search.
 
     {root}/search/{model}/trials.db     the trials
 """
@@ -28,7 +29,7 @@ from crane_core.errors import ArtifactError, TrainingError
 from crane_core.experiments.data import Dataset, fingerprint
 from crane_core.experiments.models import VERSION, Recipe
 from crane_core.experiments.plans import SECTIONS, changed
-from crane_core.experiments.trials import Cells
+from crane_core.experiments.trials import Trials
 
 logger = logging.getLogger(__name__)
 
@@ -81,117 +82,117 @@ SPACES: dict[str, Space] = {
         "mgcn.k": IntDistribution(5, 20),
     },
 }
-"""For every model that can be searched, the fields it reads. Rates and weights span the values published for LightGCN
-and MGCN; recursions and neighbours are the ranges of the experiments of the same names. Item kNN and the content
-baseline choose from grids of their own, and popularity has nothing to choose."""
+"""Ranges of the fields to search, for every model that can be searched. Rates and weights cover the values published
+for LightGCN and MGCN; recursions and neighbours have the ranges of the experiments of the same names. Item kNN and the
+content baseline choose from grids of their own, and popularity has no settings."""
 
 _STARTUP_TRIALS = 8
 
 
 class Search:
-    """A search around one recipe, resumed where it stands.
+    """A search that starts from one recipe and resumes after its last finished trial.
 
-    Only one process may work in `folder_of` a model at a time: whoever makes a search holds it.
+    Only one process at a time may search in `folder_of` a model: the caller holds its lock.
 
     Args:
-        dataset: its test split is dropped before anything else.
-        recipe: the first trial, and the values of the fields that are not searched.
-        seed: of the proposals and of every training.
-        cells: where trials are kept; the SQLite file lies below its root.
+        dataset: its test split is dropped first.
+        recipe: recipe of the first trial, and the values of the fields that are not searched.
+        seed: seed of the proposals and of every training.
+        trials: folder of trials; the SQLite file lies below its root.
         model: one of `SPACES`.
 
     Raises:
         ArtifactError: the SQLite file is damaged.
     """
 
-    def __init__(self, dataset: Dataset, recipe: Recipe, seed: int, cells: Cells, model: str = "crane") -> None:
+    def __init__(self, dataset: Dataset, recipe: Recipe, seed: int, trials: Trials, model: str = "crane") -> None:
         self.dataset = dataset.without_test()
         self.recipe = recipe
         self.seed = seed
-        self.cells = cells
+        self.trials = trials
         self.model = model
         self.space = SPACES[model]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = {name: optuna.distributions.distribution_to_json(each) for name, each in self.space.items()}
         name = fingerprint(VERSION, model, self.dataset.fingerprint, recipe.model_dump(mode="json"), seed, space)
-        path = folder_of(cells, model) / "trials.db"
+        path = folder_of(trials, model) / "trials.db"
         path.parent.mkdir(parents=True, exist_ok=True)
         _check(path)
         self.study = optuna.create_study(
             storage=f"sqlite:///{path}", study_name=name, direction="maximize", load_if_exists=True
         )
         for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            # Left by a process that died; the same proposal comes again because only finished trials count.
+            # A killed process left it. The same proposal comes again, because only finished trials count.
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     def run(self, num_trials: int, allows: Callable[[float], bool], show: Callable[[str], None]) -> None:
         """Try recipes until there are `num_trials` of them or the budget ends.
 
         Args:
-            num_trials: in all, those of earlier runs included.
-            allows: whether there is time for work of so many seconds.
-            show: gets a line of progress for every trial.
+            num_trials: number of trials, those of earlier runs included.
+            allows: returns whether there is time for work of so many seconds.
+            show: takes a line of progress for every trial.
         """
         took: list[float] = []
-        while (done := len(self.trials())) < num_trials:
+        while (done := len(self.finished())) < num_trials:
             if not allows(sum(took) / len(took) if took else 0.0):
                 show(f"stopped by the budget trials={done} of={num_trials}")
                 return
             started = time.monotonic()
-            value, trial = self._try(done)
+            value, parameters = self._try(done)
             took.append(time.monotonic() - started)
             left = sum(took) / len(took) * (num_trials - done - 1)
             show(
                 f"trial={done + 1} of={num_trials} validation_recall@20={value:.4f} "
                 f"best={self.study.best_value:.4f} seconds={took[-1]:.1f} left={left:.0f}s"
             )
-            logger.info("trial number=%d value=%.5f parameters=%s", done, value, trial.params)
+            logger.info("trial number=%d value=%.5f parameters=%s", done, value, parameters)
 
-    def _try(self, done: int) -> tuple[float, optuna.Trial]:
+    def _try(self, done: int) -> tuple[float, dict[str, Any]]:
         seed = int(np.random.SeedSequence([self.seed, done]).generate_state(1)[0])
         self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=_STARTUP_TRIALS, seed=seed)
         if done == 0 and not self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
             self.study.enqueue_trial(_inside(self.recipe, self.space))
-        trial = self.study.ask(self.space)
+        proposal = self.study.ask(self.space)
         try:
-            cell = self.cells.cell(self.dataset, self.model, self.recipe_of(trial.params), self.seed)
-            value = cell.recall("validation")
-            trial.set_user_attr("seconds", cell.seconds)
+            trial = self.trials.find_or_make(self.dataset, self.model, self.recipe_of(proposal.params), self.seed)
+            value = trial.recall("validation")
+            proposal.set_user_attr("seconds", trial.seconds)
         except TrainingError as error:
-            # A recipe that diverges recommends nothing: that is a result, and TPE must learn from it.
-            trial.set_user_attr("error", error.found)
+            # A training that diverges is a result too: TPE must learn to avoid such recipes.
+            proposal.set_user_attr("error", error.found)
             value = 0.0
-        self.study.tell(trial, value)
-        return value, trial
+        self.study.tell(proposal, value)
+        return value, proposal.params
 
     def recipe_of(self, parameters: dict[str, Any]) -> Recipe:
-        """The recipe of a trial."""
+        """Return the recipe with the parameters of a trial."""
         return changed(self.recipe, parameters)
 
-    def trials(self) -> list[FrozenTrial]:
-        """Finished trials, oldest first."""
+    def finished(self) -> list[FrozenTrial]:
+        """Return the finished trials, oldest first."""
         return self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
     def best(self) -> Recipe | None:
-        """The recipe with the highest validation recall, the oldest where several tie; None before the first trial."""
-        trials = self.trials()
+        """Return the recipe of the highest validation recall, the oldest among equals; None before the first trial."""
+        trials = self.finished()
         return self.recipe_of(max(trials, key=lambda trial: (trial.value, -trial.number)).params) if trials else None
 
     def record(self) -> list[dict[str, Any]]:
-        """Every finished trial as JSON values."""
+        """Return every finished trial as JSON values."""
         return [
             {"number": number, "validation_recall@20": trial.value, "parameters": trial.params, **trial.user_attrs}
-            for number, trial in enumerate(self.trials(), start=1)
+            for number, trial in enumerate(self.finished(), start=1)
         ]
 
 
-def folder_of(cells: Cells, model: str) -> Path:
-    """Where the search of a model keeps what is its own."""
-    return cells.root / "search" / model
+def folder_of(trials: Trials, model: str) -> Path:
+    """Return the folder of the search of a model."""
+    return trials.root / "search" / model
 
 
 def as_yaml(recipe: Recipe, model: str = "crane") -> str:
-    """The recipe as a configuration file of a run; FREEDOM's and MGCN's have their own section besides."""
+    """Return the recipe as a configuration file of a run, with the own section of FREEDOM or MGCN for these models."""
     sections = {*SECTIONS, *({model} & set(Recipe.model_fields))}
     return yaml.safe_dump(recipe.model_dump(mode="json", include=sections), sort_keys=False)
 
@@ -205,12 +206,12 @@ def _check(path: Path) -> None:
     if found != "ok":
         raise ArtifactError(
             f"{path} is damaged: {found}.",
-            "Delete this file: the search then begins anew, and finds the trainings it repeats.",
+            "Delete this file: the search then starts again and reuses its finished trainings.",
         )
 
 
 def _inside(recipe: Recipe, space: Space) -> dict[str, Any]:
-    """The recipe's values of the searched fields, those outside the space left to the sampler."""
+    """Return the recipe's values of the searched fields; the sampler chooses those outside the space."""
     tree = recipe.model_dump()
     values = {path: tree[path.partition(".")[0]][path.partition(".")[2]] for path in space}
     return {path: value for path, value in values.items() if _admits(space[path], value)}

@@ -1,4 +1,4 @@
-"""Run experiments within a budget: cells and measurements that are there are found, the others are made in turn."""
+"""Run experiments within a time budget. Trials and measurements that exist are reused, the others are made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from crane_core.config import Phi
 from crane_core.errors import ConfigError, DataError
 from crane_core.evaluation.slices import interest_entropy
-from crane_core.experiments import summary as answers
+from crane_core.experiments import summary
 from crane_core.experiments.cost import (
     MOST_SECONDS,
     Measurements,
@@ -21,34 +21,34 @@ from crane_core.experiments.cost import (
 )
 from crane_core.experiments.data import Dataset, held
 from crane_core.experiments.models import NEED_FEATURES, Recipe
-from crane_core.experiments.plans import NAMES, SEARCH, Experiment, Variant, changed, plan
+from crane_core.experiments.plans import NAMES, SEARCH, Experiment, Variant, changed, experiment_plan
 from crane_core.experiments.summary import Measured
-from crane_core.experiments.trials import Cells
+from crane_core.experiments.trials import Trials
 
 _FIT_ONLY = {"phi", "num_steps", "batch_size", "learning_rate", "temperature", "agreement_weight"}
 
 Show = Callable[[str, str], None]
-"""Gets what the line is about and the line."""
+"""Takes the topic of a line of progress and the line."""
 
 
 class Budget:
-    """Time that may be spent.
+    """Limit on the time of a run.
 
     Args:
-        minutes: None for no bound.
+        minutes: from now on; None for no limit.
     """
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def allows(self, seconds: float) -> bool:
-        """Whether work that is expected to take so long may start."""
+        """Return whether work that is expected to take so long may start."""
         return self._end is None or time.monotonic() + seconds < self._end
 
 
 @dataclass
 class Pace:
-    """How long a kind of work takes."""
+    """Seconds that one kind of work has taken."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Pace:
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
-    """The experiments to run, in their order; all but the search when None.
+    """Return the experiments to run, in their order; all but the search if None.
 
     Raises:
         ConfigError: there is no such experiment.
@@ -72,66 +72,80 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     return [name for name in (*NAMES, SEARCH) if name in (names or NAMES)]
 
 
-class Study:
-    """Experiments on one dataset.
+@dataclass(frozen=True)
+class Setting:
+    """What all experiments of a study have in common.
 
-    Args:
-        dataset: with features.
-        recipe: the default all variants are compared with.
+    Attributes:
+        dataset: with features, if the model needs them.
+        recipe: the default that all variants are compared with.
         seeds: every variant is trained with each of them.
-        cells: where trainings and measurements are kept.
-        budget: no work starts that is expected to exceed it.
-        show: gets progress.
-        model: whose recipe is searched for; all other experiments are CRANE's.
-
-    Raises:
-        DataError: the dataset has no features and the model needs them, or not those the recipe names.
-        ConfigError: no seed, or one that is out of range.
+        model: the model whose recipe is searched for; all other experiments are CRANE's.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        recipe: Recipe,
-        seeds: Sequence[int],
-        cells: Cells,
-        budget: Budget,
-        show: Show,
-        model: str = "crane",
-    ) -> None:
-        if model in NEED_FEATURES and not dataset.features:
+    dataset: Dataset
+    recipe: Recipe
+    seeds: Sequence[int]
+    model: str = "crane"
+
+    def check(self) -> None:
+        """Check that the experiments can run.
+
+        Raises:
+            DataError: the dataset lacks features that the model needs or the recipe names, or a split.
+            ConfigError: no seed, or one that is out of range.
+        """
+        dataset = self.dataset
+        if self.model in NEED_FEATURES and not dataset.features:
             raise DataError(
                 f"{dataset.name} has no item features, and every experiment is about them.",
                 "Deliver {modality}_feat.npy files, one row per item, or choose another folder.",
             )
-        unknown = sorted(set(recipe.features.modalities) - set(dataset.features))
+        unknown = sorted(set(self.recipe.features.modalities) - set(dataset.features))
         if unknown:
             raise DataError(
                 f"{dataset.name} has no features {', '.join(unknown)}.",
                 f"Set features.modalities to some of {', '.join(sorted(dataset.features))}.",
             )
         dataset.require_splits()
-        if not seeds:
+        if not self.seeds:
             raise ConfigError("No seed was given.", "Give --seeds one number or more.")
-        for seed in seeds:
-            recipe.with_seed(seed)
-        self.dataset = dataset
-        self.recipe = recipe
-        self.seeds = list(dict.fromkeys(seeds))
-        self.cells = cells
-        self.measurements = Measurements(cells)
+        for seed in self.seeds:
+            self.recipe.with_seed(seed)
+
+
+class Study:
+    """Experiments on one dataset.
+
+    Args:
+        setting: what all experiments have in common.
+        trials: folder of trials and measurements.
+        budget: no work starts that is expected to exceed it.
+        show: takes progress.
+
+    Raises:
+        DataError, ConfigError: see `Setting.check`.
+    """
+
+    def __init__(self, setting: Setting, trials: Trials, budget: Budget, show: Show) -> None:
+        setting.check()
+        self.dataset = setting.dataset
+        self.recipe = setting.recipe
+        self.seeds = list(dict.fromkeys(setting.seeds))
+        self.model = setting.model
+        self.trials = trials
+        self.measurements = Measurements(trials)
         self.budget = budget
         self.show = show
-        self.model = model
-        self.plan = plan(recipe, dataset.features)
+        self.plan = experiment_plan(self.recipe, self.dataset.features)
         self._pace = Pace()
         self._same_weights: SameWeights | None = None
 
     def run(self, names: Sequence[str], num_trials: int) -> dict[str, Any]:
-        """Run experiments; what they found and what is missing, JSON values.
+        """Run experiments. Return their results and what is missing, JSON values.
 
-        The first seed of everything comes first, then what is measured without training, then the other seeds: a
-        budget that ends early leaves an answer to every question instead of all of one.
+        First every variant is trained with the first seed, then come the measurements without training, then the
+        other seeds. So each question has an answer when the budget ends early.
         """
         experiments = [self.plan[name] for name in names if name != SEARCH]
         self._train(experiments, self.seeds[:1])
@@ -147,34 +161,34 @@ class Study:
             "dataset": self.dataset.facts(),
             "recipe": self.recipe.model_dump(mode="json"),
             "seeds": self.seeds,
-            "experiments": {result["name"]: answers.finite(result) for result in results},
+            "experiments": {result["name"]: summary.finite(result) for result in results},
             "missing": [missing for result in results for missing in result["missing"]],
         }
 
     def _train(self, experiments: Sequence[Experiment], seeds: Sequence[int]) -> None:
-        """Make the cells that are not there, each once, the default first."""
+        """Make the missing trials, each once, the default first."""
         if not (seeds and experiments):
             return
-        cells: dict[str, tuple[str, str, Recipe, int]] = {}
+        needed: dict[str, tuple[str, str, Recipe, int]] = {}
         for seed in seeds:
             for experiment in experiments:
                 for variant in sorted(experiment.variants, key=lambda each: not self._is_default(each)):
                     recipe = changed(self.recipe, variant.changes)
-                    key = self.cells.key(self.dataset, experiment.model, recipe, seed)
-                    cells.setdefault(key, (f"{experiment.name}: {variant.label}", experiment.model, recipe, seed))
-        open_cells = [entry for entry in cells.values() if not self.cells.find(self.dataset, *entry[1:])]
-        self.show("cells", f"needed={len(cells)} found={len(cells) - len(open_cells)} to_make={len(open_cells)}")
-        for done, (label, model, recipe, seed) in enumerate(open_cells):
+                    key = self.trials.key(self.dataset, experiment.model, recipe, seed)
+                    needed.setdefault(key, (f"{experiment.name}: {variant.label}", experiment.model, recipe, seed))
+        missing = [entry for entry in needed.values() if not self.trials.find(self.dataset, *entry[1:])]
+        self.show("trials", f"needed={len(needed)} found={len(needed) - len(missing)} to_make={len(missing)}")
+        for done, (label, model, recipe, seed) in enumerate(missing):
             if not self.budget.allows(self._pace.mean):
-                self.show("cells", f"stopped by the budget made={done} missing={len(open_cells) - done}")
+                self.show("trials", f"stopped by the budget made={done} missing={len(missing) - done}")
                 return
             started = time.monotonic()
-            cell = self.cells.cell(self.dataset, model, recipe, seed)
+            trial = self.trials.find_or_make(self.dataset, model, recipe, seed)
             self._pace.seconds.append(time.monotonic() - started)
-            recall, left = cell.recall("validation"), self._pace.mean * (len(open_cells) - done - 1)
+            recall, left = trial.recall("validation"), self._pace.mean * (len(missing) - done - 1)
             self.show(
-                "cells",
-                f"{done + 1}/{len(open_cells)} {label} seed={seed} validation_recall@20={recall:.4f} "
+                "trials",
+                f"{done + 1}/{len(missing)} {label} seed={seed} validation_recall@20={recall:.4f} "
                 f"seconds={self._pace.seconds[-1]:.1f} left={left:.0f}s",
             )
 
@@ -183,14 +197,14 @@ class Study:
 
     def _result(self, experiment: Experiment) -> dict[str, Any]:
         measured = [self._measured(variant, experiment.model) for variant in experiment.variants]
-        table = answers.rows(measured)
+        table = summary.rows(measured)
         result = {
             "name": experiment.name,
             "title": experiment.title,
             "question": experiment.question,
             "note": experiment.note,
             "table": table,
-            "answer": answers.answer(table) if table else "",
+            "answer": summary.answer(table) if table else "",
             "curves": {each.label: each.epochs() for each in measured},
             "missing": [f"{experiment.name}: {each.label}, seed {seed}" for each in measured for seed in each.missing],
         }
@@ -199,23 +213,23 @@ class Study:
             result |= extra(result)
         if experiment.name == "profiles":
             train = self.dataset.interactions.train
-            thirds = answers.by_diversity(
+            thirds = summary.by_diversity(
                 measured,
                 interest_entropy(self.dataset.joint(self.recipe.features), train),
                 train.counts(),
             )
-            text = f"{result['answer']} {answers.diversity_answer(thirds)}".rstrip()
+            text = f"{result['answer']} {summary.diversity_answer(thirds)}".rstrip()
             result |= {"thirds": thirds, "answer": text}
         return result
 
     def _measured(self, variant: Variant, model: str) -> Measured:
         recipe = changed(self.recipe, variant.changes)
-        found = {seed: self.cells.find(self.dataset, model, recipe, seed) for seed in self.seeds}
+        found = {seed: self.trials.find(self.dataset, model, recipe, seed) for seed in self.seeds}
         return Measured(
             variant.label,
             recipe == self.recipe,
-            {seed: cell for seed, cell in found.items() if cell},
-            [seed for seed, cell in found.items() if not cell],
+            {seed: trial for seed, trial in found.items() if trial},
+            [seed for seed, trial in found.items() if not trial],
         )
 
     def _form_identity(self, phi: Phi) -> tuple[Any, ...]:
@@ -240,7 +254,7 @@ class Study:
         return {
             "forms": forms,
             "busy": _busy(forms),
-            "answer": f"{result['answer']} {answers.forms_answer(forms)}".rstrip(),
+            "answer": f"{result['answer']} {summary.forms_answer(forms)}".rstrip(),
             "missing": [*result["missing"], *missing],
         }
 
@@ -259,7 +273,7 @@ class Study:
             for size in sizes:
                 found = self.measurements.find(*self._growth_identity(phi, size))
                 if found is None:
-                    # Twice the items take at most four times as long.
+                    # The time grows at most with the square of the items, and each size has twice the items.
                     expected = 4 * last
                     if expected > MOST_SECONDS or not self.budget.allows(expected):
                         break
@@ -292,7 +306,7 @@ class Study:
             "sizes": sizes,
             "most_seconds": MOST_SECONDS,
             "shape": {"modalities": self._num_modalities, "dim": self.recipe.refine.embedding_dim},
-            "answer": answers.growth_answer(laws),
+            "answer": summary.growth_answer(laws),
             "missing": missing,
         }
 
@@ -300,9 +314,9 @@ class Study:
         # Optuna takes a second to import, and only a search needs it.
         from crane_core.experiments.search import Search, as_yaml, folder_of
 
-        folder = folder_of(self.cells, self.model)
+        folder = folder_of(self.trials, self.model)
         with held(folder, lambda: self.show("search", f"waits for another process that searches in {folder}")):
-            search = Search(self.dataset, self.recipe, self.seeds[0], self.cells, self.model)
+            search = Search(self.dataset, self.recipe, self.seeds[0], self.trials, self.model)
             search.run(num_trials, self.budget.allows, lambda line: self.show("search", line))
             trials, best = search.record(), search.best()
         variants = [Variant("default")]
@@ -320,8 +334,8 @@ class Study:
             "Search for a better recipe" + (f" of {self.model}" if self.model != "crane" else ""),
             "Which recipe within the search space has the highest validation Recall@20?",
             tuple(variants),
-            f"TPE, seed {self.seeds[0]}; a trial sees no test interaction. The test figures below were read once the "
-            "search had ended.",
+            f"TPE, seed {self.seeds[0]}; a trial sees no test interaction. The test figures below were computed "
+            "after the search.",
             self.model,
         )
         self._train([experiment], self.seeds)
@@ -342,7 +356,7 @@ class Study:
 
 
 def _busy(measurements: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The highest load and the cores, where others kept more cores busy than there are while something was measured."""
+    """Return the highest load and the cores if the load exceeded the cores in a measurement, else None."""
     worst = max(measurements, key=lambda each: each["load"], default=None)
     if worst is None or worst["load"] <= worst["cores"]:
         return None

@@ -1,4 +1,4 @@
-"""From cells to tables and to the one sentence that answers an experiment."""
+"""Summarise trials: the table of an experiment, and the text that answers its question."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from crane_core.experiments.trials import Cell, PerUser
+from crane_core.experiments.trials import PerUser, Trial
 from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
 from crane_core.report.page import signed
 
@@ -20,30 +20,30 @@ THIRDS = ("Narrow interests", "Middle", "Diverse interests")
 
 @dataclass(frozen=True)
 class Measured:
-    """The cells of one variant.
+    """The trials of one variant.
 
     Attributes:
-        label: of the variant.
-        is_default: whether it is the recipe the others are compared with.
-        cells: seed to cell, those that are made.
-        missing: seeds without a cell.
+        label: name of the variant.
+        is_default: whether it is the recipe that the others are compared with.
+        trials: seed to finished trial.
+        missing: seeds without a finished trial.
     """
 
     label: str
     is_default: bool
-    cells: Mapping[int, Cell]
+    trials: Mapping[int, Trial]
     missing: Sequence[int]
 
     def epochs(self) -> list[dict[str, float]]:
-        """The curve of the first seed's training; empty where no cell holds one."""
-        return next((self.cells[seed].facts.get("epochs", []) for seed in sorted(self.cells)), [])
+        """Return the training curve of the lowest seed; empty if its trial has none."""
+        return next((self.trials[seed].facts.get("epochs", []) for seed in sorted(self.trials)), [])
 
 
 def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The table of an experiment, JSON values.
+    """Return the table of an experiment, JSON values.
 
-    Means over seeds of per-user metrics, with bootstrap intervals over users; the difference to the default is over
-    the same users and the seeds both have. A variant without a cell has None where a number would be.
+    Metrics of a user are averaged over seeds; intervals are bootstrapped over users. The difference to the default is
+    paired by user, over the seeds that both have. A variant without a trial has None in place of numbers.
     """
     default = next((each for each in measured if each.is_default), None)
     return [_row(each, default) for each in measured]
@@ -53,7 +53,7 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "label": each.label,
         "default": each.is_default,
-        "seeds": sorted(each.cells),
+        "seeds": sorted(each.trials),
         "missing": list(each.missing),
         "validation": None,
         "test": None,
@@ -67,40 +67,40 @@ def _row(each: Measured, default: Measured | None) -> dict[str, Any]:
         "test_alone": None,
         "profile_spread": {},
     }
-    if not each.cells:
+    if not each.trials:
         return row
-    cells = list(each.cells.values())
-    row |= {split: intervals(averaged(cells, split)) for split in ("validation", "test")}
+    trials = list(each.trials.values())
+    row |= {split: intervals(averaged(trials, split)) for split in ("validation", "test")}
     row |= {
-        "by_seed": [cell.recall("test") for cell in cells],
-        "seconds": float(np.mean([cell.seconds for cell in cells])),
-        "peak_bytes": max(cell.peak_bytes for cell in cells),
-        "content_seconds": _mean_fact(cells, "content_seconds"),
-        "trust": _mean_fact(cells, "trust"),
-        "alone": _mean([cell.facts["validation"]["recall@20"] for cell in cells if "validation" in cell.facts]),
-        "profile_spread": cells[0].facts.get("profile_spread", {}),
-        "test_alone": intervals(averaged(cells, "alone")) if all(cell.part("alone") for cell in cells) else None,
+        "by_seed": [trial.recall("test") for trial in trials],
+        "seconds": float(np.mean([trial.seconds for trial in trials])),
+        "peak_bytes": max(trial.peak_bytes for trial in trials),
+        "content_seconds": _mean_fact(trials, "content_seconds"),
+        "trust": _mean_fact(trials, "trust"),
+        "alone": _mean([trial.facts["validation"]["recall@20"] for trial in trials if "validation" in trial.facts]),
+        "profile_spread": trials[0].facts.get("profile_spread", {}),
+        "test_alone": intervals(averaged(trials, "alone")) if all(trial.part("alone") for trial in trials) else None,
     }
-    shared = sorted(set(each.cells) & set(default.cells)) if default else []
+    shared = sorted(set(each.trials) & set(default.trials)) if default else []
     if default and shared and not each.is_default:
-        pair = [averaged([side.cells[seed] for seed in shared], "test") for side in (each, default)]
+        pair = [averaged([side.trials[seed] for seed in shared], "test") for side in (each, default)]
         row["difference"] = difference(*pair)
     return row
 
 
-def averaged(cells: Sequence[Cell], part: str, keep: np.ndarray | None = None) -> PerUser:
-    """Metrics of each user, averaged over cells of the same users.
+def averaged(trials: Sequence[Trial], part: str, keep: np.ndarray | None = None) -> PerUser:
+    """Return the metrics of each user, averaged over trials of the same users.
 
     Args:
-        cells: of the same dataset.
-        part: see `Cell.part`; every cell has it.
-        keep: users to restrict to, bool [num_users].
+        trials: trials on one dataset.
+        part: name of a part that every trial has, see `Trial.part`.
+        keep: mask of the users to keep, bool [num_users]; all if None.
 
     Returns:
-        The metrics that all cells have.
+        The metrics that all trials have.
     """
-    tables = [found for cell in cells if (found := cell.part(part))]
-    assert len(tables) == len(cells)
+    tables = [found for trial in trials if (found := trial.part(part))]
+    assert len(tables) == len(trials)
     users = tables[0]["users"]
     assert all(np.array_equal(table["users"], users) for table in tables)
     inside = slice(None) if keep is None else keep[users]
@@ -111,13 +111,13 @@ def averaged(cells: Sequence[Cell], part: str, keep: np.ndarray | None = None) -
 
 
 def difference(challenger: PerUser, reference: PerUser) -> dict[str, dict[str, float]]:
-    """Paired difference challenger - reference of every metric."""
+    """Return the paired difference challenger - reference of every metric."""
     found = paired_bootstrap(_metrics(challenger), _metrics(reference), NUM_RESAMPLES, 0)
     return {name: interval.as_dict() for name, interval in found.items()}
 
 
 def intervals(table: PerUser) -> dict[str, dict[str, float]] | None:
-    """Means of `METRICS` over users with their intervals; None without a user."""
+    """Return means of `METRICS` over users with their intervals; None without a user."""
     if not len(table["users"]):
         return None
     return {name: interval.as_dict() for name, interval in bootstrap(_metrics(table), NUM_RESAMPLES, 0).items()}
@@ -127,8 +127,8 @@ def _metrics(table: PerUser) -> dict[str, np.ndarray]:
     return {name: table[name] for name in METRICS}
 
 
-def _mean_fact(cells: Sequence[Cell], name: str) -> float | None:
-    return _mean([cell.facts[name] for cell in cells if name in cell.facts])
+def _mean_fact(trials: Sequence[Trial], name: str) -> float | None:
+    return _mean([trial.facts[name] for trial in trials if name in trial.facts])
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -136,7 +136,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def answer(table: Sequence[Mapping[str, Any]]) -> str:
-    """What the table says: the choice by validation and its test difference, and what differs by more than chance."""
+    """Return the answer that a table gives: validation's choice, its test difference, significant differences."""
     known = [row for row in table if row["validation"] and row["test"]]
     default = next((row for row in known if row["default"]), None)
     if default is None or len(known) < 2:
@@ -165,7 +165,9 @@ def answer(table: Sequence[Mapping[str, Any]]) -> str:
         second = f"By more than chance in test Recall@20, {'; '.join(parts)}."
     sentences = [first, second]
     if min(len(row["seeds"]) for row in known) == 1:
-        sentences.append("Chance is that of the users alone: one seed says nothing of that of training.")
+        sentences.append(
+            "The intervals cover variation between users only. One seed cannot show variation between trainings."
+        )
     unmeasured = len(table) - len(known)
     if unmeasured:
         sentences.append(f"{unmeasured} of {len(table)} variants are not measured yet.")
@@ -173,7 +175,7 @@ def answer(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def best_by_validation(table: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The row of the highest validation Recall@20, the default where it ties."""
+    """Return the row with the highest validation Recall@20, the default among equals."""
     return max(table, key=lambda row: (row["validation"]["recall@20"]["mean"], row["default"]))
 
 
@@ -193,18 +195,18 @@ def _beyond_chance(values: Mapping[str, Mapping[str, float]]) -> int:
 
 
 def by_diversity(measured: Sequence[Measured], entropy: np.ndarray, items: np.ndarray) -> list[dict[str, Any]]:
-    """The variants compared within thirds of the test users, from narrow to diverse interests.
+    """Compare the variants within thirds of the test users, from narrow to diverse interests.
 
     Args:
         measured: the variants, one of them the default.
-        entropy: float64 [num_users].
-        items: int [num_users], training items.
+        entropy: entropy of each user's interests, float64 [num_users]; NaN leaves the user out.
+        items: number of training items of each user, int [num_users].
     """
-    made = [each for each in measured if each.cells]
+    made = [each for each in measured if each.trials]
     default = next((each for each in made if each.is_default), None)
     if default is None:
         return []
-    users = next(iter(default.cells.values())).test["users"]
+    users = next(iter(default.trials.values())).test["users"]
     users = users[np.isfinite(entropy[users])]
     order = users[np.argsort(entropy[users], kind="stable")]
     table = []
@@ -215,10 +217,10 @@ def by_diversity(measured: Sequence[Measured], entropy: np.ndarray, items: np.nd
         keep[third] = True
         values, differences = {}, {}
         for each in made:
-            values[each.label] = intervals(averaged(list(each.cells.values()), "test", keep))
-            shared = sorted(set(each.cells) & set(default.cells))
+            values[each.label] = intervals(averaged(list(each.trials.values()), "test", keep))
+            shared = sorted(set(each.trials) & set(default.trials))
             if shared and not each.is_default:
-                pair = [averaged([side.cells[seed] for seed in shared], "test", keep) for side in (each, default)]
+                pair = [averaged([side.trials[seed] for seed in shared], "test", keep) for side in (each, default)]
                 differences[each.label] = difference(*pair)
         table.append(
             {
@@ -234,7 +236,7 @@ def by_diversity(measured: Sequence[Measured], entropy: np.ndarray, items: np.nd
 
 
 def diversity_answer(table: Sequence[Mapping[str, Any]]) -> str:
-    """Whether any third of the users is served better by another profile."""
+    """Return the thirds of the users in which another profile differs by more than chance, as text."""
     found = [
         f"{row['label'].lower()}: {label} {_verdict(values)} ({_written(values)})"
         for row in table
@@ -249,7 +251,7 @@ def diversity_answer(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def growth_answer(laws: Mapping[str, Mapping[str, Any]]) -> str:
-    """The exponents, one sentence."""
+    """Return the exponents as a sentence."""
     parts = [
         f"{phi} as items^{law['seconds']['exponent']:.2f}"
         for phi, law in laws.items()
@@ -259,7 +261,7 @@ def growth_answer(laws: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def forms_answer(forms: Sequence[Mapping[str, Any]]) -> str:
-    """The fastest form, and the errors of those that approximate."""
+    """Return the fastest form and the errors of the approximate forms as a sentence."""
     if not forms:
         return ""
     fastest, slowest = (pick(forms, key=lambda form: form["seconds"]) for pick in (min, max))
@@ -273,7 +275,7 @@ def forms_answer(forms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """JSON values with None for what is no number."""
+    """Replace NaN and infinity in JSON values by None."""
     if isinstance(value, Mapping):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""One training and its measure as a file: a cell is made once, found again, and never served for other data.
+"""Trials kept as files. A trial is a model trained on a dataset by a recipe and a seed, with its metrics.
 
     {root}/cells/{key}/cell.json, users.npz     complete or absent
-    {root}/work/{key}/                          checkpoints of a cell in the making
-    {root}/work/lightgcn-{key}, content-{key}/  behavioural views and refined content, shared between cells
+    {root}/work/{key}/                          checkpoints of a trial that is not finished
+    {root}/work/lightgcn-{key}, content-{key}/  behavioural views and refined content, shared between trials
 
-The key covers the content of the dataset, the model's name, the recipe, the seed, `harness.VERSION` and what is
-measured.
+The key is a hash of the dataset's content, the model's name, the recipe, the seed, `models.VERSION` and the names of
+the metrics. So a trial is trained once, and a trial of other data is never returned.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 KS = (5, 10, 20, 50)
 _METRICS = tuple(f"{kind}@{k}" for k in KS for kind in ("recall", "ndcg"))
 _MEASURED = {"validation": _METRICS, "test": _METRICS, "cold": (*_METRICS, "cold_auc")}
-"""What every cell of this version keeps of every user, by part of the held-out rows; it is in the key."""
+"""Metrics that every trial of this version keeps for every user, by part of the held-out rows. They enter the key."""
 _ITEM_SLICES = ("head_items", "tail_items")
 
 PerUser = dict[str, np.ndarray]
@@ -50,21 +50,21 @@ PerUser = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """A model trained on a dataset by a recipe and a seed, measured.
 
     Attributes:
         key: identity.
         validation: metrics of the users with a validation item.
         test: metrics of the users with a test item; empty arrays where there is no test split.
-        cold: of the users with a test item that has no training interaction, metrics of these items in the whole
-            catalog, and among the cold items what `evaluation.rank_cold` returns.
-        steering: validation Recall@20 that the training itself steered by.
-        seconds: of everything the model needed beyond the dataset.
+        cold: metrics of the users with a cold test item, one without a training interaction. Only these items count as
+            relevant; they are ranked in the whole catalog, and among the cold items by `evaluation.cold.rank_cold`.
+        steering: validation Recall@20 that chose the best epoch or setting of the training.
+        seconds: time for everything the model needs beyond the dataset.
         peak_bytes: memory the training took beyond what the process held before.
-        facts: what the training reports about itself.
-        more: what cells made by earlier revisions of this version lack, as they lack `among_cold_recall@20`: of the
-            test, the slices `head_items` and `tail_items`, and `alone`, the rows of a fused model without LightGCN's.
+        facts: report of the training, JSON values.
+        more: further parts: `head_items` and `tail_items`, slices of the test; `alone`, the test metrics of a fused
+            model's own rows without LightGCN's. Trials of earlier revisions lack them, and `among_cold_recall@20` too.
     """
 
     key: str
@@ -78,20 +78,20 @@ class Cell:
     more: dict[str, PerUser] = field(default_factory=dict)
 
     def part(self, name: str) -> PerUser | None:
-        """The metrics of a part by its name, None where the cell has none."""
+        """Return the metrics of a part by its name, None if the trial has none."""
         return getattr(self, name) if name in _MEASURED else self.more.get(name)
 
     def recall(self, split: str) -> float:
-        """Mean Recall@20 over the users of `validation` or `test`; NaN where there are none."""
+        """Return the mean Recall@20 over the users of `validation` or `test`; NaN if there are none."""
         values = getattr(self, split)["recall@20"]
         return float(values.mean()) if len(values) else math.nan
 
 
-class Cells:
-    """Cells in a folder. Any number of processes may share it: the second one waits for the first one's cell.
+class Trials:
+    """Trials in a folder. Processes may share it: when two need the same trial, the second waits for the first.
 
     Raises:
-        ConfigError: there is no such folder and it cannot be made.
+        ConfigError: there is no such folder and it cannot be created.
     """
 
     def __init__(self, root: Path) -> None:
@@ -103,12 +103,12 @@ class Cells:
         self.storage = LocalStorage(self.root)
 
     def key(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> str:
-        """Identity of a cell."""
+        """Return the identity of a trial, 32 hex digits."""
         settings = recipe.with_seed(seed).model_dump(mode="json")
         return fingerprint(version_of(recipe), _MEASURED, dataset.fingerprint, model, settings, seed)
 
-    def find(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell | None:
-        """The cell, where it has been made; one whose files are damaged has not, and is made again."""
+    def find(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Trial | None:
+        """Return the trial; None if it was not made, or its files are damaged."""
         key = self.key(dataset, model, recipe, seed)
         folder = self.root / "cells" / key
         if not folder.exists():
@@ -120,7 +120,7 @@ class Cells:
                 for path, values in arrays.items():
                     part, _, name = path.partition("/")
                     parts.setdefault(part, {})[name] = values
-            return Cell(
+            return Trial(
                 key,
                 parts.pop("validation"),
                 parts.pop("test"),
@@ -132,13 +132,13 @@ class Cells:
                 parts,
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            logger.warning("damaged cell=%s error=%s it is made again", folder, error)
+            logger.warning("damaged trial=%s error=%s it will be made again", folder, error)
             return None
 
-    def cell(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Cell:
-        """Find the cell or make it: train, rank the whole catalog for every held-out user, write.
+    def find_or_make(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> Trial:
+        """Return the trial. If there is none, train, rank the whole catalog for every held-out user, and write it.
 
-        A training that was killed, or left by any exception, goes on from its checkpoint.
+        A training that was killed, or that ended with an exception, continues from its checkpoint.
 
         Raises:
             ConfigError: there is no such model.
@@ -187,19 +187,19 @@ class Cells:
         }
         (out / "cell.json").write_text(json.dumps(known, indent=1))
         self.storage.publish(out, f"cells/{key}")
-        logger.info("cell key=%s model=%s seed=%d seconds=%.1f", key, model, seed, time.monotonic() - started)
+        logger.info("trial key=%s model=%s seed=%d seconds=%.1f", key, model, seed, time.monotonic() - started)
 
 
 def measure(score: Scorer, interactions: Interactions, alone: Scorer | None = None) -> dict[str, PerUser]:
-    """Metrics of every user with a held-out item, the whole catalog ranked, training items masked.
+    """Return metrics of every user with a held-out item. The whole catalog is ranked, training items are masked.
 
     Args:
-        score: of the model.
-        interactions: of the dataset.
-        alone: of a fused model's rows without LightGCN's.
+        score: scores of the model.
+        interactions: train, validation and test.
+        alone: scores of a fused model's own rows without LightGCN's.
 
     Returns:
-        The parts of a `Cell`, `alone` among them where it is given.
+        The parts of a `Trial`, with the part `alone` if `alone` is given.
     """
     parts = slices_of_test(interactions)
     measured = _metrics(score, interactions.train, {"validation": interactions.validation})
@@ -212,7 +212,7 @@ def measure(score: Scorer, interactions: Interactions, alone: Scorer | None = No
 
 
 def _metrics(score: Scorer, seen: ItemLists, parts: dict[str, ItemLists]) -> dict[str, PerUser]:
-    """Metrics of the users of each part; the first holds the users of all, and is what is ranked for."""
+    """Return metrics of the users of each part. The first part must hold the users of all the others."""
     asked = np.flatnonzero(next(iter(parts.values())).counts() > 0)
     ranked = rank_users(score, seen, asked, max(KS))
     measured = {}
@@ -224,22 +224,22 @@ def _metrics(score: Scorer, seen: ItemLists, parts: dict[str, ItemLists]) -> dic
 
 
 class PeakMemory:
-    """The most memory this process has held since, beyond what it held at the start.
+    """Peak memory of this process since the object was made, beyond what it held then.
 
-    Linux forgets its high-water mark on request. Where it does not, the mark of the whole process is compared: then
-    a smaller piece of work after a larger one shows 0.
+    Linux resets its high-water mark on request. Elsewhere the mark of the whole process is compared, so that work
+    that needs less memory than earlier work shows 0.
     """
 
     def __init__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            # Freed memory that the allocator still keeps would hide what is needed next.
+            # Freed memory that the allocator keeps would be used first, and the next work would seem to need less.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._before = _high_water()
 
     def peak(self) -> int:
-        """Bytes."""
+        """Return the peak in bytes."""
         return _high_water() - self._before
 
 

@@ -1,9 +1,9 @@
-"""The experiments of the method on one dataset: cells, one page, one JSON file.
+"""Run the experiments on one dataset: trials, one page, one JSON file.
 
-{out}/report.html, results.json     what was found, rewritten by every run
+{out}/report.html, results.json     the results, rewritten by every run
 {out}/search/{model}/best.yaml      the best recipe of a search; `crane run --config` accepts that of CRANE
-{out}/cells, measurements, work     what the next run finds again, as search/{model}/trials.db
-{out}/log                           everything the trainings say
+{out}/cells, measurements, work     what the next run reuses, like search/{model}/trials.db
+{out}/log                           the log of the trainings
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from crane_core.errors import ConfigError
 from crane_core.experiments.data import load_dataset
 from crane_core.experiments.plans import SEARCH, load_recipe
 from crane_core.experiments.report import render
-from crane_core.experiments.study import Budget, Study, chosen
+from crane_core.experiments.study import Budget, Setting, Study, chosen
 from crane_core.experiments.summary import best_by_validation
-from crane_core.experiments.trials import Cells
+from crane_core.experiments.trials import Trials
 from crane_core.graph.faiss_search import use_threads
 from jobs.commands import place
 from jobs.commands.steps import Steps
@@ -72,19 +72,19 @@ def experiments(
     use_threads(num_threads)
     dataset = load_dataset(data)
     out = (out or place.HOME / "experiments" / dataset.name).absolute()
-    cells = Cells(out)
-    study = Study(dataset, recipe, seeds, cells, budget, steps.show, model)
+    trials = Trials(out)
+    study = Study(Setting(dataset, recipe, seeds, model), trials, budget, steps.show)
     steps.show("experiments", f"{' '.join(names)} data={data} out={out}")
     with _logging(out / "log", steps):
         results = study.run(names, num_trials)
     results["seconds"] = round(steps.seconds, 1)
     paths = {"report": "report.html", "results": "results.json"}
-    cells.storage.write(paths["report"], render(results).encode())
-    cells.storage.write(paths["results"], json.dumps(results, indent=1).encode())
+    trials.storage.write(paths["report"], render(results).encode())
+    trials.storage.write(paths["results"], json.dumps(results, indent=1).encode())
     best = results["experiments"].get(SEARCH, {}).get("best")
     if best:
         paths["best"] = f"search/{model}/best.yaml"
-        cells.storage.write(paths["best"], best.encode())
+        trials.storage.write(paths["best"], best.encode())
     return {
         **{name: str(out / path) for name, path in paths.items()},
         "dataset": dataset.name,
@@ -120,7 +120,7 @@ def _headline(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Heartbeat(logging.Handler):
-    """A line of what goes on, now and then."""
+    """Show a line of the log at most every `HEARTBEAT_SECONDS`, and every warning at once."""
 
     def __init__(self, steps: Steps) -> None:
         super().__init__(logging.INFO)
@@ -136,7 +136,7 @@ class _Heartbeat(logging.Handler):
 
 @contextlib.contextmanager
 def _logging(path: Path, steps: Steps) -> Iterator[None]:
-    """Everything the library says to a file, and now and then a line of it to the terminal."""
+    """Log the library to a file, and show a line of it on the terminal from time to time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     everything = logging.FileHandler(path)
     everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import resource
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from crane_core.graph.candidates import SearchResources, unit_rows
 from crane_core.graph.exact import brute_force, search
 from crane_core.graph.faiss_search import use_threads
 from crane_core.graph.lists import build_lists, search_lists
-from tests.bench.bench_rca import device_name
+from tests.bench.device import origin, status_bytes
 
 
 def main() -> int:
@@ -65,11 +64,8 @@ def main() -> int:
     use_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = run(args, Path(folder))
-    result |= {
-        "command": "python -m tests.bench.bench_knn " + " ".join(sys.argv[1:]),
-        "device": device_name(torch.device(args.device)),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "faiss": faiss.__version__},
-    }
+    result |= origin("bench_knn", torch.device(args.device))
+    result["versions"]["faiss"] = faiss.__version__
     print(json.dumps(result))
     return 0
 
@@ -85,7 +81,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"items": args.items, "queries": num_queries, "feature_bytes": rows.nbytes}
     if args.limit_mb:
         search(rows, range(100), args.k, keys=range(1000))
-        held = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+        held = status_bytes("/proc/self/status", "VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (held + (args.limit_mb << 20), -1))
         result["limit_bytes"] = args.limit_mb << 20
     if args.mode == "exact":

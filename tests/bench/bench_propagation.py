@@ -26,8 +26,7 @@ from torch import Tensor
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
-from tests.bench.bench_rca import device_name
-from tests.bench.bench_train import synthetic
+from tests.bench.device import device_name, synthetic
 
 LIMITS = {"embedding bag, bf16": 0.02}
 """Largest difference to float64 over the largest value; `LIMIT` for all others."""

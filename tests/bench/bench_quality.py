@@ -3,7 +3,7 @@
     python -m tests.bench.bench_quality --data lfm2k --models crane lightgcn mgcn --seeds 0 1 2 --budget-minutes 60
 
 Every model is trained for every seed by the same loop and ranks the whole catalog for every user with a test item,
-training items masked. First the measure itself is checked against plain loops. A finished cell, one model and seed, is
+training items masked. First the measure itself is checked against plain loops. A finished trial, one model and seed, is
 kept and found the next time, by `crane experiments --out` of the same folder too; a training the budget cuts off goes
 on from its checkpoint. A seed counts when every model has finished it. The last line on stdout is one JSON object;
 progress goes to stderr.
@@ -43,7 +43,7 @@ from crane_core.evaluation.slices import interest_entropy, slices_of_test
 from crane_core.experiments.data import Dataset, load_dataset
 from crane_core.experiments.models import MODELS, NEED_FEATURES, VERSION, Recipe
 from crane_core.experiments.summary import METRICS, NUM_RESAMPLES, averaged, difference, intervals
-from crane_core.experiments.trials import Cell, Cells
+from crane_core.experiments.trials import Trial, Trials
 from crane_core.graph.faiss_search import use_threads
 
 logger = logging.getLogger("bench_quality")
@@ -98,12 +98,12 @@ def _plain_popularity(interactions: Interactions, users: np.ndarray) -> dict[str
 
 
 def summarise(
-    cells: dict[str, list[Cell]], interactions: Interactions, entropy: np.ndarray | None = None
+    trials: dict[str, list[Trial]], interactions: Interactions, entropy: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Tables of the models.
 
     Args:
-        cells: model to its cells, the same seeds for every model.
+        trials: model to its trials, the same seeds for every model.
         interactions: of the dataset.
         entropy: of the users' interests, see `evaluation.slices`.
 
@@ -111,40 +111,40 @@ def summarise(
         `models`, `differences`, `slices` and `cold_items`, JSON values. Intervals are over users, whose metrics are
         first averaged over the seeds.
     """
-    tables = {model: averaged(made, "test") for model, made in cells.items()}
+    tables = {model: averaged(made, "test") for model, made in trials.items()}
     models = {
         model: (intervals(tables[model]) or {})
         | {
-            "seconds": float(np.mean([cell.seconds for cell in made])),
-            "validation": [cell.steering for cell in made],
-            "seeds": [_training(cell) for cell in made],
+            "seconds": float(np.mean([trial.seconds for trial in made])),
+            "validation": [trial.steering for trial in made],
+            "seeds": [_training(trial) for trial in made],
         }
-        for model, made in cells.items()
+        for model, made in trials.items()
     }
     others = [model for model in tables if model != "crane"] if "crane" in tables else []
-    cold = {model: averaged(made, "cold") for model, made in cells.items()}
+    cold = {model: averaged(made, "cold") for model, made in trials.items()}
     return {
         "models": models,
         "differences": {model: difference(tables["crane"], tables[model]) for model in others},
-        "slices": {name: _slice(name, lists, cells) for name, lists in slices_of_test(interactions, entropy).items()},
+        "slices": {name: _slice(name, lists, trials) for name, lists in slices_of_test(interactions, entropy).items()},
         "cold_items": summarise_cold(interactions, cold, NUM_RESAMPLES, seed=0),
     }
 
 
-def _training(cell: Cell) -> dict[str, Any]:
+def _training(trial: Trial) -> dict[str, Any]:
     """What a training says about itself; None for what the model does not have."""
-    epochs = {name: cell.facts.get(name) for name in ("best_epoch", "num_epochs", "trust")}
-    return {"validation_recall@20": cell.steering, "seconds": cell.seconds, **epochs}
+    epochs = {name: trial.facts.get(name) for name in ("best_epoch", "num_epochs", "trust")}
+    return {"validation_recall@20": trial.steering, "seconds": trial.seconds, **epochs}
 
 
-def _slice(name: str, lists: ItemLists, cells: dict[str, list[Cell]]) -> dict[str, Any]:
-    """Number of users of a slice of the test, and metrics of each model; None where a cell does not hold it."""
+def _slice(name: str, lists: ItemLists, trials: dict[str, list[Trial]]) -> dict[str, Any]:
+    """Number of users of a slice of the test, and metrics of each model; None where a trial does not hold it."""
     inside = lists.counts() > 0
     # A slice of users is read off the test; one of items is a part of its own.
     part = {"cold_items": "cold", "head_items": "head_items", "tail_items": "tail_items"}.get(name, "test")
     found: dict[str, Any] = {"users": int(inside.sum())}
-    for model, made in cells.items():
-        known = found["users"] and all(cell.part(part) for cell in made)
+    for model, made in trials.items():
+        known = found["users"] and all(trial.part(part) for trial in made)
         table = averaged(made, part, inside) if known else {}
         found[model] = {metric: float(table[metric].mean()) for metric in METRICS} if table else None
     return found
@@ -195,35 +195,35 @@ def budget(seconds: float) -> Iterator[None]:
 
 
 def fill(
-    cells: Cells, dataset: Dataset, recipe: Recipe, wanted: Sequence[tuple[str, int]], seconds: float
-) -> dict[tuple[str, int], Cell]:
-    """Find or make cells, each a model and a seed, in order until the time is over.
+    trials: Trials, dataset: Dataset, recipe: Recipe, wanted: Sequence[tuple[str, int]], seconds: float
+) -> dict[tuple[str, int], Trial]:
+    """Find or make trials, each a model and a seed, in order until the time is over.
 
     Returns:
-        The finished cells; a cell that is there costs nothing and is never left out.
+        The finished trials; a trial that is there costs nothing and is never left out.
     """
-    made = [name for name in wanted if cells.find(dataset, name[0], recipe, name[1])]
-    logger.info("cells found=%d of=%d budget=%.0fs", len(made), len(wanted), seconds)
+    made = [name for name in wanted if trials.find(dataset, name[0], recipe, name[1])]
+    logger.info("trials found=%d of=%d budget=%.0fs", len(made), len(wanted), seconds)
     started = time.monotonic()
     with contextlib.suppress(BudgetSpent), budget(seconds):
         for model, seed in wanted:
             if (model, seed) in made:
                 continue
-            logger.info("cell model=%s seed=%d", model, seed)
-            cell = cells.cell(dataset, model, recipe, seed)
+            logger.info("trial model=%s seed=%d", model, seed)
+            trial = trials.find_or_make(dataset, model, recipe, seed)
             made.append((model, seed))
             logger.info(
-                "cell model=%s seed=%d done=%d of=%d recall@20=%.4f ndcg@20=%.4f spent=%.0fs",
+                "trial model=%s seed=%d done=%d of=%d recall@20=%.4f ndcg@20=%.4f spent=%.0fs",
                 model,
                 seed,
                 len(made),
                 len(wanted),
-                *(cell.test[name].mean() for name in METRICS),
+                *(trial.test[name].mean() for name in METRICS),
                 time.monotonic() - started,
             )
-    # The time may have ended between the writing of a cell and the noting of it.
-    found = {(model, seed): cells.find(dataset, model, recipe, seed) for model, seed in wanted}
-    return {name: cell for name, cell in found.items() if cell}
+    # The time may have ended between the writing of a trial and the noting of it.
+    found = {(model, seed): trials.find(dataset, model, recipe, seed) for model, seed in wanted}
+    return {name: trial for name, trial in found.items() if trial}
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
@@ -239,9 +239,9 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if problems:
         logger.error("the measure is wrong: %s", "; ".join(problems))
         return EXIT_UNEXPECTED
-    cells = Cells(arguments.work / dataset.name)
+    trials = Trials(arguments.work / dataset.name)
     wanted = [(model, seed) for seed in arguments.seeds for model in arguments.models]
-    done = fill(cells, dataset, recipe, wanted, 60 * arguments.budget_minutes)
+    done = fill(trials, dataset, recipe, wanted, 60 * arguments.budget_minutes)
     missing = [f"{model} seed {seed}" for model, seed in wanted if (model, seed) not in done]
     seeds = [seed for seed in arguments.seeds if all((model, seed) in done for model in arguments.models)]
     if missing:
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--noise", action="store_true", help="replace the features by noise")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
-    parser.add_argument("--work", type=Path, default=Path(".crane/bench/quality"), help="where cells are kept")
+    parser.add_argument("--work", type=Path, default=Path(".crane/bench/quality"), help="where trials are kept")
     parser.add_argument("--num-threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")

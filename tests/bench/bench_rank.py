@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from crane_core.dataset.interactions import ItemLists
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks
-from tests.bench.bench_rca import device_name
+from tests.bench.device import origin, wait_for
 
 LIMIT = 1e-4
 """Largest difference of a score to that of the sort in float64."""
@@ -69,8 +68,7 @@ def main() -> int:
         for name, run in sides.items():
             started, worked = time.perf_counter(), time.process_time()
             run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             if turn:
                 best[name] = np.minimum(best[name], (time.perf_counter() - started, time.process_time() - worked))
     scores = args.users * args.items
@@ -84,9 +82,7 @@ def main() -> int:
         "times_peer": float(best["peer_"][0] / best[""][0]),
         "cpu_times_peer": float(best["peer_"][1] / best[""][1]),
         "peer": "RecBole-style full_sort_predict loop",
-        "command": "python -m tests.bench.bench_rank " + " ".join(sys.argv[1:]),
-        "device": device_name(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **origin("bench_rank", device),
     }
     print(json.dumps(result))
     return 0

@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import sys
 import tempfile
 import threading
@@ -51,6 +50,7 @@ from crane_core.refine.catalog import refine_rows, refine_to_files
 from crane_core.refine.recursion import Recursion, RecursiveCrossModalAttention
 from crane_core.refine.refiner import Refiner
 from crane_core.storage.matrix import open_matrix
+from tests.bench.device import free_bytes, measure, origin, status_bytes
 
 OWN_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}
 """Largest error against its own definition that a run passes with, by precision."""
@@ -114,9 +114,7 @@ def main() -> int:
         "pairs": pairs,
         "backward": backward(items, correlation, edges, limit, args) if args.backward else None,
         "files": to_files(items, users, device, args) if args.files else None,
-        "command": "python -m tests.bench.bench_rca " + " ".join(sys.argv[1:]),
-        "device": device_name(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **origin("bench_rca", device),
     }
     print(json.dumps(result))
     return 0
@@ -336,45 +334,6 @@ def run_naively(rca: RecursiveCrossModalAttention, items: Tensor, users: Tensor)
                 scores = rows[:, modality] @ recursion.correlation[modality] @ keys.T / keys.shape[1] ** 0.5
                 attended = normalised(scores, rca.correlation.phi) @ keys
                 rows[:, modality] += torch.relu(attended @ recursion.hidden[modality])
-
-
-def measure(device: torch.device, compute: Callable[[], None]) -> tuple[float, float, int]:
-    """Seconds, those of the processor, and the largest memory held beyond what was held before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_bytes("/proc/self/status", "VmRSS")
-    started, worked = time.perf_counter(), time.process_time()
-    compute()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
-    if device.type == "cuda":
-        return seconds, cpu_seconds, torch.cuda.max_memory_allocated(device) - before
-    return seconds, cpu_seconds, status_bytes("/proc/self/status", "VmHWM") - before
-
-
-def free_bytes(device: torch.device) -> int:
-    return (
-        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else status_bytes("/proc/meminfo", "MemAvailable")
-    )
-
-
-def status_bytes(path: str, name: str) -> int:
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = lines[0].partition(":")[2].strip() if lines else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

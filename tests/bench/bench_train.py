@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crane_core.config import ModelConfig
-from crane_core.dataset.interactions import Interactions, ItemLists, load_interactions
+from crane_core.dataset.interactions import Interactions, load_interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks, rank_users
 from crane_core.experiments.data import load_dataset
@@ -54,12 +52,10 @@ from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
 from crane_core.training.negatives import NegativeSampler
 from crane_core.training.trainer import Trainer
-from tests.bench.bench_rca import device_name, status_bytes
+from tests.bench.device import draw, origin, status_bytes, synthetic, wait_for
 from tests.worlds.settings import changed, model_config
 
 PEER_BATCH = 2048
-REPEATS = 1.035
-"""Pairs drawn for each that is kept, about: what a user meets twice counts once."""
 LIMIT = 1e-4
 """Largest difference to the peer's rows and gradients, over their largest value."""
 
@@ -161,9 +157,7 @@ def main() -> int:
                 result |= train_both(interactions, args, config, Path(folder), device)
     result |= {
         "peak_bytes": status_bytes("/proc/self/status", "VmHWM"),
-        "command": "python -m tests.bench.bench_train " + " ".join(sys.argv[1:]),
-        "device": device_name(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **origin("bench_train", device),
     }
     print(json.dumps(result))
     return 0
@@ -211,8 +205,7 @@ def compare(
         for side, step in sides.items():
             started, worked = time.perf_counter(), time.process_time()
             rows = step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             if turn:
                 done[side] += rows, time.perf_counter() - started, time.process_time() - worked
     for side, (rows, seconds, cpu_seconds) in done.items():
@@ -336,28 +329,6 @@ def random_content(num_users: int, num_items: int, device: torch.device) -> Cont
     neighbours = torch.randint(num_items, (num_items, 10), generator=generator, dtype=torch.int32)
     graph = SymmetricGraph(build_graph(neighbours.numpy()), device)
     return Content(F.normalize(items, dim=2).to(device), graph, F.normalize(users, dim=2).to(device))
-
-
-def synthetic(num_users: int, num_items: int, num_interactions: int) -> Interactions:
-    """Users of log-normal activity, items of power-law popularity; nothing is held out."""
-    lists = np.concatenate(list(draw(num_users, num_items, num_interactions)), axis=1)
-    nothing = ItemLists.from_pairs(np.empty(0, np.int64), np.empty(0, np.int32), num_users)
-    return Interactions(num_users, num_items, ItemLists.from_pairs(*lists, num_users), nothing, nothing)
-
-
-def draw(num_users: int, num_items: int, num_interactions: int, block: int = 50_000) -> Iterator[np.ndarray]:
-    """Distinct pairs, int32 [2, n] for a block of users at a time, about `num_interactions` in all."""
-    generator = np.random.default_rng(0)
-    activity = generator.lognormal(0, 1, num_users)
-    counts = np.maximum(1, REPEATS * activity * num_interactions / activity.sum()).astype(np.int64)
-    popularity = (np.arange(num_items) + 10.0) ** -0.9
-    reach, names = np.cumsum(popularity) / popularity.sum(), generator.permutation(num_items)
-    for start in range(0, num_users, block):
-        users = np.repeat(np.arange(start, min(start + block, num_users)), counts[start : start + block])
-        places = np.searchsorted(reach, generator.random(len(users), dtype=np.float32))
-        keys = np.sort(users * num_items + names[np.minimum(places, num_items - 1)])
-        keys = keys[np.diff(keys, prepend=-1) > 0]
-        yield np.stack([keys // num_items, keys % num_items]).astype(np.int32)
 
 
 def write_shards(folder: Path, num_users: int, num_items: int, num_interactions: int) -> Artifact:

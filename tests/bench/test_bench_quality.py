@@ -1,4 +1,4 @@
-"""The benchmark of quality: its checks can fail, its budget cuts, and no stale cell is served."""
+"""The benchmark of quality: its checks can fail, its budget cuts, and no stale trial is served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crane_core.evaluation.baselines import item_knn, popularity
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import rank_users
 from crane_core.evaluation.slices import interest_entropy, slices_of_test
-from crane_core.experiments import models as harness
+from crane_core.experiments import models
 from crane_core.experiments.data import Dataset
 from crane_core.experiments.models import Recipe, Trained
 from crane_core.experiments.search import as_yaml
@@ -164,7 +164,7 @@ def test_a_finished_cell_is_found_and_a_stale_one_is_not(
         log.write("\n0\t31\t0")
     bench_quality.main(again)
     assert made == [0, 1] * 3
-    monkeypatch.setattr(harness, "VERSION", harness.VERSION + 1)
+    monkeypatch.setattr(models, "VERSION", models.VERSION + 1)
     bench_quality.main(again)
     assert made == [0, 1] * 4
 
