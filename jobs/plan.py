@@ -12,7 +12,7 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import run_job
+from jobs.entry_points import run_job
 
 
 def plan(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:

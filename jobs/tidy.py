@@ -1,6 +1,6 @@
 """Clear from the scratch folder of a store what nobody has used for `runtime.scratch_days`.
 
-It is the teardown of a retraining: it runs however the run ends. The scratch folder (`jobs.runner.scratch`) holds what
+It is the teardown of a retraining: it runs however the run ends. The scratch folder (`jobs.stores.scratch`) holds what
 only unfinished jobs need, and those who go on where one was killed: their work, what Spark leaves when it is killed,
 copies of artifacts from a remote store. Artifacts and runs are never touched.
 """
@@ -19,7 +19,8 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.lock import locked_or_refused
-from jobs.runner import run_job, scratch
+from jobs.entry_points import run_job
+from jobs.stores import scratch
 
 DAY_SECONDS = 86400.0
 

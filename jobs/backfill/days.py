@@ -17,8 +17,9 @@ from crane_core.errors import ArtifactError, ConfigError
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore, fingerprint_of
 from jobs.commands.demo import run_id
+from jobs.entry_points import run_command
 from jobs.etl import features, interactions
-from jobs.runner import Job, Result, produce, run_command
+from jobs.runner import Job, Result, produce
 
 logger = logging.getLogger(__name__)
 

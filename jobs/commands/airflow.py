@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from crane_core.errors import ConfigError, CraneError
-from jobs.commands.place import AIRFLOW_ENVIRONMENT, DAGS, POOLS, PROJECT
-from jobs.commands.steps import Steps, split_failure
+from jobs.commands.paths import AIRFLOW_ENVIRONMENT, DAGS, POOLS, PROJECT
+from jobs.commands.steps import Steps, ended, failure_in
 
 STARTED = re.compile(r"^\[DAG TEST\] starting task_id=(?P<task>\S+) map_index=(?P<index>-?\d+)")
 OPERATOR_LOGGER = "LocalJobOperator"
@@ -76,7 +76,9 @@ class LocalAirflow:
                     stderr=subprocess.STDOUT,
                 )
             if code != 0:
-                raise CraneError(f"airflow {' '.join(arguments)} ended with exit code {code}.", f"Read {self.log}.")
+                raise CraneError(
+                    f"airflow {' '.join(arguments)} ended with exit code {code}.", f"Read the end of {self.log}."
+                )
         stamp.write_text(identity)
 
     def run_dag(self, dag_id: str, conf: Mapping[str, Any], logical_date: datetime | None = None) -> None:
@@ -111,11 +113,10 @@ class LocalAirflow:
             process.kill()
             raise
         if code != 0:
-            found, remedy = split_failure(self.steps.failure or tasks.failure or "Airflow stopped.")
-            raise CraneError(
-                f"Task {tasks.failed or tasks.task or dag_id} of {dag_id} failed: {found}",
-                remedy or f"Read the end of {self.log}.",
-            )
+            silent = CraneError(tasks.failure or "Airflow stopped.", f"Read the end of {self.log}.")
+            what = f"Task {tasks.failed or tasks.task or dag_id} of {dag_id} failed"
+            error = ended(what, tasks.error or silent, self.log)
+            raise CraneError(error.found, error.remedy)
 
 
 class _Tasks:
@@ -125,6 +126,7 @@ class _Tasks:
         self.steps = steps
         self.task = ""
         self.failed = ""
+        self.error: CraneError | None = None
         self.failure = ""
         self._since = 0.0
 
@@ -136,6 +138,7 @@ class _Tasks:
             self._since = self.steps.seconds
             self.steps.show(self.task, "start")
         elif str(record.get("logger", "")).endswith(OPERATOR_LOGGER):
+            self.error = failure_in(event) or self.error
             self.steps.job_line(self.task, event)
         elif event == "Task instance state updated" or event.startswith("Task instance is in retry"):
             self._ended(str(record.get("new_state", "")))

@@ -20,10 +20,10 @@ from crane_core.config import RunConfig, Runtime, load_config
 from crane_core.errors import ConfigError, CraneError
 from crane_core.raw.importers import Imported, import_mmrec, import_movielens
 from jobs.commands.airflow import LocalAirflow
-from jobs.commands.place import Last, remember
+from jobs.commands.paths import Last, remember
 from jobs.commands.query import example_users, figures, recommend, served
 from jobs.commands.steps import Steps
-from jobs.runner import open_store
+from jobs.stores import open_store
 
 WHEEL = "recbole==1.2.1"
 WHEEL_FILES = "recbole-1.2.1-*.whl"

@@ -16,7 +16,7 @@ from typing import Any
 
 from crane_core.config import Runtime
 from crane_core.errors import CraneError
-from jobs.commands.place import AIRFLOW_ENVIRONMENT, HOME, POOLS, PROJECT
+from jobs.commands.paths import AIRFLOW_ENVIRONMENT, HOME, POOLS, PROJECT
 
 GIGABYTE = 1 << 30
 PROBE_SECONDS = 180

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import json
 import re
 import sys
 import time
+from pathlib import Path
+
+from crane_core.errors import CraneError, UnexpectedError, error_from
 
 JOB_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<logger>\S+) (?P<message>.*)$")
 WIDTH = 200
@@ -15,7 +21,6 @@ class Steps:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.failure = ""
 
     @property
     def seconds(self) -> float:
@@ -31,12 +36,21 @@ class Steps:
         if match is None:
             return
         message = match["message"]
-        if match["level"] == "ERROR":
-            self.failure = message
         self.show(what, message if len(message) <= WIDTH else f"{message[:WIDTH]} ...")
 
 
-def split_failure(message: str) -> tuple[str, str]:
-    """What was found and its remedy, out of a job's line `failed stage= error= message=... Remedy: ...`."""
-    found, _, remedy = message.partition(" Remedy: ")
-    return found.partition("message=")[2] or found, remedy
+def failure_in(line: str) -> CraneError | None:
+    """Return the error in the JSON line that a failed job prints last; None for any other line."""
+    with contextlib.suppress(ValueError):
+        data = json.loads(line)
+        return error_from(data) if isinstance(data, dict) else None
+    return None
+
+
+def ended(what: str, error: CraneError, log: Path) -> CraneError:
+    """Return an error with what it has ended; an unexpected one also names the file with its traceback."""
+    again = copy.copy(error)
+    again.found = f"{what}: {error.found}"
+    if isinstance(error, UnexpectedError):
+        again.remedy = f"{error.remedy} The log is {log}."
+    return again

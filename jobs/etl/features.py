@@ -33,7 +33,8 @@ from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.matrix import RowWriter, open_matrix
 from jobs.etl.session import open_session, readable, unreadable
 from jobs.etl.tables import tally, write_table
-from jobs.runner import Job, Result, run_stage, scratch
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,10 @@ from crane_core.serving.export import write_popular, write_recommendations, writ
 from crane_core.serving.model_folder import load_recommender
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
+from jobs.entry_points import run_job
 from jobs.ml.desk import take_desk
 from jobs.ml.device import use_device
-from jobs.runner import Job, Result, produce, run_job
+from jobs.runner import Job, Result, produce
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from crane_core.config import RunConfig
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import open_registry
 from crane_core.storage.artifacts import ArtifactStore
+from jobs.entry_points import run_job
 from jobs.ml.promote import Judge
-from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 

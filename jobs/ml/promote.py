@@ -29,8 +29,8 @@ from crane_core.release.registry import Registry, Version, open_registry
 from crane_core.schema import ITEM_ID, USER_ID, USER_IDX
 from crane_core.serving.model_folder import load_model
 from crane_core.storage.artifacts import ArtifactStore
+from jobs.entry_points import run_job
 from jobs.ml.desk import take_desk
-from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 

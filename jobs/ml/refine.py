@@ -42,7 +42,8 @@ from crane_core.storage.tensors import load_tensors
 from jobs.ml.device import use_device
 from jobs.ml.growth import REFINE_FROM, Base, base_contents, find_base
 from jobs.ml.launch import on_ranks, rank
-from jobs.runner import Job, Result, open_store, run_stage
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import open_store
 
 logger = logging.getLogger(__name__)
 

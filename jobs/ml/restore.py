@@ -14,8 +14,8 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.storage.artifacts import ArtifactStore
+from jobs.entry_points import run_job
 from jobs.ml.desk import take_desk
-from jobs.runner import run_job
 
 logger = logging.getLogger(__name__)
 

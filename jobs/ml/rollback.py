@@ -14,8 +14,8 @@ from typing import Any
 from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Entry, Ledger
 from crane_core.storage.artifacts import ArtifactStore
+from jobs.entry_points import load_runtime, run_command
 from jobs.ml.desk import Desk, take_desk
-from jobs.runner import load_runtime, run_command
 from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.drills.conftest import Deployment
 from tests.worlds.services import PATIENCE, children, small_disk, until
 

@@ -23,7 +23,9 @@ from crane_core.errors import (
     ConfigError,
     DataError,
 )
-from jobs.runner import Job, Result, open_store, run_job, run_stage, scratch
+from jobs.entry_points import run_job
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import open_store, scratch
 from jobs.usage import peak_bytes
 
 WINDOW = ["--set", "window.start=2026-01-05", "--set", "window.end=2026-01-06"]
@@ -94,7 +96,12 @@ def test_errors_become_exit_codes_and_leave_no_trace(
 
     assert run_stage("etl.interactions", fail, argv=flags(tmp_path)) == code
     output = capsys.readouterr()
-    assert (output.out == "" and f"error={type(error).__name__}" in output.err) or "ZeroDivisionError" in output.err
+    told = json.loads(output.out)
+    assert list(told) == ["stage", "error", "found", "remedy"]
+    assert (told["stage"], told["error"]) == ("etl.interactions", type(error).__name__)
+    (line,) = (each for each in output.err.splitlines() if " ERROR " in each)
+    assert f"failed stage=etl.interactions error={type(error).__name__} message={told['found']}" in line
+    assert ("Traceback" in output.err) == (code == EXIT_UNEXPECTED)
     assert not list(tmp_path.glob("etl.interactions/*"))
     assert open_store(str(tmp_path)).entry("r", "etl.interactions") is None
     assert run_stage("etl.interactions", write_rows, argv=flags(tmp_path)) == EXIT_OK
@@ -118,10 +125,22 @@ def test_wrong_flags_exit_with_2(
     assert expected in capsys.readouterr().err
 
 
-def test_missing_flags_exit_with_2() -> None:
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [([], "--store, --run"), (["--store", "s", "--run", "r", "--prat", "0"], "--prat 0"), (["--set"], "--set")],
+    ids=str,
+)
+def test_missing_flags_exit_with_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("etl.interactions", write_rows, argv=argv) == EXIT_CONFIG
+    told = last_line(capsys)
+    assert (told["stage"], told["error"]) == ("etl.interactions", "ConfigError")
+    assert said in told["found"] and "python -m jobs.etl.interactions" in told["remedy"]
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_stage("etl.interactions", write_rows, argv=[])
-    assert caught.value.code == EXIT_CONFIG
+        run_stage("etl.interactions", write_rows, argv=["--help"])
+    assert caught.value.code == EXIT_OK and "--store" in capsys.readouterr().out
 
 
 def test_missing_and_damaged_inputs_exit_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +229,11 @@ def test_jobs_without_artifact_record_what_they_return(tmp_path: Path, capsys: p
 
     argv = flags(tmp_path, "--force", "--set", "knn.k=3")
     assert run_job("ml.register", work, argv, lambda parser: parser.add_argument("--force", action="store_true")) == 0
-    assert last_line(capsys) == {
+    told = last_line(capsys)
+    usage = {name: told[name] for name in ("seconds", "peak_bytes")}
+    assert usage["seconds"] >= 0 and usage["peak_bytes"] > 0
+    assert told == {
+        **usage,
         "stage": "ml.register",
         "part": "",
         "run": "r",
@@ -218,7 +241,8 @@ def test_jobs_without_artifact_record_what_they_return(tmp_path: Path, capsys: p
         "forced": True,
         "k": 3,
     }
-    assert open_store(str(tmp_path)).entry("r", "ml.register") == {"status": "done", "forced": True, "k": 3}
+    entry = open_store(str(tmp_path)).entry("r", "ml.register")
+    assert entry == {**usage, "status": "done", "forced": True, "k": 3}
     again = ["--store", str(tmp_path), "--run", "r", "--force"]
     assert run_job("ml.register", work, again, lambda parser: parser.add_argument("--force", action="store_true")) == 0
     assert last_line(capsys)["k"] == 3

@@ -24,7 +24,7 @@ from crane_core.storage import open_storage
 from crane_core.storage.artifacts import ArtifactStore, sha256_file
 from crane_core.storage.matrix import open_matrix
 from crane_core.storage.tensors import load_arrays, load_tensors
-from jobs.runner import Redacting, redacted
+from jobs.logs import Redacting, redacted
 from tests.unit.storage.test_artifacts import publish
 from tests.worlds.served import write
 
