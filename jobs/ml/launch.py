@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crane_core.config import Runtime
@@ -138,33 +137,29 @@ def start_ranks(work: Callable[..., None], stage: str, arguments: tuple[Any, ...
         raise _error_of_rank(error, stage, num_ranks) from error
 
 
-class _ErrorFile(ErrorHandler):
-    """Adds an exception as data, the form of `CraneError.as_dict`, to the error file that torchrun gives each rank."""
-
-    def record_exception(self, e: BaseException) -> None:
-        super().record_exception(e)
-        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if path and isinstance(e, Exception):
-            data = json.loads(Path(path).read_text())
-            data["message"] |= error_of(e, RESUMES).as_dict()
-            Path(path).write_text(json.dumps(data))
-
-
-@partial(record, error_handler=_ErrorFile())
 def _run_rank(work: Callable[..., None], *arguments: Any) -> None:
-    """Call `work` in the process of a rank."""
-    work(*arguments)
+    """Call `work` in the process of a rank, and leave what it raises beside torchrun's own error file."""
+    try:
+        work(*arguments)
+    except Exception as exception:
+        error = error_of(exception, RESUMES)
+        _beside(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error.as_dict()))
+        raise
+
+
+def _beside(error_file: str) -> Path:
+    """Return the file of a rank's error as data: torchrun overwrites its own with a text."""
+    return Path(error_file).with_name("raised.json")
 
 
 def _error_of_rank(error: ChildFailedError, stage: str, num_ranks: int) -> CraneError:
     """Return what ended the ranks: what the first one to fail has raised, or its loss."""
     lost, failure = error.get_first_failure()
-    # A dict where the rank has raised an exception, the name of the signal where it was killed.
-    message: Any = failure.message
-    raised = error_from(message) if isinstance(message, dict) else None
+    file = _beside(failure.error_file)
+    raised = error_from(json.loads(file.read_text())) if file.exists() else None
     if raised is not None and type(raised) in FINAL:
         return type(raised)(f"Rank {lost} of {num_ranks}: {raised.found}", raised.remedy)
-    told = f"{raised.name}: {raised.found}" if raised else message
+    told = f"{raised.name}: {raised.found}" if raised else failure.message
     return TrainingError(
         f"Rank {lost} of {num_ranks} was lost and so was its restart: exit code {failure.exitcode} ({told}).",
         f"Read the traceback of the rank in the log of jobs.{stage}, on stderr. If there is none, dmesg tells whether "
