@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from crane_core.allowed import remedy_of
 from crane_core.errors import ConfigError
 
 Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
@@ -25,6 +26,10 @@ Loss = Literal["softmax", "bpr"]
 
 PREVIOUS = "previous"
 """`etl.base_run` of a run that goes on from the one before it, whichever that is."""
+
+
+EXAMPLE = "Write it as --set section.field=value, for example --set knn.k=20."
+SHAPE = "Write sections with fields, for example the two lines `knn:` and `  k: 20`, or give the name of a preset."
 
 
 class Section(BaseModel):
@@ -415,21 +420,27 @@ def load_config(
         path, sign, value = override.partition("=")
         section, dot, field = path.partition(".")
         if not (sign and dot and section and field):
-            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", "Correct the flag.")
+            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", EXAMPLE)
         part = tree.setdefault(section, {})
         if not isinstance(part, dict):
-            raise ConfigError(f"--set {override!r}: {section!r} is not a section.", "Correct the flag.")
+            raise ConfigError(
+                f"--set {override!r}: {section!r} is not a section.", f"Use one of {', '.join(RunConfig.model_fields)}."
+            )
         try:
             part[field] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not YAML.", "Quote or correct it.") from error
+            raise ConfigError(
+                f"--set {override!r}: the value is not YAML.", f"Quote it: --set '{path}=\"TEXT\"'."
+            ) from error
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}, found {item['input']!r}" for item in error.errors()
         )
-        raise ConfigError(f"Configuration {source or ''}: {problems}.", "Correct these fields.") from error
+        raise ConfigError(
+            f"Configuration {source or ''}: {problems}.", remedy_of(error, RunConfig, "--set {field}=VALUE")
+        ) from error
 
 
 def preset_names() -> list[str]:
@@ -452,7 +463,7 @@ def _read(source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"Configuration {source!r} is not YAML ({error}).", "Correct the file.") from error
+        raise ConfigError(f"Configuration {source!r} is not YAML ({error}).", SHAPE) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"Configuration {source!r} is not a mapping.", "Write sections and fields.")
+        raise ConfigError(f"Configuration {source!r} is not a mapping.", SHAPE)
     return tree

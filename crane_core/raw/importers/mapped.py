@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from crane_core.allowed import remedy_of
 from crane_core.config import Section, known_zone
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import FEATURES_FOLDER, ITEMS_FOLDER, check_modality
@@ -161,10 +162,15 @@ def read_mapping(path: Path) -> Mapping:
     try:
         return Mapping.model_validate(yaml.safe_load(path.read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The mapping {path} cannot be read ({error}).", "Give a YAML file.") from error
+        raise ConfigError(
+            f"The mapping {path} cannot be read ({error}).",
+            "Give a file in YAML with at least dataset, interactions.files and interactions.columns.",
+        ) from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ConfigError(f"The mapping {path}: {problems}.", "Correct these fields.") from error
+        raise ConfigError(
+            f"The mapping {path}: {problems}.", remedy_of(error, Mapping, "{field}: VALUE in the mapping")
+        ) from error
 
 
 def read_log(path: Path, entry: MappedLog) -> Iterator[pa.RecordBatch]:
