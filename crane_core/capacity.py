@@ -55,7 +55,10 @@ class Size:
         wrong = [f"{name}={value}" for name, value in numbers.items() if value < 1]
         wrong += [f"dims={list(self.dims)}"] if not self.dims or min(self.dims) < 1 else []
         if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: a run needs at least one of each.", "Give numbers of 1 or more.")
+            raise ConfigError(
+                f"{', '.join(wrong)}: a run needs at least one of each.",
+                "Give --users, --items, --interactions and the width of every modality as numbers of 1 or more.",
+            )
 
 
 TERMS: dict[str, Callable[[Size], float]] = {

@@ -109,7 +109,9 @@ def _run(arguments: argparse.Namespace) -> int:
         flags += ["--set", override]
     names = [*RETRAIN, *(PROMOTE if arguments.promote else ())]
     if arguments.until and arguments.until not in names:
-        raise ConfigError(f"--until {arguments.until!r} is no stage of this run.", f"Use one of {', '.join(names)}.")
+        raise ConfigError(
+            f"--until {arguments.until!r} is no stage of this run.", f"Give --until one of {', '.join(names)}."
+        )
     if arguments.until:
         names = names[: names.index(arguments.until) + 1]
     steps = Steps()
@@ -281,7 +283,10 @@ def _store(arguments: argparse.Namespace) -> Any:
 
     store = open_store(arguments.store or paths.default_store())
     if not store.run_ids():
-        raise ConfigError(f"{store.storage.uri} is no store with a run.", "Correct --store, or make a run first.")
+        raise ConfigError(
+            f"{store.storage.uri} is no store with a run.",
+            "Give --store of a store with runs, or make one: crane demo, or crane run --store STORE.",
+        )
     return store
 
 

@@ -67,7 +67,7 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     if unknown:
         raise ConfigError(
             f"--only: there is no experiment {', '.join(map(repr, unknown))}.",
-            f"Use {', '.join((*NAMES, SEARCH))}.",
+            f"Give --only some of {', '.join((*NAMES, SEARCH))}.",
         )
     return [name for name in (*NAMES, SEARCH) if name in (names or NAMES)]
 
@@ -112,7 +112,7 @@ class Study:
             )
         dataset.require_splits()
         if not seeds:
-            raise ConfigError("No seed was given.", "Give --seeds one number or more.")
+            raise ConfigError("No seed was given.", "Give --seeds one number or more, for example --seeds 0 1 2.")
         for seed in seeds:
             recipe.with_seed(seed)
         self.dataset = dataset

@@ -70,7 +70,7 @@ def grow_neighbours(
     if len(rows) < len(previous) or rows.shape[1] != previous.shape[1] or len(neighbours) != len(previous):
         raise ArtifactError(
             f"Rows {rows.shape} do not grow from rows {previous.shape} with {len(neighbours)} lists of neighbours.",
-            "Grow from an earlier run of the same catalog and embedding_dim, or build anew.",
+            "Set etl.base_run to a run with the same catalog and refine.embedding_dim, or to null to build anew.",
         )
     k, width = config.k, min(config.k, len(rows) - 1)
     changed = changed_rows(previous, rows)

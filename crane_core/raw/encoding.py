@@ -120,13 +120,17 @@ def encode(root: Path, modality: str, recipe: Recipe, batch_size: int = 64, devi
     check_modality(modality, folder)
     if Path(modality).name != modality or modality[0] in "._":
         raise ConfigError(
-            f"{modality!r} is no name of a folder that etl.features reads.", "Leave out '/' and a leading '.' or '_'."
+            f"{modality!r} is no name of a folder that etl.features reads.",
+            "Give --modality a name without '/' that does not begin with '.' or '_'.",
         )
     if batch_size < 1:
-        raise ConfigError(f"A batch of {batch_size} items.", "Let --batch-size be 1 or more.")
+        raise ConfigError(f"A batch of {batch_size} items.", "Give --batch-size 1 or more, for example 64.")
     catalog = _catalog(root, recipe)
     if recipe.pictures and not Path(recipe.pictures).is_dir():
-        raise DataError(f"There is no folder of pictures {recipe.pictures}.", "Correct --pictures.")
+        raise DataError(
+            f"There is no folder of pictures {recipe.pictures}.",
+            "Give --pictures a folder of ITEM_ID.jpg, .jpeg, .png or .webp files.",
+        )
     with _alone(folder):
         return _encode(root, folder, catalog, recipe, batch_size, device)
 
@@ -178,14 +182,17 @@ def _encode(root: Path, folder: Path, catalog: ds.Dataset, recipe: Recipe, batch
 def _catalog(root: Path, recipe: Recipe) -> ds.Dataset:
     files = list_items(root)
     if not files:
-        raise DataError(f"{root} holds no catalog, items/*.parquet.", "Deliver the items with what shall be encoded.")
+        raise DataError(
+            f"{root} holds no catalog, items/*.parquet.",
+            "Deliver items/*.parquet with the column item_id and the columns that shall be encoded.",
+        )
     for footer in check_items(files):
         missing = [name for name in recipe.reads if name not in footer.types]
         if missing:
             raise DataError(
                 f"{footer.file.path} ({footer.num_rows} rows) has no column {', '.join(missing)}; "
                 f"it has {', '.join(footer.types)}.",
-                f"Correct --{'columns' if recipe.columns else 'picture-column'}, or deliver the file again with it.",
+                f"Give --{'columns' if recipe.columns else 'picture-column'} what it has, or deliver it with that.",
             )
     return ds.dataset([str(file.path) for file in files], format="parquet")
 
@@ -196,7 +203,10 @@ def _alone(folder: Path) -> Iterator[None]:
     # Beside the folder: a call that is refused must not leave a modality without a file.
     with locked_or_refused(folder.parent / f".{folder.name}.lock") as held:
         if not held:
-            raise ConfigError(f"Another call is making {folder}.", "Wait for it, or end it.")
+            raise ConfigError(
+                f"Another call is making {folder}.",
+                "Wait until the other crane encode has ended, or end it; then run this one again.",
+            )
         yield
 
 
@@ -208,10 +218,12 @@ def _check_origin(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         raise ConfigError(
             f"{folder} was encoded with {json.dumps({name: told[name] for name in recipe.as_json()})}, now "
             f"{json.dumps(recipe.as_json())}: vectors of two models do not compare.",
-            "Give the modality another name, or remove the folder.",
+            "Give the modality another name with --modality, or remove the folder.",
         )
     if told is None and LocalStorage(folder).names(""):
-        raise ConfigError(f"{folder} holds features that were not made here.", "Give the modality another name.")
+        raise ConfigError(
+            f"{folder} holds features that were not made here.", "Give the modality another name with --modality."
+        )
     return told
 
 
@@ -245,7 +257,7 @@ def _changed(folder: Path, recipe: Recipe, what: str) -> ConfigError:
     return ConfigError(
         f"{recipe.model} has become another model than {folder} was encoded with, by other {what}: vectors of two "
         "models do not compare.",
-        "Bring the former model back, give the modality another name, or remove the folder.",
+        "Bring the former model back, give the modality another name with --modality, or remove the folder.",
     )
 
 
@@ -276,7 +288,10 @@ def _load(recipe: Recipe, device: str) -> tuple[Path, SentenceTransformer]:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"There is no device {device!r} here ({error}).", "Correct --device.") from error
+        raise ConfigError(
+            f"There is no device {device!r} here ({error}).",
+            "Give --device cpu, or --device cuda on a machine with a GPU.",
+        ) from error
     try:
         source = recipe.model
         if not Path(source).is_dir():
@@ -287,12 +302,12 @@ def _load(recipe: Recipe, device: str) -> tuple[Path, SentenceTransformer]:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{recipe.model!r} is no sentence-transformers model that can be loaded ({error}).",
-            "Name a model of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
+            "Give --model a name of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
         ) from error
     if not model.supports(recipe.takes):
         raise ConfigError(
             f"{recipe.model!r} takes {', '.join(map(str, model.modalities))}, not {recipe.takes}.",
-            "Name another model.",
+            f"Give --model a sentence-transformers model that takes {recipe.takes}.",
         )
     return Path(source), model
 

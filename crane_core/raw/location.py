@@ -47,7 +47,8 @@ class Location:
             return cls(PurePosixPath(local.absolute()))
         if parts.scheme not in ("s3", "s3a") or not parts.netloc:
             raise ConfigError(
-                f"Raw data at {str(uri)!r}: expected a local path or s3://bucket/prefix.", "Correct runtime.raw."
+                f"Raw data at {str(uri)!r}: expected a local path or s3://bucket/prefix.",
+                "Give --set runtime.raw=FOLDER or --set runtime.raw=s3://bucket/prefix.",
             )
         return cls(PurePosixPath(parts.netloc) / parts.path.strip("/"), "s3")
 
@@ -100,7 +101,8 @@ class Location:
             return method(self.filesystem, argument)
         except OSError as error:
             raise DataError(
-                f"{self} cannot be listed: {error}.", "Check that the bucket exists and may be read, and try again."
+                f"{self} cannot be listed: {error}.",
+                f"Check with aws s3 ls {self}/ that it exists and may be read, then run the same command again.",
             ) from error
 
 

@@ -158,5 +158,5 @@ def lost(mine: int, newest: int) -> LeaseLost:
     """The error of a holder that was overtaken."""
     return LeaseLost(
         f"The lease ran out and was taken over: token {mine} is held here, {newest} is the newest.",
-        "Run the job again: it reads the ledger and decides anew.",
+        "Run the same command again: it reads the ledger and decides anew.",
     )

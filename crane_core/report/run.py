@@ -128,7 +128,9 @@ class _Run:
     def artifact(self, stage: str, part: str = "") -> Artifact:
         entry = self.store.entry(self.run_id, stage, part)
         if entry and entry["status"] == "skipped":
-            raise ArtifactError(f"{stage} made nothing: {entry['reason']}", "Promote a run first.")
+            raise ArtifactError(
+                f"{stage} made nothing: {entry['reason']}", "Run crane promote --run RUN first (crane runs lists them)."
+            )
         return self.store.artifact(self.run_id, stage, part)
 
     def json(self, stage: str, name: str, part: str = "") -> Any:
@@ -171,7 +173,7 @@ def _headline(run: _Run, sections: Mapping[str, Section]) -> dict[str, Any]:
 def _decision(run: _Run, section: Section) -> None:
     entry = run.judgement()
     if entry is None:
-        raise ArtifactError(f"Run {run.run_id!r} has not been judged.", "Run ml.promote first.")
+        raise ArtifactError(f"Run {run.run_id!r} has not been judged.", f"Run crane promote --run {run.run_id} first.")
     numbers = entry.numbers
     section.data = {"entry": entry, "checks": numbers.get("checks", []), "standings": numbers.get("standings", {})}
 
@@ -436,7 +438,9 @@ def _cost(run: _Run, section: Section) -> None:
         rows.append(row)
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     if not known:
-        raise ArtifactError(f"Run {run.run_id!r} has no finished stage.", "Run the pipeline first.")
+        raise ArtifactError(
+            f"Run {run.run_id!r} has no finished stage.", f"Run crane run --store STORE --run {run.run_id} first."
+        )
     peak = max((row["peak_bytes"] for row in rows if row["peak_bytes"]), default=None)
     section.data = {"rows": rows, "total_seconds": sum(known), "longest": max(known), "peak_bytes": peak}
 

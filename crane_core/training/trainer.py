@@ -108,7 +108,7 @@ class Trainer:
             raise DataError(
                 f"Of {interactions.num_users} users {exhausted.sum()} have met all {interactions.num_items} items and "
                 "none of the others has a training interaction: there is nothing to learn from.",
-                "Widen the window, or add items to the catalog.",
+                "Set window.start earlier, or add items to the catalog.",
             )
         self.weights = _user_weights(np.where(exhausted, 0, interactions.train.counts()), config.user_balance)
         self._known = torch.from_numpy(interactions.train.counts() > 0)
@@ -136,7 +136,7 @@ class Trainer:
             raise TrainingError(
                 f"None of the {self.interactions.num_users} users has a validation item, so no epoch can be told from "
                 "another.",
-                "Widen etl.validation_days, or deliver rows of the label 1 under etl.split=label.",
+                "Raise etl.validation_days, or deliver rows of the label 1 under etl.split=label.",
             )
         torch.use_deterministic_algorithms(True)
         self._resume()
@@ -268,7 +268,7 @@ class Trainer:
             found = ", ".join(f"{name} {float(value):g}" for name, value in zip(losses, values, strict=True))
             raise TrainingError(
                 f"The loss is not finite in epoch {self.progress.epoch}, step {self.progress.step}: {found}.",
-                "Lower train.learning_rate, or look for extreme values in the features.",
+                "Lower train.learning_rate in a new run, for example to a tenth, or set features.standardise=l2.",
             )
         self.optimiser.step()
         for name, value in zip(losses, values.tolist(), strict=True):

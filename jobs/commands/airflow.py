@@ -39,7 +39,7 @@ class LocalAirflow:
         self.steps = steps
         self.program = environment / "bin" / "airflow"
         if not self.program.exists():
-            raise ConfigError(f"There is no Airflow at {self.program}.", "Run make setup.")
+            raise ConfigError(f"There is no Airflow at {self.program}.", f"Run make setup in {PROJECT}.")
 
     def environment(self) -> dict[str, str]:
         """Variables of an Airflow process: this process's own without any other Airflow's settings."""

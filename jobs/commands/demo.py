@@ -148,7 +148,10 @@ def _import(data: Path | None, home: Path, steps: Steps) -> Imported:
         imported = import_movielens(source, home / "ml-100k" / "raw")
     else:
         if not data.is_dir():
-            raise ConfigError(f"{data} is no folder.", "Give a folder in MMRec layout.")
+            raise ConfigError(
+                f"{data} is no folder.",
+                "Give --data a folder in MMRec layout: one *.inter file and {modality}_feat.npy files.",
+            )
         steps.show("import", f"MMRec folder {data}")
         imported = import_mmrec(data, home / _slug(data.resolve().name) / "raw")
     steps.show(

@@ -20,7 +20,7 @@ from jobs.commands.paths import AIRFLOW_ENVIRONMENT, HOME, POOLS, PROJECT
 
 GIGABYTE = 1 << 30
 PROBE_SECONDS = 180
-SETUP = "Run make setup."
+SETUP = f"Run make setup in {PROJECT}."
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,12 @@ def _airflow() -> Check:
     if ended.returncode != 0:
         return Check("airflow", "broken", f"{python}: {ended.stderr.strip().splitlines()[-1:]}", SETUP)
     if not POOLS.exists():
-        return Check("airflow", "broken", f"{POOLS} is missing", "Take a complete checkout.")
+        return Check(
+            "airflow",
+            "broken",
+            f"{POOLS} is missing",
+            "Run git checkout -- infra/local/pools.json, or clone the repository again.",
+        )
     return Check("airflow", "ok", f"{ended.stdout.strip()} in {AIRFLOW_ENVIRONMENT}")
 
 
@@ -198,4 +203,9 @@ def _spark(runtime: Runtime) -> Check:
     if ended.returncode == 0:
         return Check("spark", "ok", f"{ended.stdout.split()[0]} starts on {runtime.spark_master}")
     last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
-    return Check("spark", "broken", f"{runtime.spark_master}: {last[0]}", "Mend Java first, then runtime.spark_master.")
+    return Check(
+        "spark",
+        "broken",
+        f"{runtime.spark_master}: {last[0]}",
+        "If java above is ok, give runs --set runtime.spark_master=local[2]; else install Java 17.",
+    )

@@ -113,9 +113,14 @@ def _check_model(model: str, names: list[str]) -> None:
     from crane_core.experiments.search import SPACES
 
     if model not in SPACES:
-        raise ConfigError(f"--model: there is no recipe of {model!r} to search.", f"Use one of {', '.join(SPACES)}.")
+        raise ConfigError(
+            f"--model: there is no recipe of {model!r} to search.", f"Give --model one of {', '.join(SPACES)}."
+        )
     if names != [SEARCH]:
-        raise ConfigError(f"--model {model} was given, and only the search knows it.", f"Add --only {SEARCH}.")
+        raise ConfigError(
+            f"--model {model} was given, and only the search knows it.",
+            f"Give --only {SEARCH} with it, or drop --model.",
+        )
 
 
 def _headline(found: dict[str, Any]) -> dict[str, Any]:

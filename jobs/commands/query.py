@@ -196,7 +196,7 @@ def _aliases(store: ArtifactStore, runtime: Runtime) -> dict[str, list[str]]:
 
 def _rows(served: Served, table: str, key: str, value: str, columns: tuple[str, ...], k: int) -> list[dict[str, Any]]:
     if k < 1:
-        raise ConfigError(f"-k is {k}.", "Ask for at least one item.")
+        raise ConfigError(f"-k is {k}.", "Give -k 1 or more, for example -k 10.")
     wanted = (ds.field(key) == value) & (ds.field("rank") <= k)
     rows = ds.dataset(served.export.file(table)).to_table(columns=list(columns), filter=wanted)
     return rows.sort_by("rank").to_pylist()

@@ -174,7 +174,7 @@ def run(job: Job) -> Result:
                 f"{root / FEATURES_FOLDER / name}: {num_unfit} of {present} vectors have numbers beyond the largest of "
                 f"{config.features.dtype}, {np.finfo(config.features.dtype).max:.6g}, where features.standardise is "
                 f"{kind}.",
-                "Correct these vectors, or choose another features.standardise or features.dtype.",
+                "Correct these vectors, or set features.dtype=float32 or features.standardise to zscore or l2.",
             )
         np.save(folder / "mask.npy", masks[name])
         logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)

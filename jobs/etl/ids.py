@@ -49,7 +49,7 @@ def base_artifact(config: RunConfig, store: ArtifactStore) -> Artifact | None:
         raise ConfigError(
             f"etl.base_run={run} ends at {end:%Y-%m-%d %H:%M} UTC, this run at {config.window.end:%Y-%m-%d %H:%M}: "
             "ids can only be taken from an earlier window.",
-            "Name a run whose window ends before this one's.",
+            "Set etl.base_run to a run whose window ends before this one's, or to null.",
         )
     return base
 

@@ -40,7 +40,9 @@ EVIDENCE_TOLERANCE = 1e-3
 def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Decide, and carry the decision out."""
     if config.runtime.backfill:
-        raise ConfigError("A backfill moves no alias.", "Promote a run of crane_retrain, or drop runtime.backfill.")
+        raise ConfigError(
+            "A backfill moves no alias.", "Promote a run of crane_retrain, or give --set runtime.backfill=false."
+        )
     judge = Judge(config, store, arguments.run, open_registry(config.runtime, store.storage.uri))
     number, status = judge.version.number, "done"
     with take_desk(config.runtime, store, f"promote run={arguments.run} version={number}") as desk:
@@ -124,7 +126,7 @@ class Judge:
                 raise ArtifactError(
                     f"Version {self.version.number} is registered with {name} {values.mean():.4f}, its model reaches "
                     f"{measured.metrics[name].mean():.4f} on the same users.",
-                    "Run ml.evaluate and ml.register again.",
+                    "Run python -m jobs.ml.evaluate and python -m jobs.ml.register for its run again.",
                 )
         return replace(measured, metrics=metrics)
 

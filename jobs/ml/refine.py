@@ -157,7 +157,7 @@ def fit_once(job: Job) -> None:
         return
     interactions = load_interactions(job.input("etl.interactions"))
     if len(interactions.train.items) == 0:
-        raise DataError("There is no training interaction.", "Widen the window or loosen etl.k_core.")
+        raise DataError("There is no training interaction.", "Set window.start earlier or etl.k_core lower.")
     modalities = load_modalities(job.input("etl.features"), job.input("etl.profiles"))
     device = use_device(job.config.runtime)
     refiner, report = fit(modalities, interactions.train, job.config.profiles.aggregate, job.config.refine, device)

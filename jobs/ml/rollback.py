@@ -73,7 +73,7 @@ def _target(ledger: Ledger, to: str) -> str:
     if not earlier:
         raise ArtifactError(
             f"Model {ledger.model!r} has no champion before {ledger.champion() or 'the first'}.",
-            "Name a version with --to VERSION.",
+            "Give --to VERSION, the number of a version in the registry (crane runs lists them).",
         )
     return earlier[-1]
 

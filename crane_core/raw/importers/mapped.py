@@ -130,7 +130,8 @@ def import_mapped(mapping: str | Path, raw: str | Path) -> Imported:
         write_log(target, rows())
         if not days:
             raise DataError(
-                f"{', '.join(map(str, log[:3]))}: {count} rows, none with a time.", "Correct interactions.time."
+                f"{', '.join(map(str, log[:3]))}: {count} rows, none with a time.",
+                "Set interactions.time in the mapping to what the column holds: iso, s, ms or us.",
             )
         if chosen.items:
             items |= _write_catalog(target, catalog, chosen.items)
@@ -201,7 +202,7 @@ def _instants(values: pa.Array, entry: MappedLog, path: Path) -> pa.Array:
     except pa.ArrowException as error:
         raise DataError(
             f"{path}: a time is not written as interactions.time={entry.time} says: {error}.",
-            "Correct interactions.time in the mapping, or the rows.",
+            "Set interactions.time in the mapping to what the column holds: iso, s, ms or us; or correct the rows.",
         ) from error
 
 
@@ -213,12 +214,18 @@ def _feature_files(folder: Path, name: str, entry: MappedModality) -> list[Path]
         raise DataError(
             f"features.{name}: {', '.join(entry.files)} matches {len(files)} files, expected Parquet files or one "
             ".npy matrix.",
-            "Correct the pattern.",
+            f"Set features.{name}.files in the mapping to Parquet files or to one .npy matrix.",
         )
     if matrix and entry.ids is None:
-        raise ConfigError(f"features.{name} is a matrix without ids.", "Name the file of its item ids: ids: FILE.")
+        raise ConfigError(
+            f"features.{name} is a matrix without ids.",
+            f"Add features.{name}.ids: FILE to the mapping, a file with one item id a line.",
+        )
     if matrix and entry.ids and not (folder / entry.ids).is_file():
-        raise DataError(f"features.{name}: there is no file {folder / entry.ids}.", "Correct ids.")
+        raise DataError(
+            f"features.{name}: there is no file {folder / entry.ids}.",
+            f"Set features.{name}.ids in the mapping to a file below {folder}, one item id a line.",
+        )
     return [*files, *([folder / entry.ids] if matrix and entry.ids else [])]
 
 
@@ -248,7 +255,7 @@ def _write_modality(target: Path, name: str, files: list[Path], entry: MappedMod
             raise DataError(
                 f"{files[0]} has shape {list(matrix.shape)} and type {matrix.dtype}, {files[1]} {len(ids)} ids; "
                 "expected a floating [items, dim] matrix and as many ids.",
-                "Save one row for each id.",
+                f"Save with numpy.save a floating matrix whose rows are those of the {len(ids)} ids, in their order.",
             )
         write_features(target, name, ids, matrix)
         return int(matrix.shape[1])
@@ -259,12 +266,14 @@ def _write_modality(target: Path, name: str, files: list[Path], entry: MappedMod
         try:
             table = pq.read_table(path, columns=list(entry.columns.values()), partitioning=None)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}.", "Correct the columns or the file.") from error
+            raise DataError(
+                f"{path} cannot be read: {error}.", "Save it again as Parquet with the columns that the mapping names."
+            ) from error
         names = {column: raw for raw, column in entry.columns.items()}
         if set(names) - set(table.column_names):
             raise DataError(
                 f"{path} has no column {', '.join(sorted(set(names) - set(table.column_names)))}.",
-                "Correct features in the mapping.",
+                f"Name in the mapping, under features, columns of the file: {', '.join(table.column_names)}.",
             )
         table = table.rename_columns([names[column] for column in table.column_names])
         pq.write_table(table, out / f"part-{index}.parquet", compression="zstd")

@@ -33,7 +33,10 @@ def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = {path for path in folder.glob(pattern) if path.is_file()}
         if not matches:
-            raise DataError(f"{folder} has no file {pattern!r}, 0 rows.", "Correct the pattern or deliver the files.")
+            raise DataError(
+                f"{folder} has no file {pattern!r}, 0 rows.",
+                "Name in the mapping a pattern of files that it has, for example *.csv, or deliver them.",
+            )
         found |= matches
     for path in found:
         if file_format(path) not in FORMATS:
@@ -67,7 +70,7 @@ def read_batches(path: Path, types: Mapping[str, pa.DataType], needed: Sequence[
             if missing:
                 raise DataError(
                     f"{path} has no column {', '.join(missing)}; it has {', '.join(batch.schema.names) or 'none'}.",
-                    "Correct the name of the column, or deliver the file again with it.",
+                    "Name in the mapping a column that the file has, or deliver the file again with the missing one.",
                 )
             columns = [
                 batch.column(name).cast(kind) if name in batch.schema.names else pa.nulls(batch.num_rows, kind)
@@ -78,7 +81,7 @@ def read_batches(path: Path, types: Mapping[str, pa.DataType], needed: Sequence[
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(
             f"{path} ({path.stat().st_size} bytes) cannot be read after {rows} rows: {error}.",
-            "Correct the lines named or the types of the columns, or deliver the file again.",
+            "Correct the lines named, or write every column with one type, and deliver the file again.",
         ) from error
 
 
