@@ -424,7 +424,8 @@ def load_config(
         part = tree.setdefault(section, {})
         if not isinstance(part, dict):
             raise ConfigError(
-                f"--set {override!r}: {section!r} is not a section.", f"Use one of {', '.join(RunConfig.model_fields)}."
+                f"--set {override!r}: {section!r} is not a section.",
+                f"Name one of the sections {', '.join(RunConfig.model_fields)}.",
             )
         try:
             part[field] = yaml.safe_load(value)

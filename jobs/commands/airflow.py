@@ -77,7 +77,8 @@ class LocalAirflow:
                 )
             if code != 0:
                 raise CraneError(
-                    f"airflow {' '.join(arguments)} ended with exit code {code}.", f"Read the end of {self.log}."
+                    f"airflow {' '.join(arguments)} ended with exit code {code}.",
+                    f"Read the end of {self.log}, then run the same command again.",
                 )
         stamp.write_text(identity)
 
@@ -113,7 +114,9 @@ class LocalAirflow:
             process.kill()
             raise
         if code != 0:
-            silent = CraneError(tasks.failure or "Airflow stopped.", f"Read the end of {self.log}.")
+            silent = CraneError(
+                tasks.failure or "Airflow stopped.", f"Read the end of {self.log}, then run the same command again."
+            )
             what = f"Task {tasks.failed or tasks.task or dag_id} of {dag_id} failed"
             error = ended(what, tasks.error or silent, self.log)
             raise CraneError(error.found, error.remedy)
