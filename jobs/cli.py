@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def absolute(folder: str) -> str:
-    """A folder wherever the jobs are started; a URI as it is."""
+    """Return the absolute path of a folder, and a URI as it is."""
     return folder if "://" in folder else str(Path(folder).absolute())
 
 

@@ -32,7 +32,7 @@ def run_job(
     argv: Sequence[str] | None = None,
     flags: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
-    """Entry point of a job of one run: parse, log, record what `work` returns, turn errors into exit codes.
+    """Run a job of one run: parse the flags, log, record what `work` returns, turn errors into exit codes.
 
     Args:
         name: the stage.
@@ -70,7 +70,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     flags: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> int:
-    """Entry point of everything that works on a store; its last line on stdout is one JSON object.
+    """Run a job on a store; its last line on stdout is one JSON object.
 
     The object holds `stage` and what `work` returns. After an error it holds `stage`, `error`, `found` and `remedy`.
 

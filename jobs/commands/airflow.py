@@ -42,7 +42,7 @@ class LocalAirflow:
             raise ConfigError(f"There is no Airflow at {self.program}.", f"Run make setup in {PROJECT}.")
 
     def environment(self) -> dict[str, str]:
-        """Variables of an Airflow process: this process's own without any other Airflow's settings."""
+        """Return the variables of an Airflow process: this process's own without any other Airflow's settings."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "_AIRFLOW"))}
         return inherited | {
             "AIRFLOW_HOME": str(self.home),
@@ -123,7 +123,7 @@ class LocalAirflow:
 
 
 class _Tasks:
-    """Turns Airflow's log records into steps."""
+    """Airflow's log records as steps."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps

@@ -1,4 +1,4 @@
-"""The experiments of the method on one dataset: cells, one page, one JSON file.
+"""Run the experiments of the method on one dataset: one page, one JSON file.
 
 {out}/report.html, results.json     what was found, rewritten by every run
 {out}/search/{model}/best.yaml      the best recipe of a search; `crane run --config` accepts that of CRANE
@@ -138,7 +138,7 @@ def _headline(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Heartbeat(logging.Handler):
-    """A line of what goes on, now and then."""
+    """Shows a log line every few seconds."""
 
     def __init__(self, steps: Steps) -> None:
         super().__init__(logging.INFO)
@@ -154,7 +154,7 @@ class _Heartbeat(logging.Handler):
 
 @contextlib.contextmanager
 def _logging(path: Path, steps: Steps) -> Iterator[None]:
-    """Everything the library says to a file, and now and then a line of it to the terminal."""
+    """Log everything to a file, and a line every few seconds to the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     everything = logging.FileHandler(path)
     everything.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -1,4 +1,4 @@
-"""Show a person what is going on: the steps of a long command, and the lines of the jobs it runs."""
+"""Progress of a long command on stderr: its steps and the log lines of its jobs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Steps:
         return time.monotonic() - self.started
 
     def show(self, what: str, text: str) -> None:
-        """One step: what it is about and what happens."""
+        """Print one step: its subject and what happens."""
         print(f"{self.seconds:7.1f}s  {what:<14} {text}", file=sys.stderr, flush=True)
 
     def job_line(self, what: str, line: str) -> None:
-        """A line of a job's log; anything that is no log line (a traceback) stays in the log file."""
+        """Print a line of a job's log; other lines, such as a traceback, stay in the log file."""
         match = JOB_LINE.match(line)
         if match is None:
             return
@@ -48,7 +48,7 @@ def failure_in(line: str) -> CraneError | None:
 
 
 def ended(what: str, error: CraneError, log: Path) -> CraneError:
-    """Return an error with what it has ended; an unexpected one also names the file with its traceback."""
+    """Return an error with what it has ended; the remedy of an unexpected one also names the log file."""
     again = copy.copy(error)
     again.found = f"{what}: {error.found}"
     if isinstance(error, UnexpectedError):

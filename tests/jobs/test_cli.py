@@ -361,7 +361,7 @@ def test_doctor_never_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "AIRFLOW_ENVIRONMENT", tmp_path / "absent")
     monkeypatch.setattr(doctor, "HOME", tmp_path / "home")
 
-    def explode() -> doctor.Check:
+    def explode() -> doctor.Finding:
         raise RuntimeError("boom")
 
     monkeypatch.setattr(doctor, "_disk", explode)

@@ -98,9 +98,7 @@ def remedies() -> Iterator[tuple[str, str]]:
         for call in ast.walk(module):
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
                 continue
-            position = (
-                1 if call.func.id in names else 3 if call.func.id == "Check" and path.name == "doctor.py" else None
-            )
+            position = 1 if call.func.id in names else 3 if call.func.id == "Finding" else None
             if position is not None and len(call.args) > position:
                 for text in texts(call.args[position], module):
                     yield f"{path.relative_to(PROJECT)}:{call.lineno}", text
