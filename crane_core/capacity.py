@@ -1,4 +1,4 @@
-"""How much a run of a given size takes, stage by stage: formulas whose constants were measured (capacity.json).
+"""Formulas for the memory, storage and seconds of each stage; their constants were measured (capacity.json).
 
 Memory and storage are sums of terms, each a number of bytes that follows from shapes (a float32 matrix of the users'
 rows, say) times a measured factor: 1 where the stage holds it once. `tests/bench/bench_capacity.py` measures runs and
@@ -27,7 +27,7 @@ SPARK_HEAP = 1024**3
 
 @dataclass(frozen=True)
 class Size:
-    """What a run has to do.
+    """Size of a run.
 
     Attributes:
         users, items: rows after the k-core.
@@ -55,7 +55,10 @@ class Size:
         wrong = [f"{name}={value}" for name, value in numbers.items() if value < 1]
         wrong += [f"dims={list(self.dims)}"] if not self.dims or min(self.dims) < 1 else []
         if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: a run needs at least one of each.", "Give numbers of 1 or more.")
+            raise ConfigError(
+                f"{', '.join(wrong)}: a run needs at least one of each.",
+                "Give --users, --items, --interactions and the width of every modality as numbers of 1 or more.",
+            )
 
 
 TERMS: dict[str, Callable[[Size], float]] = {
@@ -77,7 +80,7 @@ TERMS: dict[str, Callable[[Size], float]] = {
     "items num_similar": lambda size: size.items * min(size.num_similar, size.items),
     "8 items embedding_dim": lambda size: 8 * size.items * size.embedding_dim,
 }
-"""What memory and storage grow with: formula to its value, in bytes or rows."""
+"""Terms that memory and storage grow with: formula to its value, in bytes or rows."""
 
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "etl.interactions": {"memory": ("1", "interactions"), "storage": ("1", "interactions", "items")},
@@ -116,7 +119,7 @@ WORK: dict[str, str] = {
 
 
 def estimate(size: Size, constants: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Peak memory, storage and seconds of every stage, with the formulas.
+    """Estimate peak memory, storage and seconds of every stage, and give the formulas.
 
     Args:
         size: of the run.
@@ -148,7 +151,7 @@ def estimate(size: Size, constants: Mapping[str, Any] | None = None) -> dict[str
 
 
 def recommend(size: Size, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A preset and the settings that keep every stage within its bounds.
+    """Recommend a preset and the settings that keep every stage within its bounds.
 
     Args:
         size: of the run.
@@ -164,18 +167,18 @@ def recommend(size: Size, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def beyond_measured(size: Size, constants: Mapping[str, Any] | None = None) -> float:
-    """How many times larger the run is than the largest that was measured; 1 or less within what was."""
+    """Return the size of the run divided by that of the largest measured run."""
     measured = (constants or load_constants())["measured"]
     return max(getattr(size, name) / max(run[name] for run in measured) for name in ("users", "items", "interactions"))
 
 
 def load_constants() -> dict[str, Any]:
-    """The shipped constants: per stage the factors of its terms, and the measurements they come from."""
+    """Load the shipped constants: the factors of each stage's terms, and the measurements behind them."""
     return json.loads((importlib.resources.files("crane_core") / "capacity.json").read_text())
 
 
 def fit(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Factors of the terms that fit measured runs best, relative errors weighing alike and no factor below 0.
+    """Fit the factors of the terms to measured runs: least squares of relative errors, no factor below 0.
 
     Args:
         runs: as `bench_capacity` prints them.

@@ -11,9 +11,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from crane_core.allowed import remedy_of
 from crane_core.config import CraneSettings, LightGCNSettings, RunConfig
 from crane_core.errors import ConfigError
 
+EXAMPLE = "Write it as --set section.field=value, for example --set knn.k=20."
+SHAPE = "Write sections with fields, for example the two lines `knn:` and `  k: 20`, or give the name of a preset."
 _RENAMED = {"contrast_temperature": "temperature", "semantic_weight": "trust"}
 MOVED = {
     _RENAMED.get(name, name): (section, name)
@@ -41,21 +44,28 @@ def load_config(
         path, sign, value = override.partition("=")
         section, dot, field = path.partition(".")
         if not (sign and dot and section and field):
-            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", "Correct the flag.")
+            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", EXAMPLE)
         part = tree.setdefault(section, {})
         if not isinstance(part, dict):
-            raise ConfigError(f"--set {override!r}: {section!r} is not a section.", "Correct the flag.")
+            raise ConfigError(
+                f"--set {override!r}: {section!r} is not a section.",
+                f"Name one of the sections {', '.join(RunConfig.model_fields)}.",
+            )
         try:
             part[field] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not YAML.", "Quote or correct it.") from error
+            raise ConfigError(
+                f"--set {override!r}: the value is not YAML.", f"Quote it: --set '{path}=\"TEXT\"'."
+            ) from error
     try:
         return RunConfig.model_validate(upgraded(tree))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}, found {item['input']!r}" for item in error.errors()
         )
-        raise ConfigError(f"Configuration {source or ''}: {problems}.", "Correct these fields.") from error
+        raise ConfigError(
+            f"Configuration {source or ''}: {problems}.", remedy_of(error, RunConfig, "--set {field}=VALUE")
+        ) from error
 
 
 def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def _read(source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"Configuration {source!r} is not YAML ({error}).", "Correct the file.") from error
+        raise ConfigError(f"Configuration {source!r} is not YAML ({error}).", SHAPE) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"Configuration {source!r} is not a mapping.", "Write sections and fields.")
+        raise ConfigError(f"Configuration {source!r} is not a mapping.", SHAPE)
     return tree

@@ -1,4 +1,8 @@
-"""The errors a user can cause, and the exit code each one ends a job with."""
+"""The errors a user can cause, the exit code each one ends a job with, and their form as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
@@ -12,15 +16,27 @@ class CraneError(Exception):
 
     Args:
         found: what is wrong, with file names and counts.
-        remedy: what to do about it.
+        remedy: what to do about it: the command to type, or the values that are allowed.
     """
 
     exit_code = EXIT_UNEXPECTED
 
     def __init__(self, found: str, remedy: str) -> None:
-        super().__init__(f"{found} Remedy: {remedy}")
+        super().__init__(found, remedy)
         self.found = found
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.found} Remedy: {self.remedy}"
+
+    @property
+    def name(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
+
+    def as_dict(self) -> dict[str, str]:
+        """Return `error`, the name of the class, `found` and `remedy`."""
+        return {"error": self.name, "found": self.found, "remedy": self.remedy}
 
 
 class ConfigError(CraneError):
@@ -47,3 +63,51 @@ class TrainingError(CraneError):
 
 class TrainingStopped(TrainingError):
     """Somebody asked a training to stop; it left a checkpoint behind."""
+
+
+class UnexpectedError(CraneError):
+    """An exception of any other class, under the name of that class.
+
+    Args:
+        found: its text.
+        remedy: where its traceback is.
+        kind: the name of its class.
+    """
+
+    def __init__(self, found: str, remedy: str, kind: str = "Exception") -> None:
+        super().__init__(found, remedy)
+        self.kind = kind
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+
+MOST_CHARACTERS = 2000
+"""Of the text of an unexpected exception: that of Spark holds the stack of the JVM, which the traceback shows too."""
+
+_KINDS = {each.__name__: each for each in (CraneError, ConfigError, DataError, ArtifactError, TrainingError)}
+_KINDS[TrainingStopped.__name__] = TrainingStopped
+
+
+def error_of(exception: Exception, remedy: str) -> CraneError:
+    """Return a `CraneError` as it is, and any other exception as an `UnexpectedError`.
+
+    Args:
+        exception: what was raised.
+        remedy: of an unexpected one: where its traceback is.
+    """
+    if isinstance(exception, CraneError):
+        return exception
+    text = str(exception).strip() or repr(exception)
+    found = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+    return UnexpectedError(found, remedy, type(exception).__name__)
+
+
+def error_from(data: Mapping[str, object]) -> CraneError | None:
+    """Return the error that `CraneError.as_dict` has described; None where the mapping describes none."""
+    name, found, remedy = (data.get(key) for key in ("error", "found", "remedy"))
+    if not (isinstance(name, str) and isinstance(found, str) and isinstance(remedy, str)):
+        return None
+    kind = _KINDS.get(name)
+    return kind(found, remedy) if kind else UnexpectedError(found, remedy, name)

@@ -22,7 +22,7 @@ def track(items: Iterable[Item], total: int, event: str, logger: logging.Logger)
     """Yield the items and show how far the work is.
 
     Args:
-        items: what to iterate over.
+        items: to iterate over.
         total: their number.
         event: name of the work in bar and log.
         logger: gets `event done= total= rate= left=` lines when stderr is no terminal.
@@ -44,7 +44,7 @@ def track(items: Iterable[Item], total: int, event: str, logger: logging.Logger)
 
 
 def resident_bytes() -> int:
-    """Memory of this process at the moment; 0 where the system does not tell it in /proc."""
+    """Return the resident memory of this process in bytes; 0 where there is no /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -78,6 +78,9 @@ class LocalJobOperator(BaseOperator):
             output.seek(0)
             lines = output.read().splitlines()
         if code != 0:
+            for line in lines[-1:]:
+                # The job's error as data, for a reader of the task's log.
+                self.log.info("%s", line)
             raise failure(self.job, code, last_error)
         if not lines:
             raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")

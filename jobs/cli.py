@@ -11,42 +11,75 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.config_file import load_config
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
+from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, UnexpectedError, error_of
 from crane_core.storage.artifacts import check_run_id
-from jobs.commands import capacity, place
-from jobs.runner import redacted
+from jobs.commands import capacity, paths
+from jobs.commands.command_line import Command, command_line
+from jobs.logs import redacted, shown
 
 STOPPED_BY_HAND = 128 + signal.SIGINT
 NOBODY_READS = 128 + signal.SIGPIPE
-"""What a shell says of a command that a signal ended."""
+"""Exit codes that a shell gives a command which a signal has ended."""
+AGAIN = "What was finished is kept: the same command goes on from there."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
-    arguments = _parser().parse_args(argv)
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     # A terminated command unwinds as an interrupted one does, and takes its jobs along.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        arguments = command_line(_commands()).parse_args(argv)
         return arguments.command(arguments)
-    except CraneError as error:
-        if arguments.json:
-            problem = {"error": type(error).__name__, "message": error.found, "remedy": error.remedy}
-            print(redacted(json.dumps(problem)))
-        print(redacted(f"crane: {error.found}\nRemedy: {error.remedy}"), file=sys.stderr)
-        return error.exit_code
     except BrokenPipeError:
-        # Whoever read the output has what it wanted, as `head` does. Python would complain when it flushes the rest.
+        # The reader of the output has closed it, as `head` does. Python would complain when it flushes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
     except KeyboardInterrupt:
         print("crane: stopped. The same command goes on from the last finished stage.", file=sys.stderr)
         return STOPPED_BY_HAND
+    except Exception as exception:
+        return _fail(exception, "--json" in argv)
+
+
+def _fail(exception: Exception, as_json: bool) -> int:
+    """Print an error, that of an unexpected exception after its traceback; return the exit code."""
+    error = error_of(exception, f"Read the traceback above, on stderr. {AGAIN}")
+    told = shown(error)
+    if error is not exception:
+        print(redacted("".join(traceback.format_exception(exception))), file=sys.stderr)
+    if as_json:
+        print(json.dumps(told))
+    kind = f"{told['error']}: " if isinstance(error, UnexpectedError) else ""
+    print(f"crane: {kind}{told['found']}\nRemedy: {told['remedy']}", file=sys.stderr)
+    return error.exit_code
+
+
+def _commands() -> dict[str, Command]:
+    """Return the functions of the commands by name."""
+    return {
+        "demo": _demo,
+        "run": _run,
+        "runs": _runs,
+        "recommend": _recommend,
+        "similar": _similar,
+        "promote": _promote,
+        "rollback": _rollback,
+        "ledger": _ledger,
+        "doctor": _doctor,
+        "plan": _plan,
+        "experiments": _experiments,
+        "import": _import,
+        "encode": _encode,
+        "generate": _generate,
+    }
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -63,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     overrides = [
         *arguments.set,
-        *([f"runtime.raw={_absolute(arguments.raw)}"] if arguments.raw else []),
+        *([f"runtime.raw={absolute(arguments.raw)}"] if arguments.raw else []),
         *([f"window.start={arguments.start}"] if arguments.start else []),
         *([f"window.end={arguments.end}"] if arguments.end else []),
     ]
@@ -77,11 +110,13 @@ def _run(arguments: argparse.Namespace) -> int:
         flags += ["--set", override]
     names = [*RETRAIN, *(PROMOTE if arguments.promote else ())]
     if arguments.until and arguments.until not in names:
-        raise ConfigError(f"--until {arguments.until!r} is no stage of this run.", f"Use one of {', '.join(names)}.")
+        raise ConfigError(
+            f"--until {arguments.until!r} is no stage of this run.", f"Give --until one of {', '.join(names)}."
+        )
     if arguments.until:
         names = names[: names.index(arguments.until) + 1]
     steps = Steps()
-    log = place.HOME / "logs" / f"{run}.log"
+    log = paths.HOME / "logs" / f"{run}.log"
     results = run_stages(names, config, flags, log, steps)
     states = {label: result["status"] for label, result in results.items()}
     _result(
@@ -92,9 +127,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _absolute(place: str) -> str:
-    """A folder wherever the jobs are started; a URI as it is."""
-    return place if "://" in place else str(Path(place).absolute())
+def absolute(folder: str) -> str:
+    """Return the absolute path of a folder, and a URI as it is."""
+    return folder if "://" in folder else str(Path(folder).absolute())
 
 
 def _runs(arguments: argparse.Namespace) -> int:
@@ -133,8 +168,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from jobs.commands.doctor import diagnose
 
     store = arguments.store
-    if store is None and (place.HOME / "last.json").exists():
-        store = place.default_store()
+    if store is None and (paths.HOME / "last.json").exists():
+        store = paths.default_store()
     checks = diagnose(store, _runtime(arguments), arguments.deep)
     lines = []
     for check in checks:
@@ -169,7 +204,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     import torch
 
     from crane_core.raw.encoding import EncoderSpec, encode
-    from jobs.runner import start_logging
+    from jobs.logs import start_logging
 
     start_logging()
     torch.set_num_threads(arguments.threads)
@@ -200,20 +235,10 @@ def _imported(arguments: argparse.Namespace, imported: Any) -> int:
 
 
 def _experiments(arguments: argparse.Namespace) -> int:
-    from jobs.commands.experiments import experiments
+    from jobs.commands.experiments import Request, experiments
 
-    answer = experiments(
-        arguments.data,
-        arguments.only,
-        arguments.seeds,
-        arguments.budget_minutes,
-        arguments.trials,
-        arguments.out,
-        arguments.config,
-        arguments.set,
-        arguments.threads,
-        arguments.model,
-    )
+    names = ("data", "only", "seeds", "budget_minutes", "trials", "out", "config", "set", "threads", "model")
+    answer = experiments(Request(*(getattr(arguments, name) for name in names)))
     if not arguments.json:
         for name, found in answer["experiments"].items():
             print(f"{name:<11} {found['answer']}")
@@ -241,7 +266,7 @@ def _move(
     flags = ["--store", _store(arguments).storage.uri, *flags]
     if arguments.registry:
         flags += ["--set", f"runtime.registry={arguments.registry}"]
-    results = run_stages(names, config, flags, place.HOME / "logs" / f"{log}.log", Steps())
+    results = run_stages(names, config, flags, paths.HOME / "logs" / f"{log}.log", Steps())
     _result(arguments, results[names[0]], [f"{key:<9} {value}" for key, value in results[names[0]].items()])
     return EXIT_OK
 
@@ -255,11 +280,14 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
 
 def _store(arguments: argparse.Namespace) -> Any:
-    from jobs.runner import open_store
+    from jobs.stores import open_store
 
-    store = open_store(arguments.store or place.default_store())
+    store = open_store(arguments.store or paths.default_store())
     if not store.run_ids():
-        raise ConfigError(f"{store.storage.uri} is no store with a run.", "Correct --store, or make a run first.")
+        raise ConfigError(
+            f"{store.storage.uri} is no store with a run.",
+            "Give --store of a store with runs, or make one: crane demo, or crane run --store STORE.",
+        )
     return store
 
 
@@ -276,122 +304,6 @@ def _lines(items: list[dict[str, Any]], figure: str) -> list[str]:
 
 def _result(arguments: argparse.Namespace, answer: dict[str, Any], lines: Sequence[str]) -> None:
     print(json.dumps(answer) if arguments.json else "\n".join(lines), flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="crane", description="A daily pipeline to a promoted recommender.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--json", action="store_true", help="the result as one JSON line")
-    stored = argparse.ArgumentParser(add_help=False)
-    stored.add_argument("--store", help="artifact store; that of the last demo when absent")
-    stored.add_argument("--registry", help="MLflow URI; the file in the store when absent")
-
-    def command(name: str, work: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, parents=[shared, *parents])
-        added.set_defaults(command=work)
-        return added
-
-    demo = command("demo", _demo, "Build, judge and serve a recommender through Airflow.")
-    demo.add_argument("--data", type=Path, help="folder in MMRec layout; MovieLens 100K when absent")
-    demo.add_argument("--config", help="preset or YAML file; the preset that fits the data when absent")
-    demo.add_argument("--set", action="append", default=[], metavar="section.field=value")
-
-    demo.add_argument("--home", type=Path, default=place.HOME, help="folder for everything (default: %(default)s)")
-
-    run = command("run", _run, "Run the stages of a run here, one after the other, without Airflow.")
-    run.add_argument("--store", required=True, help="artifact store")
-    run.add_argument("--run", help="run id; made of window and configuration when absent")
-    run.add_argument("--raw", help="raw data, a folder or s3://bucket/prefix; {store}/raw when absent")
-    run.add_argument("--config", help="preset or YAML file")
-    run.add_argument("--set", action="append", default=[], metavar="section.field=value")
-    run.add_argument("--start", help="first instant of the window, ISO 8601")
-    run.add_argument("--end", help="first instant after the window, ISO 8601")
-    run.add_argument("--promote", action="store_true", help="also judge, export and report")
-    run.add_argument("--until", help="last stage to run, for example etl.features", metavar="STAGE")
-
-    command("runs", _runs, "List the runs of a store.", stored)
-
-    recommend = command("recommend", _recommend, "What the champion recommends to a user.", stored)
-    recommend.add_argument("--user", required=True, metavar="ID")
-    recommend.add_argument("-k", type=int, default=10, help="how many items")
-
-    similar = command("similar", _similar, "Which items are like an item.", stored)
-    similar.add_argument("--item", required=True, metavar="ID")
-    similar.add_argument("-k", type=int, default=10, help="how many items")
-
-    promote = command("promote", _promote, "Judge a run; if it passes, make it champion and export it.", stored)
-    promote.add_argument("--run", required=True)
-
-    rollback = command("rollback", _rollback, "Make an earlier version champion again.", stored)
-    rollback.add_argument("--to", default="previous", metavar="VERSION|previous")
-
-    ledger = command("ledger", _ledger, "Check the ledger of promotions against itself and the registry.", stored)
-    ledger.add_argument("what", choices=("verify",))
-
-    doctor = command("doctor", _doctor, "What works on this machine, and how to mend the rest.", stored)
-    doctor.add_argument("--deep", action="store_true", help="also start Spark")
-
-    planned = command("plan", _plan, "Memory, storage and seconds that a run of a given size takes, stage by stage.")
-    for name in ("users", "items", "interactions"):
-        planned.add_argument(f"--{name}", type=int, required=True, metavar="N")
-    planned.add_argument(
-        "--modalities",
-        nargs="+",
-        type=capacity.modality,
-        required=True,
-        metavar="NAME:WIDTH",
-        help="for example text:384",
-    )
-
-    study = command(
-        "experiments", _experiments, "Compare variants of the model on a dataset, or search for a better one."
-    )
-    study.add_argument("--data", type=Path, required=True, help="folder in MMRec layout with features")
-    study.add_argument("--only", nargs="+", metavar="NAME", help="some of the experiments, or search")
-    study.add_argument(
-        "--model", default="crane", metavar="NAME", help="whose recipe the search is for (default: crane)"
-    )
-    study.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="each variant is trained with each")
-    study.add_argument("--budget-minutes", type=float, metavar="N", help="start no work that would end later")
-    study.add_argument("--trials", type=int, default=30, help="recipes a search tries in all (default: %(default)s)")
-    study.add_argument("--out", type=Path, help="folder for everything; one below .crane when absent")
-    study.add_argument("--config", help="preset or YAML file with the default recipe; the shipped one when absent")
-    study.add_argument("--set", action="append", default=[], metavar="section.field=value")
-    study.add_argument("--threads", type=int, default=1, help="threads of torch and faiss (default: %(default)s)")
-
-    importing = command("import", _import, "Bring a dataset into the raw layout.")
-    importing.add_argument("format", choices=("amazon", "mapped", "mmrec", "movielens"))
-    importing.add_argument(
-        "source",
-        type=Path,
-        help="reviews of an Amazon category, its metadata beside them; mapping file of CSV, TSV, JSON lines or "
-        "Parquet files; folder in MMRec layout, or the wheel that carries MovieLens",
-    )
-    importing.add_argument("raw", type=Path, help="folder to make")
-
-    encoding = command("encode", _encode, "Make item features from raw text or pictures (pip extra `encode`).")
-    encoding.add_argument("raw", type=Path, help="folder of the raw data, with a catalog items/*.parquet")
-    encoding.add_argument("--modality", required=True, metavar="NAME", help="the features are features/NAME")
-    encoding.add_argument("--model", required=True, help="sentence-transformers model, a name of the hub or a folder")
-    source = encoding.add_mutually_exclusive_group(required=True)
-    source.add_argument("--columns", nargs="+", metavar="COLUMN", help="text columns of the catalog")
-    source.add_argument("--pictures", type=Path, metavar="FOLDER", help="of ITEM_ID.jpg, .jpeg, .png or .webp")
-    source.add_argument(
-        "--picture-column", default="", metavar="COLUMN", help="column of the catalog, paths of pictures below RAW"
-    )
-    encoding.add_argument("--batch-size", type=int, default=64, help="items at once (default: %(default)s)")
-    encoding.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
-    encoding.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
-
-    generating = command("generate", _generate, "Generate a log and features with a known truth, at any size.")
-    generating.add_argument("raw", type=Path, help="folder to make")
-    generating.add_argument("--rows", type=int, default=1_000_000, help="rows of the log (default: %(default)s)")
-    generating.add_argument("--users", type=int, help="a twentieth of the rows when absent")
-    generating.add_argument("--items", type=int, help="a hundredth of the rows when absent")
-    generating.add_argument("--days", type=int, default=30, help="arrival days (default: %(default)s)")
-    generating.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 if __name__ == "__main__":

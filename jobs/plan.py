@@ -1,4 +1,4 @@
-"""Check the configuration of a run and tell which parts its mapped stages have.
+"""Check the configuration of a run and list the parts of its mapped stages.
 
 The JSON on stdout maps every mapped stage to the names of its parts, for a scheduler to spread out.
 """
@@ -12,11 +12,11 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import run_job
+from jobs.entry_points import run_job
 
 
 def plan(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-    """Mapped stage to the names of its parts."""
+    """Return each mapped stage with the names of its parts."""
     return {name: list(parts) for name, stage in STAGES.items() if (parts := stage.parts(config)) != (WHOLE,)}
 
 

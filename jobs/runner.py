@@ -1,16 +1,11 @@
-"""What all jobs share: flags, logging, the run record, fingerprints, skipping, publishing and exit codes."""
+"""Find or make the artifact of a stage: fingerprint, lock, work, publication."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
 import platform
-import re
 import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crane_core.config import PREVIOUS, RunConfig, Runtime
-from crane_core.config_file import load_config
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
+from crane_core.config import RunConfig
+from crane_core.errors import ConfigError
 from crane_core.stages import STAGES, Stage, fingerprint_of, input_labels
-from crane_core.storage import open_storage
-from crane_core.storage.artifacts import Artifact, ArtifactStore, check_run_id
+from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.storage.lock import locked
+from jobs.entry_points import run_job
+from jobs.stores import scratch
 from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -94,135 +89,6 @@ def run_stage(
         return produce(STAGES[name], arguments.run, arguments.part, config, store, run)
 
     return run_job(name, work, argv)
-
-
-def run_job(
-    name: str,
-    work: Callable[[argparse.Namespace, RunConfig, ArtifactStore], dict[str, Any]],
-    argv: Sequence[str] | None = None,
-    flags: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> int:
-    """Entry point of a job of one run: parse, log, record what `work` returns, turn errors into exit codes.
-
-    Args:
-        name: the stage.
-        work: does it, and returns the entry of the run record.
-        argv: flags, the process's own when None.
-        flags: adds the job's own flags to those of every job.
-    """
-
-    def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
-        check_run_id(arguments.run)
-        recorded = store.recorded_config(arguments.run)
-        config = load_config(arguments.config, arguments.set, recorded)
-        if config.etl.base_run == PREVIOUS:
-            before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
-            config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
-        store.start_run(arguments.run, config)
-        usage = Usage()
-        entry = work(arguments, config, store)
-        entry = usage.entry() | entry
-        label = f"{name}.{arguments.part}" if arguments.part else name
-        store.record(arguments.run, label, entry)
-        return {"part": arguments.part, "run": arguments.run, **entry}
-
-    def all_flags(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--run", required=True, help="run id: one window and one configuration")
-        parser.add_argument("--part", default="", help="which part of a mapped stage")
-        if flags:
-            flags(parser)
-
-    return run_command(name, of_the_run, argv, all_flags)
-
-
-def run_command(
-    name: str,
-    work: Callable[[argparse.Namespace, ArtifactStore], dict[str, Any]],
-    argv: Sequence[str] | None = None,
-    flags: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> int:
-    """Entry point of everything that works on a store: parse, log, print what `work` returns as the last line.
-
-    Args:
-        name: what runs, as the log and the last line tell it.
-        work: does it, and returns JSON values.
-        argv: flags, the process's own when None.
-        flags: adds flags to `--store`, `--config` and `--set`.
-
-    Returns:
-        The exit code.
-    """
-    start_logging()
-    try:
-        parser = _parser(name)
-        if flags:
-            flags(parser)
-        arguments = parser.parse_args(argv)
-        store = open_store(arguments.store)
-        print(json.dumps({"stage": name, **work(arguments, store)}))
-        return EXIT_OK
-    except CraneError as error:
-        logger.error("failed stage=%s error=%s message=%s", name, type(error).__name__, error)
-        return error.exit_code
-    except Exception:
-        logger.exception("failed stage=%s", name)
-        return EXIT_UNEXPECTED
-
-
-def open_store(uri: str) -> ArtifactStore:
-    """The store at a URI, with its local scratch folder."""
-    storage = open_storage(uri)
-    return ArtifactStore(storage, scratch(storage.uri) / "cache")
-
-
-def load_runtime(arguments: argparse.Namespace) -> Runtime:
-    """Where a job works that is about no run in particular: the `runtime` of its flags."""
-    no_window = ["window.start=1970-01-01", "window.end=1970-01-02"]
-    return load_config(arguments.config, [*no_window, *arguments.set]).runtime
-
-
-def scratch(store_uri: str) -> Path:
-    """Local folder for work in progress: inside a local store, in the temporary folder for a remote one."""
-    if "://" not in store_uri:
-        return Path(store_uri) / ".scratch"
-    return Path(tempfile.gettempdir()) / "crane" / store_uri.replace("://", "-").replace("/", "-")
-
-
-class Redacting(logging.Formatter):
-    """Log lines without secrets: passwords inside URIs, and the values of the environment's secret variables."""
-
-    PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+(?=@)")
-    VARIABLE = re.compile(r"SECRET|PASSWORD|TOKEN|CREDENTIAL", re.IGNORECASE)
-    SHORTEST = 6
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
-
-
-def redacted(text: str) -> str:
-    """A text as it may be shown."""
-    text = Redacting.PASSWORD.sub(r"\1:***", text)
-    for name, value in os.environ.items():
-        if Redacting.VARIABLE.search(name) and len(value) >= Redacting.SHORTEST:
-            text = text.replace(value, "***")
-    return text
-
-
-def start_logging() -> None:
-    """Log lines to stderr, secrets left out; stdout belongs to results."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for noisy in ("py4j", "matplotlib", "botocore", "alembic", "faiss", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}")
-    parser.add_argument("--store", required=True, help="artifact store, a path or s3://bucket/prefix")
-    parser.add_argument("--config", help="YAML file or name of a preset; for a known run, what it was started with")
-    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
-    return parser
 
 
 def identify(

@@ -1,8 +1,8 @@
-"""Clear from the scratch folder of a store what nobody has used for `runtime.scratch_days`.
+"""Remove from the scratch folder of a store what no job has used for `runtime.scratch_days`.
 
-It is the teardown of a retraining: it runs however the run ends. The scratch folder (`jobs.runner.scratch`) holds what
-only unfinished jobs need, and those who go on where one was killed: their work, what Spark leaves when it is killed,
-copies of artifacts from a remote store. Artifacts and runs are never touched.
+It is the teardown of a retraining and runs however the run ends. The scratch folder (`jobs.stores.scratch`)
+holds what only unfinished jobs need: their work, from which the next attempt goes on, what Spark leaves when it is
+killed, and copies of artifacts from a remote store. Artifacts and runs are never touched.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.lock import locked_or_refused
-from jobs.runner import run_job, scratch
+from jobs.entry_points import run_job
+from jobs.stores import scratch
 
 DAY_SECONDS = 86400.0
 
 
 def tidy(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-    """Remove the old folders; how many, and their bytes."""
+    """Remove the old folders; return their number and their bytes."""
     unused_since = time.time() - config.runtime.scratch_days * DAY_SECONDS
     num_removed = num_bytes = 0
     for folder in _folders(scratch(store.storage.uri), store.cache):
@@ -39,7 +40,7 @@ def tidy(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore)
 
 
 def _folders(base: Path, cache: Path) -> Iterator[Path]:
-    """What one job at a time works in, per stage, and the copies of remote artifacts; nothing behind a link."""
+    """Yield the work folders of every stage and the copies of remote artifacts; no link is followed."""
     for top in (base, cache):
         for stage in top.iterdir() if top.is_dir() else ():
             if stage.is_dir() and not stage.is_symlink() and stage != cache:
@@ -47,7 +48,7 @@ def _folders(base: Path, cache: Path) -> Iterator[Path]:
 
 
 def _last_used(folder: Path) -> tuple[float, int]:
-    """Seconds since the epoch at which something in a folder was last written, or a copy last asked for; its bytes."""
+    """Return when a folder was last used, in seconds since the epoch, and its size in bytes."""
     last, size = folder.stat().st_mtime, 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -57,9 +58,9 @@ def _last_used(folder: Path) -> tuple[float, int]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder under another name: half a copy, or half a checkpoint, must not stay where a job looks for it.
+    """Rename a folder and remove it: no job must find half a copy or half a checkpoint under its name.
 
-    What a `tidy` that is killed leaves of it, a later one finds.
+    If `tidy` is killed meanwhile, a later run removes the rest.
     """
     hidden = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex}")
     folder.rename(hidden)
@@ -68,9 +69,9 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _unless_at_work(folder: Path) -> Iterator[bool]:
-    """Hold the lock of the job that works in a folder, where there is one; whether nobody else does.
+    """Hold the lock of the job that works in a folder; yield whether it could be had.
 
-    The file of the lock stays: somebody may wait for it.
+    The file of the lock stays: another job may wait for it.
     """
     lock = folder.parent / f"{folder.name.partition('.')[0]}.lock"
     if not lock.exists():

@@ -1,4 +1,4 @@
-"""What a job has used: seconds and peak memory."""
+"""Seconds and peak memory of a job."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Usage:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process and of its live and ended children (the Spark JVM, training ranks)."""
+    """Return the peak memory of this process and of its live and ended children (the Spark JVM, training ranks)."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     live = 0

@@ -130,7 +130,8 @@ def load_interactions(artifact: Artifact) -> Interactions:
         for name, values, size in ((USER_IDX, users, num_users), (ITEM_IDX, items, num_items)):
             if len(values) and not 0 <= values.min() <= values.max() < size:
                 raise ArtifactError(
-                    f"{artifact.path} has {name} outside 0..{size - 1}.", "Run etl.interactions again for this window."
+                    f"{artifact.path} has {name} outside 0..{size - 1}.",
+                    f"Remove {artifact.path} and run python -m jobs.etl.interactions for this run again.",
                 )
         for part, lengths in counts.items():
             lengths += np.bincount(users[split == part], minlength=num_users)

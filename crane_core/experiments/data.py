@@ -113,7 +113,9 @@ class Dataset:
             found = f"modalities {', '.join(sorted(self.features))}" if self.features else "no item features"
             raise DataError(
                 f"Dataset {self.name} has {found}{f', not {missing}' if missing else ''}.",
-                "Name modalities it has, or choose models that need no features.",
+                f"Set features.modalities to some of {', '.join(sorted(self.features))}."
+                if self.features
+                else "Deliver {modality}_feat.npy files, one row per item, or choose models that need no features.",
             )
         train = self.interactions.train
         history = sp.csr_array(

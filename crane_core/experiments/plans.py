@@ -65,7 +65,7 @@ def load_recipe(source: str | None, overrides: list[str]) -> Recipe:
         if section not in SECTIONS:
             raise ConfigError(
                 f"--set {override!r}: experiments read no section {section!r}.",
-                f"Use one of {', '.join(SECTIONS)}.",
+                f"Name one of the sections {', '.join(SECTIONS)}.",
             )
     config = load_config(source, [*overrides, "window.start=2000-01-01", "window.end=2000-01-02"])
     return Recipe(**{name: getattr(config, name) for name in SECTIONS})

@@ -67,7 +67,7 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     if unknown:
         raise ConfigError(
             f"--only: there is no experiment {', '.join(map(repr, unknown))}.",
-            f"Use {', '.join((*NAMES, SEARCH))}.",
+            f"Give --only some of {', '.join((*NAMES, SEARCH))}.",
         )
     return [name for name in (*NAMES, SEARCH) if name in (names or NAMES)]
 
@@ -109,7 +109,7 @@ class Setting:
             )
         dataset.require_splits()
         if not self.seeds:
-            raise ConfigError("No seed was given.", "Give --seeds one number or more.")
+            raise ConfigError("No seed was given.", "Give --seeds one number or more, for example --seeds 0 1 2.")
         for seed in self.seeds:
             self.recipe.with_seed(seed)
 

@@ -99,7 +99,10 @@ class Trials:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self.root} cannot be a folder for results: {error}.", "Name another one.") from error
+            raise ConfigError(
+                f"{self.root} cannot be a folder for results: {error}.",
+                "Give --out another folder, one that can be made and written.",
+            ) from error
         self.storage = LocalStorage(self.root)
 
     def key(self, dataset: Dataset, model: str, recipe: Recipe, seed: int) -> str:
@@ -145,7 +148,7 @@ class Trials:
             TrainingError: the loss is not finite.
         """
         if model not in MODELS:
-            raise ConfigError(f"There is no model {model!r}.", f"Use one of {', '.join(MODELS)}.")
+            raise ConfigError(f"There is no model {model!r}.", f"Name one of the models {', '.join(MODELS)}.")
         key = self.key(dataset, model, recipe, seed)
         work = self.root / "work" / key
         with held(work):

@@ -73,7 +73,10 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
         block /= np.where(norms > 0, norms, 1)
         unit[start : start + 4096] = np.rint(block * 2.0**25) * 2.0**-25
     if bad:
-        raise ArtifactError(f"{bad} of {len(rows)} rows are not finite.", "Run ml.refine again.")
+        raise ArtifactError(
+            f"{bad} of {len(rows)} rows are not finite.",
+            "Remove the artifact of ml.refine that this run names, and run python -m jobs.ml.refine for the run again.",
+        )
     return unit
 
 

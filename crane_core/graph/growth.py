@@ -106,7 +106,7 @@ def grow_neighbours(
         raise ArtifactError(
             f"Rows {rows.shape} do not grow from rows {base.rows.shape} with {len(base.neighbours)} lists of "
             "neighbours.",
-            "Grow from an earlier run of the same catalog and embedding_dim, or build anew.",
+            "Set etl.base_run to a run with the same catalog and refine.embedding_dim, or to null to build anew.",
         )
     changed = changed_rows(base.rows, rows)
     searched = _to_search(changed, base, min(config.k, len(rows) - 1))[queries.start : queries.stop]

@@ -29,14 +29,14 @@ def merge_shards(
         if start != expected or len(neighbours) != stop - start or neighbours.shape != similarities.shape:
             raise ArtifactError(
                 f"kNN shard of rows {start}..{stop} has shape {neighbours.shape} where row {expected} is due.",
-                "Run every part of ml.knn for this run again.",
+                "Run python -m jobs.ml.knn --store STORE --run RUN --part N again for every part N of this run.",
             )
         expected = stop
     widths = {neighbours.shape[1] for _, _, neighbours, _ in shards}
     if expected != num_items or len(widths) != 1:
         raise ArtifactError(
             f"kNN shards hold {expected} rows of widths {sorted(widths)}, expected {num_items} rows of one width.",
-            "Run every part of ml.knn for this run again.",
+            "Run python -m jobs.ml.knn --store STORE --run RUN --part N again for every part N of this run.",
         )
     return np.concatenate([shard[2] for shard in shards]), np.concatenate([shard[3] for shard in shards])
 

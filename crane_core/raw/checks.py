@@ -120,7 +120,7 @@ def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Fo
             raise DataError(
                 f"{footer.file.path} ({footer.num_rows} rows): column {VECTOR!r} is {kind}, which is no row of "
                 f"{binary}.",
-                "Set features.binary to the number type of the vectors, or write each vector as a list of float32.",
+                "Set features.binary to float16, float32 or float64, or write each item's vector as a list of float32.",
             )
         _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
         _expect(footer, VECTOR, _is_vector, "list of float32", "Write each item's vector as a list of float32.")
@@ -128,7 +128,7 @@ def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Fo
     if not any(footer.num_rows for footer in footers):
         raise DataError(
             f"{files[0].path.parent} has 0 rows in {len(files)} files.",
-            "Deliver the features, remove the folder, or name the other modalities in features.modalities.",
+            "Deliver the features, remove the folder, or set features.modalities to the other modalities.",
         )
     return footers
 
@@ -198,7 +198,7 @@ def _matrix_header(file: RawFile, files: Sequence[RawFile]) -> Footer:
     if found != shape[0]:
         raise DataError(
             f"{file.path} ({shape[0]} rows) has {'no' if found is None else found} ids in {ids}.",
-            "Deliver the item of each row, one id a line.",
+            f"Write {ids} with the item id of each row of the matrix, one id a line: {shape[0]} lines.",
         )
     groups = -(-shape[0] // GROUP_ROWS)
     return Footer(file, shape[0], groups, {ITEM_ID: pa.string(), VECTOR: pa.list_(pa.float32())})
@@ -222,7 +222,7 @@ def _footer(file: RawFile) -> Footer:
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file.path} ({file.size} bytes, row count unknown) is no complete Parquet file: {error}.",
-            "It is truncated or of another format: deliver it again, or remove it.",
+            "Deliver it again as a Parquet file (this one is truncated or of another format), or remove it.",
         ) from error
 
 

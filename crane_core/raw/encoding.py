@@ -121,13 +121,17 @@ def encode(root: Path, modality: str, spec: EncoderSpec, batch_size: int = 64, d
     check_modality(modality, folder)
     if Path(modality).name != modality or modality[0] in "._":
         raise ConfigError(
-            f"{modality!r} is no name of a folder that etl.features reads.", "Leave out '/' and a leading '.' or '_'."
+            f"{modality!r} is no name of a folder that etl.features reads.",
+            "Give --modality a name without '/' that does not begin with '.' or '_'.",
         )
     if batch_size < 1:
-        raise ConfigError(f"A batch of {batch_size} items.", "Let --batch-size be 1 or more.")
+        raise ConfigError(f"A batch of {batch_size} items.", "Give --batch-size 1 or more, for example 64.")
     catalog = _catalog(root, spec)
     if spec.pictures and not Path(spec.pictures).is_dir():
-        raise DataError(f"There is no folder of pictures {spec.pictures}.", "Name an existing folder in --pictures.")
+        raise DataError(
+            f"There is no folder of pictures {spec.pictures}.",
+            "Give --pictures a folder of ITEM_ID.jpg, .jpeg, .png or .webp files.",
+        )
     with exclusive(folder):
         return _encode(root, folder, catalog, spec, batch_size, device)
 
@@ -181,7 +185,7 @@ def _catalog(root: Path, spec: EncoderSpec) -> ds.Dataset:
     if not files:
         raise DataError(
             f"{root} holds no catalog, items/*.parquet.",
-            "Deliver it with item_id and the columns to encode.",
+            "Deliver items/*.parquet with the column item_id and the columns that shall be encoded.",
         )
     for footer in check_items(files):
         missing = [name for name in spec.reads if name not in footer.types]
@@ -204,7 +208,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     # The lock file lies beside the folder, so that a refused call does not leave an empty modality.
     with locked_or_refused(folder.parent / f".{folder.name}.lock") as held:
         if not held:
-            raise ConfigError(f"Another call is making {folder}.", "Wait for it, or end it.")
+            raise ConfigError(
+                f"Another call is making {folder}.",
+                "Wait until the other crane encode has ended, or end it; then run this one again.",
+            )
         yield
 
 
@@ -220,10 +227,12 @@ def _check_origin(folder: Path, spec: EncoderSpec) -> dict[str, Any] | None:
         raise ConfigError(
             f"{folder} was encoded with {json.dumps({name: recorded[name] for name in spec.as_json()})}, now "
             f"{json.dumps(spec.as_json())}: vectors of two models do not compare.",
-            "Give the modality another name, or remove the folder.",
+            "Give the modality another name with --modality, or remove the folder.",
         )
     if recorded is None and LocalStorage(folder).names(""):
-        raise ConfigError(f"{folder} holds features that were not made here.", "Give the modality another name.")
+        raise ConfigError(
+            f"{folder} holds features that were not made here.", "Give the modality another name with --modality."
+        )
     return recorded
 
 
@@ -261,7 +270,7 @@ def _changed(folder: Path, spec: EncoderSpec, what: str) -> ConfigError:
     return ConfigError(
         f"{spec.model} is not the model that {folder} was encoded with, it has other {what}: vectors of two models do "
         "not compare.",
-        "Bring the former model back, give the modality another name, or remove the folder.",
+        "Bring the former model back, give the modality another name with --modality, or remove the folder.",
     )
 
 
@@ -298,7 +307,8 @@ def load_model(spec: EncoderSpec, device: str) -> tuple[Path, SentenceTransforme
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"There is no device {device!r} here ({error}).", "Use --device cpu, or cuda with a GPU."
+            f"There is no device {device!r} here ({error}).",
+            "Give --device cpu, or --device cuda on a machine with a GPU.",
         ) from error
     try:
         source = spec.model
@@ -310,12 +320,12 @@ def load_model(spec: EncoderSpec, device: str) -> tuple[Path, SentenceTransforme
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{spec.model!r} is no sentence-transformers model that can be loaded ({error}).",
-            "Name a model of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
+            "Give --model a name of the Hugging Face hub, or a folder with modules.json and safetensors weights.",
         ) from error
     if not model.supports(spec.takes):
         raise ConfigError(
             f"{spec.model!r} takes {', '.join(map(str, model.modalities))}, not {spec.takes}.",
-            f"Name a model that takes {spec.takes}.",
+            f"Give --model a sentence-transformers model that takes {spec.takes}.",
         )
     return Path(source), model
 

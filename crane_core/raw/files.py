@@ -54,7 +54,7 @@ def raw_root(config: RunConfig, store_uri: str) -> Location:
     if not root.is_dir():
         raise DataError(
             f"There is no raw data at {root}, 0 rows.",
-            "Import a dataset, or set runtime.raw to the folder of the raw data.",
+            "Import a dataset with crane import FORMAT SOURCE RAW, or give --set runtime.raw=FOLDER or s3://bucket/prefix.",
         )
     return root
 
@@ -130,13 +130,13 @@ def list_features(root: Location | Path, modalities: Sequence[str]) -> dict[str,
     if unknown:
         raise ConfigError(
             f"features.modalities asks for {', '.join(unknown)}; {folder} holds {', '.join(found)}.",
-            "Name modalities that exist in features.modalities, or leave it empty to use all.",
+            f"Set features.modalities to some of {', '.join(found)}, or leave it empty to use all.",
         )
     listed = {name: _files(root, found[name]) for name in sorted(modalities or found)}
     for name, files in listed.items():
         if not files:
             raise DataError(
-                f"{folder / name} holds no file, 0 rows.", "Deliver its Parquet files or remove the folder."
+                f"{folder / name} holds no file, 0 rows.", "Deliver its Parquet files, or remove the folder."
             )
     return listed
 

@@ -98,7 +98,7 @@ class GeneratorSettings:
             described = ", ".join(f"{name}={getattr(self, name)}" for name in wrong) or "no modality"
             raise ConfigError(
                 f"A log cannot be generated with {described}.",
-                "Counts are 1 or more, shares and exponents lie in [0, 1), categories are at most as many as items.",
+                "Give counts of 1 or more, shares and exponents in [0, 1), and at most as many categories as items.",
             )
 
 

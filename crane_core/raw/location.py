@@ -48,7 +48,7 @@ class Location:
         if parts.scheme not in ("s3", "s3a") or not parts.netloc:
             raise ConfigError(
                 f"Raw data at {str(uri)!r}: expected a local path or s3://bucket/prefix.",
-                "Set runtime.raw to a folder, or to s3://bucket/prefix.",
+                "Give --set runtime.raw=FOLDER or --set runtime.raw=s3://bucket/prefix.",
             )
         return cls(PurePosixPath(parts.netloc) / parts.path.strip("/"), "s3")
 
@@ -102,7 +102,7 @@ class Location:
         except OSError as error:
             raise DataError(
                 f"{self} cannot be listed: {error}.",
-                "Check that it exists and may be read, then repeat the command.",
+                f"Check with aws s3 ls {self}/ that it exists and may be read, then run the same command again.",
             ) from error
 
 

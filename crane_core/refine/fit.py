@@ -47,7 +47,10 @@ def fit(
     """
     num_items = len(modalities[0].items)
     if num_items == 0:
-        raise DataError("There is no item to refine.", "Widen the window or deliver features.")
+        raise DataError(
+            "There is no item to refine.",
+            "Set window.start earlier, or deliver features/{modality}/*.parquet for the items of the log.",
+        )
     refiner = Refiner([m.items.shape[1] for m in modalities], profile_scales(modalities), config).to(device)
     optimiser = torch.optim.Adam(refiner.parameters(), lr=config.learning_rate)
     generator = np.random.default_rng(config.seed)
@@ -66,7 +69,8 @@ def fit(
         if step % 10 == 0 or step == config.num_steps - 1:
             if not torch.isfinite(loss):
                 raise TrainingError(
-                    f"The loss of the RCA fit is {loss.item()} at step {step}.", "Lower refine.learning_rate."
+                    f"The loss of the RCA fit is {loss.item()} at step {step}.",
+                    "Lower refine.learning_rate in a new run, for example to a tenth.",
                 )
             curve.append({"step": step, "ranking": ranking.item(), "agreement": float(agreement.detach())})
     return refiner.eval(), {"curve": curve}

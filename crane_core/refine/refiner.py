@@ -129,7 +129,7 @@ def finite_rows(rows: np.ndarray, modality: str, whose: str) -> np.ndarray:
     if bad.any():
         raise DataError(
             f"Modality {modality} has NaN or infinity in {bad.sum()} of {len(rows)} rows of {whose} that were read.",
-            "Run etl.features and etl.profiles again: they set such rows aside.",
+            "Run python -m jobs.etl.features and jobs.etl.profiles for this run again: they set such rows aside.",
         )
     return rows
 

@@ -82,7 +82,8 @@ class ChampionLock:
         holder = self.registry.holder(CHAMPION)
         if holder != version.number:
             raise ArtifactError(
-                f"The alias {CHAMPION!r} points to version {holder}, expected {version.number}.", "Run the job again."
+                f"The alias {CHAMPION!r} points to version {holder}, expected {version.number}.",
+                "Run the same command again: it puts the alias where the ledger says.",
             )
         compared = smoke_test(self.registry.load(f"@{CHAMPION}").predict, probe)
         logger.info("smoke_test version=%s users=%d passed", version.number, compared)

@@ -50,7 +50,7 @@ def settle(ledger: Ledger, aliases: Aliases) -> str | None:
                 raise ArtifactError(
                     f"Version {holder} of model {ledger.model!r} carries the alias {CHAMPION!r} without an entry in "
                     f"{ledger.storage.uri}/{FOLDER}.",
-                    "Use the store whose ledger belongs to this registry, or remove the alias.",
+                    "Give --store of the store whose ledger belongs to this registry, or delete the alias there.",
                 )
             return None
         champion = history[-1].champion
@@ -60,7 +60,7 @@ def settle(ledger: Ledger, aliases: Aliases) -> str | None:
         aliases.set_alias(CHAMPION, champion)
     raise ArtifactError(
         f"The alias {CHAMPION!r} of model {ledger.model!r} does not stay where the ledger puts it.",
-        "Find out what else moves it: only the jobs of the pipeline may.",
+        "Stop what else sets it (only jobs.ml.promote and jobs.ml.rollback may), then run the job again.",
     )
 
 
@@ -115,7 +115,7 @@ def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[]
         smoke()
     except Exception as error:
         restored = restore(ledger, aliases, entry, f"version {entry.version} failed its smoke test ({error})", fence)
-        remedy = error.remedy if isinstance(error, CraneError) else "Register the run's model again and promote that."
+        remedy = error.remedy if isinstance(error, CraneError) else "Run python -m jobs.ml.register for its run again."
         raise ArtifactError(
             f"Version {entry.version} of model {ledger.model!r} failed its smoke test ({error}); the champion is again "
             f"{f'version {restored.champion}' if restored.champion else 'none'}.",

@@ -163,5 +163,5 @@ def lost(mine: int, newest: int) -> LeaseLost:
     """Return the error for a process whose lease another one has taken over."""
     return LeaseLost(
         f"The lease expired and was taken over: token {mine} is held here, {newest} is the newest.",
-        "Run the job again: it reads the ledger and decides anew.",
+        "Run the same command again: it reads the ledger and decides anew.",
     )

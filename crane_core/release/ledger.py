@@ -225,7 +225,7 @@ class Ledger:
     def _broken(self, found: str) -> ArtifactError:
         return ArtifactError(
             f"The ledger {self.storage.uri}/{FOLDER} was tampered with: {found}.",
-            "Restore the folder from a backup. No alias is moved until the chain is whole.",
+            "Restore the folder from a backup until crane ledger verify succeeds; no alias moves before that.",
         )
 
 

@@ -105,7 +105,7 @@ class Registry:
         except (MlflowException, OSError) as error:
             raise ConfigError(
                 f"The model registry {uri} does not answer ({error}).",
-                "Set runtime.registry to its URI, such as http://host:5000, or start the server.",
+                "Start the server, or give --set runtime.registry=URI (for crane: --registry URI) of one that runs.",
             ) from error
 
     def register(self, release: Release) -> tuple[Version, bool]:
@@ -184,7 +184,8 @@ class Registry:
         versions = {version.number: version for version in self.versions()}
         if number not in versions:
             raise ArtifactError(
-                f"Model {self.name!r} has no version {number!r}.", f"Known versions: {', '.join(versions) or 'none'}."
+                f"Model {self.name!r} has no version {number!r}.",
+                f"Give one of the known versions: {', '.join(versions) or 'none, register a run first'}.",
             )
         return versions[number]
 
@@ -264,7 +265,7 @@ class Registry:
         except MlflowException as error:
             raise ArtifactError(
                 f"models:/{self.name}{reference} cannot be loaded ({error}).",
-                "Register the run's model again and promote that.",
+                "Check that its files can be read here; if some are gone, run python -m jobs.ml.register for its run.",
             ) from error
 
     @contextlib.contextmanager
@@ -341,7 +342,7 @@ class Registry:
     def _refused(self, version: Version, found: str) -> ArtifactError:
         return ArtifactError(
             f"Version {version.number} of model {self.name!r} is refused: {found}.",
-            "Register the run's model again and promote that.",
+            "Run python -m jobs.ml.register --store STORE --run RUN, then crane promote --run RUN.",
         )
 
 
@@ -355,7 +356,8 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
         return Registry(runtime.registry, None, runtime.model_name)
     if "://" in store_uri:
         raise ConfigError(
-            f"Store {store_uri} is remote and no model registry is configured.", "Set runtime.registry to its URI."
+            f"Store {store_uri} is remote and no model registry is configured.",
+            "Give --set runtime.registry=URI (for crane: --registry URI), for example http://HOST:5000.",
         )
     root = Path(store_uri)
     root.mkdir(parents=True, exist_ok=True)

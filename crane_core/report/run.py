@@ -122,7 +122,9 @@ class _Run:
     def artifact(self, stage: str) -> Artifact:
         entry = self.entry(stage)
         if entry and entry["status"] == "skipped":
-            raise ArtifactError(f"{stage} made nothing: {entry['reason']}", "Promote a run first.")
+            raise ArtifactError(
+                f"{stage} made nothing: {entry['reason']}", "Run crane promote --run RUN first (crane runs lists them)."
+            )
         return self.store.artifact(self.run_id, stage)
 
     def json(self, stage: str, name: str) -> Any:
@@ -165,7 +167,7 @@ def _headline(run: _Run, chapters: Mapping[str, Chapter]) -> dict[str, Any]:
 def _decision(run: _Run, chapter: Chapter) -> None:
     entry = run.judgement()
     if entry is None:
-        raise ArtifactError(f"Run {run.run_id!r} has not been judged.", "Run ml.promote first.")
+        raise ArtifactError(f"Run {run.run_id!r} has not been judged.", f"Run crane promote --run {run.run_id} first.")
     numbers = entry.numbers
     chapter.data = {"entry": entry, "checks": numbers.get("checks", []), "measured": numbers.get("standings", {})}
 
@@ -304,7 +306,9 @@ def _cost(run: _Run, chapter: Chapter) -> None:
         rows.append(row)
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
     if not known:
-        raise ArtifactError(f"Run {run.run_id!r} has no finished stage.", "Run the pipeline first.")
+        raise ArtifactError(
+            f"Run {run.run_id!r} has no finished stage.", f"Run crane run --store STORE --run {run.run_id} first."
+        )
     peak = max((row["peak_bytes"] for row in rows if row["peak_bytes"]), default=None)
     chapter.data = {"rows": rows, "total_seconds": sum(known), "longest": max(known), "peak_bytes": peak}
 

@@ -210,10 +210,13 @@ class ServedModel:
             DataError: no column `user_id`, or k below 1.
         """
         if USER_ID not in model_input:
-            raise DataError(f"Columns {list(model_input.columns)} hold no {USER_ID!r}.", f"Send a {USER_ID} column.")
+            raise DataError(
+                f"Columns {list(model_input.columns)} hold no {USER_ID!r}.",
+                f"Send a column {USER_ID} with the ids of users.",
+            )
         k = int((params or {}).get("k", DEFAULT_K))
         if k < 1:
-            raise DataError(f"k is {k}.", "Ask for at least one item.")
+            raise DataError(f"k is {k}.", "Send a k of 1 or more, for example 10.")
         users = self.user_ids.get_indexer(model_input[USER_ID].astype(str))
         items, scores = self.recommend(users, k)
         ids = self.item_ids.to_numpy()
@@ -270,4 +273,7 @@ def _load_pyfunc(data_path: str) -> ServedModel:
 
 
 def _refused(folder: Path, found: str) -> ArtifactError:
-    return ArtifactError(f"Model {folder} is refused: {found}.", "Register the run's model again and promote that.")
+    return ArtifactError(
+        f"Model {folder} is refused: {found}.",
+        "Run python -m jobs.ml.register --store STORE --run RUN, then crane promote --run RUN.",
+    )

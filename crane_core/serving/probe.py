@@ -67,11 +67,14 @@ def smoke_test(predict: Callable[..., pd.DataFrame], probe: Mapping[str, Any]) -
             raise ArtifactError(
                 f"The served model recommends {list(row.item_ids)[:3]}... to user {answer[USER_ID]!r}, its evaluation "
                 f"{answer['item_ids'][:3]}...",
-                "Register the run's model again.",
+                "Run python -m jobs.ml.register --store STORE --run RUN, then crane promote --run RUN.",
             )
     last = table.iloc[-1]
     if not last["fallback"] or not len(last["item_ids"]):
-        raise ArtifactError("The served model has no fallback for an unknown user.", "Register the run's model again.")
+        raise ArtifactError(
+            "The served model has no fallback for an unknown user.",
+            "Run python -m jobs.ml.register --store STORE --run RUN, then crane promote --run RUN.",
+        )
     return len(answers)
 
 

@@ -48,4 +48,6 @@ def open_storage(uri: str) -> Storage:
         from crane_core.storage.s3 import S3Storage
 
         return S3Storage(parts.netloc, parts.path.strip("/"))
-    raise ConfigError(f"Store {uri!r} has the unknown scheme {parts.scheme!r}.", "Use a path or s3://bucket/prefix.")
+    raise ConfigError(
+        f"Store {uri!r} has the unknown scheme {parts.scheme!r}.", "Give --store a path or s3://bucket/prefix."
+    )

@@ -57,7 +57,10 @@ class Artifact:
         """
         files = self.manifest["files"]
         if name not in files and not any(entry.startswith(f"{name}/") for entry in files):
-            raise ArtifactError(f"{self.path} has no {name!r}.", "Run its stage again with a newer version.")
+            raise ArtifactError(
+                f"{self.path} has no {name!r}.",
+                f"Remove {self.path} and run its stage again with this version of the code.",
+            )
         return self.path / name
 
     def verify(self) -> None:
@@ -91,7 +94,10 @@ class ArtifactStore:
                 leads out of the folder, or there is a file that the manifest does not list.
         """
         if not RUN_ID.fullmatch(fingerprint):
-            raise ArtifactError(f"{fingerprint!r} is no fingerprint of {stage}.", "Remove the run and start it again.")
+            raise ArtifactError(
+                f"{fingerprint!r} is no fingerprint of {stage}.",
+                f"Remove the run that names it from {self.storage.uri}/runs and start it again.",
+            )
         key = f"{stage}/{fingerprint}"
         manifest = self._json(f"{key}/{MANIFEST}")
         if manifest is None:
@@ -100,7 +106,7 @@ class ArtifactStore:
             raise ArtifactError(
                 f"{self.storage.uri}/{key} has manifest version {manifest.get('schema_version')!r}, "
                 f"expected {SCHEMA_VERSION}.",
-                "Remove the directory and run its stage again.",
+                f"Remove {self.storage.uri}/{key} and run its stage again.",
             )
         missing = {"stage", "fingerprint", "files", "content", "facts"} - set(manifest)
         if missing or (manifest["stage"], manifest["fingerprint"]) != (stage, fingerprint):
@@ -146,7 +152,7 @@ class ArtifactStore:
             changes = "; ".join(_differences(recorded, identity))
             raise ConfigError(
                 f"Run {run_id!r} was started with another configuration: {changes}.",
-                "Use another run id, or the recorded configuration.",
+                "Give another --run, or leave out --config and the --set that differ: the run keeps its own.",
             )
 
     def run(self, run_id: str) -> dict[str, Any]:
@@ -158,7 +164,9 @@ class ArtifactStore:
         recorded = self._json(f"runs/{run_id}/run.json")
         if recorded is None:
             known = ", ".join(self.storage.names("runs")[-5:]) or "none"
-            raise ArtifactError(f"There is no run {run_id!r} in {self.storage.uri}.", f"Known runs: {known}.")
+            raise ArtifactError(
+                f"There is no run {run_id!r} in {self.storage.uri}.", f"Give --run one of the known runs: {known}."
+            )
         return recorded | {"config": upgraded(recorded["config"])}
 
     def recorded_config(self, run_id: str) -> dict[str, Any] | None:

@@ -78,4 +78,4 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _refused(path: Path, found: str) -> ArtifactError:
-    return ArtifactError(f"{path} is refused: it {found}.", "Remove its folder and run its stage again.")
+    return ArtifactError(f"{path} is refused: it {found}.", f"Remove {path.parent} and run its stage again.")

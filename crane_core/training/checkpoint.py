@@ -89,7 +89,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtifactError(
                 f"The checkpoint in {self.folder} is damaged: {type(error).__name__}: {error}.",
-                "Remove the folder to train from the start.",
+                f"Remove {self.folder} to train from the start.",
             ) from error
 
     def _read(self, path: Path) -> Checkpoint:
@@ -98,7 +98,7 @@ class Checkpoints:
             raise ArtifactError(
                 f"{path} has format {pointer['format']} and {pointer['sizes']} rows, expected {FORMAT} and "
                 f"{list(self.shards.sizes)}.",
-                "Remove the folder to train from the start.",
+                f"Remove {self.folder} to train from the start.",
             )
         written = Shards(pointer["sizes"], 0, pointer["world_size"])
         target = self.folder / pointer["folder"]

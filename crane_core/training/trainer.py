@@ -227,7 +227,7 @@ class Trainer:
             found = ", ".join(f"{name} {float(value):g}" for name, value in zip(losses, values, strict=True))
             raise TrainingError(
                 f"The loss is not finite in epoch {self.progress.epoch}, step {self.progress.step}: {found}.",
-                "Lower train.learning_rate, or look for extreme values in the features.",
+                "Lower train.learning_rate in a new run, for example to a tenth, or set features.standardise=l2.",
             )
         self.optimiser.step()
         for name, value in zip(losses, values.tolist(), strict=True):

@@ -18,7 +18,8 @@ from crane_core.errors import ArtifactError, ConfigError
 from crane_core.stages import STAGES, fingerprint_of, input_labels
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.commands.demo import run_id
-from jobs.runner import Job, Result, produce, run_command
+from jobs.entry_points import run_command
+from jobs.runner import Job, Result, produce
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,15 @@ def days(arguments: argparse.Namespace) -> list[Day]:
     for window in arguments.windows:
         start, slash, end = window.partition("/")
         if not slash:
-            raise ConfigError(f"--windows {window!r} is not of the form START/END.", "Correct the flag.")
+            raise ConfigError(
+                f"--windows {window!r} is not of the form START/END.",
+                "Write it as --windows START/END, for example --windows 2026-03-01/2026-03-02.",
+            )
         config = load_config(arguments.config, [*arguments.set, f"window.start={start}", f"window.end={end}"])
         if config.etl.base_run == PREVIOUS:
             raise ConfigError(
                 "etl.base_run=previous: a backfill makes its days side by side, which came first would decide.",
-                "Override it: etl.base_run=null, or a run.",
+                "Give --set etl.base_run=null, or --set etl.base_run=RUN.",
             )
         ends = [REGISTER] if arguments.train and window == arguments.windows[-1] else []
         wanted = _with_inputs([*arguments.stages, *ends], config)
@@ -123,7 +127,7 @@ def plan(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
         first = missing[0]
         raise ArtifactError(
             f"{len(missing)} of {len(steps)} steps are missing, first {first.stage} of {first.day}.",
-            "Clear the failed tasks of the backfill, or trigger it again.",
+            "Clear the failed tasks of this run of the DAG crane_backfill, or trigger it again with the same windows.",
         )
     return {
         "found": len(steps) - len(missing),
@@ -144,7 +148,10 @@ def rebuild(name: str, jobs: Mapping[str, Work | None], argv: Sequence[str] | No
     def work(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
         chosen = [day for day in days(arguments) if day.name == arguments.part]
         if not chosen:
-            raise ConfigError(f"--part {arguments.part!r} is none of the days.", "Give the first day of a window.")
+            raise ConfigError(
+                f"--part {arguments.part!r} is none of the days.",
+                f"Give --part YYYY-MM-DD, the first day of one of {', '.join(arguments.windows)}.",
+            )
         (day,) = chosen
         store.start_run(day.run, day.config)
         done = found = 0

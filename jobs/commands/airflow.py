@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from crane_core.errors import ConfigError, CraneError
-from jobs.commands.place import AIRFLOW_ENVIRONMENT, DAGS, POOLS, PROJECT
-from jobs.commands.steps import Steps, split_failure
+from jobs.commands.paths import AIRFLOW_ENVIRONMENT, DAGS, POOLS, PROJECT
+from jobs.commands.steps import Steps, ended, failure_in
 
 STARTED = re.compile(r"^\[DAG TEST\] starting task_id=(?P<task>\S+) map_index=(?P<index>-?\d+)")
 OPERATOR_LOGGER = "LocalJobOperator"
@@ -39,10 +39,10 @@ class LocalAirflow:
         self.steps = steps
         self.program = environment / "bin" / "airflow"
         if not self.program.exists():
-            raise ConfigError(f"There is no Airflow at {self.program}.", "Run make setup.")
+            raise ConfigError(f"There is no Airflow at {self.program}.", f"Run make setup in {PROJECT}.")
 
     def environment(self) -> dict[str, str]:
-        """Variables of an Airflow process: this process's own without any other Airflow's settings."""
+        """Return the variables of an Airflow process: this process's own without any other Airflow's settings."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "_AIRFLOW"))}
         return inherited | {
             "AIRFLOW_HOME": str(self.home),
@@ -76,7 +76,10 @@ class LocalAirflow:
                     stderr=subprocess.STDOUT,
                 )
             if code != 0:
-                raise CraneError(f"airflow {' '.join(arguments)} ended with exit code {code}.", f"Read {self.log}.")
+                raise CraneError(
+                    f"airflow {' '.join(arguments)} ended with exit code {code}.",
+                    f"Read the end of {self.log}, then run the same command again.",
+                )
         stamp.write_text(identity)
 
     def run_dag(self, dag_id: str, conf: Mapping[str, Any], logical_date: datetime | None = None) -> None:
@@ -111,20 +114,22 @@ class LocalAirflow:
             process.kill()
             raise
         if code != 0:
-            found, remedy = split_failure(self.steps.failure or tasks.failure or "Airflow stopped.")
-            raise CraneError(
-                f"Task {tasks.failed or tasks.task or dag_id} of {dag_id} failed: {found}",
-                remedy or f"Read the end of {self.log}.",
+            silent = CraneError(
+                tasks.failure or "Airflow stopped.", f"Read the end of {self.log}, then run the same command again."
             )
+            what = f"Task {tasks.failed or tasks.task or dag_id} of {dag_id} failed"
+            error = ended(what, tasks.error or silent, self.log)
+            raise CraneError(error.found, error.remedy)
 
 
 class _Tasks:
-    """Turns Airflow's log records into steps."""
+    """Airflow's log records as steps."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.task = ""
         self.failed = ""
+        self.error: CraneError | None = None
         self.failure = ""
         self._since = 0.0
 
@@ -136,6 +141,7 @@ class _Tasks:
             self._since = self.steps.seconds
             self.steps.show(self.task, "start")
         elif str(record.get("logger", "")).endswith(OPERATOR_LOGGER):
+            self.error = failure_in(event) or self.error
             self.steps.job_line(self.task, event)
         elif event == "Task instance state updated" or event.startswith("Task instance is in retry"):
             self._ended(str(record.get("new_state", "")))

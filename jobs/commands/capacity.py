@@ -1,4 +1,4 @@
-"""`crane plan`: what a run of a given size takes. (The job `jobs.plan` is another thing: it lists a run's parts.)"""
+"""The command `crane plan`: memory, storage and seconds of a run of a given size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crane_core.capacity import Size, beyond_measured, estimate, recommend
 
 
 def modality(text: str) -> tuple[str, int]:
-    """`name:width` of a flag."""
+    """Read `name:width`, the value of a flag."""
     name, sign, width = text.rpartition(":")
     if not sign or not name or not width.isdigit() or int(width) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not name:width, for example text:384")
@@ -17,7 +17,7 @@ def modality(text: str) -> tuple[str, int]:
 
 
 def plan(users: int, items: int, interactions: int, modalities: list[tuple[str, int]]) -> dict[str, Any]:
-    """Stages with memory, storage and seconds, and what is recommended.
+    """Estimate memory, storage and seconds of every stage, and recommend a preset.
 
     Raises:
         ConfigError: a number below 1.
@@ -39,7 +39,7 @@ def plan(users: int, items: int, interactions: int, modalities: list[tuple[str, 
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The plan for a person."""
+    """Return the estimate as lines of text."""
     head = f"{'stage':<18} {'memory':>10} {'storage':>10} {'core-seconds':>22}"
     rows = [head]
     for name, stage in found["stages"].items():
@@ -66,7 +66,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def amount(count: float) -> str:
-    """Bytes with a unit a person reads."""
+    """Return a number of bytes with its unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -21,10 +21,10 @@ from crane_core.config_file import load_config
 from crane_core.errors import ConfigError, CraneError
 from crane_core.raw.importers import Imported, import_mmrec, import_movielens
 from jobs.commands.airflow import LocalAirflow
-from jobs.commands.place import Last, remember
+from jobs.commands.paths import Last, remember
 from jobs.commands.query import example_users, figures, recommend, served
 from jobs.commands.steps import Steps
-from jobs.runner import open_store
+from jobs.stores import open_store
 
 WHEEL = "recbole==1.2.1"
 WHEEL_FILES = "recbole-1.2.1-*.whl"
@@ -149,7 +149,10 @@ def _import(data: Path | None, home: Path, steps: Steps) -> Imported:
         imported = import_movielens(source, home / "ml-100k" / "raw")
     else:
         if not data.is_dir():
-            raise ConfigError(f"{data} is no folder.", "Give a folder in MMRec layout.")
+            raise ConfigError(
+                f"{data} is no folder.",
+                "Give --data a folder in MMRec layout: one *.inter file and {modality}_feat.npy files.",
+            )
         steps.show("import", f"MMRec folder {data}")
         imported = import_mmrec(data, home / _slug(data.resolve().name) / "raw")
     steps.show(

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,67 +27,67 @@ from crane_core.experiments.study import Budget, Setting, Study, chosen
 from crane_core.experiments.summary import best_by_validation
 from crane_core.experiments.trials import Trials
 from crane_core.graph.faiss_search import use_threads
-from jobs.commands import place
+from jobs.commands import paths
 from jobs.commands.steps import Steps
 
 HEARTBEAT_SECONDS = 15.0
 
 
-def experiments(
-    data: Path,
-    only: list[str] | None,
-    seeds: list[int],
-    minutes: float | None,
-    num_trials: int,
-    out: Path | None,
-    config: str | None,
-    overrides: list[str],
-    num_threads: int,
-    model: str,
-) -> dict[str, Any]:
-    """Run experiments, write the page, and return paths and headline numbers.
+@dataclass(frozen=True)
+class Request:
+    """The flags of `crane experiments`.
 
-    Args:
+    Attributes:
         data: folder in MMRec layout with features.
         only: names of experiments; all but the search when None.
         seeds: of every variant.
         minutes: no work starts that is expected to end later; None for no bound.
         num_trials: recipes a search tries in all.
-        out: folder for everything.
+        out: folder for everything; one below `.crane` when None.
         config: preset or file with the default recipe.
         overrides: `section.field=value`, applied last.
         num_threads: of torch and faiss.
         model: whose recipe the search is for.
+    """
+
+    data: Path
+    only: list[str] | None
+    seeds: list[int]
+    minutes: float | None
+    num_trials: int
+    out: Path | None
+    config: str | None
+    overrides: list[str]
+    num_threads: int
+    model: str
+
+
+def experiments(request: Request) -> dict[str, Any]:
+    """Run experiments, write the page, and return paths and headline numbers.
 
     Raises:
         ConfigError: an unknown experiment, model, section or value, or `out` is a file.
         DataError: the folder cannot be read or has no features.
     """
-    names, recipe = chosen(only), load_recipe(config, overrides)
-    if model != "crane":
-        _check_model(model, names)
-    if num_threads < 1:
-        raise ConfigError(f"--threads {num_threads} leaves none to work with.", "Give 1 or more.")
-    budget, steps = Budget(minutes), Steps()
-    torch.set_num_threads(num_threads)
-    use_threads(num_threads)
-    dataset = load_dataset(data)
-    out = (out or place.HOME / "experiments" / dataset.name).absolute()
+    names, recipe = chosen(request.only), load_recipe(request.config, request.overrides)
+    if request.model != "crane":
+        _check_model(request.model, names)
+    if request.num_threads < 1:
+        raise ConfigError(f"--threads {request.num_threads} leaves none to work with.", "Give --threads 1 or more.")
+    budget, steps = Budget(request.minutes), Steps()
+    torch.set_num_threads(request.num_threads)
+    use_threads(request.num_threads)
+    dataset = load_dataset(request.data)
+    out = (request.out or paths.HOME / "experiments" / dataset.name).absolute()
     trials = Trials(out)
-    study = Study(Setting(dataset, recipe, seeds, model), trials, budget, steps.show)
-    steps.show("experiments", f"{' '.join(names)} data={data} out={out}")
+    study = Study(Setting(dataset, recipe, request.seeds, request.model), trials, budget, steps.show)
+    steps.show("experiments", f"{' '.join(names)} data={request.data} out={out}")
     with _logging(out / "log", steps):
-        results = study.run(names, num_trials)
+        results = study.run(names, request.num_trials)
     results["seconds"] = round(steps.seconds, 1)
-    paths = {"report": "report.html", "results": "results.json"}
-    trials.storage.write(paths["report"], render(results).encode())
-    trials.storage.write(paths["results"], json.dumps(results, indent=1).encode())
-    best = results["experiments"].get(SEARCH, {}).get("best")
-    if best:
-        paths["best"] = f"search/{model}/best.yaml"
-        trials.storage.write(paths["best"], best.encode())
+    files = _write(results, trials, request.model)
     return {
-        **{name: str(out / path) for name, path in paths.items()},
+        **{name: str(out / path) for name, path in files.items()},
         "dataset": dataset.name,
         "complete": not results["missing"],
         "missing": results["missing"],
@@ -95,14 +96,31 @@ def experiments(
     }
 
 
+def _write(results: dict[str, Any], trials: Trials, model: str) -> dict[str, str]:
+    """Write the page, the results and the best recipe of a search; return what each is to its path."""
+    files = {"report": "report.html", "results": "results.json"}
+    trials.storage.write(files["report"], render(results).encode())
+    trials.storage.write(files["results"], json.dumps(results, indent=1).encode())
+    best = results["experiments"].get(SEARCH, {}).get("best")
+    if best:
+        files["best"] = f"search/{model}/best.yaml"
+        trials.storage.write(files["best"], best.encode())
+    return files
+
+
 def _check_model(model: str, names: list[str]) -> None:
     # Optuna takes a second to import.
     from crane_core.experiments.search import SPACES
 
     if model not in SPACES:
-        raise ConfigError(f"--model: there is no recipe of {model!r} to search.", f"Use one of {', '.join(SPACES)}.")
+        raise ConfigError(
+            f"--model: there is no recipe of {model!r} to search.", f"Give --model one of {', '.join(SPACES)}."
+        )
     if names != [SEARCH]:
-        raise ConfigError(f"--model {model} was given, and only the search knows it.", f"Add --only {SEARCH}.")
+        raise ConfigError(
+            f"--model {model} was given, and only the search knows it.",
+            f"Give --only {SEARCH} with it, or drop --model.",
+        )
 
 
 def _headline(found: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
 from crane_core.stages import STAGES, WHOLE
-from jobs.commands.steps import Steps, split_failure
+from jobs.commands.steps import Steps, ended, failure_in
 
 RETRAIN = tuple(name for name in STAGES if name != "ml.export")
 PROMOTE = ("ml.promote", "ml.export", "ml.report")
@@ -38,26 +38,25 @@ def run_stages(
         Stage, or `stage.part`, to what the job printed.
 
     Raises:
-        CraneError: a job failed; of the type its exit code stands for.
+        CraneError: a job failed; its own error, or one of the type its exit code stands for.
     """
     results: dict[str, dict[str, Any]] = {}
     for name in names:
         for part in STAGES[name].parts(config) if config and name in STAGES else (WHOLE,):
             label = f"{name}.{part}" if part else name
-            results[label] = run_job(name, [*flags, *(["--part", part] if part else [])], log, steps, label)
+            results[label] = run_child(name, [*flags, *(["--part", part] if part else [])], log, steps, label)
     return results
 
 
-def run_job(name: str, flags: Sequence[str], log: Path, steps: Steps, label: str = "") -> dict[str, Any]:
+def run_child(name: str, flags: Sequence[str], log: Path, steps: Steps, label: str = "") -> dict[str, Any]:
     """Run one job and return the JSON object it prints.
 
     Raises:
-        CraneError: it failed; of the type its exit code stands for.
+        CraneError: it failed; its own error, or one of the type its exit code stands for.
     """
     label = label or name
     since = steps.seconds
     log.parent.mkdir(parents=True, exist_ok=True)
-    steps.failure = ""
     steps.show(label, "start")
     with tempfile.TemporaryFile("w+") as output, log.open("a") as everything:
         process = subprocess.Popen(
@@ -81,9 +80,9 @@ def run_job(name: str, flags: Sequence[str], log: Path, steps: Steps, label: str
         output.seek(0)
         lines = output.read().splitlines()
     if code != 0:
-        found, remedy = split_failure(steps.failure or f"exit code {code}")
-        raise ERRORS.get(code, CraneError)(
-            f"jobs.{name} failed: {found}", remedy or f"Read the end of {log}; running again goes on from here."
+        silent = ERRORS.get(code, CraneError)(
+            f"exit code {code}", f"Read the end of {log}, then run the same command again: it goes on from here."
         )
+        raise ended(f"jobs.{name} failed", (failure_in(lines[-1]) if lines else None) or silent, log)
     steps.show(label, f"done seconds={steps.seconds - since:.1f}")
     return json.loads(lines[-1])

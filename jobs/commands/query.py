@@ -1,4 +1,4 @@
-"""Questions about what was built: recommendations of the champion, similar items, runs."""
+"""Read what was built: recommendations of the champion, similar items, runs, the ledger."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Served:
-    """What people get now.
+    """The champion and its export.
 
     Attributes:
         version: champion's number in the registry.
@@ -34,19 +34,19 @@ class Served:
     export: Artifact
 
     def titles(self) -> dict[str, str]:
-        """Item id to title, for the items that have one."""
+        """Return item id to title, for the items that have one."""
         table = pq.read_table(self.export.file("items.parquet"), columns=[ITEM_ID, TITLE])
         pairs = zip(table[ITEM_ID].to_pylist(), table[TITLE].to_pylist(), strict=True)
         return {item: title for item, title in pairs if title}
 
 
 def served(store: ArtifactStore, runtime: Runtime) -> Served:
-    """Resolve the alias once and find what was exported for it.
+    """Resolve the alias once and find the export of its version.
 
     Raises:
         ArtifactError: there is no champion, or its export is missing.
     """
-    # Importing the registry costs seconds: only the questions that need it pay.
+    # Imported here: it takes seconds, and most commands do not need it.
     from crane_core.release.registry import open_registry
 
     registry = open_registry(runtime, store.storage.uri)
@@ -61,7 +61,7 @@ def served(store: ArtifactStore, runtime: Runtime) -> Served:
 
 
 def recommend(served: Served, user: str, k: int) -> dict[str, Any]:
-    """The best k items of a user, at most as many as were exported.
+    """Return the best k items of a user, at most as many as were exported.
 
     Raises:
         ConfigError: k is below 1.
@@ -80,7 +80,7 @@ def recommend(served: Served, user: str, k: int) -> dict[str, Any]:
 
 
 def similar(served: Served, item: str, k: int) -> dict[str, Any]:
-    """The k items most like an item, at most as many as were exported.
+    """Return the k items most similar to an item, at most as many as were exported.
 
     Raises:
         ConfigError: k is below 1.
@@ -113,14 +113,14 @@ def similar(served: Served, item: str, k: int) -> dict[str, Any]:
 
 
 def example_users(served: Served) -> list[str]:
-    """Three users who have recommendations: of the first, the middle and the last rows."""
+    """Return three users with recommendations: the first, the middle and the last by id."""
     table = ds.dataset(served.export.file("recommendations")).to_table(columns=[USER_ID], filter=ds.field("rank") == 1)
     users = sorted(table[USER_ID].to_pylist())
     return [users[i] for i in sorted({0, len(users) // 2, len(users) - 1})] if users else []
 
 
 def runs(store: ArtifactStore, runtime: Runtime) -> list[dict[str, Any]]:
-    """Every run of the store, by the end of its window."""
+    """Return every run of the store, sorted by the end of its window."""
     aliases = _aliases(store, runtime)
     return sorted(
         (_run(store, run_id, aliases) for run_id in store.run_ids()), key=lambda run: (run["end"], run["run"])
@@ -128,7 +128,7 @@ def runs(store: ArtifactStore, runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
-    """Check every entry, the chain, the entries that the registry remembers, and who carries the alias.
+    """Check the entries of the ledger, their chain, their copies in the registry, and the holder of the alias.
 
     Raises:
         ArtifactError: the ledger was tampered with, or the alias is not where it puts it.
@@ -152,7 +152,7 @@ def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
 
 
 def figures(store: ArtifactStore, run_id: str) -> dict[str, Any]:
-    """`metrics.json` of a run's evaluation, empty before it.
+    """Return `metrics.json` of a run's evaluation, empty before it.
 
     Raises:
         ArtifactError: the artifact is damaged.
@@ -196,7 +196,7 @@ def _aliases(store: ArtifactStore, runtime: Runtime) -> dict[str, list[str]]:
 
 def _rows(served: Served, table: str, key: str, value: str, columns: tuple[str, ...], k: int) -> list[dict[str, Any]]:
     if k < 1:
-        raise ConfigError(f"-k is {k}.", "Ask for at least one item.")
+        raise ConfigError(f"-k is {k}.", "Give -k 1 or more, for example -k 10.")
     wanted = (ds.field(key) == value) & (ds.field("rank") <= k)
     rows = ds.dataset(served.export.file(table)).to_table(columns=list(columns), filter=wanted)
     return rows.sort_by("rank").to_pylist()

@@ -32,7 +32,8 @@ from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
 from crane_core.storage.matrix import RowWriter, open_matrix
 from jobs.etl.session import open_session, readable, unreadable
 from jobs.etl.tables import tally, write_table
-from jobs.runner import Job, Result, run_stage, scratch
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def run(job: Job) -> Result:
                 f"{root / FEATURES_FOLDER / name}: {num_unfit} of {present} vectors have numbers beyond the largest of "
                 f"{config.features.dtype}, {np.finfo(config.features.dtype).max:.6g}, where features.standardise is "
                 f"{kind}.",
-                "Correct these vectors, or choose another features.standardise or features.dtype.",
+                "Correct these vectors, or set features.dtype=float32 or features.standardise to zscore or l2.",
             )
         np.save(folder / "mask.npy", masks[name])
         logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)

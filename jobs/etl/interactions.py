@@ -66,7 +66,8 @@ from jobs.etl.quality import distribution, heed_drift, measure_drift
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
 from jobs.etl.tables import lookup, tally, write_balanced, write_parts, write_table
-from jobs.runner import Job, Result, run_stage, scratch
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 

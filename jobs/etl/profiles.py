@@ -26,7 +26,8 @@ from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import RowWriter, blocks, changed_rows, open_matrix, rows_per_block
 from jobs.etl.session import open_session
 from jobs.etl.tables import lookup, write_balanced, write_parts
-from jobs.runner import Job, Result, run_stage, scratch
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 

@@ -104,7 +104,7 @@ def heed_drift(drift: dict[str, Any], etl: Etl) -> None:
             f"The last day ({drift['rows']} events) has drifted from the {drift['reference_days']} days before it "
             f"({drift['reference_rows']} events): population stability index {told}; etl.drift_stop is "
             f"{etl.drift_stop}.",
-            "Look at what the day delivered. If it is right, raise etl.drift_stop or leave it out.",
+            "If the files of that day are right, raise etl.drift_stop or set it to null; if not, deliver them again.",
         )
     if drift["status"] == "warn":
         logger.warning("drift status=warn threshold=%s index=%s", etl.drift_warn, told)

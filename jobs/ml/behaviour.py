@@ -14,7 +14,7 @@ from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions
 from crane_core.model.lightgcn import LightGCN
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.ml.launch import run_training, save_embeddings, train
+from jobs.ml.training import run_training, save_embeddings, train
 from jobs.runner import Job, Result
 
 

@@ -19,7 +19,7 @@ from crane_core.schema import USER_ID
 from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
-from jobs.ml.launch import load_embeddings
+from jobs.ml.training import load_embeddings
 from jobs.runner import Job, Result, run_stage
 
 

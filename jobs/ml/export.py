@@ -27,8 +27,9 @@ from crane_core.serving.export import write_export
 from crane_core.serving.model_folder import load_recommender
 from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
+from jobs.entry_points import run_job
 from jobs.ml.device import use_device
-from jobs.runner import Job, Result, produce, run_job
+from jobs.runner import Job, Result, produce
 from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from crane_core.release.judge import Judge
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import open_registry
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import run_job
+from jobs.entry_points import run_job
 
 logger = logging.getLogger(__name__)
 

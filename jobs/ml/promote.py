@@ -21,7 +21,7 @@ from crane_core.release.judge import Judge
 from crane_core.release.ledger import ANCHOR_TAG, Draft, Entry
 from crane_core.release.registry import open_registry
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import run_job
+from jobs.entry_points import run_job
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Decide, and carry the decision out."""
     if config.runtime.backfill:
-        raise ConfigError("A backfill moves no alias.", "Promote a run of crane_retrain, or drop runtime.backfill.")
+        raise ConfigError(
+            "A backfill moves no alias.", "Promote a run of crane_retrain, or give --set runtime.backfill=false."
+        )
     judge = Judge(config, store, arguments.run, open_registry(config.runtime, store.storage.uri))
     number, status = judge.version.number, "done"
     with lock_champion(config.runtime, store, f"promote run={arguments.run} version={number}") as lock:

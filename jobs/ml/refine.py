@@ -39,7 +39,8 @@ from crane_core.storage.matrix import open_matrix
 from jobs.ml.device import use_device
 from jobs.ml.growth import refine_base
 from jobs.ml.launch import on_ranks, rank
-from jobs.runner import Job, Result, open_store, run_stage
+from jobs.runner import Job, Result, run_stage
+from jobs.stores import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def fit_once(job: Job) -> None:
         return
     interactions = load_interactions(job.input("etl.interactions"))
     if len(interactions.train.items) == 0:
-        raise DataError("There is no training interaction.", "Widen the window or loosen etl.k_core.")
+        raise DataError("There is no training interaction.", "Set window.start earlier or etl.k_core lower.")
     modalities = load_modalities(job.input("etl.features"), job.input("etl.profiles"))
     device = use_device(job.config.runtime)
     refiner, report = fit(modalities, interactions.train, job.config.profiles.aggregate, job.config.refine, device)

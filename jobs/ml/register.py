@@ -27,7 +27,8 @@ from crane_core.serving.model_folder import load_recommender, write_model
 from crane_core.serving.probe import make_probe
 from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
-from jobs.runner import run_job, scratch
+from jobs.entry_points import run_job
+from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 

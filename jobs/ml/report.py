@@ -14,7 +14,7 @@ from crane_core.config import RunConfig
 from crane_core.release.ledger import Ledger
 from crane_core.report.run import render
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import run_job
+from jobs.entry_points import run_job
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.release.champion_lock import lock_champion
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import run_job
+from jobs.entry_points import run_job
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from crane_core.errors import ArtifactError
 from crane_core.release.champion_lock import ChampionLock, lock_champion
 from crane_core.release.ledger import Draft, Entry, Ledger
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import load_runtime, run_command
+from jobs.entry_points import load_runtime, run_command
 from jobs.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _target(ledger: Ledger, to: str) -> str:
     if not earlier:
         raise ArtifactError(
             f"Model {ledger.model!r} has no champion before {ledger.champion() or 'the first'}.",
-            "Name a version with --to VERSION.",
+            "Give --to VERSION, the number of a version in the registry (crane runs lists them).",
         )
     return earlier[-1]
 

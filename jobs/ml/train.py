@@ -24,7 +24,7 @@ from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.share import choose_trust
-from jobs.ml.launch import load_embeddings, run_training, save_embeddings, train
+from jobs.ml.training import load_embeddings, run_training, save_embeddings, train
 from jobs.runner import Job, Result
 
 logger = logging.getLogger(__name__)

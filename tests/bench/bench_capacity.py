@@ -35,7 +35,7 @@ from crane_core.config import RunConfig
 from crane_core.config_file import load_config
 from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import open_store
+from jobs.stores import open_store
 
 CONSTANTS = Path(__file__).parents[2] / "crane_core" / "capacity.json"
 DAYS = 28

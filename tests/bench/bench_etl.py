@@ -28,7 +28,7 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.raw.generator import EVENT_SHARES, GeneratorSettings, generate
-from jobs.runner import open_store
+from jobs.stores import open_store
 
 WEIGHTS = dict(zip(EVENT_SHARES, (1.0, 3.0, 5.0), strict=True))
 POLL_SECONDS = 0.2

@@ -22,7 +22,7 @@ import yaml
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import Registry
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
 from tests.worlds.services import Airflow, Mlflow, Postgres, Proxy
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from crane_core.stages import STAGES
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.drills.conftest import Deployment
 from tests.worlds.services import PATIENCE, children, small_disk, until
 

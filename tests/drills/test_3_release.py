@@ -10,7 +10,7 @@ import pytest
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import Registry
 from jobs.ml import promote, register
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.drills.conftest import Deployment
 from tests.worlds.release_runs import make_run
 from tests.worlds.services import until

@@ -16,7 +16,7 @@ import pytest
 
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.jobs.test_ml import SETTINGS, flags, plant
 
 NUM_KILLS = 20

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
 from crane_core.raw.importers import import_movielens
-from jobs.commands import place
+from jobs.commands import paths
 from jobs.commands.demo import wheel
 from jobs.commands.steps import Steps
 from tests.jobs.test_etl_days import JOBS, artifact, assert_same_log, ids, replay
@@ -28,7 +28,7 @@ def by_id(store: Path, run: str, kind: str, stage: str, file: str) -> NDArray[np
 def test_every_day_of_movielens(spark: SparkSession, tmp_path: Path) -> None:
     """Log, features and profiles are those of one run over everything; the sums of two hundred days, to the bit."""
     raw, store = tmp_path / "movielens", tmp_path / "store"
-    import_movielens(wheel(place.HOME / "downloads", Steps()), raw)
+    import_movielens(wheel(paths.HOME / "downloads", Steps()), raw)
     last = replay(raw, tmp_path, 1, tuple(JOBS), features__standardise="l2")
     assert_same_log(store, last, "whole")
     rows = pq.read_table(artifact(store, last).path / "interactions", filters=[("split", "=", 0)])

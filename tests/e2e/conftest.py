@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from jobs.commands.place import AIRFLOW_ENVIRONMENT
+from jobs.commands.paths import AIRFLOW_ENVIRONMENT
 
 NUM_GROUPS, NUM_USERS, NUM_ITEMS = 4, 240, 96
 TRAIN_PER_USER, HELD_PER_USER = 10, 2

@@ -10,7 +10,7 @@ import pytest
 
 from crane_core.errors import EXIT_ARTIFACT, EXIT_DATA, EXIT_OK
 from crane_core.stages import STAGES
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.e2e.conftest import NUM_GROUPS, NUM_ITEMS, NUM_USERS, World, ask, crane, demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark]
@@ -83,7 +83,7 @@ def test_recommendations_for_a_person(world: World) -> None:
 def test_an_unknown_user_is_told_whom_there_is(world: World) -> None:
     ended = ask("recommend", "--user", "nobody", "--store", world.store, "--json")
     assert ended.code == EXIT_DATA
-    assert ended.json["error"] == "DataError" and "'nobody'" in ended.json["message"]
+    assert ended.json["error"] == "DataError" and "'nobody'" in ended.json["found"]
     assert "Remedy:" in ended.err and "for example 0" in ended.err
 
 

@@ -12,7 +12,7 @@ from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
 from crane_core.stages import STAGES
 from jobs.backfill import check, content, etl, plan
 from jobs.etl import interactions
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
 
 DAYS = ("2026-01-20", "2026-01-21")

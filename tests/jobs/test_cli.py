@@ -16,20 +16,30 @@ import pytest
 
 from crane_core.config import Runtime
 from crane_core.config_file import load_config
-from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
+from crane_core.errors import (
+    EXIT_ARTIFACT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_UNEXPECTED,
+    ArtifactError,
+    ConfigError,
+    CraneError,
+    DataError,
+    UnexpectedError,
+)
 from jobs import cli
-from jobs.commands import airflow, demo, doctor, local, place
+from jobs.commands import airflow, demo, doctor, local, paths
 from jobs.commands.airflow import LocalAirflow
-from jobs.commands.local import run_job, run_stages
-from jobs.commands.steps import Steps, split_failure
-from jobs.runner import open_store
+from jobs.commands.local import run_child, run_stages
+from jobs.commands.steps import Steps, failure_in
+from jobs.stores import open_store
 
 WINDOW = ["window.start=2026-03-01", "window.end=2026-03-02"]
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(place, "HOME", tmp_path / ".crane")
+    monkeypatch.setattr(paths, "HOME", tmp_path / ".crane")
     (tmp_path / ".crane").mkdir()
     return tmp_path / ".crane"
 
@@ -66,7 +76,7 @@ def test_errors_leave_stdout_alone_without_json(home: Path, capsys: pytest.Captu
 def test_the_store_of_the_last_demo_is_the_default(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(str(home / "d" / "store"))
     store.start_run("r1", load_config(None, WINDOW))
-    place.remember(place.Last(store.storage.uri, "r1"), home)
+    paths.remember(paths.Last(store.storage.uri, "r1"), home)
     assert cli.main(["runs", "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
     assert run == {
@@ -99,8 +109,8 @@ def test_run_ids_tell_configurations_apart_but_not_places() -> None:
 
 
 def test_raw_data_may_lie_in_a_bucket() -> None:
-    assert cli._absolute("s3://bucket/raw data") == "s3://bucket/raw data"
-    assert cli._absolute("raw") == str(Path("raw").absolute())
+    assert cli.absolute("s3://bucket/raw data") == "s3://bucket/raw data"
+    assert cli.absolute("raw") == str(Path("raw").absolute())
 
 
 def test_the_demo_refuses_a_folder_that_is_none(tmp_path: Path) -> None:
@@ -142,6 +152,10 @@ FAILING = [
     {
         "event": "2026-01-01 00:00:00,000 ERROR jobs.runner failed stage=ml.knn error=DataError message=a row "
         "is bad. Remedy: mend it.",
+        "logger": "airflow.task.operators.local_job.LocalJobOperator",
+    },
+    {
+        "event": '{"stage": "ml.knn", "error": "DataError", "found": "a row is bad.", "remedy": "mend it."}',
         "logger": "airflow.task.operators.local_job.LocalJobOperator",
     },
     {"event": "Task instance state updated", "new_state": "failed"},
@@ -192,12 +206,20 @@ def test_it_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("failed stage=x error=E message=found it. Remedy: do this.", ("found it.", "do this.")),
-        ("exit code 1", ("exit code 1", "")),
+        ('{"stage": "x", "error": "DataError", "found": "found it.", "remedy": "do this."}', DataError),
+        ('{"stage": "x", "error": "OSError", "found": "found it.", "remedy": "do this."}', UnexpectedError),
+        ('{"stage": "x", "status": "done"}', None),
+        ('{"stage": "x", "error": "DataError", "found": 3, "remedy": "do this."}', None),
+        ("failed stage=x error=E message=found it. Remedy: do this.", None),
+        ('["a list"]', None),
+        ("exit code 1", None),
     ],
 )
-def test_a_failure_is_split(line: str, expected: tuple[str, str]) -> None:
-    assert split_failure(line) == expected
+def test_an_error_is_read_from_the_json_line(line: str, expected: type[CraneError] | None) -> None:
+    error = failure_in(line)
+    assert error is None if expected is None else type(error) is expected
+    if error is not None:
+        assert {"stage": "x", **error.as_dict()} == json.loads(line)
 
 
 def test_tracebacks_stay_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +234,7 @@ def test_tracebacks_stay_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_is_run_as_a_job(tmp_path: Path) -> None:
     flags = ["--store", str(tmp_path / "s"), "--run", "r", "--set", WINDOW[0], "--set", WINDOW[1]]
-    answer = run_job("plan", [*flags, "--set", "knn.num_shards=3"], tmp_path / "log", Steps())
+    answer = run_child("plan", [*flags, "--set", "knn.num_shards=3"], tmp_path / "log", Steps())
     assert answer["ml.knn"] == ["0", "1", "2"]
     assert all(isinstance(parts, list) for name, parts in answer.items() if name.startswith("ml."))
 
@@ -220,10 +242,10 @@ def test_a_plan_is_run_as_a_job(tmp_path: Path) -> None:
 def test_a_known_run_needs_no_configuration(tmp_path: Path) -> None:
     flags = ["--store", str(tmp_path / "s"), "--run", "r"]
     settings = ["--set", WINDOW[0], "--set", WINDOW[1], "--set", "knn.num_shards=4"]
-    run_job("plan", [*flags, *settings], tmp_path / "log", Steps())
-    assert len(run_job("plan", flags, tmp_path / "log", Steps())["ml.knn"]) == 4
+    run_child("plan", [*flags, *settings], tmp_path / "log", Steps())
+    assert len(run_child("plan", flags, tmp_path / "log", Steps())["ml.knn"]) == 4
     with pytest.raises(ConfigError, match=r"knn.num_shards was 4, now 5"):
-        run_job("plan", [*flags, "--set", "knn.num_shards=5"], tmp_path / "log", Steps())
+        run_child("plan", [*flags, "--set", "knn.num_shards=5"], tmp_path / "log", Steps())
 
 
 @pytest.mark.parametrize(
@@ -236,13 +258,81 @@ def test_a_jobs_exit_code_becomes_its_error(
     write_play(tmp_path, f"import sys; sys.exit({code})")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kind, match=f"jobs.play failed: exit code {code}") as caught:
-        run_job("play", [], tmp_path / "log", Steps())
+        run_child("play", [], tmp_path / "log", Steps())
     assert type(caught.value) is kind
+
+
+def test_a_jobs_error_is_told_as_the_job_told_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"stage": "play", "error": "DataError", "found": "It says: Remedy: none.", "remedy": "Mend it."}
+    write_play(tmp_path, f"import sys; print('noise'); print({json.dumps(told)!r}); sys.exit(3)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        run_child("play", [], tmp_path / "log", Steps())
+    assert caught.value.found == "jobs.play failed: It says: Remedy: none."
+    assert caught.value.remedy == "Mend it."
+
+
+def test_an_unexpected_error_of_a_job_is_told_with_the_file_of_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_play(
+        tmp_path,
+        "from jobs.entry_points import run_command\nraise SystemExit(run_command('play', lambda *_: 1 / 0))\n",
+    )
+    (tmp_path / "jobs" / "__init__.py").write_text(f"__path__.append({str(paths.PROJECT / 'jobs')!r})")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnexpectedError) as caught:
+        run_child("play", ["--store", str(tmp_path / "store")], tmp_path / "log", Steps())
+    assert caught.value.as_dict()["error"] == "ZeroDivisionError"
+    assert caught.value.found == "jobs.play failed: division by zero"
+    assert str(tmp_path / "log") in caught.value.remedy
+    assert "Traceback (most recent call last):" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_unexpected_exception_ends_with_an_error_line(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLANTED_PASSWORD", "planted-secret")
+
+    def explode(text: str) -> str:
+        raise RuntimeError("no way in with planted-secret")
+
+    monkeypatch.setattr(cli, "absolute", explode)
+    argv = ["run", "--store", "s", "--raw", "r", *(["--json"] if as_json else [])]
+    assert cli.main(argv) == EXIT_UNEXPECTED
+    output = capsys.readouterr()
+    assert "Traceback" in output.err and "planted-secret" not in output.err + output.out
+    assert output.err.splitlines()[-2] == "crane: RuntimeError: no way in with ***"
+    assert output.err.splitlines()[-1].startswith("Remedy: Read the traceback above")
+    if as_json:
+        told = json.loads(output.out)
+        assert (told["error"], told["found"]) == ("RuntimeError", "no way in with ***")
+    else:
+        assert output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["recommend", "--json"], "--user"),
+        (["runs", "--json", "--stroe", "s"], "--stroe s"),
+        (["plan", "--json", "--users", "many"], "many"),
+        (["teleport", "--json"], "teleport"),
+    ],
+)
+def test_wrong_flags_are_a_config_error(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == EXIT_CONFIG
+    output = capsys.readouterr()
+    told = json.loads(output.out)
+    assert told["error"] == "ConfigError" and said in told["found"]
+    assert told["remedy"].startswith("Type crane ") and "--help" in told["remedy"]
+    assert output.err.splitlines()[-1] == f"Remedy: {told['remedy']}"
 
 
 def test_every_part_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(local, "run_job", lambda name, flags, log, steps, label: asked.append((label, flags)) or {})
+    monkeypatch.setattr(local, "run_child", lambda name, flags, log, steps, label: asked.append((label, flags)) or {})
     config = load_config(None, [*WINDOW, "knn.num_shards=2"])
     run_stages(["ml.refine", "ml.knn", "ml.report"], config, ["--run", "r"], tmp_path / "log", Steps())
     assert asked == [
@@ -256,9 +346,9 @@ def test_every_part_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_terminated_command_takes_its_job_along(tmp_path: Path) -> None:
     write_play(tmp_path, "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)")
     program = (
-        "import signal; from pathlib import Path; from jobs.commands.local import run_job; "
+        "import signal; from pathlib import Path; from jobs.commands.local import run_child; "
         "from jobs.commands.steps import Steps; signal.signal(signal.SIGTERM, signal.default_int_handler); "
-        "run_job('play', [], Path('log'), Steps())"
+        "run_child('play', [], Path('log'), Steps())"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL)
     pid = _eventually(lambda: int((tmp_path / "pid").read_text()))
@@ -272,7 +362,7 @@ def test_doctor_never_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "AIRFLOW_ENVIRONMENT", tmp_path / "absent")
     monkeypatch.setattr(doctor, "HOME", tmp_path / "home")
 
-    def explode() -> doctor.Check:
+    def explode() -> doctor.Finding:
         raise RuntimeError("boom")
 
     monkeypatch.setattr(doctor, "_disk", explode)

@@ -26,7 +26,7 @@ from crane_core.errors import EXIT_DATA, EXIT_OK, DataError
 from crane_core.raw.checks import check_interactions
 from crane_core.raw.files import list_interactions
 from jobs.etl import interactions
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.raw_data import write_items
 
 FIRST, LAST, END = date(2026, 1, 5), date(2026, 1, 18), date(2026, 1, 19)

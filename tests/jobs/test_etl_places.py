@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 
 from crane_core.errors import EXIT_OK
 from crane_core.raw.generator import GeneratorSettings, generate
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.etl_stages import main as run_stages
 from tests.worlds.s3_faults import FaultyProxy
 

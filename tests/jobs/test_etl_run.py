@@ -27,7 +27,7 @@ from crane_core.raw.importers import import_mmrec
 from crane_core.schema import INTERACTIONS
 from crane_core.storage.artifacts import Artifact
 from jobs.etl import features, interactions, profiles
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
 LFM2K = Path(__file__).parents[3] / "shared" / "data" / "lfm2k"

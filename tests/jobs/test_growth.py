@@ -23,7 +23,7 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs import plan
 from jobs.ml import graph, knn, refine
-from jobs.runner import open_store
+from jobs.stores import open_store
 
 NUM_ITEMS, NUM_USERS = 120, 30
 SETTINGS = [

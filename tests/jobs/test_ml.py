@@ -34,7 +34,7 @@ from crane_core.storage.artifacts import ArtifactStore
 from crane_core.training.validation import STEERING_METRIC, Validation
 from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.launch import Node
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.planted import checkerboard, planted_modalities
 
 SETTINGS = [
@@ -385,8 +385,8 @@ def test_a_node_whose_rank_is_no_number_ends_with_a_configuration_error(
 
 def test_ranks_are_no_more_than_the_devices_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert launch._num_processes(Runtime(device="cuda", world_size=8)) == 1
-    assert launch._num_processes(Runtime(device="cpu", world_size=8)) == 8
+    assert launch.num_processes(Runtime(device="cuda", world_size=8)) == 1
+    assert launch.num_processes(Runtime(device="cpu", world_size=8)) == 8
 
 
 def test_a_pod_without_a_gpu_makes_the_graph_of_a_run_that_has_them(
@@ -433,5 +433,5 @@ def _refuse(*_: object) -> None:
 def test_what_a_rank_refuses_ends_the_job_as_it_would_alone() -> None:
     config = load_config(None, [*SETTINGS, "runtime.world_size=2"])
     with pytest.raises(DataError, match=r"Rank \d of 2: Nothing is there") as caught:
-        launch._launch(_refuse, "ml.train", ("store", "run", config))
+        launch.start_ranks(_refuse, "ml.train", ("store", "run", config))
     assert caught.value.remedy == "Deliver it."

@@ -27,7 +27,7 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.commands.query import verify_ledger
 from jobs.ml import export, judge, promote, register, report, restore, rollback
-from jobs.runner import open_store
+from jobs.stores import open_store
 from tests.worlds.mlflow_tables import copy_tables
 from tests.worlds.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
 

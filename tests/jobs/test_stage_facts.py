@@ -14,7 +14,8 @@ from crane_core.config_file import load_config
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.backfill.days import Day, survey
-from jobs.runner import Job, Result, open_store, produce
+from jobs.runner import Job, Result, produce
+from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
 
 PRODUCED = tuple(name for name in STAGES if name != "ml.register")

@@ -14,7 +14,7 @@ import pytest
 
 from crane_core.errors import EXIT_OK
 from jobs import tidy
-from jobs.runner import open_store, scratch
+from jobs.stores import open_store, scratch
 
 WINDOW = ("--set", "window.start=2026-03-01", "--set", "window.end=2026-03-02")
 

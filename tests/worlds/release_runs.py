@@ -17,7 +17,7 @@ from crane_core.config_file import load_config
 from crane_core.schema import TEST, TRAIN
 from crane_core.storage.artifacts import Artifact
 from jobs.ml import evaluate
-from jobs.runner import open_store
+from jobs.stores import open_store
 
 NUM_USERS, NUM_ITEMS, NUM_COLD, DIM = 120, 90, 6, 8
 SETTINGS = ("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5")

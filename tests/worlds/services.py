@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs.commands.airflow import LocalAirflow
-from jobs.commands.place import POOLS
+from jobs.commands.paths import POOLS
 from jobs.commands.steps import Steps
 
 Found = TypeVar("Found")

@@ -48,7 +48,10 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
     metadata = Path(metadata) if metadata else reviews.parent / f"meta_{reviews.name}"
     for path in (reviews, metadata):
         if not path.is_file():
-            raise DataError(f"There is no file {path}, 0 rows.", "Give the reviews and the metadata of one category.")
+            raise DataError(
+                f"There is no file {path}, 0 rows.",
+                "Give CATEGORY.jsonl or .jsonl.gz, the reviews, with meta_CATEGORY.jsonl or .jsonl.gz beside it.",
+            )
     name = reviews.name.partition(".")[0]
     source = {"dataset": name, "format": FORMAT, "files": {p.name: sha256_file(p) for p in (reviews, metadata)}}
 

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from crane_core.allowed import remedy_of
 from crane_core.config import Section, known_zone
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import FEATURES_FOLDER, ITEMS_FOLDER, check_modality
@@ -159,13 +160,12 @@ def read_mapping(path: Path) -> Mapping:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"The mapping {path} cannot be read ({error}).",
-            EXAMPLE,
+            "Give a file in YAML with at least dataset, interactions.files and interactions.columns.",
         ) from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(
-            f"The mapping {path}: {problems}.",
-            EXAMPLE,
+            f"The mapping {path}: {problems}.", remedy_of(error, Mapping, "{field}: VALUE in the mapping")
         ) from error
 
 
@@ -209,12 +209,18 @@ def _feature_files(folder: Path, name: str, entry: MappedModality) -> list[Path]
         raise DataError(
             f"features.{name}: {', '.join(entry.files)} matches {len(files)} files, expected Parquet files or one "
             ".npy matrix.",
-            "Let features.files of the mapping match them.",
+            f"Set features.{name}.files in the mapping to Parquet files or to one .npy matrix.",
         )
     if matrix and entry.ids is None:
-        raise ConfigError(f"features.{name} is a matrix without ids.", "Name the file of its item ids: ids: FILE.")
+        raise ConfigError(
+            f"features.{name} is a matrix without ids.",
+            f"Add features.{name}.ids: FILE to the mapping, a file with one item id a line.",
+        )
     if matrix and entry.ids and not (folder / entry.ids).is_file():
-        raise DataError(f"features.{name}: there is no file {folder / entry.ids}.", "Let ids name a file.")
+        raise DataError(
+            f"features.{name}: there is no file {folder / entry.ids}.",
+            f"Set features.{name}.ids in the mapping to a file below {folder}, one item id a line.",
+        )
     return [*files, *([folder / entry.ids] if matrix and entry.ids else [])]
 
 
@@ -246,7 +252,7 @@ def _write_modality(target: Path, name: str, files: list[Path], entry: MappedMod
             raise DataError(
                 f"{files[0]} has shape {list(matrix.shape)} and type {matrix.dtype}, {files[1]} {len(ids)} ids; "
                 "expected a floating [items, dim] matrix and as many ids.",
-                "Save one row for each id.",
+                f"Save with numpy.save a floating matrix whose rows are those of the {len(ids)} ids, in their order.",
             )
         write_features(target, name, ids, matrix)
         return int(matrix.shape[1])
@@ -257,12 +263,14 @@ def _write_modality(target: Path, name: str, files: list[Path], entry: MappedMod
         try:
             table = pq.read_table(path, columns=list(entry.columns.values()), partitioning=None)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read: {error}.", "Deliver Parquet with the mapped columns.") from error
+            raise DataError(
+                f"{path} cannot be read: {error}.", "Save it again as Parquet with the columns that the mapping names."
+            ) from error
         names = {column: raw for raw, column in entry.columns.items()}
         if set(names) - set(table.column_names):
             raise DataError(
                 f"{path} has no column {', '.join(sorted(set(names) - set(table.column_names)))}.",
-                "Name existing columns in features of the mapping.",
+                f"Name in the mapping, under features, columns of the file: {', '.join(table.column_names)}.",
             )
         table = table.rename_columns([names[column] for column in table.column_names])
         pq.write_table(table, out / f"part-{index}.parquet", compression="zstd")

@@ -134,7 +134,9 @@ def _read_log(path: Path) -> pa.Table:
                 "Write a tab-separated file with the columns userID, itemID and x_label.",
             )
     if table.num_rows == 0:
-        raise DataError(f"{path} has 0 rows.", "Deliver the interactions.")
+        raise DataError(
+            f"{path} has 0 rows.", "Write one interaction a line: userID, itemID and x_label, separated by tabs."
+        )
     bad = {
         "userID": pc.less(table["userID"], 0),
         "itemID": pc.less(table["itemID"], 0),
@@ -170,7 +172,8 @@ def _read_titles(path: Path) -> dict[int, str | None]:
         titles = table[title].cast(pa.string()).to_pylist() if title else [None] * table.num_rows
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{path} ({table.num_rows} rows): the column {title!r} is not UTF-8 text.", "Save the file as UTF-8."
+            f"{path} ({table.num_rows} rows): the column {title!r} is not UTF-8 text.",
+            "Save the file again, encoded as UTF-8.",
         ) from error
     return dict(zip(ids.to_pylist(), [text or None for text in titles], strict=True))
 
@@ -193,7 +196,7 @@ def _read_delimited(path: Path, types: dict[str, pa.DataType], delimiter: str) -
     if len(set(table.column_names)) != len(table.column_names):
         raise DataError(
             f"{path} ({table.num_rows} rows) names a column twice: {', '.join(table.column_names)}.",
-            "Give every column a name of its own.",
+            "Give every column of the first line a name of its own.",
         )
     return table
 
@@ -214,7 +217,7 @@ def _read_matrix(path: Path, num_items: int) -> NDArray:
     if matrix.ndim != 2 or matrix.dtype.kind not in "fiu" or matrix.shape[1] == 0:
         raise DataError(
             f"{path} has shape {list(matrix.shape)} and type {matrix.dtype}, expected a numeric [items, dim] matrix.",
-            "Save one row of numbers per item.",
+            "Save a matrix of numbers with numpy.save, one row per item.",
         )
     if matrix.shape[0] != num_items:
         raise DataError(

@@ -35,7 +35,10 @@ def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = {path for path in folder.glob(pattern) if path.is_file()}
         if not matches:
-            raise DataError(f"{folder} has no file {pattern!r}, 0 rows.", "Change the pattern or deliver the files.")
+            raise DataError(
+                f"{folder} has no file {pattern!r}, 0 rows.",
+                "Name in the mapping a pattern of files that it has, for example *.csv, or deliver them.",
+            )
         found |= matches
     for path in found:
         if file_format(path) not in FORMATS:

@@ -71,7 +71,7 @@ class TestCommand:
         for path in folder.glob("*_feat.npy"):
             path.unlink()
         assert cli.main(flags(folder, tmp_path / "out")) == EXIT_DATA
-        assert "no item features" in json.loads(capsys.readouterr().out)["message"]
+        assert "no item features" in json.loads(capsys.readouterr().out)["found"]
 
     @pytest.mark.parametrize(
         ("more", "said"),
@@ -86,14 +86,14 @@ class TestCommand:
     )
     def test_a_wrong_flag_is_a_config_error(self, folder: Path, tmp_path: Path, capsys, more, said: str) -> None:
         assert cli.main(flags(folder, tmp_path / "out", *more)) == EXIT_CONFIG
-        assert said in json.loads(capsys.readouterr().out)["message"]
+        assert said in json.loads(capsys.readouterr().out)["found"]
         assert not list(tmp_path.glob("out/cells/*"))
 
     @pytest.mark.parametrize("below", ["", "out"])
     def test_a_file_is_no_folder_for_results(self, folder: Path, tmp_path: Path, capsys, below: str) -> None:
         (tmp_path / "taken").write_text("mine")
         assert cli.main(flags(folder, tmp_path / "taken" / below)) == EXIT_CONFIG
-        assert str(tmp_path / "taken") in json.loads(capsys.readouterr().out)["message"]
+        assert str(tmp_path / "taken") in json.loads(capsys.readouterr().out)["found"]
         assert (tmp_path / "taken").read_text() == "mine"
 
 

@@ -22,7 +22,7 @@ from crane_core.serving.model_folder import CHECKSUMS, load_model
 from crane_core.storage import open_storage
 from crane_core.storage.artifacts import ArtifactStore, sha256_file
 from crane_core.storage.matrix import open_matrix
-from jobs.runner import Redacting, redacted
+from jobs.logs import Redacting, redacted
 from tests.worlds.artifacts import publish
 from tests.worlds.hostile_tensors import HOSTILE_TENSORS, header
 from tests.worlds.served import write

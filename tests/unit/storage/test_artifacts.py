@@ -86,7 +86,7 @@ def test_run_keeps_the_configuration_it_was_started_with(store: ArtifactStore) -
         store.start_run("r", configure("knn.k=8"))
     assert store.run("r")["config"]["knn"]["k"] == 7
     assert store.run_ids() == ["r"]
-    with pytest.raises(ArtifactError, match=r"no run 'x' in .*Known runs: r"):
+    with pytest.raises(ArtifactError, match=r"no run 'x' in .*known runs: r"):
         store.run("x")
 
 

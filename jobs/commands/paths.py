@@ -1,4 +1,4 @@
-"""Where a person's commands find things: the checkout, its `.crane` folder and the store of the last demo."""
+"""Paths of the console script: the checkout, its `.crane` folder and the store of the last demo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POOLS = PROJECT / "infra" / "local" / "pools.json"
 
 @dataclass(frozen=True)
 class Last:
-    """What the last demo worked on.
+    """Store and run of the last demo.
 
     Attributes:
         store: artifact store.
@@ -29,12 +29,12 @@ class Last:
 
 
 def remember(last: Last, home: Path) -> None:
-    """Note in `home` what later commands work on when they are given no store."""
+    """Write the store and run into `home`: commands without --store use them."""
     (home / "last.json").write_text(json.dumps(asdict(last)))
 
 
 def default_store() -> str:
-    """The store of the last demo.
+    """Return the store of the last demo.
 
     Raises:
         ConfigError: there was none.

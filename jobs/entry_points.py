@@ -1,0 +1,122 @@
+"""The entry points of all jobs: flags, the run record, the last line on stdout and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from crane_core.config import PREVIOUS, RunConfig, Runtime
+from crane_core.config_file import load_config
+from crane_core.errors import EXIT_OK, ConfigError, error_of
+from crane_core.storage.artifacts import ArtifactStore, check_run_id
+from jobs.logs import shown, start_logging
+from jobs.stores import open_store
+from jobs.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that raises what is wrong with the flags instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise ConfigError(f"The command line is wrong: {message}.", f"Type {usage} (--help explains the flags).")
+
+
+def run_job(
+    name: str,
+    work: Callable[[argparse.Namespace, RunConfig, ArtifactStore], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    flags: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> int:
+    """Run a job of one run: parse the flags, log, record what `work` returns, turn errors into exit codes.
+
+    Args:
+        name: the stage.
+        work: does it, and returns the entry of the run record.
+        argv: flags, the process's own when None.
+        flags: adds the job's own flags to those of every job.
+    """
+
+    def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
+        check_run_id(arguments.run)
+        recorded = store.recorded_config(arguments.run)
+        config = load_config(arguments.config, arguments.set, recorded)
+        if config.etl.base_run == PREVIOUS:
+            before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
+            config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
+        store.start_run(arguments.run, config)
+        usage = Usage()
+        entry = work(arguments, config, store)
+        entry = usage.entry() | entry
+        label = f"{name}.{arguments.part}" if arguments.part else name
+        store.record(arguments.run, label, entry)
+        return {"part": arguments.part, "run": arguments.run, **entry}
+
+    def all_flags(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--run", required=True, help="run id: one window and one configuration")
+        parser.add_argument("--part", default="", help="which part of a mapped stage")
+        if flags:
+            flags(parser)
+
+    return run_command(name, of_the_run, argv, all_flags)
+
+
+def run_command(
+    name: str,
+    work: Callable[[argparse.Namespace, ArtifactStore], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    flags: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> int:
+    """Run a job on a store; its last line on stdout is one JSON object.
+
+    The object holds `stage` and what `work` returns. After an error it holds `stage`, `error`, `found` and `remedy`.
+
+    Args:
+        name: what runs, as the log and the last line tell it.
+        work: does it, and returns JSON values.
+        argv: flags, the process's own when None.
+        flags: adds flags to `--store`, `--config` and `--set`.
+
+    Returns:
+        The exit code.
+    """
+    start_logging()
+    try:
+        parser = _parser(name)
+        if flags:
+            flags(parser)
+        arguments = parser.parse_args(argv)
+        store = open_store(arguments.store)
+        print(json.dumps({"stage": name, **work(arguments, store)}))
+        return EXIT_OK
+    except Exception as exception:
+        return _fail(name, exception)
+
+
+def load_runtime(arguments: argparse.Namespace) -> Runtime:
+    """Return the `runtime` of a job's flags, for a job that is about no run in particular."""
+    no_window = ["window.start=1970-01-01", "window.end=1970-01-02"]
+    return load_config(arguments.config, [*no_window, *arguments.set]).runtime
+
+
+def _fail(name: str, exception: Exception) -> int:
+    """Log one ERROR line, print the JSON line, and return the exit code."""
+    error = error_of(exception, f"Read the traceback in the log of jobs.{name}, on stderr.")
+    traceback = None if error is exception else exception
+    message = " ".join(str(error).split())
+    logger.error("failed stage=%s error=%s message=%s", name, error.name, message, exc_info=traceback)
+    print(json.dumps({"stage": name, **shown(error)}))
+    return error.exit_code
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = FlagParser(prog=f"python -m jobs.{name}")
+    parser.add_argument("--store", required=True, help="artifact store, a path or s3://bucket/prefix")
+    parser.add_argument("--config", help="YAML file or name of a preset; for a known run, what it was started with")
+    parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
+    return parser

@@ -1,0 +1,156 @@
+"""The training that `ml.behaviour` and `ml.train` share: run it on the ranks, watch it, publish its rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crane_core.config import RunConfig
+from crane_core.dataset.interactions import Interactions, load_interactions
+from crane_core.errors import TrainingError
+from crane_core.model.lightgcn import LightGCN
+from crane_core.ranks import ranks
+from crane_core.stages import STAGES
+from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.storage.tensors import load_tensors
+from crane_core.training.memory import naming_out_of_memory
+from crane_core.training.trainer import Hooks, Trainer
+from jobs.entry_points import run_job
+from jobs.ml.launch import Node, on_ranks, rank, start_ranks
+from jobs.runner import Job, Result, entry_of, identify, produce
+from jobs.stores import open_store, scratch
+
+PUBLICATION_SECONDS = 1800.0
+"""How long the other nodes wait after training for the first one's artifact."""
+
+logger = logging.getLogger(__name__)
+
+Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], LightGCN]
+"""Makes the model on a rank from the store, the run id, the interactions, the configuration and the device."""
+
+
+def run_training(name: str, run: Callable[[Job], Result], build: Build, argv: Sequence[str] | None = None) -> int:
+    """Entry point of a training job on every node: the first one does the stage, the others join its training.
+
+    The nodes share the scratch folder of the store: the checkpoints lie there.
+    """
+
+    def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+        if Node.here().rank > 0:
+            return _join(name, build, arguments, config, store)
+        return produce(STAGES[name], arguments.run, arguments.part, config, store, run)
+
+    return run_job(name, work, argv)
+
+
+def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Train a model to its best validation recall and write `weights.safetensors` and `curve.json` into `job.out`.
+
+    With `runtime.world_size` above 1 the ranks run under torchrun's elastic agent, which starts them all again from the
+    last checkpoint when one is lost, once. Killed at any moment, the next attempt goes on from the last checkpoint and
+    ends with the same result; asked to end by SIGTERM, the training finishes its step and writes one. A rank that alone
+    gets SIGTERM counts as lost: all write a checkpoint after the step, and start again from it.
+
+    Args:
+        job: the stage at work.
+        build: makes the model; importable, since every rank calls it in a process of its own.
+
+    Returns:
+        The trainer's summary, and the final rows of users [num_users, d] and items [num_items, d].
+
+    Raises:
+        TrainingError: training cannot go on, or a rank was lost again after the restart.
+        TrainingStopped: somebody asked for it.
+    """
+    on_ranks(_train_rank, job, build)
+    summary = json.loads((job.work / "summary.json").read_text())
+    (job.out / "curve.json").write_text(json.dumps(summary.pop("curve")))
+    save_file(load_tensors(job.work / "best.safetensors"), job.out / "weights.safetensors")
+    rows = load_tensors(job.work / "rows.safetensors")
+    return summary, rows["users"], rows["items"]
+
+
+def _join(
+    name: str, build: Build, arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
+) -> dict[str, Any]:
+    """Lend this node's devices to a training whose first node publishes; the entry is the one it leaves too."""
+    started = time.monotonic()
+    _, fingerprint = identify(STAGES[name], arguments.run, arguments.part, config, store)
+    found = store.find(name, fingerprint)
+    status = "found" if found else "joined"
+    if found is None:
+        logger.info("join stage=%s fingerprint=%s node=%d", name, fingerprint, Node.here().rank)
+        work = scratch(store.storage.uri) / name / f"{fingerprint}.work"
+        start_ranks(_train_rank, name, (store.storage.uri, arguments.run, config, work, build))
+        deadline = time.monotonic() + PUBLICATION_SECONDS
+        while found is None:
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"The training ended {PUBLICATION_SECONDS:.0f} s ago and its first node has published nothing.",
+                    f"Read the log of jobs.{name} on the node with PET_NODE_RANK=0, then start it again on all.",
+                )
+            time.sleep(1.0)
+            found = store.find(name, fingerprint)
+    return entry_of(found, status, round(time.monotonic() - started, 3))
+
+
+def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
+    """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`."""
+    rows = {"user_embeddings": users.contiguous(), "item_embeddings": items.contiguous()}
+    save_file(rows, folder / "embeddings.safetensors")
+
+
+def load_embeddings(trained: Artifact) -> tuple[Tensor, Tensor]:
+    """Users [num_users, d] and items [num_items, d] of a trained model."""
+    rows = load_tensors(trained.file("embeddings.safetensors"))
+    return rows["user_embeddings"], rows["item_embeddings"]
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[Event]:
+    """The event that SIGTERM sets while the block runs."""
+    stopping = Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _live_curve(
+    store_uri: str, run_id: str, config: RunConfig, work: Path
+) -> AbstractContextManager[Callable[[Mapping[str, float]], None] | None]:
+    """What shows the epochs in MLflow, on rank 0 and where it is asked for."""
+    if not config.runtime.live_curves or ranks()[0] > 0:
+        return nullcontext()
+    # Imported where it is wanted: MLflow takes longer to import than a small model to train.
+    from crane_core.release.registry import open_registry
+
+    return open_registry(config.runtime, store_uri).watch(f"{run_id} {work.parent.name}", work.stem)
+
+
+def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:
+    """Train on this rank; rank 0 leaves the results in `work`."""
+    with naming_out_of_memory(), rank(config.runtime) as device:
+        store = open_store(store_uri)
+        interactions = load_interactions(store.artifact(run_id, "etl.interactions"))
+        model = build(store, run_id, interactions, config, device)
+        with _stop_on_sigterm() as stopping, _live_curve(store_uri, run_id, config, work) as watch:
+            trainer = Trainer(model, interactions, config, work, device, Hooks(stopping, watch))
+            summary = trainer.run()
+        users, items = trainer.best_rows()
+        if trainer.rank == 0:
+            save_file({"users": users.contiguous(), "items": items.contiguous()}, work / "rows.safetensors")
+            (work / "summary.json").write_text(json.dumps(summary | {"curve": trainer.progress.curve}))
