@@ -16,22 +16,7 @@ from jobs.entry_points import run_job
 from jobs.logs import redacted, shown
 from jobs.runner import Job, Result, run_stage
 from jobs.stores import open_store
-
-WINDOW = ["--set", "window.start=2026-01-05", "--set", "window.end=2026-01-06"]
-
-
-def flags(store: Path | str, *more: str, run: str = "r") -> list[str]:
-    return ["--store", str(store), "--run", run, *WINDOW, *more]
-
-
-def write_rows(job: Job) -> Result:
-    (job.out / "rows.txt").write_text("rows")
-    return Result({"n": 1})
-
-
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
+from tests.worlds.jobs import flags, last_line, write_rows
 
 SECRET = 'planted secret "quoted"'
 UNEXPECTED = (ZeroDivisionError, KeyError, OSError, ValueError, RecursionError, MemoryError)

@@ -23,21 +23,8 @@ from crane_core.errors import (
 )
 from jobs.runner import Job, Result, run_stage
 from jobs.stores import open_store
-
-WINDOW = ["--set", "window.start=2026-01-05", "--set", "window.end=2026-01-06"]
-
-
-def flags(store: Path | str, *more: str, run: str = "r") -> list[str]:
-    return ["--store", str(store), "--run", run, *WINDOW, *more]
-
-
-def write_rows(job: Job) -> Result:
-    (job.out / "rows.txt").write_text("rows")
-    return Result({"n": 1})
-
-
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+from tests.worlds.jobs import flags, last_line, write_raw, write_rows
+from tests.worlds.raw_data import write_items
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
@@ -65,11 +52,16 @@ def test_changed_input_or_source_is_never_served_stale(tmp_path: Path, capsys: p
         (job.out / "rows.txt").write_text(version)
         return Result({"given": job.input("etl.interactions").facts if job.stage.inputs(job.config) else {}})
 
+    raw = tmp_path / "raw"
+    write_raw(raw)
+    argv = flags(tmp_path / "store", "--set", f"runtime.raw={raw}")
     seen = []
     for version in ("one", "one", "two"):
-        assert run_stage("etl.interactions", work, lambda *_, v=version: v, flags(tmp_path)) == EXIT_OK
+        if version == "two":
+            write_items(raw, [("i", "Another title")])
+        assert run_stage("etl.interactions", work, argv) == EXIT_OK
         upstream = last_line(capsys)["status"]
-        assert run_stage("etl.features", work, argv=flags(tmp_path)) == EXIT_OK
+        assert run_stage("etl.features", work, argv) == EXIT_OK
         seen.append((upstream, last_line(capsys)["status"]))
     assert seen == [("done", "done"), ("found", "found"), ("done", "done")]
 
