@@ -33,6 +33,7 @@ from crane_core.schema import (
     WEIGHT,
 )
 from jobs.etl.reading import read_files
+from jobs.etl.tables import lookup
 
 logger = logging.getLogger(__name__)
 
@@ -241,10 +242,10 @@ def find_core(train: DataFrame, k: int) -> DataFrame:
     while count != (count := core.count()):
         for column in (USER_KEY, ITEM_KEY):
             strong = core.groupBy(column).count().where(F.col("count") >= k).select(column)
-            core = core.join(strong, column, "left_semi")
+            core = core.join(lookup(strong, count), column, "left_semi")
         core = core.select(USER_KEY, ITEM_KEY).localCheckpoint(eager=True)
         logger.info("core k=%d rows=%d", k, count)
-    return core
+    return lookup(core, count)
 
 
 def _stored(kind: pa.DataType | None) -> str:

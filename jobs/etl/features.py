@@ -42,6 +42,10 @@ DIM = "dim"
 IS_FINITE = "is_finite"
 SCANNED = f"{MODALITY} string, {ITEM_ID} string, {VECTOR} array<float>, {DIM} int, {IS_FINITE} boolean"
 BATCH_ROWS = 4096
+BYTES_PER_TASK = 8 * 1024 * 1024
+"""Bytes of vectors that one Python worker reads in less time than a second one needs to start."""
+MAX_TASKS = 1024
+_ROW_GROUP = ("row_group", pa.int32())
 MALFORMED = ("null_id", "empty_id", "null_vector", "non_finite", "wrong_length")
 """Reasons that speak of broken data and count towards `features.max_quarantine_share`."""
 
@@ -59,13 +63,16 @@ def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]], binary: s
     fixed-size binary is read as numbers of the type `binary`.
     """
     pieces = [
-        (name, str(footer.file.path), group)
+        {MODALITY: name, "path": str(footer.file.path), "row_group": group}
         for name, files in sorted(footers.items())
         for footer in files
         for group in range(footer.num_row_groups)
     ]
-    tasks = spark.createDataFrame(pieces, f"{MODALITY} string, path string, row_group int")
-    return tasks.repartition(min(len(pieces), 1024)).mapInArrow(partial(_scan_row_groups, binary), SCANNED)
+    size = sum(footer.file.size for files in footers.values() for footer in files)
+    tasks = min(len(pieces), max(1, -(-size // BYTES_PER_TASK)), MAX_TASKS)
+    table = pa.Table.from_pylist(pieces, pa.schema([(MODALITY, pa.string()), ("path", pa.string()), _ROW_GROUP]))
+    rows = spark.createDataFrame(table).repartition(tasks)
+    return rows.mapInArrow(partial(_scan_row_groups, binary), SCANNED)
 
 
 def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> DataFrame:
@@ -142,8 +149,9 @@ def run(job: Job) -> Result:
     row_bytes = 4 * max(dims.values())
     write_table(placed, job.work / "placed", sum(read.values()), (MODALITY, ITEM_IDX), row_bytes)
     bad = marked.where(F.col(REASON).isNotNull()).select(MODALITY, ITEM_ID, VECTOR, REASON)
-    write_table(bad, job.out / "quarantine", bad.count(), row_bytes=row_bytes)
-    quarantine_sum = tally(spark.read.parquet(str(job.out / "quarantine"))).checksum
+    num_bad = sum(number for found in counts.values() for reason, number in found.items() if reason)
+    quarantine = write_table(bad, job.out / "quarantine", num_bad, row_bytes=row_bytes)
+    quarantine_sum = tally(quarantine).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
     kind = config.features.standardise

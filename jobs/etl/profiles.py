@@ -31,6 +31,8 @@ from jobs.runner import Job, Result, run_stage, scratch
 logger = logging.getLogger(__name__)
 
 ROWS_PER_RANGE = 2_000_000
+FEW_ROWS = 100_000
+"""Rows that one Python worker sums in less time than a second one needs to start."""
 BATCH_ROWS = 4096
 
 
@@ -116,15 +118,15 @@ def run(job: Job) -> Result:
     paths = [(str(features.file(f"{name}/matrix.npy")), str(features.file(f"{name}/mask.npy"))) for name in dims]
     spark = open_session(job.config.runtime, scratch(job.store.storage.uri), num_train)
     train = spark.read.parquet(str(interactions.file("interactions"))).where(F.col(SPLIT) == TRAIN)
-    partitions = max(2, -(-num_train // ROWS_PER_RANGE))
+    partitions = 1 if num_train <= FEW_ROWS else max(2, -(-num_train // ROWS_PER_RANGE))
     earlier = find_earlier(job, interactions, dims)
     if earlier is not None:
         changed = changed_items(earlier.features, features, list(dims))
         stale = stale_users(train, earlier.train(spark), changed)
-        write_balanced(stale, job.work / "stale")
-        stale = spark.read.parquet(str(job.work / "stale"))
-        logger.info("base run=%s stale_users=%d changed_items=%d", earlier.run, stale.count(), changed.sum())
-        train = train.join(lookup(stale), USER_IDX, "left_semi")
+        stale = write_balanced(stale, job.work / "stale")
+        num_stale = stale.count()
+        logger.info("base run=%s stale_users=%d changed_items=%d", earlier.run, num_stale, changed.sum())
+        train = train.join(lookup(stale, num_stale), USER_IDX, "left_semi")
     profiles = sum_profiles(train, paths, job.config.profiles.aggregate == "mean", partitions)
     # The ranges are in the order of the users and so are the rows within: the files need no further sort.
     write_parts(profiles, job.work / "profiles")
