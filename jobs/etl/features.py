@@ -150,8 +150,7 @@ def run(job: Job) -> Result:
     write_table(placed, job.work / "placed", sum(read.values()), (MODALITY, ITEM_IDX), row_bytes)
     bad = marked.where(F.col(REASON).isNotNull()).select(MODALITY, ITEM_ID, VECTOR, REASON)
     num_bad = sum(number for found in counts.values() for reason, number in found.items() if reason)
-    quarantine = write_table(bad, job.out / "quarantine", num_bad, row_bytes=row_bytes)
-    quarantine_sum = tally(quarantine).checksum
+    quarantine_sum = tally(write_table(bad, job.out / "quarantine", num_bad, row_bytes=row_bytes)).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
     kind = config.features.standardise

@@ -66,6 +66,8 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
             "spark.local.dir": str(_local_dir(scratch.absolute() / "spark")),
+            # The only extension in Spark's own jars registers functions of its ML library, which costs 4 seconds.
+            "spark.sql.extensions.test.loadFromCp": "false",
             "spark.sql.shuffle.partitions": str(LOCAL_SHUFFLE_PARTITIONS),
         }
         settings["spark.driver.extraJavaOptions"] = QUICK_START if num_rows <= FEW_ROWS else THROUGHPUT
