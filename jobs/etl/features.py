@@ -1,6 +1,6 @@
 """Align the feature vectors of every modality with the item numbers: one matrix and one mask each.
 
-Vectors travel as Arrow batches from Parquet through Spark, sorted by item, into `.npy` files; no stage holds a
+Spark reads the vectors as Arrow batches and sorts them by item, then they are written to `.npy` files. No step holds a
 whole matrix in memory.
 """
 
@@ -47,7 +47,7 @@ BYTES_PER_TASK = 8 * 1024 * 1024
 MAX_TASKS = 1024
 _ROW_GROUP = ("row_group", pa.int32())
 MALFORMED = ("null_id", "empty_id", "null_vector", "non_finite", "wrong_length")
-"""Reasons that speak of broken data and count towards `features.max_quarantine_share`."""
+"""Reasons that mean broken data. They count towards `features.max_quarantine_share`."""
 
 
 def source(config: RunConfig, store: ArtifactStore) -> dict[str, list[list[str | int]]]:
@@ -195,16 +195,17 @@ def _scan_row_groups(binary: str, batches: Iterator[pa.RecordBatch]) -> Iterator
             try:
                 if location.path.suffix == MATRIX:
                     for rows in read_matrix_rows(location, piece["row_group"], BATCH_ROWS):
-                        yield _describe(piece[MODALITY], rows)
+                        yield describe(piece[MODALITY], rows)
                     continue
                 with pq.ParquetFile(str(location.path), filesystem=location.filesystem) as parquet:
                     for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
-                        yield _describe(piece[MODALITY], rows, binary)
+                        yield describe(piece[MODALITY], rows, binary)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise unreadable(piece["path"]) from error
 
 
-def _describe(modality: str, rows: pa.RecordBatch, binary: str = "float32") -> pa.RecordBatch:
+def describe(modality: str, rows: pa.RecordBatch, binary: str = "float32") -> pa.RecordBatch:
+    """Vectors as float32 lists, with their length and whether they are finite: the columns of `SCANNED`."""
     vectors = rows.column(VECTOR)
     if pa.types.is_fixed_size_binary(vectors.type):
         kind, width = np.dtype(binary).newbyteorder("<"), vectors.type.byte_width
@@ -261,7 +262,7 @@ def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Feature
 def _write_matrix(
     path: Path, rows: Iterator[tuple[slice, NDArray[np.float64]]], shape: tuple[int, int], dtype: str
 ) -> int:
-    """Write blocks of rows in a number type; how many rows do not fit into it."""
+    """Write blocks of rows in a number type, and return the number of rows that do not fit into it."""
     num_unfit = 0
     with RowWriter(path, *shape, dtype) as writer:
         for block, values in rows:

@@ -1,8 +1,8 @@
 """Read the interaction log: quarantine bad rows, split by time, number users and items, count everything.
 
-The fingerprint covers the files read; nothing that arrived or happened at or after `window.end` is used, and ids
-come from training rows, so what lies behind the cutoff cannot move a row number. The log is shuffled once, by user;
-what is carried over it is keys, and the ids come back with the row numbers.
+The fingerprint covers the files read. Nothing that arrived or happened at or after `window.end` is used. Ids come from
+training rows, so rows behind the cutoff cannot move a row number. The log is shuffled once, by user. It carries keys
+instead of ids; row numbers and ids are joined to it at the end.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from jobs.etl.events import (
     with_codes,
 )
 from jobs.etl.ids import ITEMS, USERS, Catalog, Seen, base_artifact, first_seen, number_ids, trained_keys
-from jobs.etl.quality import distributions, heed_drift, measure_drift
+from jobs.etl.quality import distributions, measure_drift, stop_on_drift
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
 from jobs.etl.tables import Counted, Tally, lookup, tallies, write_balanced, write_parts, write_table
@@ -153,7 +153,7 @@ def run(job: Job) -> Result:
         _stop_if_malformed(bad, delivered, config)
         log = _shuffle(marked.where(F.col(REASON).isNull()), config, delivered.num_read)
         drift = measure_drift(log.events, config.window, etl)
-    heed_drift(drift, etl)
+    stop_on_drift(drift, etl)
     kept, set_aside = _select(log, config)
     trained_users, trained_items = trained_keys(kept.where(F.col(SPLIT) == TRAIN))
     if trained_users.isEmpty():
@@ -347,7 +347,10 @@ def _cutoffs(config: RunConfig) -> dict[str, str | None]:
 
 
 def _stop_if_malformed(bad: DataFrame, delivered: Delivered, config: RunConfig) -> None:
-    """Judge all rows read, and apart from them those that arrived in the window: years of good rows hide a bad day."""
+    """Stop if too many rows are malformed, among all or among those that arrived in the window.
+
+    Years of good rows would hide a bad day.
+    """
     by_day = bad.where(F.col(REASON).isin(*MALFORMED)).groupBy(DAY, REASON).count().collect()
     new = [footer for footer in delivered.log if arrives_within(footer.file, config.window, config.etl.time_zone)]
     for what, judged in (("rows", delivered.log), ("rows that arrived in the window", new)):

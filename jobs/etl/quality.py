@@ -1,4 +1,4 @@
-"""What `quality.json` says: distributions of what was kept, and how far the last day has drifted from those before."""
+"""Figures of `quality.json`: distributions of the rows kept, and the drift of the last day from the days before."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
     return {**result, "volume": round(found * days / reference, 4), "index": indices, "status": status}
 
 
-def heed_drift(drift: dict[str, Any], etl: Etl) -> None:
-    """Warn of a drifted day.
+def stop_on_drift(drift: dict[str, Any], etl: Etl) -> None:
+    """Warn of a last day that differs from those before, or stop.
 
     Raises:
         DataError: an index is above `etl.drift_stop`.

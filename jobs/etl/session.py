@@ -32,7 +32,7 @@ and compiles it again. Below `MetaspaceSize` no new class causes a full collecti
 """
 
 THROUGHPUT = "-XX:+UseParallelGC"
-"""Of a batch job only the end counts, not how long the collector pauses."""
+"""A batch job needs throughput; the length of the collector's pauses does not matter."""
 
 
 def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession:
@@ -41,7 +41,7 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
     Args:
         runtime: master or `sc://` URL and driver memory.
         scratch: local folder for spilled blocks and the warehouse; nothing is left in the working directory.
-        num_rows: rows the job will read; with few of them a local JVM is told to compile quickly, not well.
+        num_rows: rows the job will read; with few of them a local JVM is set up for a quick start.
     """
     if runtime.spark_master.startswith("sc://"):
         session = SparkSession.builder.remote(runtime.spark_master).getOrCreate()
@@ -70,7 +70,13 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
             "spark.sql.extensions.test.loadFromCp": "false",
             "spark.sql.shuffle.partitions": str(LOCAL_SHUFFLE_PARTITIONS),
         }
-        settings["spark.driver.extraJavaOptions"] = QUICK_START if num_rows <= FEW_ROWS else THROUGHPUT
+        if num_rows <= FEW_ROWS:
+            # A heap of full size needs no collection to grow.
+            settings["spark.driver.extraJavaOptions"] = f"{QUICK_START} -Xms{runtime.spark_memory}"
+            # Every sort, hash table and broadcast takes at least a page, by default 16 MB of a heap of 1 GB.
+            settings["spark.buffer.pageSize"] = "2m"
+        else:
+            settings["spark.driver.extraJavaOptions"] = THROUGHPUT
     for key, value in settings.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()
@@ -103,12 +109,12 @@ def readable() -> Iterator[None]:
 
 
 def unreadable(path: str) -> OSError:
-    """What a Python worker raises about a file, for `readable` to find in the report on the driver."""
+    """Error of a Python worker about a file, in the form that `readable` finds in the report on the driver."""
     return OSError(f"Encountered error while reading file {quote(path)} .")
 
 
 def glob_escaped(path: str) -> str:
-    """A path as Spark's readers take it, who would expand brackets and stars."""
+    """Path in which the characters are escaped that Spark's readers would expand."""
     return re.sub(r"([\[\]{}*?,])", r"\\\1", path)
 
 
@@ -141,7 +147,7 @@ _SQL = {
 
 
 def _local_dir(parent: Path) -> Path:
-    """A folder of this process; those of processes that were killed on this host are removed."""
+    """Make a folder for this process, and remove those of processes that were killed on this host."""
     host = socket.gethostname()
     for entry in parent.glob(f"{host}-*"):
         pid = entry.name.rpartition("-")[2]

@@ -1,4 +1,4 @@
-"""Spark tables: contiguous row numbers, sorted Parquet of sane size, and checksums over rows."""
+"""Number the rows of Spark tables, write them as Parquet files of about 128 MiB, and checksum their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The daily ETL as a property: whatever way the days are delivered and run, the content is the same."""
+"""Properties of the daily ETL: the content does not depend on how days are delivered and run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ GUARDED = {
     "etl__max_events_per_day": 6,
     "etl__drift_min_rows": 100,
 }
-"""Everything on that looks at several rows at once."""
+"""All checks that look at several rows at once are on."""
 
 
 def etl(store: Path, raw: Path, run: str, start: date, end: date, stages: Iterable[str] = JOBS, **settings: Any) -> int:

@@ -440,7 +440,7 @@ def test_numbers_that_do_not_fit_stop_the_run(
 )
 def test_every_kind_of_vector_is_read(spark: SparkSession, kind: pa.DataType, tmp_path: Path) -> None:
     path = write_vectors(tmp_path, "text", [("a", [1.5, 2.0]), ("b", [0.5, 4.0])], kind)
-    described = features._describe("text", next(pq.ParquetFile(path).iter_batches()))
+    described = features.describe("text", next(pq.ParquetFile(path).iter_batches()))
     assert described.to_pylist() == [
         {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
         {"modality": "text", "item_id": "b", "vector": [0.5, 4.0], "dim": 2, "is_finite": True},
@@ -453,7 +453,7 @@ def test_binary_vectors_are_read(binary: str, width: int, tmp_path: Path) -> Non
     path = write_vectors(tmp_path, "text", [("a", rows[0]), ("n", None), ("b", rows[1])], pa.binary(width))
     batch = next(pq.ParquetFile(path).iter_batches())
     for part in (batch, pa.concat_batches([batch, batch]).slice(3)):
-        assert features._describe("text", part, binary).to_pylist() == [
+        assert features.describe("text", part, binary).to_pylist() == [
             {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
             {"modality": "text", "item_id": "n", "vector": None, "dim": 0, "is_finite": True},
             {"modality": "text", "item_id": "b", "vector": [0.5, float("inf")], "dim": 2, "is_finite": False},
