@@ -1,4 +1,4 @@
-"""The ETL jobs through their command lines: whole runs on raw data written by hand, and all that can be wrong."""
+"""Run the ETL jobs through their command lines, on raw data written by hand, sound and broken."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def rows_of(artifact: Artifact, table: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The raw data; not to be changed."""
+    """The raw data, shared: no test may change it."""
     folder = tmp_path_factory.mktemp("given") / "raw"
     write_log(folder, LOG)
     write_items(folder, [(f"i{n}", f"Item {n}") for n in (4, 3, 2, 1)])
@@ -151,7 +151,7 @@ def test_a_run_leaves_exactly_these_rows(reference: Path) -> None:
 
 @pytest.mark.spark
 def test_late_and_regrouped_rows_give_the_same_content(reference: Path, tmp_path: Path) -> None:
-    """Once more from scratch, with every row in another file, in another order, some arriving late."""
+    """A second run from scratch: every row in another file, in another order, some late."""
     other = tmp_path / "other"
     for number, (user, item, instant) in enumerate(reversed(LOG)):
         late = at(instant) + timedelta(days=number % 3)
@@ -520,7 +520,7 @@ def test_wrong_feature_files_are_errors(
 @pytest.mark.spark
 @pytest.mark.slow
 def test_a_killed_job_leaves_nothing_visible_and_can_be_run_again(reference: Path, given: Path, tmp_path: Path) -> None:
-    """Signal 9 to Python and its JVM while tables are being written, then the same command once more."""
+    """Kill Python and its JVM while tables are written, then give the same command again."""
     store = tmp_path / "store"
     settings = {**SETTINGS, "runtime.raw": str(given), "runtime.spark_master": "local[2]"}
     command = [sys.executable, "-m", "jobs.etl.interactions", "--store", str(store), "--run", "r"]
@@ -576,7 +576,7 @@ def test_lfm2k_keeps_its_split_and_its_order(spark: SparkSession, tmp_path: Path
 
 
 def test_replaced_files_change_the_identity_of_the_source(raw: Path, tmp_path: Path) -> None:
-    """Only of the stage that reads them, and only of a run that does."""
+    """Only for the stage that reads them, and only for a run that does."""
     store = open_store(str(tmp_path / "store"))
 
     def sources(end: str = "2026-01-21") -> tuple[str, str]:
