@@ -124,7 +124,7 @@ def test_doctor_finds_store_and_registry(world: World) -> None:
 
 
 def test_there_is_nothing_to_go_back_to(world: World) -> None:
-    ended = ask("rollback", "--store", world.store, "--json")
+    ended = crane("rollback", "--store", world.store, "--json")
     assert ended.code == EXIT_ARTIFACT
     assert "no champion before" in ended.err
 
@@ -133,7 +133,7 @@ def test_a_run_without_airflow_finds_the_same_stages(world: World, tmp_path: Pat
     recorded = json.loads((world.store / "runs" / world.run / "run.json").read_text())["config"]
     config = tmp_path / "same.yaml"
     config.write_text(json.dumps(recorded))
-    ended = ask(
+    ended = crane(
         *("run", "--store", world.store, "--run", "by-hand", "--config", config, "--until", "ml.graph", "--json"),
         *("--raw", world.home / "planted" / "raw"),
     )
