@@ -1,4 +1,4 @@
-"""What tests share: one Spark session, one S3 server."""
+"""Fixtures that tests share: one Spark session, one S3 server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
-    """A local session on two cores, made as the jobs make theirs, so that jobs run in-process find and share it."""
+    """A local session on two cores, made as the jobs make theirs. Jobs that run in this process share it."""
     from crane_core.config import Runtime
     from jobs.etl.session import open_session
 
@@ -30,7 +30,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server on this machine, spoken to over HTTP."""
+    """URL of an S3 server on this machine, reached over HTTP."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -42,7 +42,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3_uri(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty prefix in a new bucket; the process is set up to find it."""
+    """An empty prefix in a new bucket. The environment of the process points to its server."""
     import boto3
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)

@@ -1,7 +1,7 @@
-"""The rows of the interaction log: read, judged one by one, judged beside each other, split by time.
+"""Read the rows of the interaction log, mark those that cannot be used, and split the others by time.
 
-Rows that pass on their own are carried on as numbers: users and items become 64-bit keys, event types become codes,
-so that the one shuffle of the whole log moves fixed-width rows.
+Rows that are sound by themselves are carried on as numbers: users and items become 64-bit keys, event types become
+codes. So the one shuffle of the whole log moves rows of fixed width.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from crane_core.schema import (
     WEIGHT,
 )
 from jobs.etl.reading import read_files
+from jobs.etl.tables import lookup
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ MALFORMED = (
     "after_arrival",
     "too_late",
 )
-"""Reasons that speak of broken data and count towards `etl.max_quarantine_share`."""
+"""Reasons that mean broken data. They count towards `etl.max_quarantine_share`."""
 
 
 def read_interactions(spark: SparkSession, footers: Sequence[Footer]) -> DataFrame:
@@ -85,7 +86,7 @@ def read_interactions(spark: SparkSession, footers: Sequence[Footer]) -> DataFra
 
 
 def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
-    """Add `reason`: why a row by itself cannot be used, null when it can. The first that applies counts."""
+    """Add `reason`: why a row cannot be used, judged alone; null when it can. The first reason that applies counts."""
     weight = F.col(WEIGHT)
     next_day = F.to_utc_timestamp(F.date_add(DAY, 1).cast("timestamp"), etl.time_zone)
     oldest = F.to_utc_timestamp(F.date_sub(DAY, etl.lookback_days).cast("timestamp"), etl.time_zone)
@@ -155,7 +156,7 @@ def with_codes(rows: DataFrame, etl: Etl, user_seed: int = 0, item_seed: int = 0
 
 
 def key_of(column: str, seed: int) -> Column:
-    """A 64-bit key of an id. Of what is written only the drift over groups of items depends on it."""
+    """64-bit key of an id. Of everything written, only the drift of item groups depends on the keys."""
     return F.xxhash64(F.lit(seed), F.col(column))
 
 
@@ -176,8 +177,8 @@ def mark_repeats(rows: DataFrame, config: RunConfig) -> DataFrame:
     """Keep the first event of every user and item; `reason` becomes `duplicate` or `repeat` for the others.
 
     A duplicate has the time of the event before it; of such events the one with the largest weight is kept, then the
-    one with the smallest label. With `etl.repeats` `sum` or `max`, `merged_weight` is what the weights of the events of
-    a pair and of one split period come to: nothing of a later period enters. `weight` stays that of the event.
+    one with the smallest label. With `etl.repeats` `sum` or `max`, `merged_weight` is the sum or the maximum of the
+    weights of a pair within one split period. Events of a later period do not enter. `weight` stays that of the event.
     """
     etl = config.etl
     pair = Window.partitionBy(USER_KEY, ITEM_KEY).orderBy(EVENT_TIME, F.desc(WEIGHT), LABEL, EVENT_CODE)
@@ -216,7 +217,7 @@ def assign_split(rows: DataFrame, config: RunConfig) -> DataFrame:
 
 
 def temporal_split(config: RunConfig) -> Column:
-    """The period of a temporal split that the event lies in."""
+    """Period of an event under a temporal split."""
     validation, test = config.etl.cutoffs(config.window)
     time = F.col(EVENT_TIME)
     return F.when(time < F.lit(validation), TRAIN).when(time < F.lit(test), VALIDATION).otherwise(TEST)
@@ -241,14 +242,14 @@ def find_core(train: DataFrame, k: int) -> DataFrame:
     while count != (count := core.count()):
         for column in (USER_KEY, ITEM_KEY):
             strong = core.groupBy(column).count().where(F.col("count") >= k).select(column)
-            core = core.join(strong, column, "left_semi")
+            core = core.join(lookup(strong, count), column, "left_semi")
         core = core.select(USER_KEY, ITEM_KEY).localCheckpoint(eager=True)
         logger.info("core k=%d rows=%d", k, count)
-    return core
+    return lookup(core, count)
 
 
 def _stored(kind: pa.DataType | None) -> str:
-    """How Spark must read a column to get it as it is stored; "" when it is absent."""
+    """Spark type that reads a column as it is stored; "" when it is absent."""
     if kind is None:
         return ""
     if pt.is_timestamp(kind):

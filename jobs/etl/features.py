@@ -1,6 +1,6 @@
 """Align the feature vectors of every modality with the item numbers: one matrix and one mask each.
 
-Vectors travel as Arrow batches from Parquet through Spark, sorted by item, into `.npy` files; no stage holds a
+Spark reads the vectors as Arrow batches and sorts them by item, then they are written to `.npy` files. No step holds a
 whole matrix in memory.
 """
 
@@ -42,8 +42,12 @@ DIM = "dim"
 IS_FINITE = "is_finite"
 SCANNED = f"{MODALITY} string, {ITEM_ID} string, {VECTOR} array<float>, {DIM} int, {IS_FINITE} boolean"
 BATCH_ROWS = 4096
+BYTES_PER_TASK = 8 * 1024 * 1024
+"""Bytes of vectors that one Python worker reads in less time than a second one needs to start."""
+MAX_TASKS = 1024
+_ROW_GROUP = ("row_group", pa.int32())
 MALFORMED = ("null_id", "empty_id", "null_vector", "non_finite", "wrong_length")
-"""Reasons that speak of broken data and count towards `features.max_quarantine_share`."""
+"""Reasons that mean broken data. They count towards `features.max_quarantine_share`."""
 
 
 def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]], binary: str = "float32") -> DataFrame:
@@ -53,13 +57,16 @@ def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]], binary: s
     fixed-size binary is read as numbers of the type `binary`.
     """
     pieces = [
-        (name, str(footer.file.path), group)
+        {MODALITY: name, "path": str(footer.file.path), "row_group": group}
         for name, files in sorted(footers.items())
         for footer in files
         for group in range(footer.num_row_groups)
     ]
-    tasks = spark.createDataFrame(pieces, f"{MODALITY} string, path string, row_group int")
-    return tasks.repartition(min(len(pieces), 1024)).mapInArrow(partial(_scan_row_groups, binary), SCANNED)
+    size = sum(footer.file.size for files in footers.values() for footer in files)
+    tasks = min(len(pieces), max(1, -(-size // BYTES_PER_TASK)), MAX_TASKS)
+    table = pa.Table.from_pylist(pieces, pa.schema([(MODALITY, pa.string()), ("path", pa.string()), _ROW_GROUP]))
+    rows = spark.createDataFrame(table).repartition(tasks)
+    return rows.mapInArrow(partial(_scan_row_groups, binary), SCANNED)
 
 
 def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> DataFrame:
@@ -136,8 +143,8 @@ def run(job: Job) -> Result:
     row_bytes = 4 * max(dims.values())
     write_table(placed, job.work / "placed", sum(read.values()), (MODALITY, ITEM_IDX), row_bytes)
     bad = marked.where(F.col(REASON).isNotNull()).select(MODALITY, ITEM_ID, VECTOR, REASON)
-    write_table(bad, job.out / "quarantine", bad.count(), row_bytes=row_bytes)
-    quarantine_sum = tally(spark.read.parquet(str(job.out / "quarantine"))).checksum
+    num_bad = sum(number for found in counts.values() for reason, number in found.items() if reason)
+    quarantine_sum = tally(write_table(bad, job.out / "quarantine", num_bad, row_bytes=row_bytes)).checksum
 
     masks = _write_raw_matrices(job.work, dims, num_items)
     kind = config.features.standardise
@@ -182,16 +189,17 @@ def _scan_row_groups(binary: str, batches: Iterator[pa.RecordBatch]) -> Iterator
             try:
                 if location.path.suffix == MATRIX:
                     for rows in read_matrix_rows(location, piece["row_group"], BATCH_ROWS):
-                        yield _describe(piece[MODALITY], rows)
+                        yield describe(piece[MODALITY], rows)
                     continue
                 with pq.ParquetFile(str(location.path), filesystem=location.filesystem) as parquet:
                     for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
-                        yield _describe(piece[MODALITY], rows, binary)
+                        yield describe(piece[MODALITY], rows, binary)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise unreadable(piece["path"]) from error
 
 
-def _describe(modality: str, rows: pa.RecordBatch, binary: str = "float32") -> pa.RecordBatch:
+def describe(modality: str, rows: pa.RecordBatch, binary: str = "float32") -> pa.RecordBatch:
+    """Vectors as float32 lists, with their length and whether they are finite: the columns of `SCANNED`."""
     vectors = rows.column(VECTOR)
     if pa.types.is_fixed_size_binary(vectors.type):
         kind, width = np.dtype(binary).newbyteorder("<"), vectors.type.byte_width
@@ -248,7 +256,7 @@ def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Feature
 def _write_matrix(
     path: Path, rows: Iterator[tuple[slice, NDArray[np.float64]]], shape: tuple[int, int], dtype: str
 ) -> int:
-    """Write blocks of rows in a number type; how many rows do not fit into it."""
+    """Write blocks of rows in a number type, and return the number of rows that do not fit into it."""
     num_unfit = 0
     with RowWriter(path, *shape, dtype) as writer:
         for block, values in rows:

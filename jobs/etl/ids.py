@@ -1,4 +1,4 @@
-"""Row numbers for users and items: stable over days, append-only, and told apart by what became of the id."""
+"""Row numbers for users and items, stable from day to day: new ids are appended, and every id has a state."""
 
 from __future__ import annotations
 
@@ -9,12 +9,45 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from crane_core.config import RunConfig
-from crane_core.schema import COLD, EVENT_TIME, ITEM_ID, STATE, TITLE, TOMBSTONE, TRAIN, TRAINED, USER_ID
+from crane_core.schema import (
+    COLD,
+    EVENT_TIME,
+    ITEM_ID,
+    ITEM_IDX,
+    STATE,
+    TITLE,
+    TOMBSTONE,
+    TRAIN,
+    TRAINED,
+    USER_ID,
+    USER_IDX,
+)
 from jobs.etl.events import DAY, ITEM_KEY, USER_KEY, key_of, temporal_split
-from jobs.etl.tables import number_rows
+from jobs.etl.tables import lookup, number_rows
 
 WHOLE_NUMBER = "^(0|[1-9][0-9]{0,17})$"
 NUM_SEEDS = 8
+IDS_PER_RANGE = 100_000
+"""Ids that one task sorts in less time than it takes to divide them into ranges."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The columns of one kind of ids.
+
+    Attributes:
+        column: the id.
+        key: its 64-bit key.
+        number: its row number.
+    """
+
+    column: str
+    key: str
+    number: str
+
+
+USERS = Kind(USER_ID, USER_KEY, USER_IDX)
+ITEMS = Kind(ITEM_ID, ITEM_KEY, ITEM_IDX)
 
 
 @dataclass(frozen=True)
@@ -24,10 +57,27 @@ class Seen:
     Attributes:
         ids: the id, its key, and `entered`, the day it entered training.
         seed: of the keys, under which no two of these ids share one.
+        num_ids: number of ids.
     """
 
     ids: DataFrame
     seed: int
+    num_ids: int
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The delivered catalog.
+
+    Attributes:
+        items: item_id and title, one row per item.
+        bad: rows set aside, with their `reason`.
+        num_read: rows read.
+    """
+
+    items: DataFrame
+    bad: DataFrame
+    num_read: int
 
 
 def first_seen(valid: DataFrame, config: RunConfig) -> tuple[Seen, Seen]:
@@ -50,27 +100,51 @@ def first_seen(valid: DataFrame, config: RunConfig) -> tuple[Seen, Seen]:
         entered.alias("entered"), F.expr(f"stack(2, true, {USER_ID}, false, {ITEM_ID}) as (is_user, id)")
     )
     both = both.groupBy("is_user", "id").agg(F.min("entered").alias("entered")).localCheckpoint(eager=True)
-    users, items = both.where("is_user"), both.where("not is_user")
-    return _keyed(users, USER_ID, USER_KEY), _keyed(items, ITEM_ID, ITEM_KEY)
+    seeds = _find_seeds(both)
+
+    def keyed(kind: Kind, is_user: bool) -> Seen:
+        seed, num_ids = seeds.get(is_user, (0, 0))
+        ids = both.where(F.col("is_user") == is_user).select(F.col("id").alias(kind.column), "entered")
+        return Seen(ids.withColumn(kind.key, key_of(kind.column, seed)), seed, num_ids)
+
+    return keyed(USERS, True), keyed(ITEMS, False)
 
 
-def _keyed(seen: DataFrame, column: str, key: str) -> Seen:
-    seen = seen.select(F.col("id").alias(column), "entered")
+def _find_seeds(both: DataFrame) -> dict[bool, tuple[int, int]]:
+    """For users (true) and items (false): the first seed whose keys tell the ids apart, and the number of ids."""
+    found: dict[bool, tuple[int, int]] = {}
     for seed in range(NUM_SEEDS):
-        keyed = seen.withColumn(key, key_of(column, seed))
-        if keyed.groupBy(key).count().where("count > 1").isEmpty():
-            return Seen(keyed, seed)
-    raise AssertionError(f"{column}: no seed of {NUM_SEEDS} tells the ids apart")
+        keys = both.groupBy("is_user", key_of("id", seed).alias("key")).agg(F.count(F.lit(1)).alias("ids"))
+        counts = keys.groupBy("is_user").agg(F.sum("ids").alias("ids"), F.count("key").alias("keys")).collect()
+        for row in counts:
+            if row["ids"] == row["keys"]:
+                found.setdefault(row["is_user"], (seed, row["ids"]))
+        if len(found) == len(counts):
+            return found
+    raise AssertionError(f"no seed of {NUM_SEEDS} tells the ids apart")
+
+
+def trained_keys(train: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """The keys of the users and of the items that have training rows, in one pass over the rows.
+
+    Args:
+        train: the training rows, `CODED_COLUMNS`.
+
+    Returns:
+        `user_key` and `item_key`, each once.
+    """
+    both = train.select(F.expr(f"stack(2, true, {USER_KEY}, false, {ITEM_KEY}) as (is_user, key)"))
+    both = both.distinct().localCheckpoint(eager=True)
+    users, items = both.where("is_user"), both.where("not is_user")
+    return users.select(F.col("key").alias(USER_KEY)), items.select(F.col("key").alias(ITEM_KEY))
 
 
 def number_ids(
-    seen: DataFrame,
+    seen: Seen,
     trained: DataFrame,
-    column: str,
-    key: str,
-    name: str,
+    kind: Kind,
     config: RunConfig,
-    catalog: DataFrame | None = None,
+    catalog: Catalog | None = None,
     base: DataFrame | None = None,
 ) -> DataFrame:
     """Number the ids of one kind: those with training rows first, by the day they entered training, then by id.
@@ -83,29 +157,30 @@ def number_ids(
     Args:
         seen: the ids from `first_seen`.
         trained: the keys that have training rows.
-        column: `user_id` or `item_id`.
-        key: name of the key.
-        name: of the number.
+        kind: the columns of the ids.
         config: the run.
-        catalog: item_id and title of the items that belong whether seen or not, one row per item.
+        catalog: the items that belong whether seen or not.
         base: id, number and, for items, title of the run to go on from.
 
     Returns:
         The id, its key (null when it is not in `seen`), the number (int), `state` and, for items, `title`.
     """
-    ids = seen.join(trained.withColumn("trained", F.lit(True)), key, "left")
+    column = kind.column
+    ids = seen.ids.join(lookup(trained.withColumn("trained", F.lit(True)), seen.num_ids), kind.key, "left")
     belongs = F.lit(True) if config.etl.split == "label" else F.col("trained").isNotNull()
+    num_ids = seen.num_ids
     if catalog is not None:
-        ids = ids.join(catalog.withColumn("listed", F.lit(True)), column, "full")
+        ids = ids.join(catalog.items.withColumn("listed", F.lit(True)), column, "full")
         belongs |= F.col("listed").isNotNull()
+        num_ids += catalog.num_read
     ids = ids.withColumn(STATE, F.when(F.col("trained"), TRAINED).otherwise(COLD)).drop("trained")
     new = ids.where(belongs)
     if base is not None:
         new = new.join(base.select(column), column, "left_anti")
-    numbered = number_rows(new, _order(new, column, config), name, partitions=4)
+    numbered = number_rows(new, _order(new, column, config), kind.number, 1 if num_ids <= IDS_PER_RANGE else 4)
     if base is not None:
-        start = base.count()
-        numbered = numbered.withColumn(name, (F.col(name) + F.lit(start)).cast("int"))
+        number = F.col(kind.number)
+        numbered = numbered.withColumn(kind.number, (number + F.lit(base.count())).cast("int"))
         kept = base.withColumnRenamed(TITLE, "old_title").join(ids, column, "left")
         kept = kept.withColumn(STATE, F.coalesce(STATE, F.lit(TOMBSTONE)))
         if catalog is not None:

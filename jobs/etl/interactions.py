@@ -1,8 +1,8 @@
 """Read the interaction log: quarantine bad rows, split by time, number users and items, count everything.
 
-The fingerprint covers the files read; nothing that arrived or happened at or after `window.end` is used, and ids
-come from training rows, so what lies behind the cutoff cannot move a row number. The log is shuffled once, by user;
-what is carried over it is keys, and the ids come back with the row numbers.
+The fingerprint covers the files read. Nothing that arrived or happened at or after `window.end` is used. Ids come from
+training rows, so rows behind the cutoff cannot move a row number. The log is shuffled once, by user. It carries keys
+instead of ids; row numbers and ids are joined to it at the end.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -35,7 +36,6 @@ from crane_core.schema import (
     TITLE,
     TOMBSTONE,
     TRAIN,
-    TRAINED,
     USER_ID,
     USER_IDX,
     VALIDATION,
@@ -61,11 +61,11 @@ from jobs.etl.events import (
     readable_text,
     with_codes,
 )
-from jobs.etl.ids import first_seen, number_ids
-from jobs.etl.quality import distribution, heed_drift, measure_drift
+from jobs.etl.ids import ITEMS, USERS, Catalog, Seen, first_seen, number_ids, trained_keys
+from jobs.etl.quality import distributions, measure_drift, stop_on_drift
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
-from jobs.etl.tables import lookup, tally, write_balanced, write_parts, write_table
+from jobs.etl.tables import Counted, Tally, lookup, tallies, write_balanced, write_parts, write_table
 from jobs.runner import Job, Result, run_stage
 from jobs.stores import scratch
 
@@ -88,47 +88,128 @@ def clean_catalog(items: DataFrame) -> tuple[DataFrame, DataFrame]:
     return marked.where(F.col(REASON).isNull()).drop(REASON), marked.where(F.col(REASON).isNotNull())
 
 
+@dataclass(frozen=True)
+class Delivered:
+    """The raw files of a run, checked.
+
+    Attributes:
+        root: folder of the raw data.
+        log: footers of the interaction files.
+        catalog: footers of the catalog files.
+        ignored: columns that are not used, with the files that have them.
+    """
+
+    root: Location
+    log: list[Footer]
+    catalog: list[Footer]
+    ignored: dict[str, list[str]]
+
+    @property
+    def num_read(self) -> int:
+        """Rows of the log."""
+        return sum(footer.num_rows for footer in self.log)
+
+
+@dataclass(frozen=True)
+class Log:
+    """The rows of the log that pass one by one, under keys.
+
+    Attributes:
+        users: ids of the users.
+        items: ids of the items.
+        events: the rows within the daily cap, persisted, with `reason` from `mark_repeats`.
+        over_cap: the rows beyond the daily cap, None where there is no cap.
+    """
+
+    users: Seen
+    items: Seen
+    events: DataFrame
+    over_cap: DataFrame | None
+
+    def with_ids(self, rows: DataFrame) -> DataFrame:
+        """Rows with `user_id` and `item_id` beside the keys."""
+        users = lookup(self.users.ids.select(USER_KEY, USER_ID), self.users.num_ids)
+        items = lookup(self.items.ids.select(ITEM_KEY, ITEM_ID), self.items.num_ids)
+        return rows.join(users, USER_KEY).join(items, ITEM_KEY)
+
+
 def run(job: Job) -> Result:
     """Run the stage; see the module docstring."""
     config, etl = job.config, job.config.etl
-    root = raw_root(config, job.store.storage.uri)
     base = base_interactions(config, job.store)
     if base is not None:
         base.verify()
-    footers = check_interactions(list_interactions(root, config.window, etl), config.window, etl)
-    catalog_footers = check_items(list_items(root))
-    num_read = sum(footer.num_rows for footer in footers)
-    ignored = ignored_columns([*footers, *catalog_footers])
+    delivered = _check(job)
+    spark = open_session(config.runtime, scratch(job.store.storage.uri), delivered.num_read)
+    with readable():
+        marked = mark_bad(read_interactions(spark, delivered.log), config.window, etl)
+        bad = write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
+        _stop_if_malformed(bad, delivered, config)
+        log = _shuffle(marked.where(F.col(REASON).isNull()), config, delivered.num_read)
+        drift = measure_drift(log.events, config.window, etl)
+    stop_on_drift(drift, etl)
+    kept, set_aside = _select(log, config)
+    trained_users, trained_items = trained_keys(kept.where(F.col(SPLIT) == TRAIN))
+    if trained_users.isEmpty():
+        raise _no_training_rows(delivered, config)
+
+    catalog = _read_catalog(spark, delivered.catalog)
+    users = number_ids(log.users, trained_users, USERS, config, base=_base_ids(spark, base, "users"))
+    items = number_ids(log.items, trained_items, ITEMS, config, catalog, _base_ids(spark, base, "items"))
+    tables = {
+        **_write_rows(job, log, kept, users, items, delivered.num_read),
+        "users": write_table(
+            users.select(USER_IDX, USER_ID, STATE), job.out / "users", delivered.num_read, (USER_IDX,)
+        ),
+        "items": write_table(
+            items.select(ITEM_IDX, ITEM_ID, TITLE, STATE), job.out / "items", delivered.num_read, (ITEM_IDX,)
+        ),
+        "quarantine": _write_quarantine(job, log, bad, set_aside),
+        "quarantine_items": write_table(catalog.bad, job.out / "quarantine_items", delivered.num_read),
+    }
+    result = _report(job, tables, delivered.num_read, catalog.num_read, drift)
+    result.facts |= {"base": base and base.fingerprint, "ignored_columns": delivered.ignored}
+    log.events.unpersist()
+    return result
+
+
+def _check(job: Job) -> Delivered:
+    config = job.config
+    root = raw_root(config, job.store.storage.uri)
+    log = check_interactions(list_interactions(root, config.window, config.etl), config.window, config.etl)
+    catalog = check_items(list_items(root))
+    ignored = ignored_columns([*log, *catalog])
     for name, found in ignored.items():
         logger.warning("ignored column=%s files=%d first=%s", name, len(found), found[0])
-    logger.info("read files=%d rows=%d catalog_files=%d", len(footers), num_read, len(catalog_footers))
-    spark = open_session(config.runtime, scratch(job.store.storage.uri), num_read)
+    delivered = Delivered(root, log, catalog, ignored)
+    logger.info("read files=%d rows=%d catalog_files=%d", len(log), delivered.num_read, len(catalog))
+    return delivered
 
-    with readable():
-        marked = mark_bad(read_interactions(spark, footers), config.window, etl)
-        valid = marked.where(F.col(REASON).isNull())
-        write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
-        bad = spark.read.parquet(str(job.work / "bad"))
-        _stop_if_malformed(bad, footers, config, root)
-        seen_users, seen_items = first_seen(valid, config)
-        coded = with_codes(valid, etl, seen_users.seed, seen_items.seed).repartition(
-            max(2, -(-num_read // ROWS_PER_PARTITION)), USER_KEY
-        )
-        capped = mark_excess(coded, etl)
-        usable = mark_repeats(capped.where(F.col(REASON).isNull()).drop(REASON), config)
-        events = usable.persist(StorageLevel.MEMORY_AND_DISK)
-        drift = measure_drift(events, config.window, etl)
-    heed_drift(drift, etl)
-    kept = kept_events(events)
+
+def _shuffle(valid: DataFrame, config: RunConfig, num_read: int) -> Log:
+    """Shuffle the log by user and judge the rows of a user beside each other."""
+    users, items = first_seen(valid, config)
+    partitions = max(2, -(-num_read // ROWS_PER_PARTITION))
+    coded = with_codes(valid, config.etl, users.seed, items.seed).repartition(partitions, USER_KEY)
+    capped = mark_excess(coded, config.etl)
+    usable = mark_repeats(capped.where(F.col(REASON).isNull()).drop(REASON), config)
+    over_cap = None if config.etl.max_events_per_day is None else capped.where(F.col(REASON).isNotNull())
+    return Log(users, items, usable.persist(StorageLevel.MEMORY_AND_DISK), over_cap)
+
+
+def _select(log: Log, config: RunConfig) -> tuple[DataFrame, list[DataFrame]]:
+    """Keep one event per pair, without bots and outside the k-core: the events kept, and those set aside."""
+    etl = config.etl
+    kept = kept_events(log.events)
     if etl.split == "leave_last":
-        kept = kept.join(lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID)), ITEM_KEY)
+        kept = kept.join(lookup(log.items.ids.select(ITEM_KEY, ITEM_ID), log.items.num_ids), ITEM_KEY)
     kept = assign_split(kept, config).drop(ITEM_ID)
-    set_aside = [events.where(F.col(REASON).isNotNull())]
-    if etl.max_events_per_day is not None:
-        set_aside.append(capped.where(F.col(REASON).isNotNull()))
+    set_aside = [log.events.where(F.col(REASON).isNotNull())]
+    if log.over_cap is not None:
+        set_aside.append(log.over_cap)
     if etl.max_interactions is not None:
         bots = find_bots(kept.where(F.col(SPLIT) == TRAIN), etl.max_interactions).localCheckpoint(eager=True)
-        bots = lookup(bots)
+        bots = lookup(bots, log.users.num_ids)
         set_aside.append(kept.join(bots, USER_KEY, "left_semi").withColumn(REASON, F.lit("bot")))
         kept = kept.join(bots, USER_KEY, "left_anti")
     if etl.k_core > 1:
@@ -138,77 +219,50 @@ def run(job: Job) -> Result:
         set_aside.append(train.join(core, pair, "left_anti").withColumn(REASON, F.lit("k_core")))
         held_out = kept.where(F.col(SPLIT) != TRAIN)
         kept = train.join(core, pair, "left_semi").unionByName(held_out)
-    train = kept.where(F.col(SPLIT) == TRAIN)
-    trained_users, trained_items = (train.select(key).distinct() for key in (USER_KEY, ITEM_KEY))
+    return kept, [part.select(*CODED_COLUMNS, REASON) for part in set_aside]
 
-    catalog, catalog_bad = _read_catalog(spark, catalog_footers)
-    users = number_ids(
-        seen_users.ids, trained_users, USER_ID, USER_KEY, USER_IDX, config, base=_base_ids(spark, base, "users")
-    )
-    items = number_ids(
-        seen_items.ids, trained_items, ITEM_ID, ITEM_KEY, ITEM_IDX, config, catalog, _base_ids(spark, base, "items")
-    )
-    if users.where(F.col(STATE) == TRAINED).isEmpty():
-        raise _no_training_rows(num_read, config, root)
-    user_numbers = lookup(users.where(F.col(USER_KEY).isNotNull()).select(USER_KEY, USER_IDX))
-    item_numbers = lookup(items.where(F.col(ITEM_KEY).isNotNull()).select(ITEM_KEY, ITEM_IDX))
-    placed = kept.join(user_numbers, USER_KEY, "left").join(item_numbers, ITEM_KEY, "left")
+
+def _write_rows(
+    job: Job, log: Log, kept: DataFrame, users: DataFrame, items: DataFrame, num_read: int
+) -> dict[str, DataFrame]:
+    """Write the rows whose user and item have numbers, and apart from them the others."""
+    user_numbers = users.where(F.col(USER_KEY).isNotNull()).select(USER_KEY, USER_IDX)
+    item_numbers = items.where(F.col(ITEM_KEY).isNotNull()).select(ITEM_KEY, ITEM_IDX)
+    placed = kept.join(lookup(user_numbers, log.users.num_ids), USER_KEY, "left")
+    placed = placed.join(lookup(item_numbers, log.items.num_ids), ITEM_KEY, "left")
     known = F.col(USER_IDX).isNotNull() & F.col(ITEM_IDX).isNotNull()
     unknown = F.when(F.col(USER_IDX).isNull(), "unknown_user").otherwise("unknown_item")
-
-    user_ids = lookup(seen_users.ids.select(USER_KEY, USER_ID))
-    item_ids = lookup(seen_items.ids.select(ITEM_KEY, ITEM_ID))
-
-    def with_ids(rows: DataFrame) -> DataFrame:
-        return rows.join(user_ids, USER_KEY).join(item_ids, ITEM_KEY)
-
-    out = job.out
     interactions = placed.where(known).select(USER_IDX, ITEM_IDX, EVENT_TIME, WEIGHT, SPLIT)
-    write_parts(interactions.coalesce(-(-num_read // ROWS_PER_FILE)), out / "interactions")
-    write_table(users.select(USER_IDX, USER_ID, STATE), out / "users", num_read, (USER_IDX,))
-    write_table(items.select(ITEM_IDX, ITEM_ID, TITLE, STATE), out / "items", num_read, (ITEM_IDX,))
     held = (USER_ID, ITEM_ID, EVENT_TIME, WEIGHT, SPLIT, USER_IDX, ITEM_IDX)
-    cold = with_ids(placed.where(~known))
-    write_balanced(cold.select(*held, unknown.alias(REASON)), out / "cold")
-    event_type = F.element_at(F.array(*map(F.lit, sorted(etl.event_weights) or [""])), F.col(EVENT_CODE) + 1)
-    later = reduce(DataFrame.unionByName, [part.select(*CODED_COLUMNS, REASON) for part in set_aside])
-    later = with_ids(later).withColumn(EVENT_TYPE, event_type)
-    write_balanced(bad.unionByName(later.select(bad.columns)), out / "quarantine")
-    write_table(catalog_bad, out / "quarantine_items", num_read)
-    result = _report(job, spark, num_read, sum(footer.num_rows for footer in catalog_footers), drift)
-    result.facts |= {"base": base and base.fingerprint, "ignored_columns": ignored}
-    events.unpersist()
-    return result
+    cold = log.with_ids(placed.where(~known)).select(*held, unknown.alias(REASON))
+    return {
+        "interactions": write_parts(interactions.coalesce(-(-num_read // ROWS_PER_FILE)), job.out / "interactions"),
+        "cold": write_balanced(cold, job.out / "cold"),
+    }
+
+
+def _write_quarantine(job: Job, log: Log, bad: DataFrame, set_aside: Sequence[DataFrame]) -> DataFrame:
+    names = sorted(job.config.etl.event_weights) or [""]
+    event_type = F.element_at(F.array(*map(F.lit, names)), F.col(EVENT_CODE) + 1)
+    later = log.with_ids(reduce(DataFrame.unionByName, set_aside)).withColumn(EVENT_TYPE, event_type)
+    return write_balanced(bad.unionByName(later.select(bad.columns)), job.out / "quarantine")
 
 
 def _base_ids(spark: SparkSession, base: Artifact | None, table: str) -> DataFrame | None:
     return None if base is None else spark.read.parquet(str(base.file(table))).drop(STATE)
 
 
-def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int, drift: dict[str, Any]) -> Result:
+def _report(job: Job, tables: dict[str, DataFrame], num_read: int, num_catalog: int, drift: dict[str, Any]) -> Result:
     """Read back what was written, check that every row read is somewhere, and describe it in `quality.json`."""
-    tables = {path.name: spark.read.parquet(str(path)) for path in sorted(job.out.iterdir())}
-    # The day a row arrived on is no part of the content: late and punctual deliveries agree.
-    tables["quarantine"] = tables["quarantine"].drop(DAY)
-    zone = job.config.etl.time_zone
-    split, day, reason = F.col(SPLIT), F.to_date(F.from_utc_timestamp(EVENT_TIME, zone)), F.col(REASON)
-    groups = {
-        "interactions": {"split": split, "day": day},
-        "cold": {"split": split, "day": day, "reason": reason},
-        "quarantine": {"reason": reason},
-        "quarantine_items": {"reason": reason},
-        "users": {"state": F.col(STATE)},
-        "items": {"state": F.col(STATE)},
-    }
-    found = {name: tally(table, **groups.get(name, {})) for name, table in tables.items()}
+    found = _tally(tables, job.config.etl.time_zone)
     splits, quarantine = found["interactions"].by(0), found["quarantine"].by(0)
     cold_splits, cold = found["cold"].by(0), found["cold"].by(2)
     accounted = sum(found[name].total for name in ("interactions", "cold", "quarantine"))
     assert accounted == num_read, f"{num_read} rows read, {accounted} accounted for"
     assert str(TRAIN) not in cold_splits, f"training rows without an index: {cold_splits}"
 
-    train = tables["interactions"].where(split == TRAIN)
-    per_user, per_item = (distribution(train, column) for column in (USER_IDX, ITEM_IDX))
+    train = distributions(tables["interactions"].where(F.col(SPLIT) == TRAIN), (USER_IDX, ITEM_IDX))
+    per_user, per_item = train[USER_IDX], train[ITEM_IDX]
     num_train = splits.get(str(TRAIN), 0)
     days = Counter(found["interactions"].by(1))
     days.update(found["cold"].by(1))
@@ -248,13 +302,31 @@ def _report(job: Job, spark: SparkSession, num_read: int, num_catalog: int, drif
     return Result(facts, {name: entry.checksum for name, entry in found.items()})
 
 
-def _read_catalog(spark: SparkSession, footers: Sequence[Footer]) -> tuple[DataFrame, DataFrame]:
+def _tally(tables: dict[str, DataFrame], zone: str) -> dict[str, Tally]:
+    split, day, reason = F.col(SPLIT), F.to_date(F.from_utc_timestamp(EVENT_TIME, zone)), F.col(REASON)
+    groups = {
+        "interactions": {"split": split, "day": day},
+        "cold": {"split": split, "day": day, "reason": reason},
+        "quarantine": {"reason": reason},
+        "quarantine_items": {"reason": reason},
+        "users": {"state": F.col(STATE)},
+        "items": {"state": F.col(STATE)},
+    }
+    # The day a row arrived on is no part of the content: late and punctual deliveries agree.
+    contents = {name: table.drop(DAY) for name, table in tables.items()}
+    return tallies({name: Counted(contents[name], groups[name]) for name in sorted(contents)})
+
+
+def _read_catalog(spark: SparkSession, footers: Sequence[Footer]) -> Catalog:
     schema = f"{ITEM_ID} string, {TITLE} string"
+    num_read = sum(footer.num_rows for footer in footers)
     if not footers:
-        return clean_catalog(spark.createDataFrame([], schema))
+        return Catalog(
+            *clean_catalog(spark.range(0).select(F.lit("").alias(ITEM_ID), F.lit("").alias(TITLE))), num_read
+        )
     with readable():
         rows = read_files(spark, [footer.file for footer in footers], schema)
-        return clean_catalog(rows.localCheckpoint(eager=True))
+        return Catalog(*clean_catalog(rows.localCheckpoint(eager=True)), num_read)
 
 
 def _cutoffs(config: RunConfig) -> dict[str, str | None]:
@@ -268,11 +340,14 @@ def _cutoffs(config: RunConfig) -> dict[str, str | None]:
     }
 
 
-def _stop_if_malformed(bad: DataFrame, footers: Sequence[Footer], config: RunConfig, root: Location) -> None:
-    """Judge all rows read, and apart from them those that arrived in the window: years of good rows hide a bad day."""
+def _stop_if_malformed(bad: DataFrame, delivered: Delivered, config: RunConfig) -> None:
+    """Stop if too many rows are malformed, among all or among those that arrived in the window.
+
+    Years of good rows would hide a bad day.
+    """
     by_day = bad.where(F.col(REASON).isin(*MALFORMED)).groupBy(DAY, REASON).count().collect()
-    new = [footer for footer in footers if arrives_within(footer.file, config.window, config.etl.time_zone)]
-    for what, judged in (("rows", list(footers)), ("rows that arrived in the window", new)):
+    new = [footer for footer in delivered.log if arrives_within(footer.file, config.window, config.etl.time_zone)]
+    for what, judged in (("rows", delivered.log), ("rows that arrived in the window", new)):
         days = {footer.file.day for footer in judged}
         counts: dict[str, Counter[Any]] = {DAY: Counter(), REASON: Counter()}
         for row in by_day:
@@ -285,18 +360,18 @@ def _stop_if_malformed(bad: DataFrame, footers: Sequence[Footer], config: RunCon
         worst = ", ".join(f"{DAY}={day} ({count} rows)" for day, count in counts[DAY].most_common(3))
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(counts[REASON].items()))
         raise DataError(
-            f"{root / INTERACTIONS_FOLDER}: {malformed} of {num_read} {what} are malformed ({reasons}), most of them "
-            f"in {worst}; etl.max_quarantine_share is {config.etl.max_quarantine_share}.",
+            f"{delivered.root / INTERACTIONS_FOLDER}: {malformed} of {num_read} {what} are malformed ({reasons}), most "
+            f"of them in {worst}; etl.max_quarantine_share is {config.etl.max_quarantine_share}.",
             "Correct the deliveries; after_arrival and too_late mean that dt is not the day of arrival, or that "
             "etl.lookback_days is too short. Or raise etl.max_quarantine_share.",
         )
 
 
-def _no_training_rows(num_read: int, config: RunConfig, root: Location) -> DataError:
+def _no_training_rows(delivered: Delivered, config: RunConfig) -> DataError:
     validation = _cutoffs(config)["validation"]
     before = f" before the validation period starts at {validation}" if validation else ""
     return DataError(
-        f"{root / INTERACTIONS_FOLDER}: {num_read} rows read, 0 usable training rows{before} "
+        f"{delivered.root / INTERACTIONS_FOLDER}: {delivered.num_read} rows read, 0 usable training rows{before} "
         f"(etl.k_core={config.etl.k_core}, etl.min_weight={config.etl.min_weight}).",
         "Read more history, shorten etl.validation_days and etl.test_days, or lower etl.k_core and etl.min_weight.",
     )

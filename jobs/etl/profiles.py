@@ -1,8 +1,8 @@
 """Sum the feature rows of every user's training items, per modality.
 
-Sums are taken in float64 over one user's items in the order of their numbers, whatever the partitions and batches
-they come in: two runs agree bit for bit. A run that goes on from another (`etl.base_run`) sums only for the users whose
-items, or whose items' rows, have changed since, and takes over the bits of all others: the same bytes for less work.
+Sums are taken in float64 over one user's items, in the order of their numbers. Partitions and batches do not matter, so
+two runs agree bit for bit. A run with `etl.base_run` sums only for users whose items, or whose items' rows, have
+changed since that run. It copies the rows of all others: the same bytes for less work.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from jobs.stores import scratch
 logger = logging.getLogger(__name__)
 
 ROWS_PER_RANGE = 2_000_000
+FEW_ROWS = 100_000
+"""Rows that one Python worker sums in less time than a second one needs to start."""
 BATCH_ROWS = 4096
 
 
@@ -117,15 +119,15 @@ def run(job: Job) -> Result:
     paths = [(str(features.file(f"{name}/matrix.npy")), str(features.file(f"{name}/mask.npy"))) for name in dims]
     spark = open_session(job.config.runtime, scratch(job.store.storage.uri), num_train)
     train = spark.read.parquet(str(interactions.file("interactions"))).where(F.col(SPLIT) == TRAIN)
-    partitions = max(2, -(-num_train // ROWS_PER_RANGE))
+    partitions = 1 if num_train <= FEW_ROWS else max(2, -(-num_train // ROWS_PER_RANGE))
     earlier = find_earlier(job, interactions, dims)
     if earlier is not None:
         changed = changed_items(earlier.features, features, list(dims))
         stale = stale_users(train, earlier.train(spark), changed)
-        write_balanced(stale, job.work / "stale")
-        stale = spark.read.parquet(str(job.work / "stale"))
-        logger.info("base run=%s stale_users=%d changed_items=%d", earlier.run, stale.count(), changed.sum())
-        train = train.join(lookup(stale), USER_IDX, "left_semi")
+        stale = write_balanced(stale, job.work / "stale")
+        num_stale = stale.count()
+        logger.info("base run=%s stale_users=%d changed_items=%d", earlier.run, num_stale, changed.sum())
+        train = train.join(lookup(stale, num_stale), USER_IDX, "left_semi")
     profiles = sum_profiles(train, paths, job.config.profiles.aggregate == "mean", partitions)
     # The ranges are in the order of the users and so are the rows within: the files need no further sort.
     write_parts(profiles, job.work / "profiles")
@@ -162,7 +164,7 @@ class Earlier:
 
 
 def find_earlier(job: Job, interactions: Artifact, dims: Mapping[str, int]) -> Earlier | None:
-    """The artifacts to go on from: of `etl.base_run`, if it has profiles of the same kind and under the same ids."""
+    """Artifacts of `etl.base_run` to reuse; None unless it has profiles of the same kind under the same ids."""
     run = job.config.etl.base_run
     if run is None or job.store.entry(run, "etl.profiles") is None:
         return None
@@ -180,7 +182,7 @@ def find_earlier(job: Job, interactions: Artifact, dims: Mapping[str, int]) -> E
 
 
 def changed_items(before: Artifact, now: Artifact, names: Sequence[str]) -> NDArray[np.bool_]:
-    """bool [items of `before`]: some modality of the item has another row, or is there now or no longer."""
+    """bool [items of `before`]: true where a modality of the item has another row, is new or is gone."""
     files = [f"{name}/{part}.npy" for name in names for part in ("mask", "matrix")]
     changed = [changed_rows(*(open_matrix(side.file(file)) for side in (before, now))) for file in files]
     num_before = len(open_matrix(before.file(files[0])))
@@ -190,8 +192,8 @@ def changed_items(before: Artifact, now: Artifact, names: Sequence[str]) -> NDAr
 def stale_users(train: DataFrame, before: DataFrame, changed: NDArray[np.bool_]) -> DataFrame:
     """Users whose set of items differs between two tables of training rows, or who have a changed item.
 
-    Sets are compared by the number of their items and two 64-bit sums of hashes: that two sets agree in all of them
-    and differ is less likely than a fault of the machine.
+    Sets are compared by their number of items and three sums of 40-bit hashes. A fault of the machine is more likely
+    than two different sets that agree in all four.
 
     Args:
         train, before: user_idx and item_idx, no pair twice.
@@ -217,7 +219,7 @@ def stale_users(train: DataFrame, before: DataFrame, changed: NDArray[np.bool_])
 def _update_matrices(
     work: Path, before: Artifact, out: Path, dims: dict[str, int], num_users: int
 ) -> dict[str, NDArray[np.int32]]:
-    """Take over the rows of the earlier profiles, then replace those of the stale users."""
+    """Copy the rows of the earlier profiles, then replace those of the stale users."""
     counts, matrices = {}, {}
     for name, dim in dims.items():
         old = open_matrix(before.file(f"{name}.npy"))

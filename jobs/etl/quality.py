@@ -1,9 +1,10 @@
-"""What `quality.json` says: distributions of what was kept, and how far the last day has drifted from those before."""
+"""Figures of `quality.json`: distributions of the rows kept, and the drift of the last day from the days before."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,18 +24,23 @@ ITEM_GROUPS = 16
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
-def distribution(rows: DataFrame, column: str) -> dict[str, float]:
-    """Number of values of a column, and mean and quantiles of their rows."""
+def distributions(rows: DataFrame, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For each int column: the number of its values, and mean and quantiles of the rows per value; one query."""
+    pairs = ", ".join(f"'{column}', {column}" for column in columns)
+    values = rows.select(F.expr(f"stack({len(columns)}, {pairs}) as (name, value)"))
     count = F.col("count")
-    row = (
-        rows.groupBy(column)
+    found = (
+        values.groupBy("name", "value")
         .count()
+        .groupBy("name")
         .agg(F.count(count).alias("ids"), F.avg(count).alias("mean"), F.percentile(count, list(QUANTILES)).alias("at"))
-        .first()
+        .collect()
     )
-    assert row is not None
-    quantiles = {f"p{round(100 * share)}": value for share, value in zip(QUANTILES, row["at"] or (), strict=False)}
-    return {"count": row["ids"], "mean": row["mean"], **quantiles}
+    result: dict[str, dict[str, float]] = {}
+    for row in found:
+        quantiles = {f"p{round(100 * share)}": value for share, value in zip(QUANTILES, row["at"], strict=True)}
+        result[row["name"]] = {"count": row["ids"], "mean": row["mean"], **quantiles}
+    return result
 
 
 def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, Any]:
@@ -91,8 +97,8 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
     return {**result, "volume": round(found * days / reference, 4), "index": indices, "status": status}
 
 
-def heed_drift(drift: dict[str, Any], etl: Etl) -> None:
-    """Warn of a drifted day.
+def stop_on_drift(drift: dict[str, Any], etl: Etl) -> None:
+    """Warn of a last day that differs from those before, or stop.
 
     Raises:
         DataError: an index is above `etl.drift_stop`.

@@ -24,11 +24,15 @@ logger = logging.getLogger(__name__)
 
 LOCAL_SHUFFLE_PARTITIONS = 4
 FEW_ROWS = 2_000_000
-QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-"""Halves the seconds of a job over 100,000 rows on two busy cores; the optimising compiler pays off later."""
+QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:ReservedCodeCacheSize=240m -XX:MetaspaceSize=256m"
+"""Halves the seconds of a job over 100,000 rows on two busy cores; the optimising compiler pays off later.
+
+A compiler without tiers would have 48 MB for its code, which the classes of a few runs fill: then it throws code away
+and compiles it again. Below `MetaspaceSize` no new class causes a full collection.
+"""
 
 THROUGHPUT = "-XX:+UseParallelGC"
-"""Of a batch job only the end counts, not how long the collector pauses."""
+"""A batch job needs throughput; the length of the collector's pauses does not matter."""
 
 
 def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession:
@@ -37,7 +41,7 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
     Args:
         runtime: master or `sc://` URL and driver memory.
         scratch: local folder for spilled blocks and the warehouse; nothing is left in the working directory.
-        num_rows: rows the job will read; with few of them a local JVM is told to compile quickly, not well.
+        num_rows: rows the job will read; with few of them a local JVM is set up for a quick start.
     """
     if runtime.spark_master.startswith("sc://"):
         session = SparkSession.builder.remote(runtime.spark_master).getOrCreate()
@@ -50,11 +54,10 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
     builder = SparkSession.builder.master(runtime.spark_master).appName("crane")
     settings = {
         **_SQL,
+        **_CLASSIC,
         "spark.driver.memory": runtime.spark_memory,
         "spark.log.level": "WARN",
         "spark.sql.warehouse.dir": str(scratch.absolute() / "warehouse"),
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
     }
     if runtime.spark_master.startswith("local"):
         # PySpark takes the interpreter of its workers from the environment only.
@@ -63,9 +66,17 @@ def open_session(runtime: Runtime, scratch: Path, num_rows: int) -> SparkSession
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
             "spark.local.dir": str(_local_dir(scratch.absolute() / "spark")),
+            # The only extension in Spark's own jars registers functions of its ML library, which costs 4 seconds.
+            "spark.sql.extensions.test.loadFromCp": "false",
             "spark.sql.shuffle.partitions": str(LOCAL_SHUFFLE_PARTITIONS),
         }
-        settings["spark.driver.extraJavaOptions"] = QUICK_START if num_rows <= FEW_ROWS else THROUGHPUT
+        if num_rows <= FEW_ROWS:
+            # A heap of full size needs no collection to grow.
+            settings["spark.driver.extraJavaOptions"] = f"{QUICK_START} -Xms{runtime.spark_memory}"
+            # Every sort, hash table and broadcast takes at least a page, by default 16 MB of a heap of 1 GB.
+            settings["spark.buffer.pageSize"] = "2m"
+        else:
+            settings["spark.driver.extraJavaOptions"] = THROUGHPUT
     for key, value in settings.items():
         builder = builder.config(key, value)
     session = builder.getOrCreate()
@@ -98,17 +109,29 @@ def readable() -> Iterator[None]:
 
 
 def unreadable(path: str) -> OSError:
-    """What a Python worker raises about a file, for `readable` to find in the report on the driver."""
+    """Error of a Python worker about a file, in the form that `readable` finds in the report on the driver."""
     return OSError(f"Encountered error while reading file {quote(path)} .")
 
 
 def glob_escaped(path: str) -> str:
-    """A path as Spark's readers take it, who would expand brackets and stars."""
+    """Path in which the characters are escaped that Spark's readers would expand."""
     return re.sub(r"([\[\]{}*?,])", r"\\\1", path)
 
 
 _UNREADABLE = re.compile(r"Encountered error while reading file (\S+?)\.?\s")
 
+# Static settings: they count from the start of a session.
+_CLASSIC = {
+    # An ETL run has several hundred generated classes. The default keeps 100, and compiles the others again and again.
+    "spark.sql.codegen.cache.maxEntries": "2000",
+    # What pages of a user interface would show. There is none here, and plans of hundreds of stages are large.
+    "spark.sql.ui.retainedExecutions": "1",
+    "spark.ui.retainedJobs": "1",
+    "spark.ui.retainedStages": "1",
+    "spark.ui.retainedTasks": "1",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
 _SQL = {
     "spark.sql.adaptive.enabled": "true",
     "spark.sql.caseSensitive": "true",
@@ -124,7 +147,7 @@ _SQL = {
 
 
 def _local_dir(parent: Path) -> Path:
-    """A folder of this process; those of processes that were killed on this host are removed."""
+    """Make a folder for this process, and remove those of processes that were killed on this host."""
     host = socket.gethostname()
     for entry in parent.glob(f"{host}-*"):
         pid = entry.name.rpartition("-")[2]

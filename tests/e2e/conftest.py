@@ -1,4 +1,4 @@
-"""One small world with a known answer, brought through the whole pipeline by Airflow once for all tests."""
+"""A small world with a known answer. Airflow runs the whole pipeline over it once, for all tests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Ended:
 
 
 def ask(*arguments: str | Path) -> Ended:
-    """Run a quick `crane` command in this process, which has paid for its imports."""
+    """Run a quick `crane` command in this process, which needs no new imports."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([*map(str, arguments)])

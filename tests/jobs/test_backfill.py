@@ -1,4 +1,4 @@
-"""Backfills through their command lines: the plan, its execution, and what either must leave alone."""
+"""Run backfills through their command lines: the plan, its execution, and the files that neither may touch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_a_dry_run_says_is_what_a_run_makes(spark: SparkSession, backfill: 
     assert [(step["day"], step["stage"]) for step in planned] == [(day, stage) for day in DAYS for stage in stages]
     assert [step["part"] for step in planned if step["stage"] == "ml.knn"] == ["0", "1"] * 2
     assert [step["state"] for step in planned] == ["found"] + ["make"] * 13
-    # What hangs on nothing unmade has its fingerprint.
+    # A step has its fingerprint if all its inputs are made.
     assert [step["fingerprint"] != "None" for step in planned] == [True, True, *[False] * 5, True, *[False] * 6]
 
     backfill.job(check, argv, code=EXIT_ARTIFACT)

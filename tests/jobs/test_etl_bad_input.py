@@ -1,6 +1,6 @@
-"""Two hundred generated bad inputs: every one ends in a typed error or in counted quarantine, to the row.
+"""Two hundred generated bad inputs: each ends in a typed error or is counted in quarantine, to the row.
 
-A plain reference in Python says what must become of each row. Files that the checks let through are read by one run
+A plain reference in Python tells the expected reason of each row. Files that the checks let through are read by one run
 of the job together, so that Spark starts its work once and not two hundred times.
 """
 

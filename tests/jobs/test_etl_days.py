@@ -1,4 +1,4 @@
-"""The daily ETL as a property: whatever way the days are delivered and run, the content is the same."""
+"""Properties of the daily ETL: the content does not depend on how days are delivered and run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, EXIT_OK
 from crane_core.raw.generator import DIRT, GeneratorSettings, generate, make_world
 from crane_core.raw.importers import import_movielens
 from crane_core.schema import INTERACTIONS
+from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact
 from jobs.commands import paths
 from jobs.commands.demo import wheel
@@ -43,11 +44,11 @@ GUARDED = {
     "etl__max_events_per_day": 6,
     "etl__drift_min_rows": 100,
 }
-"""Everything on that looks at several rows at once."""
+"""All checks that look at several rows at once are on."""
 
 
 def etl(store: Path, raw: Path, run: str, start: date, end: date, stages: Iterable[str] = JOBS, **settings: Any) -> int:
-    """Run stages of one window in this process and return the first exit code that is not 0."""
+    """Run stages of one window in this process, and return the first exit code that is not 0."""
     chosen = {
         "window.start": start,
         "window.end": end,
@@ -80,7 +81,7 @@ def ids(found: Artifact, kind: str) -> list[str]:
 
 
 def by_name(found: Artifact) -> set[tuple[Any, ...]]:
-    """The interactions under their external ids: what must not depend on how ids are numbered."""
+    """The interactions under their external ids, which must not depend on the row numbers."""
     rows = pq.read_table(found.path / "interactions")
     users, items = (np.array(ids(found, kind), dtype=object) for kind in ("user", "item"))
     columns = [users[rows["user_idx"].to_numpy()], items[rows["item_idx"].to_numpy()]]
@@ -147,7 +148,7 @@ def deliver_late(source: Path, target: Path, share: float, seed: int) -> None:
 
 
 def test_late_events_and_other_windows_give_the_same_content(reference: Path, punctual: Path, tmp_path: Path) -> None:
-    """5 % of the events late; the window in two runs, the later one first; the earlier one once more elsewhere."""
+    """5 % of the events are late. The window is cut into two runs, the later one first; the earlier one runs twice."""
     late, store = tmp_path / "late", tmp_path / "store"
     deliver_late(punctual, late, 0.05, seed=1)
     expected = contents(reference, "r")
@@ -161,7 +162,7 @@ def test_late_events_and_other_windows_give_the_same_content(reference: Path, pu
 
 
 def plant(punctual: Path, raw: Path) -> Path:
-    """The log with many rows behind the cutoff of training, some behind the end, all of which must change nothing."""
+    """Copy the log and add many rows behind the cutoff of training, some behind the end. They must change nothing."""
     deliver_late(punctual, raw, 0, seed=2)
     generator = random.Random(3)
     known = [f"u{n}" for n in range(150)]
@@ -227,7 +228,7 @@ def test_without_the_guard_they_do(
     guard: str,
     without: Callable[..., Any],
 ) -> None:
-    """The same with k-core or the cap over all rows instead of the training rows: the test above would notice."""
+    """With k-core or the cap over all rows instead of the training rows, the test above would fail."""
     split = interactions.assign_split
 
     def remember(rows: Any, config: Any) -> Any:
@@ -242,7 +243,7 @@ def test_without_the_guard_they_do(
 
 
 def test_ids_go_on_from_a_named_run(spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Numbers stay whatever the ids do, new ones are appended, what is gone leaves a tombstone that can come back."""
+    """Numbers stay, new ids are appended, and an id that is gone leaves a tombstone until it comes back."""
     raw, store = tmp_path / "raw", tmp_path / "store"
     early = [("bob", "x", "2026-01-02"), ("ann", "y", "2026-01-03"), ("bob", "w", "2026-01-09")]
     write_log(raw, early)
@@ -288,7 +289,7 @@ def test_ids_go_on_from_a_named_run(spark: SparkSession, tmp_path: Path, capsys:
 def test_profiles_go_on_from_a_named_run(
     spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Yesterday's sums and today's changes are the full recomputation, to the bit."""
+    """Yesterday's sums with today's changes equal the full recomputation, to the bit."""
     raw, store, whole = tmp_path / "raw", tmp_path / "store", tmp_path / "whole"
     plan = GeneratorSettings(1200, 60, 30, NUM_DAYS, START, 4, {"text": 5, "image": 3}, missing_share=0.2)
     generate(plan, raw)
@@ -315,7 +316,7 @@ def test_profiles_go_on_from_a_named_run(
 
 
 def test_another_base_is_another_fingerprint(spark: SparkSession, tmp_path: Path) -> None:
-    """Even under the same run id: what enters is the content of the base."""
+    """Even under the same run id, since the content of the base enters the fingerprint."""
     raw, store = tmp_path / "raw", open_store(str(tmp_path / "store"))
     write_log(raw, [("bob", "x", "2026-01-02"), ("ann", "y", "2026-01-03"), ("bob", "w", "2026-01-09")])
     settings = ["window.start=2026-01-10", "window.end=2026-01-11", f"runtime.raw={raw}", "etl.base_run=one"]
@@ -327,7 +328,7 @@ def test_another_base_is_another_fingerprint(spark: SparkSession, tmp_path: Path
         facts = {"cutoffs": {"end": "2026-01-09T00:00:00+00:00"}}
         store.publish(folder, {"stage": "etl.interactions", "fingerprint": content, "facts": facts})
         store.record("one", "etl.interactions", {"fingerprint": content})
-        found.append(interactions.source(load_config(None, settings), store))
+        found.append(STAGES["etl.interactions"].source(load_config(None, settings), store))
     assert found[0]["files"] == found[1]["files"] and found[0]["base"] != found[1]["base"]
 
 
@@ -392,7 +393,7 @@ def test_movielens_in_pieces_equals_the_whole(spark: SparkSession, movielens: Pa
 
 
 def test_generated_dirt_is_counted_to_the_row(spark: SparkSession, tmp_path: Path) -> None:
-    """The generator knows what it spoilt; the ETL finds exactly that, and the truth in what is left."""
+    """The generator counts the rows it spoils. The ETL finds exactly those, and the planted taste in the others."""
     plan = GeneratorSettings(6000, 200, 80, NUM_DAYS, START, 8, {"text": 4}, dirt_share=0.08)
     generate(plan, tmp_path / "raw")
     weights = {"etl__event_weights": "{view: 1, cart: 3, purchase: 5}", "etl__repeats": "max"}
@@ -418,7 +419,7 @@ def test_generated_dirt_is_counted_to_the_row(spark: SparkSession, tmp_path: Pat
 
 
 def test_days_are_those_of_the_zone(spark: SparkSession, tmp_path: Path) -> None:
-    """A row at 23:30 UTC is of the next day in Berlin: on time there, after its arrival in UTC."""
+    """A row at 23:30 UTC belongs to the next day in Berlin: on time there, after its arrival in UTC."""
     raw = tmp_path / "raw"
     berlin = pa.timestamp("us", "Europe/Berlin")
     write_day(raw, "2026-01-09", [("a", "x", at("2026-01-09"), None, None), ("b", "y", at("2026-01-08 23:30"))])

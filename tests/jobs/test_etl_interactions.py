@@ -27,14 +27,24 @@ from jobs.etl.events import (
     read_interactions,
     with_codes,
 )
-from jobs.etl.ids import first_seen, number_ids
+from jobs.etl.ids import Catalog, Kind, first_seen, number_ids, trained_keys
 from jobs.etl.interactions import clean_catalog
 from jobs.etl.tables import number_rows, tally, write_table
 from tests.worlds.raw_data import at, write_day
 
 pytestmark = pytest.mark.spark
 
-EVENTS = "user_id string, item_id string, event_time timestamp, weight float, label bigint, event_type string, dt date"
+EVENTS = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("event_time", pa.timestamp("us", "UTC")),
+        ("weight", pa.float32()),
+        ("label", pa.int64()),
+        ("event_type", pa.string()),
+        ("dt", pa.date32()),
+    ]
+)
 
 
 def configure(start: str = "2026-01-20", end: str = "2026-01-21", **etl: Any) -> RunConfig:
@@ -48,7 +58,9 @@ def events(spark: SparkSession, rows: list[tuple[Any, ...]]) -> DataFrame:
         weight, label, day, kind = (*rest, *(None,) * (4 - len(rest)))
         instant = at(time) if time else None
         full.append((user, item, instant, weight, label, kind, date.fromisoformat(day or time[:10])))
-    return spark.createDataFrame(full, EVENTS)
+    # As an Arrow table: a list of rows would go through a Python worker each time the frame is evaluated.
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*full, strict=True), EVENTS, strict=True)]
+    return spark.createDataFrame(pa.Table.from_arrays(columns, schema=EVENTS))
 
 
 def coded(spark: SparkSession, rows: list[tuple[Any, ...]], config: RunConfig) -> DataFrame:
@@ -282,12 +294,13 @@ def numbered(
 ) -> DataFrame:
     valid = mark_bad(events(spark, rows), config.window, config.etl).where("reason is null").drop("reason")
     kept = mark_repeats(with_codes(valid, config.etl), config).where("reason is null").drop("reason")
-    key = column.replace("_id", "_key")
-    trained = assign_split(kept, config).where("split = 0").select(key).distinct()
-    table = spark.createDataFrame(catalog, "item_id string, title string") if catalog else None
-    users, items = first_seen(valid, config)
-    seen = users if column == "user_id" else items
-    return number_ids(seen.ids, trained, column, key, "idx", config, table, base)
+    kind = Kind(column, column.replace("_id", "_key"), "idx")
+    which = 0 if column == "user_id" else 1
+    trained = trained_keys(assign_split(kept, config).where("split = 0"))[which]
+    listed = None
+    if catalog:
+        listed = Catalog(*clean_catalog(spark.createDataFrame(catalog, "item_id string, title string")), len(catalog))
+    return number_ids(first_seen(valid, config)[which], trained, kind, config, listed, base)
 
 
 def numbers(*arguments: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The same ETL elsewhere: a standalone cluster, a Connect server, raw data and artifacts on S3; the same content."""
+"""The ETL gives the same content on a standalone cluster, on a Connect server, and with raw data and store on S3."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(arguments: list[str], log: Path, **more: str) -> None:
-    """The stages in a process of their own."""
+    """Run the stages in a process of their own."""
     with log.open("w") as out:
         command = [sys.executable, "-m", "tests.worlds.etl_stages", *arguments]
         code = subprocess.run(command, env=environment(**more), stdout=out, stderr=out, check=False).returncode
@@ -68,7 +68,7 @@ def run(arguments: list[str], log: Path, **more: str) -> None:
 
 @contextlib.contextmanager
 def started(command: list[str], log: Path, sign: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, from the moment its log shows a sign that it is ready."""
+    """A running server, once its log shows that it is ready."""
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment(), stdout=out, stderr=out, start_new_session=True)
     try:

@@ -1,4 +1,4 @@
-"""The ETL jobs through their command lines: whole runs on raw data written by hand, and all that can be wrong."""
+"""Run the ETL jobs through their command lines, on raw data written by hand, sound and broken."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from crane_core.config_file import load_config
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK
 from crane_core.raw.importers import import_mmrec
 from crane_core.schema import INTERACTIONS
+from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact
 from jobs.etl import features, interactions, profiles
 from jobs.stores import open_store
@@ -76,7 +77,7 @@ def rows_of(artifact: Artifact, table: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The raw data; not to be changed."""
+    """The raw data, shared: no test may change it."""
     folder = tmp_path_factory.mktemp("given") / "raw"
     write_log(folder, LOG)
     write_items(folder, [(f"i{n}", f"Item {n}") for n in (4, 3, 2, 1)])
@@ -151,7 +152,7 @@ def test_a_run_leaves_exactly_these_rows(reference: Path) -> None:
 
 @pytest.mark.spark
 def test_late_and_regrouped_rows_give_the_same_content(reference: Path, tmp_path: Path) -> None:
-    """Once more from scratch, with every row in another file, in another order, some arriving late."""
+    """A second run from scratch: every row in another file, in another order, some late."""
     other = tmp_path / "other"
     for number, (user, item, instant) in enumerate(reversed(LOG)):
         late = at(instant) + timedelta(days=number % 3)
@@ -440,7 +441,7 @@ def test_numbers_that_do_not_fit_stop_the_run(
 )
 def test_every_kind_of_vector_is_read(spark: SparkSession, kind: pa.DataType, tmp_path: Path) -> None:
     path = write_vectors(tmp_path, "text", [("a", [1.5, 2.0]), ("b", [0.5, 4.0])], kind)
-    described = features._describe("text", next(pq.ParquetFile(path).iter_batches()))
+    described = features.describe("text", next(pq.ParquetFile(path).iter_batches()))
     assert described.to_pylist() == [
         {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
         {"modality": "text", "item_id": "b", "vector": [0.5, 4.0], "dim": 2, "is_finite": True},
@@ -453,7 +454,7 @@ def test_binary_vectors_are_read(binary: str, width: int, tmp_path: Path) -> Non
     path = write_vectors(tmp_path, "text", [("a", rows[0]), ("n", None), ("b", rows[1])], pa.binary(width))
     batch = next(pq.ParquetFile(path).iter_batches())
     for part in (batch, pa.concat_batches([batch, batch]).slice(3)):
-        assert features._describe("text", part, binary).to_pylist() == [
+        assert features.describe("text", part, binary).to_pylist() == [
             {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
             {"modality": "text", "item_id": "n", "vector": None, "dim": 0, "is_finite": True},
             {"modality": "text", "item_id": "b", "vector": [0.5, float("inf")], "dim": 2, "is_finite": False},
@@ -520,7 +521,7 @@ def test_wrong_feature_files_are_errors(
 @pytest.mark.spark
 @pytest.mark.slow
 def test_a_killed_job_leaves_nothing_visible_and_can_be_run_again(reference: Path, given: Path, tmp_path: Path) -> None:
-    """Signal 9 to Python and its JVM while tables are being written, then the same command once more."""
+    """Kill Python and its JVM while tables are written, then give the same command again."""
     store = tmp_path / "store"
     settings = {**SETTINGS, "runtime.raw": str(given), "runtime.spark_master": "local[2]"}
     command = [sys.executable, "-m", "jobs.etl.interactions", "--store", str(store), "--run", "r"]
@@ -576,13 +577,14 @@ def test_lfm2k_keeps_its_split_and_its_order(spark: SparkSession, tmp_path: Path
 
 
 def test_replaced_files_change_the_identity_of_the_source(raw: Path, tmp_path: Path) -> None:
-    """Only of the stage that reads them, and only of a run that does."""
+    """Only for the stage that reads them, and only for a run that does."""
     store = open_store(str(tmp_path / "store"))
 
     def sources(end: str = "2026-01-21") -> tuple[str, str]:
         settings = {**SETTINGS, "window.end": end, "window.start": "2026-01-18", "runtime.raw": str(raw)}
         config = load_config(None, [f"{key}={value}" for key, value in settings.items()])
-        return json.dumps(interactions.source(config, store)), json.dumps(features.source(config, store))
+        one, other = (STAGES[name].source(config, store) for name in ("etl.interactions", "etl.features"))
+        return json.dumps(one), json.dumps(other)
 
     first, earlier = sources(), sources("2026-01-20")
     write_log(raw, [("eve", "i1", "2026-01-20 01:00")])

@@ -1,4 +1,4 @@
-"""A run that goes on from another: rows and lists stay, new and changed ones are what a build with its keys gives."""
+"""Runs with a base run: old rows and lists stay, and new and changed ones equal those of a build with the same keys."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def test_last_override_wins_over_file_and_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("window: {start: 2026-01-05, end: 2026-01-06}\ntrain: {learning_rate: 0.5, num_layers: 3}\n")
     config = load_config(str(file), ["train.learning_rate=1e-3", "train.learning_rate=2.0e-3"])
-    assert (config.train.learning_rate, config.train.num_layers, config.train.batch_size) == (0.002, 3, 2048)
+    assert (config.train.learning_rate, config.lightgcn.num_layers, config.train.batch_size) == (0.002, 3, 2048)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,13 @@ def test_presets_are_valid(name: str) -> None:
 def test_the_ways_to_train_have_names() -> None:
     staged, joint, paper = (load_config(name, WINDOW) for name in ("staged", "joint", "paper"))
     assert staged == load_config(None, WINDOW)
-    assert joint.train == staged.train.model_copy(update={"mode": "joint"})
-    assert joint.model_copy(update={"train": staged.train}) == staged
-    train = paper.train
-    assert (train.mode, train.joint_start, train.loss, train.trust) == ("joint", "scratch", "bpr", "none")
-    assert (train.semantic_items, train.semantic_users) == ("content", "profiles")
-    assert (train.num_layers, train.num_item_layers, train.learning_rate, train.batch_size) == (2, 1, 1e-3, 2048)
+    assert joint == staged.changed({"crane.mode": "joint"})
+    train, lightgcn, crane = paper.train, paper.lightgcn, paper.crane
+    assert (crane.mode, crane.joint_start, crane.loss, crane.semantic_weight) == ("joint", "scratch", "bpr", "none")
+    assert (crane.semantic_items, crane.semantic_users) == ("content", "profiles")
+    assert (lightgcn.num_layers, crane.num_item_layers, train.learning_rate, train.batch_size) == (2, 1, 1e-3, 2048)
     assert (paper.refine.num_recursions, paper.knn.k, paper.profiles.aggregate) == (3, 10, "sum")
-    assert paper.refine.embedding_dim == train.embedding_dim == 64
+    assert paper.refine.embedding_dim == lightgcn.embedding_dim == 64
 
 
 def test_a_recorded_run_is_the_start_unless_a_file_is_named(tmp_path: Path) -> None:
