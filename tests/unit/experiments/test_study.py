@@ -295,6 +295,7 @@ def flags(folder: Path, out: Path, *more: str) -> list[str]:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_killed_between_epochs_and_cells_it_goes_on(self, folder: Path, tmp_path: Path, capsys) -> None:
         only = ["--only", "profiles", "--seeds", "0", "1"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -311,6 +312,7 @@ class TestCommand:
         assert whole["complete"] and killed["complete"]
         assert killed["experiments"] == whole["experiments"], "bit for bit what an undisturbed run finds"
 
+    @pytest.mark.slow
     def test_the_page_and_the_last_line(self, folder: Path, tmp_path: Path) -> None:
         argv = [
             sys.executable,
@@ -414,6 +416,7 @@ class TestStudy:
         with pytest.raises(ConfigError, match="No seed"):
             study(dataset, tmp_path, seeds=())
 
+    @pytest.mark.slow
     def test_forms_and_growth_are_measured_once(self, dataset: Dataset, tmp_path: Path, trainings, monkeypatch) -> None:
         sizes = [64, 128, 256]
         monkeypatch.setattr("crane_core.experiments.study.catalog_sizes", lambda _: sizes)
@@ -600,6 +603,7 @@ class TestSearch:
         assert all(("error" in t) == (t["parameters"]["train.edge_dropout"] > 0.3) for t in trials)
         assert any("error" in trial and trial["validation_recall@20"] == 0 for trial in trials)
 
+    @pytest.mark.slow
     def test_in_pieces_and_after_a_kill_it_tries_the_same(self, dataset, tmp_path, landscape, monkeypatch) -> None:
         whole = Search(dataset, RECIPE, 0, Cells(tmp_path / "whole"))
         whole.run(6, NO_BOUND.allows, lambda _: None)
@@ -637,6 +641,7 @@ class TestSearch:
             found.append((search.record(), search.best(), search.study.study_name))
         assert found[0] == found[1]
 
+    @pytest.mark.slow
     def test_a_search_with_real_trainings_ends_in_a_configuration(self, folder: Path, tmp_path: Path, capsys) -> None:
         argv = flags(folder, tmp_path / "out", "--only", "search", "--trials", "2", "--seeds", "0")
         assert cli.main(argv) == 0
@@ -667,6 +672,7 @@ class TestSearch:
             found = MODELS[model](dataset, other, tmp_path / str(number)).score(users)
             assert not torch.equal(found, expected), f"{model} does not read {path}"
 
+    @pytest.mark.slow
     def test_a_search_of_another_model_is_a_search_of_its_own(self, folder: Path, tmp_path: Path, capsys) -> None:
         for path in folder.glob("*_feat.npy"):
             path.unlink()
@@ -690,6 +696,7 @@ class TestSearch:
             assert cli.main(flags(folder, tmp_path / "out", *more)) == EXIT_CONFIG
             assert said in json.loads(capsys.readouterr().out)["remedy"]
 
+    @pytest.mark.slow
     def test_a_second_process_waits_for_the_search(self, dataset, tmp_path, landscape) -> None:
         said: list[str] = []
         holder = subprocess.Popen(

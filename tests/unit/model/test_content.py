@@ -285,6 +285,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
     alone = trainer(tmp_path / "alone", start(planted_modalities(), RANKED), RANKED)
     alone.run()

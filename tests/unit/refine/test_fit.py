@@ -118,6 +118,7 @@ def refine_as_one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_the_rows_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(refine_as_one_of_two, (tmp_path,), nprocs=2)
     modalities = planted_modalities()

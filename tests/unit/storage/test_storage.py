@@ -50,6 +50,7 @@ def test_lists_names_directly_below(storage: Storage) -> None:
     assert storage.names("runs/b") == ["run.json", "x.json"]
 
 
+@pytest.mark.slow
 def test_lists_more_names_than_one_page_holds(s3_uri: str) -> None:
     storage = open_storage(s3_uri)
     with ThreadPoolExecutor(8) as pool:

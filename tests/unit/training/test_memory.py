@@ -139,6 +139,7 @@ def _peak_of_a_step(kind: Kind, contrast: Literal["same_kind", "both_kinds"], ba
     queue.put((_held("VmHWM") - before, node_bytes(model, 64) + batch_bytes(model, batch_size, 64)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
 @pytest.mark.parametrize(
     ("peak", "arguments"),

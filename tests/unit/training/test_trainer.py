@@ -179,6 +179,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @both_kinds
 @pytest.mark.parametrize("moment", [1, 5, 8])
 def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
@@ -211,6 +212,7 @@ def _train_long(work: Path) -> None:
     trainer(work, config=LONG).run()
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
     ours = trainer(tmp_path / "undisturbed", config=LONG)
     expected = ours.run(), ours.progress.curve, ours.best_weights()
@@ -455,6 +457,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -> None:
     for world_size in (2, 4):
         mp.spawn(_rank, (world_size, str(tmp_path)), nprocs=world_size)
