@@ -1,25 +1,25 @@
 """### crane_backfill: rebuild past days
 
-Started by hand over the days `from` to `to`, both included. It makes what is missing and never moves an alias.
+You start it by hand for the days `from` to `to`, both included. It makes the artifacts that are missing. It never moves
+an alias.
 
-**What it does.** `plan` looks at the store and logs every step of every day: `state=found` where an artifact of the
-same inputs and configuration is there, by whatever run, else `state=make`. What a wanted stage reads is planned along.
-`etl` (one Spark session) and `content` (refined rows, item graph) then rebuild the days that lack something, each a
-mapped task and a run of its own, `backfill-{day after}-{configuration}`. `check` plans once more and fails unless
-everything is there.
+**What it does.** `plan` logs every step of every day with its state. `state=found` means that the store has an artifact
+of the same inputs and configuration, made by any run; otherwise the state is `make`. The plan includes the stages that
+a wanted stage reads. `etl` (one Spark session) and `content` (refined rows, item graph) then rebuild the days that lack
+something. Both have one mapped task per day. Each day is a run with the id `backfill-{day after}-{configuration}`.
+`check` plans again and fails unless everything is there.
 
-**First look.** `dry_run` is on unless you turn it off: read the plan in the log of `plan`, then trigger again with
-`dry_run` off and everything else equal. That run makes exactly what the plan says; a day that lacks nothing has no
-task.
+**First look.** `dry_run` is on by default. Read the plan in the log of `plan`, then trigger again with `dry_run` off
+and everything else unchanged. That run makes exactly the steps of the plan. A day that lacks nothing gets no task.
 
-**Training.** Only with `train`, once, on the last day: its model is registered, without an alias and without an asset
-event. To promote it all the same, trigger `crane_promote` with its run.
+**Training.** Set `train` to train a model on the last day. The model is registered without an alias and without an
+asset event. To promote it, trigger `crane_promote` with its run id.
 
-**Load.** `etl` has the small pool `crane_backfill` to itself, so that the daily run keeps going beside it; `content`
-and `train` queue for the accelerator with everybody else.
+**Load.** `etl` has its own small pool `crane_backfill`, so the daily run can use its pools at the same time. `content`
+and `train` wait in the pool of the accelerator like all other tasks.
 
-**When it fails.** The other days go on, later tasks wait. Mend the cause and clear the failed task, or trigger the same
-backfill again: what is there is found.
+**When it fails.** The other days go on; later tasks wait. Mend the cause, then clear the failed task or trigger the
+same backfill again: it finds the finished steps.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`,
 `crane_registry`, `crane_notifiers` (`notices.py`).
@@ -35,7 +35,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from deployment import DEFAULT_ARGS, job, mapped_job
 from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
-from windows import DAY_PATTERN, OVERRIDE_PATTERN, backfill_flags, backfill_windows
+from windows import DAY_PATTERN, OVERRIDE_PATTERN, Backfill, backfill_flags, backfill_windows
 
 STAGES = ["etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.graph"]
 DAY: dict[str, Any] = {"type": "string", "format": "date", "pattern": DAY_PATTERN}
@@ -61,7 +61,7 @@ with DAG(
             type="array",
             uniqueItems=True,
             items={"type": "string", "enum": STAGES},
-            description="What to rebuild, with all it reads",
+            description="Stages to rebuild, with those that they read",
         ),
         "train": Param(False, type="boolean", description="Train, evaluate and register the last day"),
         "dry_run": Param(True, type="boolean", description="Only log the plan"),
@@ -79,28 +79,25 @@ with DAG(
 
     @task(task_id="resolve")
     def resolve(params: dict[str, Any]) -> dict[str, Any]:
-        """The days, and the flags of every job."""
+        """Check the days and return the flags of every job."""
         try:
             windows = backfill_windows(params["from"], params["to"])
         except ValueError as error:
             raise AirflowFailException(str(error)) from error
         if not params["stages"] and not params["train"]:
-            raise AirflowFailException("Nothing to rebuild: name stages, or train.")
+            raise AirflowFailException("Nothing to rebuild: name a stage in stages, or set train.")
         flags = backfill_flags(
+            Backfill(windows, params["stages"], params["train"], params["dry_run"]),
             store=params["store"] or setting("store", str(PROJECT / ".crane" / "store")),
-            windows=windows,
             config=params["config"] or setting("config", "") or None,
             overrides=[*deployment_overrides(), *params["overrides"]],
-            stages=params["stages"],
-            train=params["train"],
-            dry_run=params["dry_run"],
         )
         return {"flags": flags}
 
-    # A list of its own: a dry run, and a backfill that trains nothing, map over none.
+    # `train` maps over this list: it is empty on a dry run and in a backfill that trains nothing.
     @task(task_id="last_day", trigger_rule="none_failed")
     def last_day(days: list[str], params: dict[str, Any]) -> list[str]:
-        """The day to train, if one is to be trained."""
+        """Return the day to train, or no day."""
         return days[-1:] if params["train"] else []
 
     plan = job("backfill.plan", flags=FLAGS, returns="days")
@@ -108,7 +105,7 @@ with DAG(
     content = mapped_job("backfill.content", plan.output, flags=FLAGS)
     last = last_day(plan.output)
     train = mapped_job("backfill.train", last, flags=FLAGS)
-    # On a dry run everything is skipped, and so is the check.
+    # On a dry run all tasks above are skipped, so `check` is skipped too.
     check = job("backfill.check", flags=FLAGS, trigger_rule="none_failed_min_one_success")
     chain(resolve(), plan, etl, content, last, train, check)
     chain([etl, content], check)

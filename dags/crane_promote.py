@@ -1,25 +1,27 @@
 """### crane_promote: judge the candidate, move the alias, serve
 
-Started by the asset `crane/candidate`, or by hand with the `run` to judge. One run at a time; the alias moves only
-inside the one-slot pool `crane_promotion`, and under a lease in the store that also holds off other schedulers and
-people at a terminal.
+The asset `crane/candidate` starts it. You can also start it by hand with the `run` to judge. One DAG run is active at a
+time. The alias moves only under a lock in the store, so one process at a time changes it, whether it belongs to this
+Airflow, to another one or to a person at a terminal. The tasks that move it share the pool `crane_promotion`, which has
+one slot.
 
-**What it does.** `promote` re-reads the evidence from the registry, applies the gate (paired bootstrap against the
-champion, baselines when there is none, guardrails), writes one line to the ledger, moves the alias `champion` and tests
-the model through it; when that test fails, the former champion is back within the same task. `export` writes top-K
-recommendations, similar items and the ANN index of whoever is champion then, and finds them there when nobody new is.
-`restore` runs only if something after the decision failed for good: it takes the promotion back. `report` writes the
-HTML page of the run, promoted or refused.
+**What it does.** `promote` reads the evidence from the registry again and applies the gate: a paired bootstrap against
+the champion (against the baselines if there is no champion), and the guardrails. It writes one line to the ledger,
+moves the alias `champion` and tests the model through the alias. If that test fails, the same task makes the former
+champion champion again. `export` writes the top-K recommendations, the similar items and the ANN index of the current
+champion, or finds them if they exist. `restore` takes the promotion back; it runs only if a task after the decision has
+failed and has no retry left. `report` writes the HTML page of the run, whether the model was promoted or refused.
 
-**A person's word.** With the parameter `approval`, or the Variable `crane_approval` set to `true`, `judge` asks the
-gate without writing anything, and `approve` waits up to three days for a person (Airflow's page *Required Actions*). No
-answer is a no: nothing is promoted, and the candidate may be judged again. A yes does not overrule the gate.
+**Approval.** To ask a person first, set the parameter `approval` or set the Variable `crane_approval` to `true`.
+`judge` then applies the gate without writing anything, and `approve` waits up to three days for an answer on Airflow's
+page *Required Actions*. No answer counts as a refusal: nothing is promoted, and you can judge the candidate again. An
+approval does not overrule the gate.
 
-**When it refuses.** The run is green: a refusal is a result. The reason is in the report, the ledger and the tags of
-the version. Asset events of backfill runs are ignored.
+**When it refuses.** The run is green, because a refusal is a result. The report, the ledger and the tags of the version
+give the reason. The DAG ignores asset events of backfill runs.
 
-**When it fails.** Clear the failed task: each step does nothing when its work is already done. After `restore`, clear
-`promote` and what follows it once the cause is mended.
+**When it fails.** Clear the failed task. A task whose work is already done does nothing. After `restore`, mend the
+cause, then clear `promote` and the tasks after it.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`, `crane_approval`,
 `crane_registry`, `crane_notifiers` (`notices.py`).
@@ -71,23 +73,25 @@ with DAG(
 
     @task(task_id="resolve")
     def resolve(params: dict[str, Any], triggering_asset_events: Any) -> dict[str, Any]:
-        """Which run to judge: the one given, else the newest candidate that no backfill announced."""
+        """Return the flags of the given run, else of the newest candidate that is not from a backfill."""
         if params["run"]:
             store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
             overrides = [*deployment_overrides(), *params["overrides"]]
             return {"flags": promote_flags(store=store, run=params["run"], overrides=overrides)}
         events = [event for announced in triggering_asset_events.values() for event in announced]
         if not events:
-            raise AirflowFailException("No asset event started this run: give the parameter run.")
+            raise AirflowFailException(
+                "No asset event started this: set the parameter run to the id of the run to judge."
+            )
         candidate = newest_candidate(events)
         if candidate is None:
-            raise AirflowSkipException("Only backfill runs announced themselves: nothing to judge.")
+            raise AirflowSkipException("All asset events are from backfill runs: nothing to judge.")
         overrides = [*candidate["overrides"], *params["overrides"]]
         return {"flags": promote_flags(store=candidate["store"], run=candidate["run"], overrides=overrides)}
 
     @task.branch(task_id="ask")
     def ask(params: dict[str, Any]) -> str:
-        """Whether a person is asked before the alias may move."""
+        """Choose the branch: `judge` if a person is to be asked before the alias moves, else `promote`."""
         wanted = params["approval"]
         if wanted is None:
             wanted = setting("approval", "false").strip().lower() == "true"
@@ -96,7 +100,7 @@ with DAG(
     judge = job("ml.judge", flags=FLAGS)
     approve = ApprovalOperator(
         task_id="approve",
-        # No job waits for a slot that a person holds.
+        # A pool of its own, so that no job waits for a slot while a person thinks.
         pool="crane_people",
         subject="Promote version {{ ti.xcom_pull(task_ids='judge')['version'] }} of {{ dag_run.run_id }}?",
         body="The gate: {{ ti.xcom_pull(task_ids='judge')['reason'] }}",

@@ -1,26 +1,26 @@
 """### crane_retrain: from raw data to a registered candidate
 
-Daily at midnight UTC, over the day that ended (`[start, end)`), one run at a time.
+It runs daily at midnight UTC over the day that has ended, `[start, end)`. One DAG run is active at a time.
 
-**What it does.** `resolve` fixes the window, the run id and the flags; `plan` checks the configuration and tells
-how many shards there are; then the stages in order, `knn` mapped over its shards and `behaviour` beside the stages
-that prepare the content. Each stage leaves an artifact in the store or finds it there, so clearing a task, or the
-whole run, repeats only what is missing. `register` leaves a model version with the alias `candidate` and announces it
-with the asset `crane/candidate`, which starts `crane_promote`. `tidy`, the teardown of `plan`, clears from the scratch
-folder what no job has used for `runtime.scratch_days`, however the run ends.
+**What it does.** `resolve` sets the window, the run id and the flags. `plan` checks the configuration and returns the
+shards of the kNN search. The stages follow in order: `knn` has one mapped task per shard, and `behaviour` runs in
+parallel to the stages that prepare the content. Each stage finds its artifact in the store or makes it, so if you clear
+a task or the whole run, only missing artifacts are made. `register` registers the model version, gives it the alias
+`candidate` and sends an event of the asset `crane/candidate`, which starts `crane_promote`. `tidy` is the teardown of
+`plan`: however the run ends, it deletes what no job has used for `runtime.scratch_days` from the scratch folder.
 
-**By hand.** Trigger with `window_end` (and `window_start`, else one day) to rebuild another window, `run` to name the
-run, `config` for a preset or file, `overrides` for single fields (`train.num_epochs=20`).
+**By hand.** Trigger it with `window_end` to build another window; without `window_start` the window is one day. `run`
+sets the run id, `config` names a preset or a file, `overrides` sets single fields (`train.num_epochs=20`).
 
-**Day on day.** With `etl.base_run=previous` and `refine.max_drift=0.05` in the configuration a run keeps the ids of the
-run before it and refines and searches new and changed items alone.
+**Day on day.** With `etl.base_run=previous` and `refine.max_drift=0.05` in the configuration, a run keeps the ids of
+the run before it and refines and searches only new and changed items.
 
 **Backfill.** `airflow backfill create --dag-id crane_retrain --from-date ... --to-date ...`. A backfill run registers
-its model but moves no alias and announces nothing.
+its model. It moves no alias and sends no event.
 
-**When it fails.** A task that ends with a configuration, data or artifact error is not retried: its last log line
-says what was found and what to do. Everything else is retried with growing pauses; training goes on from its last
-checkpoint. Mend the cause, clear the failed task.
+**When it fails.** Airflow does not retry a task that ends with a configuration, data or artifact error. The last line
+of its log says what was found and what to do. Airflow retries all other failures with growing pauses; a training goes
+on from its last checkpoint. Mend the cause, then clear the failed task.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_config`, `crane_project`, `crane_jobs_python`,
 `crane_registry`, `crane_notifiers` (`notices.py`).
@@ -47,14 +47,14 @@ from windows import (
 )
 
 CANDIDATE = Asset("crane/candidate")
-# An alias as outlet: the asset gets an event only when `announce` adds one.
+# The outlet is an alias, so the asset gets an event only if `announce` adds one.
 ANNOUNCEMENT = AssetAlias("crane/announcement")
 INSTANT: dict[str, Any] = {"type": ["null", "string"], "format": "date-time", "pattern": INSTANT_PATTERN}
 FLAGS = "{{ ti.xcom_pull(task_ids='resolve')['flags'] | tojson }}"
 
 
 def announce(context: Context, registered: dict[str, Any]) -> None:
-    """Emit the asset event when the registered version became the candidate."""
+    """Send the asset event if the registered version is the candidate."""
     if registered["alias"] != "candidate":
         return
     resolved = context["ti"].xcom_pull(task_ids="resolve")
@@ -62,7 +62,7 @@ def announce(context: Context, registered: dict[str, Any]) -> None:
         "version": registered["version"]
     }
     if registered.get("registry"):
-        # It may stand in the configuration file alone, which the judging jobs do not read.
+        # The configuration file may be the only one to name it, and the judging jobs do not read that file.
         extra["overrides"] = [*resolved["overrides"], f"runtime.registry={registered['registry']}"]
     context["outlet_events"][ANNOUNCEMENT].add(CANDIDATE, extra=extra)
 
@@ -96,7 +96,7 @@ with DAG(
 
     @task(task_id="resolve")
     def resolve(params: dict[str, Any], dag_run: Any) -> dict[str, Any]:
-        """Window, run id and flags of this run."""
+        """Return the window, run id and flags of this run."""
         interval = (dag_run.data_interval_start, dag_run.data_interval_end)
         run_type = dag_run.run_type.value
         try:
@@ -139,5 +139,5 @@ with DAG(
         job("ml.register", flags=FLAGS, outlets=[ANNOUNCEMENT], post_execute=announce),
         job("tidy", flags=FLAGS).as_teardown(setups=plan),
     )
-    # The behavioural view needs no content: it trains beside the stages that prepare it.
+    # The behavioural view needs no content, so it trains in parallel to the stages that prepare the content.
     chain(interactions, job("ml.behaviour", flags=FLAGS), train)

@@ -1,19 +1,21 @@
 """### crane_rollback: make an earlier version champion again
 
-Started by hand with `to`: a version's number, or `previous`, the champion before the current one.
+You start it by hand with `to`: the number of a version, or `previous` for the champion before the current one.
 
-**What it does.** `rollback` takes the same lease as a promotion, writes one line to the ledger, moves the alias
-`champion` and tests the model through it; when the test fails the champion stays who it was, and the ledger says so.
-`export` then writes what the champion recommends, or finds it: a version that was exported before is served at once.
+**What it does.** `rollback` takes the same lock as a promotion, writes one line to the ledger, moves the alias
+`champion` and tests the model through it. If the test fails, the current champion stays champion and the ledger says
+so. `export` writes the recommendations of the champion. If that version was exported before, `export` finds its
+artifact.
 
-**Twice is further.** `previous` in a second run goes back one champion more. A cleared or retried task of the same run
-does not: it finishes what it began.
+**A second run.** Another run with `previous` goes back one more champion. A cleared or retried task of the same run
+does not: it finishes what it has begun.
 
-**When it fails.** The last log line of `rollback` says what was found: no earlier champion, no such version, files that
-are not what was registered. Nothing has changed then. A failed `export` is cleared; the alias is right already.
+**When it fails.** The last line of the log of `rollback` says what was found: no earlier champion, no such version, or
+files that differ from the registered ones. In these cases nothing has changed. If `export` fails, clear it: the alias
+has already moved.
 
-**Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`,
-`crane_registry`, `crane_notifiers` (`notices.py`).
+**Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`, `crane_registry`,
+`crane_notifiers` (`notices.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ with DAG(
 
     @task(task_id="resolve")
     def resolve(params: dict[str, Any], dag_run: Any) -> dict[str, Any]:
-        """Flags of the rollback; this run's id tells a retry from a second wish."""
+        """Return the flags of the rollback. The id of this DAG run tells a retry from a second request."""
         store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
         request = crane_run_id(dag_run.run_id)
         overrides = [*deployment_overrides(), *params["overrides"]]
@@ -65,7 +67,7 @@ with DAG(
 
     @task(task_id="champion")
     def champion(resolved: dict[str, Any], gone_back: dict[str, Any]) -> dict[str, Any]:
-        """Flags of the champion's export: it is made from the champion's own run."""
+        """Return the flags of the export, which is made from the run of the champion."""
         run, overrides = gone_back["champion_run"], resolved["overrides"]
         return {"flags": promote_flags(store=resolved["store"], run=run, overrides=overrides)}
 

@@ -1,12 +1,13 @@
-"""Where each job runs: job -> engine -> pool, limits and operator of the deployment profile.
+"""The engine, pool, time limit and operator of every job.
 
-The profile is named by the environment variable `CRANE_PROFILE`:
+The operator depends on the deployment profile, which the environment variable `CRANE_PROFILE` names:
 
-- `local` (the default): every job is a child process of the task;
-- `spark`: the Spark jobs go to a cluster with `spark-submit`, the others are child processes;
-- `kubernetes`: every job is a pod, a training a TrainJob over one or more nodes, as infra/kubernetes describes them.
+- `local` (the default): every job is a child process of its task;
+- `spark`: `spark-submit` sends the Spark jobs to a cluster, the others are child processes;
+- `kubernetes`: every job is a pod, a training is a TrainJob on one or more nodes, as infra/kubernetes describes them.
 
-A new profile is one function that turns a job into an operator class and its arguments, and one line in `PROFILES`.
+To add a profile, write one function that turns a job into an operator class and its arguments, and name it in
+`PROFILES`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from local_job import LocalJobOperator
 
 @dataclass(frozen=True)
 class Job:
-    """What a job needs.
+    """The needs of a job.
 
     Attributes:
-        engine: `cpu`, `spark`, `gpu` (one device) or `torchrun` (every device of the training job).
-        pool: Airflow pool that bounds how many such jobs run at once; infra/local/pools.json makes them.
+        engine: `cpu`, `spark`, `gpu` (one device) or `torchrun` (all devices of the training job).
+        pool: Airflow pool that limits how many such jobs run at once; infra/local/pools.json defines the pools.
         hours: execution timeout.
     """
 
@@ -59,7 +60,7 @@ JOBS = {
     "backfill.plan": Job("cpu", "crane_compute", 0.5),
     "backfill.etl": Job("spark", "crane_backfill", 12),
     "backfill.content": Job("gpu", "crane_gpu", 24),
-    # A TrainJob has no parts, and its other nodes would not know which training to join: one device.
+    # Runs on one device: a TrainJob has no parts, so its other nodes could not tell which training to join.
     "backfill.train": Job("gpu", "crane_gpu", 24),
     "backfill.check": Job("cpu", "crane_compute", 0.5),
 }
@@ -73,26 +74,26 @@ DEFAULT_ARGS: dict[str, Any] = {
     "execution_timeout": timedelta(minutes=5),
     "pool": "crane_compute",
 }
-"""Of every task; a job's own entry in `JOBS` sets its pool and timeout."""
+"""Arguments of every task. The entry of a job in `JOBS` replaces pool and timeout."""
 
 
 def _local(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
-    """Every engine is a child process on this machine."""
+    """Return the operator for a child process on this machine, whatever the engine."""
     return LocalJobOperator, {"job": name}
 
 
 def _spark(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
-    """The engine `spark` is a cluster, the others are child processes on this machine."""
+    """Return the operator for a cluster if the engine is `spark`, else that for a child process."""
     if engine != "spark":
         return _local(name, engine)
-    # Operators of providers are imported by the profile that needs them only.
+    # Only the profile that needs a provider imports it.
     from spark_job import SparkJobOperator
 
     return SparkJobOperator, {"job": name}
 
 
 def _kubernetes(name: str, engine: str) -> tuple[type[BaseOperator], dict[str, Any]]:
-    """Every engine has a PodTemplate of its name in the cluster, `torchrun` a TrainingRuntime."""
+    """Return the operator for the PodTemplate of the engine, or for the TrainingRuntime if it is `torchrun`."""
     from kubernetes_job import PodJobOperator, TrainJobOperator
 
     if engine == "torchrun":
@@ -109,7 +110,7 @@ PROFILE = os.environ.get("CRANE_PROFILE", "local")
 
 
 def job(name: str, **options: Any) -> BaseOperator:
-    """The task that runs `jobs.<name>`, its `task_id` the last word of the name.
+    """Make the task that runs `jobs.<name>`. Its `task_id` is the last word of the name.
 
     Args:
         name: key of `JOBS`.
@@ -120,11 +121,11 @@ def job(name: str, **options: Any) -> BaseOperator:
 
 
 def mapped_job(name: str, parts: list[str] | XComArg, **options: Any) -> MappedOperator:
-    """The tasks that run the parts of a mapped job, one each.
+    """Make the mapped task that runs one task instance per part of a job.
 
     Args:
         name: key of `JOBS`.
-        parts: names of the parts, known now or returned by an earlier task.
+        parts: names of the parts, or the output of an earlier task that returns them.
         options: arguments of the operator, among them `flags`.
     """
     operator, arguments = _resolve(name)

@@ -1,15 +1,14 @@
-"""The operators of the `kubernetes` profile: a job as a pod, a training as a TrainJob over one or more nodes.
+"""The operators of the `kubernetes` profile: they run a job as a pod and a training as a TrainJob on one or more nodes.
 
-What a pod looks like (image, account, secrets, limits, nodes) is said in infra/kubernetes alone, as one PodTemplate
-per engine and one TrainingRuntime: the operators fetch the template when a task starts and add the command.
+Only infra/kubernetes says what a pod looks like (image, account, secrets, limits, nodes). It has one PodTemplate per
+engine and one TrainingRuntime. The operators fetch the template when a task starts and add the command.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +16,10 @@ from airflow.providers.cncf.kubernetes.hooks.kubernetes import KubernetesHook
 from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
 from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from job_output import failure, last_object, returned
 from kubernetes.client import V1Pod
 from kubernetes.client.exceptions import ApiException
-from local_job import command, failure, is_error, returned
+from local_job import command
 
 NAMESPACE = "crane"
 TRAINER = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
@@ -36,19 +36,27 @@ class PodJobOperator(KubernetesPodOperator):
         job: `<group>.<stage>`.
         template: name of the PodTemplate in the namespace.
         flags: JSON list of the flags, a template.
-        part: which part of a mapped stage, "" for a whole stage.
-        returns: return this one value of the job's JSON object instead, whatever it is.
+        part: part of a mapped stage, None for a whole stage.
+        returns: name of the one value of the job's JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4, or no such template: trying again cannot help.
-        AirflowException: any other end.
+        AirflowFailException: exit code 2, 3 or 4, or no such template. Airflow does not try again, since the same try
+            would fail again.
+        AirflowException: any other failure.
     """
 
     BASE_CONTAINER_NAME = "job"
     template_fields = (*KubernetesPodOperator.template_fields, "flags", "part")
 
     def __init__(
-        self, *, job: str, template: str, flags: str, part: str = "", returns: str | None = None, **kwargs: Any
+        self,
+        *,
+        job: str,
+        template: str,
+        flags: str,
+        part: str | None = None,
+        returns: str | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             namespace=NAMESPACE,
@@ -93,7 +101,7 @@ class PodJobOperator(KubernetesPodOperator):
     def cleanup(
         self, pod: V1Pod, remote_pod: V1Pod, xcom_result: dict | None = None, context: Context | None = None
     ) -> None:
-        # The last moment the pod is there: afterwards it is deleted.
+        # `super().cleanup` deletes the pod, and its log with it.
         code = _exit_code(remote_pod, self.base_container_name) if remote_pod and not self._killed else None
         if code is not None:
             self._lines = _log(self.client, remote_pod.metadata.name, self.base_container_name, TAIL_LINES)
@@ -101,7 +109,7 @@ class PodJobOperator(KubernetesPodOperator):
             super().cleanup(pod, remote_pod, xcom_result, context)
         except AirflowException as error:
             if code:
-                raise failure(self.job, code, _reason(self._lines)) from error
+                raise failure(self.job, code, self._lines) from error
             raise
 
     def _returned(self) -> Any:
@@ -111,19 +119,19 @@ class PodJobOperator(KubernetesPodOperator):
 class TrainJobOperator(BaseOperator):
     """Run `python -m jobs.<job> <flags>` on every node of a TrainJob (Kubeflow Trainer) and return node 0's result.
 
-    The name of the TrainJob follows from the task instance: a worker that takes over finds the training that runs. The
-    task does not wait in the triggerer: no provider's trigger knows TrainJobs, and with another one a training would
-    outlive the task that a person ended.
+    The name of the TrainJob follows from the task instance, so a worker that takes over finds the running training.
+    The task does not wait in the triggerer: no provider has a trigger for TrainJobs, and with any other trigger the
+    training would go on after a person has ended the task.
 
     Args:
         job: `ml.<stage>`.
-        runtime: name of the TrainingRuntime in the namespace; it says how many nodes and what they look like.
+        runtime: name of the TrainingRuntime in the namespace; it says how many nodes there are and what they look like.
         flags: JSON list of the flags, a template.
-        returns: return this one value of the job's JSON object instead, whatever it is.
+        returns: name of the one value of the job's JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4: trying again cannot help.
-        AirflowException: any other end.
+        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        AirflowException: any other failure.
     """
 
     template_fields = ("flags",)
@@ -141,7 +149,7 @@ class TrainJobOperator(BaseOperator):
         return KubernetesHook()
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """The TrainJob: the runtime by reference, and the command."""
+        """Return the TrainJob: a reference to the runtime, and the command."""
         return {
             "apiVersion": f"{TRAINER['group']}/{TRAINER['version']}",
             "kind": "TrainJob",
@@ -167,18 +175,10 @@ class TrainJobOperator(BaseOperator):
             self.log.info("found train_job=%s", name)
         shown = 0
         while True:
-            status = custom.get_namespaced_custom_object(namespace=NAMESPACE, name=name, **TRAINER).get("status", {})
-            ended = next(
-                (
-                    condition
-                    for condition in status.get("conditions", [])
-                    if condition["type"] in ("Complete", "Failed") and condition["status"] == "True"
-                ),
-                None,
-            )
+            ended = _ended(custom.get_namespaced_custom_object(namespace=NAMESPACE, name=name, **TRAINER))
             pod = self._first_node(core, name)
             lines = _log(core, pod.metadata.name, "node") if pod else []
-            # A restarted training begins a log of its own.
+            # A restarted training begins a new log.
             for line in lines[shown if shown <= len(lines) else 0 :]:
                 self.log.info("%s", line)
             shown = len(lines)
@@ -188,11 +188,11 @@ class TrainJobOperator(BaseOperator):
         self.on_kill()
         if ended["type"] == "Failed":
             code = _exit_code(pod, "node") if pod else None
-            raise failure(self.job, code or 1, _reason(lines) or ended.get("message", ""))
+            raise failure(self.job, code or 1, lines or [ended.get("message", "")])
         return returned(_result(self.job, lines), self.returns)
 
     def on_kill(self) -> None:
-        """Delete the TrainJob and with it its pods."""
+        """Delete the TrainJob and its pods."""
         if self.train_job:
             try:
                 self.hook.custom_object_client.delete_namespaced_custom_object(
@@ -204,7 +204,7 @@ class TrainJobOperator(BaseOperator):
 
     @staticmethod
     def _first_node(core: Any, name: str) -> V1Pod | None:
-        """The newest pod of node 0, which publishes and prints the result."""
+        """Return the newest pod of node 0, the node that publishes and prints the result."""
         selector = f"jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index=0"
         pods = core.list_namespaced_pod(NAMESPACE, label_selector=selector).items
         return max(pods, key=lambda pod: pod.metadata.creation_timestamp, default=None)
@@ -214,8 +214,16 @@ def _name(job: str) -> str:
     return f"crane-{job.replace('.', '-')}"
 
 
+def _ended(train_job: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the condition `Complete` or `Failed` of a TrainJob, None while it runs."""
+    for condition in train_job.get("status", {}).get("conditions", []):
+        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
+            return condition
+    return None
+
+
 def _exit_code(pod: V1Pod, container: str) -> int | None:
-    """Exit code of a container, None while it has not ended."""
+    """Return the exit code of a container, None while it runs."""
     for status in (pod.status and pod.status.container_statuses) or []:
         if status.name == container and status.state and status.state.terminated:
             return status.state.terminated.exit_code
@@ -223,10 +231,10 @@ def _exit_code(pod: V1Pod, container: str) -> int | None:
 
 
 def _log(core: Any, pod: str, container: str, tail_lines: int | None = None) -> list[str]:
-    """Lines a container has written; none while it has not started or when its log is gone."""
+    """Return the lines a container has written: none before it starts, and none once its log is gone."""
     tail = {"tail_lines": tail_lines} if tail_lines else {}
     try:
-        # Decoded here: the client would return the text of a bytes literal.
+        # The client would return `str(bytes)`, so this decodes the response itself.
         response = core.read_namespaced_pod_log(pod, NAMESPACE, container=container, _preload_content=False, **tail)
     except ApiException as error:
         if error.status in (400, 404):
@@ -235,24 +243,13 @@ def _log(core: Any, pod: str, container: str, tail_lines: int | None = None) -> 
     return response.data.decode(errors="backslashreplace").splitlines()
 
 
-def _reason(lines: Iterable[str]) -> str:
-    """The line in which a job says why it failed, else its last line."""
-    lines = [line for line in lines if line.strip()]
-    return next((line for line in reversed(lines) if is_error(line)), lines[-1] if lines else "")
-
-
-def _result(job: str, lines: Iterable[str]) -> dict[str, Any]:
-    """The JSON object a job prints last, among log lines.
+def _result(job: str, lines: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON object that a job prints last, among log lines.
 
     Raises:
-        AirflowException: there is none; the next try finds the artifact and prints it.
+        AirflowException: there is none. The next try finds the artifact and prints it.
     """
-    for line in reversed(list(lines)):
-        if line.startswith("{"):
-            try:
-                result = json.loads(line)
-            except ValueError:
-                continue
-            if "stage" in result:
-                return result
-    raise AirflowException(f"jobs.{job} ended well but its result is not in the log.")
+    result = last_object(lines, "stage")
+    if result is None:
+        raise AirflowException(f"jobs.{job} succeeded, but its log does not hold its result.")
+    return result

@@ -1,4 +1,4 @@
-"""The operator of the `local` profile: a job as a child process in the jobs environment, without a shell."""
+"""The operator of the `local` profile: it runs a job as a child process in the jobs environment, without a shell."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator, Context, Variable
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException
+from job_output import failure, returned
 
 PROJECT = Path(__file__).resolve().parent.parent
-FINAL_EXIT_CODES = {2: "configuration", 3: "data", 4: "artifact"}
 TERMINATION_SECONDS = 15.0
 PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]+(?=@)")
-"""Of a URI; a job masks its own log lines, this is for its arguments."""
+"""Password of a URI. A job masks those in its log lines; this masks those in its arguments."""
 
 
 def setting(name: str, default: str) -> str:
-    """An Airflow Variable `crane_<name>` (also the environment's `AIRFLOW_VAR_CRANE_<NAME>`), read at run time."""
+    """Read the Airflow Variable `crane_<name>`. The environment may set it as `AIRFLOW_VAR_CRANE_<NAME>`."""
     return Variable.get(f"crane_{name}", default=None) or default
 
 
 def deployment_overrides() -> list[str]:
-    """What this deployment says of every run: the Variable `crane_registry`, a URI, is `runtime.registry`."""
+    """Return the overrides that hold for every run of this deployment: `runtime.registry` from `crane_registry`."""
     registry = setting("registry", "")
     return [f"runtime.registry={registry}"] if registry else []
 
 
 def jobs_python(project: Path) -> Path:
-    """The interpreter of the jobs environment that `make setup` makes."""
+    """Return the interpreter of the jobs environment that `make setup` makes."""
     return project / ".venv" / "bin" / "python"
 
 
 class LocalJobOperator(BaseOperator):
     """Run `python -m jobs.<job> <flags>` and return the plain values of the JSON object on its last stdout line.
 
-    The interpreter is the Variable `crane_jobs_python`, the working directory `crane_project`; by default those of
-    the checkout that holds this file. The job does not inherit Airflow's own settings and secrets.
+    The Variable `crane_jobs_python` names the interpreter and `crane_project` the working directory. By default both
+    are those of the checkout that holds this file. The job does not inherit Airflow's own settings and secrets.
 
     Args:
         job: `<group>.<stage>`.
         flags: JSON list of the flags, a template.
-        part: which part of a mapped stage, "" for a whole stage.
-        returns: return this one value of the job's JSON object instead, whatever it is.
+        part: part of a mapped stage, None for a whole stage.
+        returns: name of the one value of the JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4: trying again cannot help.
+        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
         AirflowException: any other exit code, or a signal.
     """
 
     template_fields = ("flags", "part")
     ui_color = "#e8f1fa"
 
-    def __init__(self, *, job: str, flags: str, part: str = "", returns: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, job: str, flags: str, part: str | None = None, returns: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.job = job
         self.flags = flags
@@ -74,21 +76,21 @@ class LocalJobOperator(BaseOperator):
         argv = [python, *command(self.job, self.flags, self.part)]
         self.log.info("run argv=%s", PASSWORD.sub(r"\1:***", json.dumps(argv)))
         with tempfile.TemporaryFile("w+") as output:
-            code, last_error = self._stream(argv, project, output)
+            code, last_line = self._stream(argv, project, output)
             output.seek(0)
             lines = output.read().splitlines()
         if code != 0:
             for line in lines[-1:]:
-                # The job's error as data, for a reader of the task's log.
+                # The job's error as data, for readers of the task's log.
                 self.log.info("%s", line)
-            raise failure(self.job, code, last_error)
+            raise failure(self.job, code, [*lines, last_line])
         if not lines:
             raise AirflowException(f"jobs.{self.job} ended with exit code 0 but printed no result.")
         self.result = json.loads(lines[-1])
         return returned(self.result, self.returns)
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
-        """The artifacts that the job has read and made or found; asked for only where OpenLineage is configured."""
+        """Return the artifacts that the job has read, and made or found. Only OpenLineage calls this."""
         from airflow.providers.openlineage.extractors import OperatorLineage
         from openlineage.client.event_v2 import Dataset
 
@@ -100,7 +102,7 @@ class LocalJobOperator(BaseOperator):
         return OperatorLineage(inputs=inputs, outputs=outputs)
 
     def on_kill(self) -> None:
-        """End the whole process group of the job: SIGTERM, then SIGKILL for whatever is left."""
+        """End the process group of the job with SIGTERM, and with SIGKILL what is left after `TERMINATION_SECONDS`."""
         process = self.process
         if process is None:
             return
@@ -117,8 +119,8 @@ class LocalJobOperator(BaseOperator):
             process.wait(TERMINATION_SECONDS)
 
     def _stream(self, argv: list[str], project: Path, output: Any) -> tuple[int, str]:
-        """Run the command, log its stderr line by line; its exit code and its last error line (or last line)."""
-        last_line = last_error = ""
+        """Run the command and log its stderr line by line. Return its exit code and its last line on stderr."""
+        last_line = ""
         self.process = subprocess.Popen(
             argv,
             cwd=project,
@@ -134,17 +136,15 @@ class LocalJobOperator(BaseOperator):
             assert self.process.stderr is not None
             for line in self.process.stderr:
                 last_line = line.rstrip() or last_line
-                if is_error(line):
-                    last_error = line.rstrip()
                 self.log.info("%s", line.rstrip())
-            return self.process.wait(), last_error or last_line
+            return self.process.wait(), last_line
         except BaseException:
             self.on_kill()
             raise
 
 
 def lineage(result: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the artifacts, `<stage>/<fingerprint>`, that a job has read and made or found, from its JSON object."""
+    """Return the names `<stage>/<fingerprint>` of the artifacts that a job has read, and has made or found."""
     if not result.get("fingerprint"):
         return [], []
     # The parts of a mapped stage share its folder.
@@ -154,36 +154,13 @@ def lineage(result: dict[str, Any]) -> tuple[list[str], list[str]]:
     return sorted(inputs), [f"{result['stage']}/{result['fingerprint']}"]
 
 
-def command(job: str, flags: str, part: str = "") -> list[str]:
-    """The arguments of the interpreter for a job: module, flags (a JSON list), and the part of a mapped stage."""
+def command(job: str, flags: str, part: str | None = None) -> list[str]:
+    """Return the arguments of the interpreter for a job: module, flags (a JSON list), and part of a mapped stage."""
     return ["-m", f"jobs.{job}", *json.loads(flags), *(["--part", part] if part else [])]
 
 
-def is_error(line: str) -> bool:
-    """Whether a log line is the one in which a job says why it failed."""
-    return " ERROR " in line and "failed stage=" in line
-
-
-def failure(job: str, code: int, reason: str) -> AirflowException:
-    """The exception for a job's exit code: final where trying again cannot help; -n is signal n."""
-    if code in FINAL_EXIT_CODES:
-        return AirflowFailException(f"jobs.{job} ended with a {FINAL_EXIT_CODES[code]} error: {reason}")
-    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return AirflowException(f"jobs.{job} {ended}: {reason}")
-
-
-def returned(result: dict[str, Any], name: str | None) -> Any:
-    """What a task returns of its job's result: one value by name, or the plain values.
-
-    Tables of figures belong in the store, not in Airflow's database.
-    """
-    if name:
-        return result[name]
-    return {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
-
-
 def job_environment(bin_folder: Path) -> dict[str, str]:
-    """This process's environment without Airflow's settings and secrets, the jobs' own programs first in PATH."""
+    """Return the environment without Airflow's settings and secrets, and with the jobs' programs first in PATH."""
     environment = {
         name: value
         for name, value in os.environ.items()

@@ -1,11 +1,12 @@
-"""Notifications by configuration: the Airflow Variable `crane_notifiers` names any of Airflow's notifiers.
+"""Notifications of failures and decisions. The Airflow Variable `crane_notifiers` names the notifiers to call.
 
     [{"class": "airflow.providers.smtp.notifications.smtp.SmtpNotifier",
       "on": ["failure"],
       "arguments": {"to": "team@example.org", "subject": "{{ dag.dag_id }} {{ dag_run.run_id }} failed"}}]
 
-`on` lists the occasions, all of them when it is absent: `failure` of a run, `decision` of a promotion or rollback. The
-arguments are the notifier's own; those that it declares as templates are rendered with the context of the run.
+Any notifier of Airflow will do. `on` lists the occasions: `failure` of a run, `decision` of a promotion or rollback;
+without it the notifier is called on both. `arguments` are those of the notifier. Airflow renders the arguments that the
+notifier declares as templates with the context of the run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from local_job import setting
 
 
 class Notice(BaseNotifier):
-    """Calls the configured notifiers; does nothing where none is configured.
+    """A callback that calls the configured notifiers, if there are any.
 
     Args:
         occasion: `failure` or `decision`.

@@ -1,4 +1,4 @@
-"""The operator of the `spark` profile: an ETL job through `spark-submit`, driver on this machine, work on a cluster."""
+"""The operator of the `spark` profile: `spark-submit` runs the driver of an ETL job here and its work on a cluster."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException
-from local_job import FINAL_EXIT_CODES, PROJECT, command, failure, job_environment, jobs_python, setting
+from job_output import failure
+from local_job import PROJECT, command, job_environment, jobs_python, setting
 
 
 class SparkJobOperator(SparkSubmitOperator):
     """Submit `jobs.<job>` to the master of the connection `spark_default`, in client mode.
 
-    `spark-submit` and the driver are those of the jobs environment (Variables `crane_project`, `crane_jobs_python`);
-    executors need the same packages, and see the store and the raw data under the same paths. Nothing is returned:
-    what later tasks need of an ETL job is in the store.
+    `spark-submit` and the driver come from the jobs environment (Variables `crane_project`, `crane_jobs_python`).
+    Executors need the same packages, and the store and the raw data under the same paths. The task returns nothing:
+    later tasks find what they need in the store.
 
     Args:
         job: `etl.<stage>`.
         flags: JSON list of the flags, a template.
-        part: which part of a mapped stage, "" for a whole stage.
+        part: part of a mapped stage, None for a whole stage.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4: trying again cannot help.
+        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
         AirflowException: any other exit code.
     """
 
     template_fields = (*SparkSubmitOperator.template_fields, "flags", "part")
 
-    def __init__(self, *, job: str, flags: str, part: str = "", **kwargs: Any) -> None:
+    def __init__(self, *, job: str, flags: str, part: str | None = None, **kwargs: Any) -> None:
         super().__init__(name=f"crane-{job.replace('.', '-')}", spark_binary="spark-submit", **kwargs)
         self.job = job
         self.flags = flags
@@ -42,7 +43,7 @@ class SparkJobOperator(SparkSubmitOperator):
         python = Path(setting("jobs_python", str(jobs_python(project))))
         environment = job_environment(python.parent)
         path = os.pathsep.join(filter(None, (str(project), environment.get("PYTHONPATH"))))
-        # The hook adds to this process's environment: Airflow's own settings and secrets are blanked.
+        # The hook adds these to Airflow's environment, so Airflow's own settings and secrets are overwritten with "".
         self.env_vars = dict.fromkeys(set(os.environ) - set(environment), "") | {
             "PATH": environment["PATH"],
             "PYTHONPATH": path,
@@ -50,7 +51,7 @@ class SparkJobOperator(SparkSubmitOperator):
         }
         self.application = str(project / "jobs" / f"{self.job.replace('.', '/')}.py")
         self._hook = self._get_hook()
-        # The job's session names its master itself: the same one.
+        # The job's session names its master too; it must be the same one.
         master = self._hook._connection["master"]
         flags = command(self.job, self.flags, self.part)[2:]
         self.application_args = [*flags, "--set", f"runtime.spark_master={master}"]
@@ -59,6 +60,6 @@ class SparkJobOperator(SparkSubmitOperator):
             super().execute(context)
         except AirflowException as error:
             code = getattr(self._hook._submit_sp, "returncode", None)
-            if code in FINAL_EXIT_CODES:
-                raise failure(self.job, code, "its last lines are above") from error
+            if code:
+                raise failure(self.job, code, list(self._hook._last_submit_log_lines)) from error
             raise

@@ -1,21 +1,39 @@
-"""Which window a DAG run covers, and the flags that tell every job of the run. No Airflow import, no I/O."""
+"""The window that a DAG run covers, and the flags of its jobs. This module imports no Airflow and does no I/O."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 BACKFILL = "backfill"
 DAY = timedelta(days=1)
-# Python's `$` also matches before a last line feed, which the lookahead refuses.
+# In Python `$` also matches before a final line feed; the lookahead refuses that.
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$(?!\n)"
 OVERRIDE_PATTERN = r"^[a-z_]+\.[a-z_]+=[^\x00-\x1f]*$(?!\n)"
 DAY_PATTERN = r"^\d{4}-\d\d-\d\d$(?!\n)"
 VERSION_PATTERN = r"^(previous|[1-9]\d{0,8})$(?!\n)"
 MAX_WINDOWS = 100
 INSTANT_PATTERN = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?)?$(?!\n)"
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """The days to rebuild, and what to make of them.
+
+    Attributes:
+        windows: the days, each `[start, end)`, oldest first.
+        stages: stages to rebuild; what they read is rebuilt too.
+        train: train, evaluate and register the last day.
+        dry_run: only log the plan.
+    """
+
+    windows: Sequence[tuple[datetime, datetime]]
+    stages: Sequence[str]
+    train: bool
+    dry_run: bool
 
 
 def resolve_window(
@@ -25,21 +43,22 @@ def resolve_window(
     start: str | None = None,
     end: str | None = None,
 ) -> tuple[datetime, datetime]:
-    """The window `[start, end)` of a run, UTC.
+    """Return the window `[start, end)` of a run, UTC.
 
-    Scheduled and backfill runs take their data interval. Manual and asset-triggered runs take the given bounds,
-    else their data interval, else the last whole day before `run_after`; a missing start is one day before the end.
+    A scheduled or backfill run covers its data interval. A manual or asset-triggered run covers the given bounds;
+    without bounds, its data interval; without either, the last whole day before `run_after`. A missing start is one day
+    before the end.
 
     Args:
         run_type: Airflow's run type: `scheduled`, `backfill`, `manual`, `asset_triggered`, ...
-        run_after: when Airflow let the run start, with a time zone.
-        data_interval: the run's interval; asset-triggered runs and manual runs without a logical date have none.
-        start: ISO 8601 bound given by a person, UTC where it names no zone.
+        run_after: time from which Airflow may start the run, with a time zone.
+        data_interval: the run's interval. Asset-triggered runs, and manual runs without a logical date, have none.
+        start: ISO 8601 bound given by a person; UTC unless it names a zone.
         end: ISO 8601 bound given by a person.
 
     Raises:
-        ValueError: bounds given to a scheduled or backfill run, a start without an end, an empty window, or a
-            scheduled run without an interval.
+        ValueError: the bounds do not fit the run type, the start has no end, the window is empty, or a scheduled or
+            backfill run has no interval.
     """
     if run_type in ("scheduled", BACKFILL):
         if start or end:
@@ -62,7 +81,7 @@ def resolve_window(
 
 
 def crane_run_id(airflow_run_id: str) -> str:
-    """A run id fit for file names: `scheduled__2026-01-02T00:00:00+00:00` -> `scheduled__2026-01-02T00-00-00-00-00`."""
+    """Make a run id a file name: `scheduled__2026-01-02T00:00:00+00:00` -> `scheduled__2026-01-02T00-00-00-00-00`."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", airflow_run_id).strip("-.")[:128]
 
 
@@ -75,15 +94,15 @@ def retrain_flags(
     overrides: Sequence[str],
     run_type: str,
 ) -> list[str]:
-    """The flags every job of a retraining run gets, the very same for all.
+    """Return the flags of a retraining. All its jobs get the same flags.
 
     Args:
         store: URI of the artifact store.
         run: crane's run id.
         window: `[start, end)`.
-        config: preset or file.
+        config: preset or YAML file.
         overrides: `section.field=value`.
-        run_type: Airflow's run type; a backfill moves no alias.
+        run_type: Airflow's run type; the jobs of a backfill move no alias.
     """
     first, last = window
     settings = [*overrides, f"window.start={first.isoformat()}", f"window.end={last.isoformat()}"]
@@ -93,10 +112,10 @@ def retrain_flags(
 
 
 def backfill_windows(first: str, last: str) -> list[tuple[datetime, datetime]]:
-    """The days from `first` to `last`, both included, each a window `[start, end)` in UTC, oldest first.
+    """Return the days from `first` to `last`, both included, as windows `[start, end)` in UTC, oldest first.
 
     Raises:
-        ValueError: no such dates, the wrong order, or more than `MAX_WINDOWS` days.
+        ValueError: a date does not exist, the first day lies after the last, or there are more than `MAX_WINDOWS` days.
     """
     start, end = (datetime.combine(date.fromisoformat(day), time(), UTC) for day in (first, last))
     if start > end:
@@ -107,46 +126,37 @@ def backfill_windows(first: str, last: str) -> list[tuple[datetime, datetime]]:
     return [(start + day * DAY, start + (day + 1) * DAY) for day in range(num_days)]
 
 
-def backfill_flags(
-    *,
-    store: str,
-    windows: Sequence[tuple[datetime, datetime]],
-    config: str | None,
-    overrides: Sequence[str],
-    stages: Sequence[str],
-    train: bool,
-    dry_run: bool,
-) -> list[str]:
-    """The flags of every job of a backfill, the very same for all; none of them moves an alias."""
-    given = [f"{first.isoformat()}/{last.isoformat()}" for first, last in windows]
+def backfill_flags(backfill: Backfill, *, store: str, config: str | None, overrides: Sequence[str]) -> list[str]:
+    """Return the flags of a backfill. All its jobs get the same flags; none of them moves an alias."""
+    given = [f"{first.isoformat()}/{last.isoformat()}" for first, last in backfill.windows]
     return [
         *("--store", store),
         *(["--config", config] if config else []),
         *_settings([*overrides, "runtime.backfill=true"]),
         *("--windows", *given),
-        *("--stages", *stages),
-        *(["--train"] if train else []),
-        *(["--dry-run"] if dry_run else []),
+        *("--stages", *backfill.stages),
+        *(["--train"] if backfill.train else []),
+        *(["--dry-run"] if backfill.dry_run else []),
     ]
 
 
 def rollback_flags(*, store: str, to: str, request: str, overrides: Sequence[str]) -> list[str]:
-    """The flags of the job that goes back; a retry carries the same `request` and does not go back twice."""
+    """Return the flags of a rollback. A retry has the same `request`, so it does not go back a second time."""
     return ["--store", store, *_settings(runtime_only(overrides)), "--to", to, "--request", request]
 
 
 def promote_flags(*, store: str, run: str, overrides: Sequence[str]) -> list[str]:
-    """The flags of the jobs that judge and serve a run; its configuration is in the store, only `runtime` is given."""
+    """Return the flags of the jobs that judge and serve a run. They read its configuration from the store."""
     return [*_identity(store, run), *_settings(runtime_only(overrides))]
 
 
 def runtime_only(overrides: Iterable[str]) -> list[str]:
-    """The overrides that say where to work, not what to compute."""
+    """Return the overrides of the section `runtime`: where to work, not what to compute."""
     return [override for override in overrides if override.startswith("runtime.")]
 
 
 def newest_candidate(events: Iterable[Any]) -> Mapping[str, Any] | None:
-    """The extra of the newest asset event that announces a candidate, None when all came from backfills.
+    """Return `extra` of the newest asset event that announces a candidate, None if only backfills sent events.
 
     Args:
         events: Airflow asset events with `timestamp`, `source_run_id` and `extra`.

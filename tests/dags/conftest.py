@@ -49,8 +49,10 @@ if "child" in act:
 if "signal" in act:
     os.kill(os.getpid(), act["signal"])
 if "code" in act:
-    print(f"2026-01-01 00:00:00,000 ERROR play failed stage={{name}} error=DataError message=bad row", file=sys.stderr)
-    print("shutting down", file=sys.stderr)
+    print(f"2026-01-01 00:00:00,000 ERROR play failed stage={{name}} error=DataError found=bad row", file=sys.stderr)
+    print("shutting down", file=sys.stderr, flush=True)
+    if "error" in act:
+        print(json.dumps({{"stage": name, **act["error"]}}))
     sys.exit(act["code"])
 for line in act.get("lines", []):
     print(line)
@@ -64,6 +66,10 @@ ANSWERS = {
     "ml.rollback": {"champion": "3", "champion_run": "r3"},
     "backfill.plan": {"days": ["2026-03-01", "2026-03-02"], "make": 8},
 }
+
+
+BAD_ROW = {"error": "DataError", "found": "items.parquet has a bad row.", "remedy": "Deliver it again."}
+"""What a failing job may print as data."""
 
 
 class Play:
@@ -85,7 +91,7 @@ class Play:
         self.act({})
 
     def act(self, acts: dict) -> None:
-        """Let jobs end with a `code`, a `signal`, an `answer`, further `lines`, or wait for a `child`."""
+        """Let jobs end with a `code` and an `error`, a `signal`, an `answer`, more `lines`, or wait for a `child`."""
         answers = {name: {"answer": answer} for name, answer in ANSWERS.items()}
         (self.folder / "act.json").write_text(json.dumps(answers | acts))
 

@@ -12,7 +12,7 @@ from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.definitions.mappedoperator import MappedOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 from cluster import Cluster, applied
-from conftest import DAGS, PROJECT
+from conftest import BAD_ROW, DAGS, PROJECT
 from kubernetes_job import PodJobOperator, TrainJobOperator
 
 
@@ -208,8 +208,8 @@ def test_a_task_waits_for_its_pod_in_the_triggerer(cluster):
 
 @pytest.mark.parametrize(("name", "code"), [("etl.features", 2), ("ml.train", 3), ("ml.refine", 4)])
 def test_errors_of_the_user_are_final(cluster, play, name, code):
-    play.act({name: {"code": code}})
-    with pytest.raises(AirflowFailException, match=f"failed stage={name}.*bad row"):
+    play.act({name: {"code": code, "error": BAD_ROW}})
+    with pytest.raises(AirflowFailException, match=rf"jobs\.{name} .* error: DataError: .*bad row\. Remedy: Deliver"):
         task(name).execute(context())
     assert cluster.deleted
 
@@ -217,7 +217,7 @@ def test_errors_of_the_user_are_final(cluster, play, name, code):
 @pytest.mark.parametrize("name", ["etl.features", "ml.train"])
 def test_other_errors_are_retried(cluster, play, name):
     play.act({name: {"code": 137}})
-    with pytest.raises(AirflowException, match=r"exit code 137: .*bad row") as caught:
+    with pytest.raises(AirflowException, match="exit code 137: the last line is 'shutting down'") as caught:
         task(name).execute(context())
     assert not isinstance(caught.value, AirflowFailException)
     play.act({})

@@ -12,6 +12,7 @@ import time
 import local_job
 import pytest
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from conftest import BAD_ROW
 from local_job import LocalJobOperator
 
 WAIT = "import time; time.sleep(60)"
@@ -64,24 +65,43 @@ def test_it_returns_one_value_whole(play):
 
 @pytest.mark.parametrize(("code", "kind"), [(2, "configuration"), (3, "data"), (4, "artifact")])
 def test_errors_of_the_user_are_final(play, code, kind):
-    play.act({"etl.features": {"code": code}})
-    with pytest.raises(AirflowFailException, match=f"{kind} error.*failed stage=etl.features.*bad row"):
+    play.act({"etl.features": {"code": code, "error": BAD_ROW}})
+    with pytest.raises(AirflowFailException) as caught:
         operator().execute({})
+    assert str(caught.value) == (
+        f"jobs.etl.features ended with a {kind} error: "
+        "DataError: items.parquet has a bad row. Remedy: Deliver it again."
+    )
 
 
 @pytest.mark.parametrize("code", [1, 5, 134])
 def test_other_errors_are_retried(play, code):
-    play.act({"etl.features": {"code": code}})
-    with pytest.raises(AirflowException, match=f"exit code {code}: .*bad row") as caught:
+    play.act({"etl.features": {"code": code, "error": BAD_ROW}})
+    with pytest.raises(AirflowException, match=f"exit code {code}: DataError: .*bad row") as caught:
         operator().execute({})
     assert not isinstance(caught.value, AirflowFailException)
 
 
 def test_a_killed_job_is_retried(play):
     play.act({"etl.features": {"signal": signal.SIGKILL}})
-    with pytest.raises(AirflowException, match="SIGKILL") as caught:
+    with pytest.raises(AirflowException, match=r"SIGKILL: the last line is '.* start stage=etl\.features'") as caught:
         operator().execute({})
     assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_without_an_error_as_data_the_last_line_of_the_log_is_named(play):
+    play.act({"etl.features": {"code": 3}})
+    with pytest.raises(AirflowFailException, match="data error: the last line is 'shutting down'"):
+        operator().execute({})
+
+
+def test_the_error_of_a_job_is_in_the_log_of_its_task(play, monkeypatch):
+    seen = []
+    monkeypatch.setattr(LocalJobOperator, "log", property(lambda self: _Log(seen)))
+    play.act({"etl.features": {"code": 3, "error": BAD_ROW}})
+    with pytest.raises(AirflowFailException):
+        operator().execute({})
+    assert json.loads(seen[-1]) == {"stage": "etl.features", **BAD_ROW}
 
 
 def test_a_silent_success_is_an_error(play):

@@ -1,35 +1,12 @@
 """The DAGs through Airflow itself, with jobs that only note how they were called."""
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import DAGS, HOME, Play
-
-PROGRAM = """
-import json, sys
-from datetime import datetime, timezone
-from airflow.dag_processing.dagbag import DagBag
-from airflow.models.asset import AssetEvent
-from airflow.utils.session import create_session
-
-sys.path.insert(0, sys.argv[1])
-bag = DagBag(dag_folder=sys.argv[1])
-answer = {}
-for dag_id, date, conf in json.loads(sys.argv[2]):
-    run = bag.dags[dag_id].test(logical_date=datetime.fromisoformat(date), run_conf=conf)
-    states = {}
-    for ti in run.get_task_instances():
-        states.setdefault(ti.task_id, []).append(str(ti.state))
-    answer[date] = {"state": str(run.state), "tasks": states}
-with create_session() as session:
-    answer["events"] = [
-        {"asset": event.asset.name, "extra": event.extra} for event in session.query(AssetEvent).all()
-    ]
-print("ANSWER" + json.dumps(answer))
-"""
+from conftest import DAGS, Play
 
 RETRAIN = {
     "store": "/data/a store",
@@ -56,32 +33,46 @@ class Hearing(BaseNotifier):
 """
 
 
+class DagRuns:
+    """The process of `run_dags.py`, shared by the tests of this file."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("run_dags.py")), str(DAGS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, play, *runs, path=()):
+        """Run DAGs one after the other with the jobs of `play`; their states and all asset events."""
+        request = {"runs": runs, "environment": play.environment(), "path": [str(folder) for folder in path]}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        log = []
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+            log.append(line)
+        raise AssertionError("".join(log[-100:]))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 @pytest.fixture(scope="module")
-def airflow_database():
-    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True, timeout=180)
-    return HOME
-
-
-def run(play, *runs):
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(DAGS), json.dumps(runs)],
-        env=os.environ | play.environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    lines = [line for line in ended.stdout.splitlines() if line.startswith("ANSWER")]
-    assert lines, ended.stdout[-3000:] + ended.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("ANSWER"))
+def run():
+    runs = DagRuns()
+    yield runs
+    runs.close()
 
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
+def test_retrain_announces_and_promote_judges(run, tmp_path):
     play = Play(tmp_path)
     (tmp_path / "hearing.py").write_text(HEARING)
     play.settings = {
-        "PYTHONPATH": str(tmp_path),
         "AIRFLOW_VAR_CRANE_NOTIFIERS": json.dumps(
             [
                 {
@@ -98,6 +89,7 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
         play,
         ["crane_retrain", retrain, RETRAIN],
         ["crane_promote", promote, {"store": "/data/a store", "run": "r1", "overrides": ["runtime.device=cpu"]}],
+        path=[tmp_path],
     )
 
     assert answer[retrain]["state"] == "success"
@@ -149,7 +141,7 @@ def test_retrain_announces_and_promote_judges(airflow_database, tmp_path):
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database, tmp_path):
+def test_a_data_error_stops_the_run_and_no_alias_means_no_event(run, tmp_path):
     play = Play(tmp_path)
     play.act({"etl.features": {"code": 3}})
     failed, silent = "1998-05-01T00:00:00+00:00", "1998-05-02T00:00:00+00:00"
@@ -178,7 +170,7 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(airflow_database
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_a_failed_export_takes_the_promotion_back(airflow_database, tmp_path):
+def test_a_failed_export_takes_the_promotion_back(run, tmp_path):
     play = Play(tmp_path)
     play.act({"ml.export": {"code": 4}})
     date = "1998-06-01T00:00:00+00:00"
@@ -192,7 +184,7 @@ def test_a_failed_export_takes_the_promotion_back(airflow_database, tmp_path):
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_a_backfill_maps_over_the_days_of_its_plan(airflow_database, tmp_path):
+def test_a_backfill_maps_over_the_days_of_its_plan(run, tmp_path):
     play = Play(tmp_path)
     days = {"from": "2026-03-01", "to": "2026-03-03", "store": "/data/a store", "stages": ["ml.refine"]}
     plain, trained = "1998-07-01T00:00:00+00:00", "1998-07-02T00:00:00+00:00"
@@ -233,7 +225,7 @@ def test_a_backfill_maps_over_the_days_of_its_plan(airflow_database, tmp_path):
 
 @pytest.mark.airflow
 @pytest.mark.slow
-def test_a_rollback_exports_the_champion(airflow_database, tmp_path):
+def test_a_rollback_exports_the_champion(run, tmp_path):
     play = Play(tmp_path)
     date = "1998-08-01T00:00:00+00:00"
     answer = run(play, ["crane_rollback", date, {"store": "s", "to": "3", "overrides": ["runtime.device=cpu"]}])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from windows import (
     MAX_WINDOWS,
+    Backfill,
     backfill_flags,
     backfill_windows,
     crane_run_id,
@@ -135,15 +136,14 @@ def test_backfills_over_nothing_or_too_much_are_refused():
 
 
 def test_backfill_flags():
-    arguments = {
-        "store": "s", "windows": [INTERVAL], "overrides": ["runtime.backfill=false"], "stages": ["etl.features"],
-    }  # fmt: skip
+    arguments = {"store": "s", "overrides": ["runtime.backfill=false"]}
+    days, stages = [INTERVAL], ["etl.features"]
     window = "2026-03-01T00:00:00+00:00/2026-03-02T00:00:00+00:00"
-    assert backfill_flags(**arguments, config="demo", train=True, dry_run=True) == [
+    assert backfill_flags(Backfill(days, stages, train=True, dry_run=True), **arguments, config="demo") == [
         *("--store", "s", "--config", "demo", "--set", "runtime.backfill=false", "--set", "runtime.backfill=true"),
         *("--windows", window, "--stages", "etl.features", "--train", "--dry-run"),
     ]
-    plain = backfill_flags(**arguments, config=None, train=False, dry_run=False)
+    plain = backfill_flags(Backfill(days, stages, train=False, dry_run=False), **arguments, config=None)
     assert {"--config", "--train", "--dry-run"}.isdisjoint(plain)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.launch import Node
 from jobs.stores import open_store
 from tests.worlds.planted import checkerboard, planted_modalities
+from tests.worlds.processes import JobProcess, forked_ranks, forkserver_ranks
 
 SETTINGS = [
     "window.start=2026-01-01",
@@ -249,35 +251,39 @@ def test_a_missing_input_and_an_unknown_part_are_typed_errors(finished: Path) ->
 
 
 @pytest.mark.slow
-def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(tmp_path: Path) -> None:
-    contents = []
-    for name, kill in (("undisturbed", False), ("killed", True)):
-        plant(tmp_path / name / "store", tmp_path / name / "scratch")
-        store = open_store(str(tmp_path / name / "store"))
-        for job, part in JOBS[:5]:
-            assert job.main(flags(tmp_path / name / "store", "planted", part)) == EXIT_OK
-        command = [sys.executable, "-m", "jobs.ml.train", *flags(tmp_path / name / "store", "planted")]
-        if kill:
-            process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-            scratch = Path(store.storage.uri) / ".scratch" / "ml.train"
-            while not list(scratch.glob("*.work/checkpoint.json")):
-                assert process.poll() is None, "the job ended before it was killed"
-                time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-            assert store.entry("planted", "ml.train") is None
-            assert store.storage.names("ml.train") == []
-        finished = subprocess.run(command, check=True, capture_output=True, text=True)
-        assert ("resume epoch=" in finished.stderr) is kill
-        contents.append(store.artifact("planted", "ml.train").manifest["content"])
-    assert contents[0] == contents[1]
+def test_a_training_job_killed_with_signal_9_ends_with_the_same_result(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = open_store(str(finished)).artifact("planted", "ml.train").manifest["content"]
+    shutil.copytree(finished, tmp_path / "store")
+    for stage in ("ml.train", "ml.evaluate"):
+        shutil.rmtree(tmp_path / "store" / stage)
+        (tmp_path / "store" / "runs" / "planted" / f"{stage}.json").unlink()
+    store = open_store(str(tmp_path / "store"))
+    process = JobProcess("jobs.ml.train", flags(tmp_path / "store", "planted"), tmp_path / "killed")
+    scratch = Path(store.storage.uri) / ".scratch" / "ml.train"
+    while not list(scratch.glob("*.work/checkpoint.json")):
+        assert process.running, "the job ended before it was killed"
+        time.sleep(0.01)
+    process.process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert store.entry("planted", "ml.train") is None
+    assert store.storage.names("ml.train") == []
+    assert "resume epoch=" not in process.said()
+    capfd.readouterr()
+    assert train.main(flags(tmp_path / "store", "planted")) == EXIT_OK
+    assert "resume epoch=" in capfd.readouterr().err
+    assert store.artifact("planted", "ml.train").manifest["content"] == undisturbed
 
 
 @pytest.mark.slow
-def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(finished: Path, tmp_path: Path) -> None:
+def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     plant(tmp_path / "store", tmp_path / "scratch")
     extra = ("runtime.world_size=2", "refine.chunk_size=16384")
-    command = [sys.executable, "-m", "jobs.ml.refine", *flags(tmp_path / "store", "planted", "", extra)]
+    argv = flags(tmp_path / "store", "planted", "", extra)
+    command = [sys.executable, "-m", "jobs.ml.refine", *argv]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     work = tmp_path / "store" / ".scratch" / "ml.refine"
     while not list(work.glob("*.work/fit.json")):
@@ -285,8 +291,9 @@ def test_refining_killed_with_signal_9_on_two_ranks_ends_with_the_rows_of_one(fi
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "resume the fit is done" in ended.stderr
+    monkeypatch.setattr(launch, "LaunchConfig", forkserver_ranks)
+    assert refine.main(argv) == EXIT_OK
+    assert "resume the fit is done" in capfd.readouterr().err
     one, two = (open_store(str(path)).artifact("planted", "ml.refine") for path in (finished, tmp_path / "store"))
     two.verify()
     assert sorted(two.manifest["files"]) == sorted(one.manifest["files"])
@@ -335,29 +342,32 @@ def test_two_nodes_train_as_one_with_two_processes_does(tmp_path: Path) -> None:
         store = open_store(str(place))
         store.start_run("nodes", load_config(None, [*SETTINGS, *extra]))
         store.record("nodes", "etl.interactions", {"fingerprint": "planted"})
-        command = [sys.executable, "-m", "jobs.ml.behaviour", *flags(place, "nodes", "", extra)]
+        argv = flags(place, "nodes", "", extra)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         placed = {"PET_NNODES": str(nodes), "PET_MASTER_ADDR": "localhost", "PET_MASTER_PORT": str(port)}
         processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | placed | {"PET_NODE_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+            JobProcess(
+                "jobs.ml.behaviour",
+                argv,
+                tmp_path / name / f"node-{rank}",
+                placed | {"PET_NODE_RANK": str(rank)},
+                _fork_ranks,
             )
             for rank in range(nodes)
         ]
-        ended = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [EXIT_OK] * nodes, ended
-        answers = [json.loads(out.splitlines()[-1]) for out, _ in ended]
+        assert [process.wait() for process in processes] == [EXIT_OK] * nodes, [each.said() for each in processes]
+        answers = [json.loads(process.printed().splitlines()[-1]) for process in processes]
         assert [answer["status"] for answer in answers] == ["done", "joined"][:nodes]
         contents[name] = {answer["content"] for answer in answers}
         assert len(store.storage.names("ml.behaviour")) == 1
     assert len(contents["one"]) == 1
     assert contents["one"] == contents["two"]
+
+
+def _fork_ranks() -> None:
+    launch.LaunchConfig = forked_ranks
 
 
 @pytest.mark.parametrize(
@@ -430,7 +440,8 @@ def _refuse(*_: object) -> None:
     raise DataError("Nothing is there.", "Deliver it.")
 
 
-def test_what_a_rank_refuses_ends_the_job_as_it_would_alone() -> None:
+def test_what_a_rank_refuses_ends_the_job_as_it_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "LaunchConfig", forkserver_ranks)
     config = load_config(None, [*SETTINGS, "runtime.world_size=2"])
     with pytest.raises(DataError, match=r"Rank \d of 2: Nothing is there") as caught:
         launch.start_ranks(_refuse, "ml.train", ("store", "run", config))

@@ -1,8 +1,7 @@
 import json
-import multiprocessing
+import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,17 @@ from jobs.commands.query import verify_ledger
 from jobs.ml import export, judge, promote, register, report, restore, rollback
 from jobs.stores import open_store
 from tests.worlds.mlflow_tables import copy_tables
-from tests.worlds.release_runs import NUM_COLD, NUM_ITEMS, NUM_USERS, damage, item_ids, make_run, user_ids
+from tests.worlds.processes import CONTEXT, JobProcess
+from tests.worlds.release_runs import (
+    NUM_COLD,
+    NUM_ITEMS,
+    NUM_USERS,
+    copy_registered,
+    damage,
+    item_ids,
+    make_run,
+    user_ids,
+)
 
 
 class Place:
@@ -51,6 +60,11 @@ class Place:
         argv = make_run(self.root, run_id, **settings)
         assert register.main(argv) == 0
         return argv
+
+    def start(self, *noises: float, promoted: int = 1) -> list[list[str]]:
+        """Begin with registered runs `run-1`, `run-2` ... of these noises, the first of them promoted."""
+        shutil.rmtree(self.root)
+        return copy_registered(self.root, noises, promoted)
 
     @property
     def store(self) -> ArtifactStore:
@@ -205,7 +219,7 @@ def _equal(rows, users, items):
 )
 def test_a_challenger_that_does_not_deserve_it_is_refused(place, settings, reason):
     """Every metric here comes from `ml.evaluate` over the challenger's own rows."""
-    place.job(promote, place.run("run-1", noise=0.6))
+    place.start(0.6)
     argv = place.run("run-2", **settings)
     done = place.job(promote, argv)
     assert (done["decision"], done["champion"]) == ("refused", "1")
@@ -218,7 +232,7 @@ def test_a_challenger_that_does_not_deserve_it_is_refused(place, settings, reaso
 
 def test_what_the_gate_cases_rest_on(place):
     """The lucky one gains on average, the collapsing one gains in both metrics, the better one passes every check."""
-    place.job(promote, place.run("run-1", noise=0.6))
+    place.start(0.6)
     place.job(promote, place.run("run-2", noise=0.6, edit=_lucky))
     place.job(promote, place.run("run-3", noise=0.05, cold_noise=0.1))
     place.job(promote, place.run("run-4", noise=0.3))
@@ -242,8 +256,7 @@ def test_a_first_champion_below_lightgcn_is_refused_and_nothing_is_exported(plac
 
 
 def test_a_tampered_model_is_not_promoted(place):
-    place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
+    _, argv = place.start(1.0, 0.1)
     damage(place.model_file("2", "embeddings.safetensors"))
     place.job(promote, argv, code=4)
     assert place.ledger.size() == 1
@@ -264,8 +277,7 @@ def test_evidence_that_does_not_fit_the_model_is_refused(place, monkeypatch):
 
 
 def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
-    place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
+    _, argv = place.start(1.0, 0.1)
 
     def crash(*arguments):
         raise KeyboardInterrupt
@@ -283,8 +295,7 @@ def test_a_crash_between_ledger_and_alias_is_repaired(place, monkeypatch):
 
 
 def test_a_registry_that_fails_at_the_alias_is_tried_again(place, monkeypatch):
-    place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
+    _, argv = place.start(1.0, 0.1)
 
     def fail(*arguments):
         raise MlflowException("500 Internal Server Error")
@@ -299,8 +310,7 @@ def test_a_registry_that_fails_at_the_alias_is_tried_again(place, monkeypatch):
 
 
 def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
-    place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
+    _, argv = place.start(1.0, 0.1)
 
     def fail(*arguments):
         raise ArtifactError("The served model recommends something else.", "Look.")
@@ -313,23 +323,21 @@ def test_a_failed_smoke_test_restores_the_champion(place, monkeypatch):
     assert place.job(promote, argv)["champion"] == "2"
 
 
-def test_a_promotion_during_another_waits_for_its_end(place, monkeypatch):
+def test_a_promotion_during_another_waits_for_its_end(place, tmp_path, monkeypatch):
     """Version 2 is being tested, and fails, while 3 is judged: 3 must be held against 1, not against 2."""
-    place.job(promote, place.run("run-1", noise=1.5))
-    second, third = place.run("run-2", noise=0.8), place.run("run-3", noise=0.1)
+    _, second, third = place.start(1.5, 0.8, 0.1)
     racers = []
 
     def slow_failure(predict, probe):
         if not racers:
-            racers.append(subprocess.Popen([sys.executable, "-m", "jobs.ml.promote", *third], stderr=subprocess.PIPE))
-            for line in racers[0].stderr:
-                if b"waiting for=lease" in line:
-                    break
+            racers.append(JobProcess("jobs.ml.promote", third, tmp_path / "racer"))
+            while "waiting for=lease" not in racers[0].said() and racers[0].running:
+                time.sleep(0.02)
         raise ArtifactError("The served model recommends something else.", "Look.")
 
     monkeypatch.setattr(champion_lock, "smoke_test", slow_failure)
     place.job(promote, second, code=4)
-    assert racers[0].communicate(timeout=120) and racers[0].returncode == 0
+    assert racers[0].wait() == 0 and "waiting for=lease" in racers[0].said()
     history = [(entry.action, entry.version, entry.champion_before, entry.champion) for entry in place.ledger.history()]
     assert history == [
         ("promote", "1", None, "1"),
@@ -341,16 +349,15 @@ def test_a_promotion_during_another_waits_for_its_end(place, monkeypatch):
     assert place.registry.holder("champion") == "3"
 
 
-def test_a_promoter_that_is_killed_is_finished_by_the_next(place, monkeypatch):
+def _die_at_the_smoke_test() -> None:
+    champion_lock.smoke_test = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_promoter_that_is_killed_is_finished_by_the_next(place, tmp_path):
     """Killed with the alias moved and nothing tested: the next promotion of another run tests the champion first."""
-    place.job(promote, place.run("run-1", noise=1.5))
-    second, third = place.run("run-2", noise=0.8), place.run("run-3", noise=1.6)
-    program = (
-        "import os, signal; from crane_core.release import champion_lock; from jobs.ml import promote\n"
-        "champion_lock.smoke_test = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"promote.main({second!r})"
-    )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
+    _, second, third = place.start(1.5, 0.8, 1.6)
+    killed = JobProcess("jobs.ml.promote", second, tmp_path / "killed", prepare=_die_at_the_smoke_test)
+    assert killed.wait() == -signal.SIGKILL
     assert place.registry.holder("champion") == "2"
     assert "crane.smoke" not in place.registry.version("2").tags
     held = Lease(place.store.storage).newest()
@@ -364,10 +371,7 @@ def test_a_promoter_that_is_killed_is_finished_by_the_next(place, monkeypatch):
 
 
 def test_a_failure_after_a_promotion_takes_it_back(place):
-    first = place.run("run-1", noise=1.0)
-    place.job(promote, first)
-    argv = place.run("run-2", noise=0.1)
-    place.job(promote, argv)
+    first, argv = place.start(1.0, 0.1, promoted=2)
     assert place.job(restore, first)["status"] == "skipped"
     assert place.registry.holder("champion") == "2"
     assert place.job(restore, argv)["champion"] == place.registry.holder("champion") == "1"
@@ -413,9 +417,7 @@ def test_a_version_carries_what_it_was_made_of(place):
 
 
 def test_a_model_damaged_after_promotion_cannot_be_rolled_back_to(place):
-    place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
-    place.job(promote, argv)
+    place.start(1.0, 0.1, promoted=2)
     damage(place.model_file("1", "items.parquet"))
     place.back("1", code=4)
     assert place.registry.holder("champion") == "2"
@@ -423,8 +425,7 @@ def test_a_model_damaged_after_promotion_cannot_be_rolled_back_to(place):
 
 
 def test_rollback_to_the_previous_and_to_a_version(place):
-    place.job(promote, place.run("run-1", noise=1.0))
-    place.job(promote, place.run("run-2", noise=0.1))
+    place.start(1.0, 0.1, promoted=2)
     done = place.back("previous")
     assert (done["status"], done["champion"], done["previous"], done["champion_run"]) == ("done", "1", "2", "run-1")
     assert place.registry.holder("champion") == "1"
@@ -436,8 +437,7 @@ def test_rollback_to_the_previous_and_to_a_version(place):
 
 
 def test_a_wish_is_granted_once(place):
-    for number, noise in enumerate((1.5, 0.8, 0.1), start=1):
-        place.job(promote, place.run(f"run-{number}", noise=noise))
+    place.start(1.5, 0.8, 0.1, promoted=3)
     assert place.back("previous", "--request", "monday")["champion"] == "2"
     assert place.back("previous", "--request", "monday")["status"] == "found"
     assert place.registry.holder("champion") == "2"
@@ -445,8 +445,8 @@ def test_a_wish_is_granted_once(place):
 
 
 def test_a_rollback_that_died_is_finished_and_not_repeated(place, monkeypatch):
-    for number, noise in enumerate((1.5, 0.8, 0.1), start=1):
-        assert place.job(promote, place.run(f"run-{number}", noise=noise))["champion"] == str(number)
+    place.start(1.5, 0.8, 0.1, promoted=3)
+    assert [entry.champion for entry in place.ledger.history()] == ["1", "2", "3"]
 
     def crash(*arguments):
         raise KeyboardInterrupt
@@ -461,8 +461,7 @@ def test_a_rollback_that_died_is_finished_and_not_repeated(place, monkeypatch):
 
 
 def test_the_ledger_is_checked_against_the_registry(place):
-    place.job(promote, place.run("run-1", noise=1.0))
-    place.job(promote, place.run("run-2", noise=0.1))
+    place.start(1.0, 0.1, promoted=2)
     answer = verify_ledger(place.store, Runtime())
     assert (answer["entries"], answer["anchored"], answer["champion"]) == (2, 2, "2")
     assert answer["last"] == place.ledger.entries()[-1].hash
@@ -484,10 +483,7 @@ def test_a_cut_ledger_stops_promotions(place):
 @pytest.mark.slow
 def test_concurrent_promotions_end_in_one_order(place):
     runs = [place.run(f"run-{number}", noise=noise) for number, noise in enumerate((1.2, 0.6, 0.1), start=1)]
-    # Processes of their own that share one import of mlflow and torch.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jobs.ml.promote"])
-    racers = [context.Process(target=promote.main, args=(argv,)) for argv in runs]
+    racers = [CONTEXT.Process(target=promote.main, args=(argv,)) for argv in runs]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -538,9 +534,7 @@ def test_export_of_the_champion_by_external_ids(place):
 
 
 def test_the_report_tells_the_whole_story(place):
-    place.job(promote, place.run("run-1", noise=1.0))
-    argv = place.run("run-2", noise=0.1)
-    place.job(promote, argv)
+    _, argv = place.start(1.0, 0.1, promoted=2)
     place.job(export, argv)
     done = place.job(report, argv)
     path = place.root / "reports" / "run-2.html"

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import sqlite3
+import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,8 +22,9 @@ from crane_core.config import RunConfig
 from crane_core.config_file import load_config
 from crane_core.schema import TEST, TRAIN
 from crane_core.storage.artifacts import Artifact
-from jobs.ml import evaluate
+from jobs.ml import evaluate, promote, register
 from jobs.stores import open_store
+from tests.worlds.mlflow_tables import copy_tables
 
 NUM_USERS, NUM_ITEMS, NUM_COLD, DIM = 120, 90, 6, 8
 SETTINGS = ("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5")
@@ -94,6 +101,63 @@ def make_run(
         _publish(store, run_id, stage, folder, facts)
     assert evaluate.main(argv) == 0
     return argv
+
+
+def copy_registered(store: Path, noises: tuple[float, ...], num_promoted: int) -> list[list[str]]:
+    """Put runs `run-1`, `run-2` ... of these noises into a store, all registered and the first of them promoted.
+
+    They are made once for the whole test run: to evaluate, register and promote a run takes a second, to copy it does
+    not.
+
+    Args:
+        store: folder to make.
+        noises: `noise` of each run.
+        num_promoted: how many of them are promoted, each before the next one is registered.
+
+    Returns:
+        Flags of the jobs of each run.
+    """
+    _move_copy(_registered(noises, num_promoted), store)
+    return [flags(store, f"run-{number}") for number in range(1, len(noises) + 1)]
+
+
+@functools.cache
+def _registered(noises: tuple[float, ...], num_promoted: int) -> Path:
+    store = Path(tempfile.mkdtemp(prefix="registered-", dir=_home())) / "store"
+    number = len(noises)
+    if number == 0:
+        copy_tables(store)
+        return store
+    _move_copy(_registered(noises[:-1], min(num_promoted, number - 1)), store)
+    argv = make_run(store, f"run-{number}", noise=noises[-1])
+    assert register.main(argv) == 0
+    if number <= num_promoted:
+        assert promote.main(argv) == 0
+    return store
+
+
+@functools.cache
+def _home() -> Path:
+    home = Path(tempfile.mkdtemp(prefix="crane-registered-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return home
+
+
+def _move_copy(source: Path, target: Path) -> None:
+    """Copy a store with its registry; whatever names the folder of the source names that of the copy."""
+    shutil.copytree(source, target)
+    for path in target.rglob("*"):
+        if path.is_file() and path.suffix != ".db" and str(source).encode() in (data := path.read_bytes()):
+            path.write_bytes(data.replace(str(source).encode(), str(target).encode()))
+    with closing(sqlite3.connect(target / "mlflow.db")) as database:
+        tables = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
+        for table in tables:
+            for _, column, *_ in database.execute(f'pragma table_info("{table}")').fetchall():
+                database.execute(
+                    f'update "{table}" set "{column}" = replace("{column}", ?1, ?2) where instr("{column}", ?1)',
+                    (str(source), str(target)),
+                )
+        database.commit()
 
 
 def damage(path: Path) -> None:

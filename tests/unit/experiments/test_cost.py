@@ -54,6 +54,7 @@ class TestCost:
 
 
 class TestMeasurements:
+    @pytest.mark.slow
     def test_forms_and_growth_are_measured_once(self, dataset: Dataset, tmp_path: Path, trainings, monkeypatch) -> None:
         sizes = [64, 128, 256]
         monkeypatch.setattr("crane_core.experiments.study.catalog_sizes", lambda _: sizes)

@@ -58,6 +58,7 @@ def recall(dataset: Dataset, score: Scorer) -> float:
     return float(user_metrics(ranked, dataset.interactions.test, users, (3,))["recall@3"].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "popularity"])
 def test_every_model_beats_popularity_and_repeats_itself(name: str, tmp_path: Path) -> None:
     dataset = planted()
@@ -201,6 +202,7 @@ def train_communities(
     return crane, lightgcn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_on_noise_crane_does_not_fall_below_lightgcn(seed: int, tmp_path: Path) -> None:
     world, generator = communities(seed), np.random.default_rng(seed)
@@ -214,6 +216,7 @@ def test_on_noise_crane_does_not_fall_below_lightgcn(seed: int, tmp_path: Path) 
     assert found[0]["recall@20"].mean() >= bootstrap(found[1], 1000, seed)["recall@20"].low
 
 
+@pytest.mark.slow
 def test_cold_items_are_found_by_their_content_and_by_chance_without(tmp_path: Path) -> None:
     world = communities(2)
     features = group_features(world, 2)

@@ -214,6 +214,7 @@ def test_same_seed_same_bits_other_seed_other_bits(kind: type, tmp_path: Path) -
     assert changed == set(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"), [(Freedom, FreedomSettings(learning_rate=0.02)), (Mgcn, MgcnSettings(learning_rate=0.02))]
 )

@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from crane_core.config import Phi
 from jobs import cli
 from tests.worlds.experiments import flags
 
 
+@pytest.mark.slow
 def test_the_page_and_the_last_line(folder: Path, tmp_path: Path, capfd) -> None:
     assert cli.main(flags(folder, tmp_path / "out", "--only", "modalities", "--seeds", "0")) == 0
     ended = capfd.readouterr()

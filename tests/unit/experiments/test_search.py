@@ -72,6 +72,7 @@ class TestSearch:
         assert all(("error" in t) == (t["parameters"]["train.edge_dropout"] > 0.3) for t in trials)
         assert any("error" in trial and trial["validation_recall@20"] == 0 for trial in trials)
 
+    @pytest.mark.slow
     def test_in_pieces_and_after_a_kill_it_tries_the_same(self, dataset, tmp_path, landscape, monkeypatch) -> None:
         whole = Search(dataset, RECIPE, 0, Trials(tmp_path / "whole"))
         whole.run(6, NO_BOUND.allows, lambda _: None)
@@ -109,6 +110,7 @@ class TestSearch:
             found.append((search.record(), search.best(), search.study.study_name))
         assert found[0] == found[1]
 
+    @pytest.mark.slow
     def test_a_search_with_real_trainings_ends_in_a_configuration(
         self, folder: Path, tmp_path: Path, capsys, request: pytest.FixtureRequest
     ) -> None:
@@ -142,6 +144,7 @@ class TestSearch:
             found = MODELS[model](dataset, other, tmp_path / str(number)).score(users)
             assert not torch.equal(found, expected), f"{model} does not read {path}"
 
+    @pytest.mark.slow
     def test_a_search_of_another_model_is_a_search_of_its_own(
         self, folder: Path, tmp_path: Path, capsys, no_drawing: None
     ) -> None:
@@ -167,6 +170,7 @@ class TestSearch:
             assert cli.main(flags(folder, tmp_path / "out", *more)) == EXIT_CONFIG
             assert said in json.loads(capsys.readouterr().out)["remedy"]
 
+    @pytest.mark.slow
     def test_a_second_process_waits_for_the_search(self, dataset, tmp_path, landscape) -> None:
         said: list[str] = []
         context = forkserver()

@@ -46,6 +46,7 @@ def _killed_after(num_epochs: int, argv: list[str]) -> None:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_killed_between_epochs_and_cells_it_goes_on(
         self, folder: Path, tmp_path: Path, capsys, no_drawing: None
     ) -> None:

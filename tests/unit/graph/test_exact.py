@@ -114,6 +114,7 @@ def command(name: str, limit: int, memory: int, work: str, queries: int) -> list
     return [sys.executable, "-c", SEARCH, f"{name}.npy", str(limit), str(memory), work, str(queries)]
 
 
+@pytest.mark.slow
 def test_rows_larger_than_the_memory_allowed(tmp_path: Path) -> None:
     rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float32, (400_000, 256))
     rows[::200] = np.random.default_rng(0).normal(size=(2000, 256))
@@ -126,6 +127,7 @@ def test_rows_larger_than_the_memory_allowed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "bounded.npy"), np.load(tmp_path / "free.npy"))
 
 
+@pytest.mark.slow
 def test_a_search_killed_with_signal_9_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(6000, 64)).astype(np.float32))
     work = tmp_path / "work"

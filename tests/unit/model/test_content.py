@@ -205,6 +205,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [3, 5, 7, 8])
 def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
     tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
@@ -286,6 +287,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
     alone = trainer(tmp_path / "alone", start(planted_modalities(), RANKED), RANKED)
     alone.run()

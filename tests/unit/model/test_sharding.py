@@ -61,6 +61,7 @@ def _meet(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_rows_meet_and_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
     world_size = 4
     on_ranks(_meet, world_size, world_size, str(tmp_path))

@@ -22,6 +22,7 @@ def popular_edges() -> tuple[np.ndarray, np.ndarray]:
     return np.nonzero(met)
 
 
+@pytest.mark.slow
 def test_a_sampled_graph_is_the_whole_one_on_average() -> None:
     shards, (users, items) = Shards((40, 30)), popular_edges()
     whole = user_item_graph(users, items, shards).toarray()

@@ -76,6 +76,7 @@ def read(raw: Path, modality: str) -> dict[str, list[float]]:
     return {row["item_id"]: row["vector"] for row in rows}
 
 
+@pytest.mark.slow
 def test_text_vectors_are_those_of_a_plain_call(text_model: str, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -104,6 +105,7 @@ def test_only_what_is_missing_is_made(text_model: str, tmp_path: Path, monkeypat
     assert encode(tmp_path, "text", spec).made == 0
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(text_model: str, tmp_path: Path) -> None:
     write_catalog(tmp_path, titles(20_000))
     command = [sys.executable, "-m", "jobs.cli", "encode", str(tmp_path), "--modality", "text", "--model", text_model]

@@ -57,6 +57,7 @@ def refine_as_one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_the_rows_of_one(tmp_path: Path) -> None:
     on_ranks(refine_as_one_of_two, 2, tmp_path)
     modalities = planted_modalities()

@@ -235,6 +235,7 @@ print(registry.download(artifact_uri="models:/crane/1"), tempfile.gettempdir() =
 """
 
 
+@pytest.mark.slow
 def test_what_is_downloaded_goes_with_the_process(tmp_path):
     (tmp_path / "tmp").mkdir()
     ran = subprocess.run(

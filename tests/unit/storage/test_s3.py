@@ -12,6 +12,7 @@ from crane_core.storage import open_storage
 from tests.worlds.artifacts import folder
 
 
+@pytest.mark.slow
 def test_lists_more_names_than_one_page_holds(s3_uri: str) -> None:
     storage = open_storage(s3_uri)
     with ThreadPoolExecutor(8) as pool:

@@ -163,6 +163,7 @@ def _forked(measure: Callable[..., tuple[int, int]], *arguments: Any) -> tuple[i
         return process.submit(measure, *arguments).result()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process cannot be reset")
 @pytest.mark.parametrize(
     ("peak", "arguments"),

@@ -127,6 +127,7 @@ def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> N
     assert ours.optimiser.param_groups[0]["lr"] == pytest.approx(0.01 * 3**0.5)
 
 
+@pytest.mark.slow
 @both_kinds
 def test_the_planted_answer_is_found(tmp_path: Path, kind: Kind) -> None:
     interactions = checkerboard()
@@ -183,6 +184,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @both_kinds
 @pytest.mark.parametrize("moment", [1, 5, 8])
 def test_a_training_killed_at_any_moment_ends_with_the_same_bits(
@@ -215,6 +217,7 @@ def _train_long(work: Path) -> None:
     trainer(work, config=LONG).run()
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
     ours = trainer(tmp_path / "undisturbed", config=LONG)
     expected = ours.run(), ours.progress.curve, ours.best_weights()
@@ -443,6 +446,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -> None:
     for world_size in (2, 4):
         on_ranks(_rank, world_size, world_size, str(tmp_path))
