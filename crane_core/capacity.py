@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from crane_core.config import Evaluate, Export, Knn, LightGCNSettings, Refine, Train
+from crane_core.config import Evaluate, Export, Knn, Refine
 from crane_core.errors import ConfigError
+from crane_core.model_config import LightGCNSettings, Train
 
 GPU_BYTES = 40 * 1024**3
 EPOCH_SECONDS = 3600

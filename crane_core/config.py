@@ -6,24 +6,19 @@ runs and never changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from crane_core.model_config import ModelConfig
+from crane_core.section import Section
 
 Phi = Literal["softmax", "tanh", "linear", "block", "landmark"]
 Precision = Literal["float32", "bfloat16"]
-Loss = Literal["softmax", "bpr"]
 PREVIOUS = "previous"
 """Value of `etl.base_run` that stands for the run before this one."""
-
-
-class Section(BaseModel):
-    """Base of every part of the configuration: frozen, and a misspelt field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def known_zone(name: str) -> str:
@@ -72,7 +67,7 @@ class Etl(Section):
     """An event may arrive in a daily partition up to this many days after it happened."""
     time_zone: str = "UTC"
     """Zone whose midnights cut the daily partitions `dt=` and the days of reports and caps. Events are instants."""
-    event_weights: dict[str, float] = {}
+    event_weights: dict[str, float] = Field(default_factory=dict)
     """Event type to the factor on its rows' weights, for example `{view: 1, cart: 3, purchase: 5}`. Rows of a type that
     is not named are set aside (`unknown_event_type`), rows without a type count once. Types are not read when empty."""
     repeats: Literal["first", "sum", "max"] = "first"
@@ -229,94 +224,6 @@ class Knn(Section):
         return self.mode == "approx" or (self.mode == "auto" and num_items > self.exact_items)
 
 
-class Train(Section):
-    """The training loop, the same for every model."""
-
-    learning_rate: float = Field(3e-3, gt=0)
-    """Adam's step size for one batch per step."""
-    batch_size: int = Field(2048, ge=1)
-    """Training interactions whose loss is computed at once, over all ranks."""
-    batches_per_step: int = Field(1, ge=1)
-    """Batches that share one propagation and one step of Adam, whose step size grows with the square root of their
-    number (Malladi et al., arXiv 2205.10287). Propagation costs the same for any number of them: raise it until the
-    batches cost as much as the propagation, and lower it where the validation recall suffers."""
-    num_epochs: int = Field(200, ge=1)
-    """Upper bound of the epochs."""
-    patience: int = Field(20, ge=1)
-    """Epochs without a better validation recall before training stops."""
-    num_neighbours: int | None = Field(None, ge=1)
-    """Edges for every node, on average, in the random part of the user-item graph that an epoch propagates over. Its
-    products equal those of the whole graph on average. For graphs whose propagation costs more than the batches, or
-    that a GPU cannot hold. Validation ranks by the whole graph. None: every epoch propagates over the whole graph."""
-    validation_users: int = Field(20_000, ge=1)
-    """Users the validation recall is measured on; a fixed sample where there are more."""
-    checkpoint_steps: int = Field(200, ge=1)
-    """Steps between two checkpoints; one is also written after every epoch."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of the weights, the order of the interactions and the negatives."""
-
-
-class LightGCNSettings(Section):
-    """LightGCN: the behavioural view, and what CRANE shares with it."""
-
-    embedding_dim: int = Field(64, ge=1)
-    """Width of the ID embeddings."""
-    num_layers: int = Field(2, ge=0)
-    """Propagation steps on the user-item graph (L_UI)."""
-    regularisation: float = Field(1e-3, ge=0)
-    """lambda, weight of the squared norm of the batch's ID embeddings."""
-
-
-class CraneSettings(Section):
-    """What CRANE adds to LightGCN."""
-
-    mode: Literal["staged", "joint"] = "staged"
-    """`staged`: CRANE learns on the frozen rows and the graph of the stages before. `joint` (the paper): RCA runs over
-    the whole catalog in every step and its weights learn with the rest, which features and activations of the catalog
-    must fit in memory for."""
-    joint_start: Literal["fitted", "scratch"] = "fitted"
-    """Where the RCA weights of `joint` start: as `ml.refine` has fitted them, or at random (the paper)."""
-    graph_epochs: int = Field(1, ge=1)
-    """`joint` builds the item graph anew from the current rows before every so many epochs; neighbours have no
-    gradient."""
-    num_item_layers: int = Field(1, ge=0)
-    """Propagation steps on the item-item graph (L_II)."""
-    loss: Loss = "softmax"
-    """CRANE's ranking loss: sampled softmax over cosines, or the paper's BPR. LightGCN, the baseline, keeps BPR."""
-    num_negatives: int = Field(1024, ge=1)
-    """Random items that all rows of a batch share as negatives under `softmax`."""
-    ranking_negatives: Literal["warm", "catalog"] = "warm"
-    """Where these are drawn from: items with training interactions, or all items. Drawing cold items as negatives would
-    push every cold item to the bottom."""
-    ranking_temperature: float = Field(0.2, gt=0)
-    """Temperature of the softmax."""
-    user_balance: float = Field(0.5, ge=0, le=1)
-    """An interaction of a user with n of them weighs n^-user_balance in the softmax: 0 treats interactions alike,
-    1 treats users alike."""
-    semantic_items: Literal["ids", "content"] = "ids"
-    """What spreads over the item graph: ID embeddings gated by content, or the fused content itself (the paper)."""
-    semantic_users: Literal["items", "profiles"] = "items"
-    """`h_u`: the normalised sum of `h_i` over the user's items, or the refined profile (the paper)."""
-    own_content: bool = True
-    """Add a projection of a node's own refined row to its `h`, beside what its neighbours spread."""
-    semantic_weight: Literal["gate", "scale", "none"] = "gate"
-    """How `h` enters `z`: by a gate driven by `e`, by one learned number, or as it is (the paper)."""
-    contrast_weight: float = Field(1e-3, ge=0)
-    """beta, weight of the InfoNCE between the behavioural and the semantic view."""
-    contrast_temperature: float = Field(0.2, gt=0)
-    """tau, temperature of that InfoNCE."""
-    contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
-    """Its negatives for a user: the other users of the batch, or also its items but for those the user has met in
-    training; likewise for an item."""
-    edge_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the user-item edges that CRANE drops in a training epoch; popular users and items lose more."""
-
-    @property
-    def reads_users(self) -> bool:
-        """Whether the semantic view reads refined user rows."""
-        return self.own_content or self.semantic_users == "profiles"
-
-
 class Evaluate(Section):
     ks: tuple[int, ...] = (5, 10, 20, 50)
     """Cut-offs of recall and NDCG; 20 must be one of them."""
@@ -380,24 +287,6 @@ class Runtime(Section):
     """Days after which `jobs.tidy` clears what nobody has used from the scratch folder; longer than a job may take."""
     backfill: bool = False
     """A backfill registers its model but moves no alias."""
-
-
-class ModelConfig(Section):
-    """The sections that models and their training obey."""
-
-    train: Train = Train()
-    lightgcn: LightGCNSettings = LightGCNSettings()
-    crane: CraneSettings = CraneSettings()
-
-    def changed(self, changes: Mapping[str, Any]) -> Self:
-        """Return the same with other values of some fields, `section.field` to value."""
-        sections: dict[str, Section] = {}
-        for path, value in changes.items():
-            name, _, field = path.partition(".")
-            section = sections.get(name, getattr(self, name))
-            assert field in type(section).model_fields, path
-            sections[name] = section.model_copy(update={field: value})
-        return self.model_copy(update=sections)
 
 
 class RunConfig(ModelConfig):

@@ -12,8 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from crane_core.allowed import remedy_of
-from crane_core.config import CraneSettings, LightGCNSettings, RunConfig
+from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
+from crane_core.model_config import CraneSettings, LightGCNSettings
 
 EXAMPLE = "Write it as --set section.field=value, for example --set knn.k=20."
 SHAPE = "Write sections with fields, for example the two lines `knn:` and `  k: 20`, or give the name of a preset."

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from crane_core.config import CraneSettings, LightGCNSettings, RunConfig
+from crane_core.config import RunConfig
 from crane_core.config_file import MOVED
 from crane_core.errors import ConfigError
+from crane_core.model_config import CraneSettings, LightGCNSettings
 from crane_core.raw.files import list_features, list_interactions, list_items, raw_root
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 

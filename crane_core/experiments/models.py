@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crane_core.config import Features, Knn, Loss, ModelConfig, Profiles, Refine
+from crane_core.config import Features, Knn, Profiles, Refine
 from crane_core.dataset.interactions import Interactions
 from crane_core.dataset.modalities import profile_spreads
 from crane_core.errors import ConfigError
@@ -32,6 +32,7 @@ from crane_core.model.crane import Crane
 from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.views import Rows
+from crane_core.model_config import Loss, ModelConfig
 from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
 from crane_core.storage.local import LocalStorage

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from crane_core.config import CraneSettings, Phi, RunConfig
+from crane_core.config import Phi, RunConfig
 from crane_core.config_file import load_config
 from crane_core.errors import ConfigError
 from crane_core.experiments.models import Recipe
+from crane_core.model_config import CraneSettings
 
 NAMES = ("form", "training", "rca", "neighbours", "profiles", "phi", "contrast", "cost", "modalities")
 """Experiments of every run; `search` runs only on request."""

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from crane_core.config import ModelConfig, Section
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import normalise
 from crane_core.model.lightgcn import LightGCN
 from crane_core.model.losses import info_nce
 from crane_core.model.propagation import DirectedGraph, SymmetricGraph, propagate
 from crane_core.model.views import Batch, PickedViews, Views
+from crane_core.model_config import ModelConfig
+from crane_core.section import Section
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crane_core.config import CraneSettings, Knn, Refine
+from crane_core.config import Knn, Refine
 from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.propagation import SymmetricGraph
+from crane_core.model_config import CraneSettings
 from crane_core.ranks import ranks
 from crane_core.refine.refiner import Refiner, profile_scales
 from crane_core.storage.artifacts import Artifact

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from crane_core.config import ModelConfig
 from crane_core.model.content import Content, JointContent
 from crane_core.model.lightgcn import LightGCN, xavier
 from crane_core.model.losses import info_nce
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.views import Batch, PickedViews, Views
+from crane_core.model_config import ModelConfig
 
 
 class Crane(LightGCN):

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crane_core.config import Loss, ModelConfig
 from crane_core.model.losses import bpr, sampled_softmax
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.views import Batch, PickedViews, Rows, Views
+from crane_core.model_config import Loss, ModelConfig
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Powers of the length of an item's row that scores may be multiplied by; validation chooses one."""

@@ -10,8 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -29,6 +28,7 @@ from crane_core.errors import ConfigError, DataError
 from crane_core.progress import track
 from crane_core.raw.checks import check_items
 from crane_core.raw.files import FEATURES_FOLDER, check_modality, list_items
+from crane_core.raw.pictures import PICTURE_SUFFIXES, load_picture, take_pictures
 from crane_core.schema import FEATURES, ITEM_ID, REASON
 from crane_core.storage.artifacts import sha256_file
 from crane_core.storage.local import LocalStorage
@@ -36,22 +36,15 @@ from crane_core.storage.lock import locked_or_refused
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
 logger = logging.getLogger(__name__)
-
 RECORD_FILE = "_encoder.json"
 """File with the specification that a modality was begun with."""
 WEIGHTS, FILES = "weights", "files"
 """Keys of `RECORD_FILE` besides the fields of `EncoderSpec`: the SHA-256 of the weights, and of each model file."""
 SET_ASIDE = "_set_aside.parquet"
 """File with the items that have no vector, and why. Files that begin with an underscore are not read as features."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats that Pillow may open, whatever the suffix of a file: for PostScript it would start a program."""
 UNUSED = ("*.md", ".*", "pytorch_model*.bin", "openvino/*", "*.h5", "*.msgpack", "*.onnx", "*.ot")
 """Files of a model that do not affect its vectors: documentation, and weights in formats that are not loaded."""
-PIXELS = 32_000_000
-"""Pixels of the pictures in memory: no further picture is read once there are as many."""
 PART_ROWS = 4096
 """Items in a file: a kill loses the vectors of one file at most."""
 
@@ -63,7 +56,8 @@ class EncoderSpec:
     Attributes:
         model: name or folder of a sentence-transformers model.
         columns: text columns of the catalog, joined by line breaks; empty for pictures.
-        pictures: folder of pictures `<item_id>.jpg` (or another of `SUFFIXES`); empty for text and with a column.
+        pictures: folder of pictures `<item_id>.jpg` (or another of `PICTURE_SUFFIXES`); empty
+            for text and with a column.
         picture_column: column of the catalog with the paths of the pictures below the raw data.
     """
 
@@ -160,7 +154,7 @@ def _encode(root: Path, folder: Path, catalog: ds.Dataset, spec: EncoderSpec, ba
             # The model groups texts by length, so it gets many. Of pictures it gets one batch, to limit the memory.
             rows = PART_ROWS - len(names)
             is_text = spec.takes == "text"
-            some = list(itertools.islice(items, rows)) if is_text else _pictures(items, min(batch_size, rows))
+            some = list(itertools.islice(items, rows)) if is_text else take_pictures(items, min(batch_size, rows))
             if not some:
                 break
             inputs = [given for _, given in some]
@@ -350,45 +344,15 @@ def _items(
 def _input(root: Path, spec: EncoderSpec, name: str, row: dict[str, Any]) -> tuple[str | Image.Image | None, str]:
     """Return the input of the model for an item, or None and the reason."""
     if spec.pictures:
-        return _picture(Path(spec.pictures), (f"{name}{suffix}" for suffix in SUFFIXES))
+        return load_picture(Path(spec.pictures), (f"{name}{suffix}" for suffix in PICTURE_SUFFIXES))
     text, reason = _text(row)
-    return _picture(root, filter(None, [text])) if spec.picture_column else (text, reason)
+    return load_picture(root, filter(None, [text])) if spec.picture_column else (text, reason)
 
 
 def _text(row: dict[str, Any]) -> tuple[str | None, str]:
     """Return the text of an item, or None and the reason."""
     lines = [str(value).strip() for value in row.values() if value is not None]
     return "\n".join(line for line in lines if line) or None, "no_text"
-
-
-def _pictures(items: Iterator[tuple[str, Any]], most: int) -> list[tuple[str, Any]]:
-    """Take the next pictures, at most as many as memory may hold at once."""
-    some: list[tuple[str, Any]] = []
-    pixels = 0
-    # The size of the next picture is not known before it is read; Pillow limits what it can add.
-    while len(some) < most and pixels < PIXELS and (item := next(items, None)) is not None:
-        some.append(item)
-        pixels += item[1].width * item[1].height
-    return some
-
-
-def _picture(folder: Path, names: Iterable[str]) -> tuple[Image.Image | None, str]:
-    """Load the first picture that exists among some names in a folder, in RGB, or return None and the reason."""
-    try:
-        path = next((path for name in names if (path := folder / name).is_file()), None)
-    except OSError:  # The path is too long for the file system.
-        path = None
-    if path is None:
-        return None, "no_picture"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return None, "outside_folder"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return image.convert("RGB"), ""
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None, "broken_picture"
 
 
 def _reasons(aside: dict[str, list[str]]) -> pa.Table:

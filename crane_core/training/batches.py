@@ -8,11 +8,11 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError
 from crane_core.model.lightgcn import LightGCN
 from crane_core.model.views import Batch
+from crane_core.model_config import ModelConfig
 from crane_core.ranks import ranks
 from crane_core.training.negatives import NegativeSampler
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time
 from crane_core.model.crane import fill_cold
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.views import Rows
+from crane_core.model_config import ModelConfig
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import TrainingError, TrainingStopped
 from crane_core.model.lightgcn import LightGCN
@@ -23,6 +22,7 @@ from crane_core.model.propagation import SymmetricGraph, drop_edges
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import sampled_user_item_graph, user_item_graph
 from crane_core.model.views import Batch, Rows
+from crane_core.model_config import ModelConfig
 from crane_core.ranks import any_rank, ranks
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.batches import Batches, Purpose, generator_for

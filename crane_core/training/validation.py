@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from crane_core.config import Train
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import TrainingError
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time
 from crane_core.model.views import Rows
+from crane_core.model_config import Train
 from crane_core.ranks import ranks
 
 STEERING_METRIC = "recall@20"

@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions, load_interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks, rank_users
@@ -48,6 +47,7 @@ from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model_config import ModelConfig
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
 from crane_core.training.negatives import NegativeSampler

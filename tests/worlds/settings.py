@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from crane_core.config import ModelConfig
+from crane_core.model_config import ModelConfig
 
 Config = TypeVar("Config", bound=ModelConfig)
 

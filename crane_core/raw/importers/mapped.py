@@ -29,12 +29,13 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from crane_core.allowed import remedy_of
-from crane_core.config import Section, known_zone
+from crane_core.config import known_zone
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import FEATURES_FOLDER, ITEMS_FOLDER, check_modality
 from crane_core.raw.importers.tables import LogCounts, list_files, read_batches, write_log
 from crane_core.raw.importers.target import Imported, write_features, write_raw
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, VECTOR, WEIGHT
+from crane_core.section import Section
 from crane_core.storage.artifacts import sha256_file
 
 FORMAT = "mapped-1"

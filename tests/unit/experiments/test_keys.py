@@ -8,8 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from crane_core.config import Loss, ModelConfig
 from crane_core.experiments.models import behaviour, behaviour_key
+from crane_core.model_config import Loss, ModelConfig
 from tests.worlds.planted import checkerboard
 from tests.worlds.settings import model_config
 

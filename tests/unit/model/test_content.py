@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_core.config import Knn, ModelConfig, Refine
+from crane_core.config import Knn, Refine
 from crane_core.dataset.modalities import Modality
 from crane_core.graph.exact import brute_force
 from crane_core.model import content as content_module
 from crane_core.model.content import Content, JointContent, joint_content, neighbour_graph
 from crane_core.model.crane import Crane
 from crane_core.model.views import Batch
+from crane_core.model_config import ModelConfig
 from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
 from crane_core.refine.refiner import Refiner

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from crane_core.errors import ConfigError, DataError
-from crane_core.raw import encoding
+from crane_core.raw import encoding, pictures
 from crane_core.raw.checks import check_features
 from crane_core.raw.encoding import EncoderSpec, encode
 from crane_core.raw.files import list_features
@@ -394,7 +394,7 @@ def test_pictures_in_memory_are_bounded(picture_model: str, tmp_path: Path, monk
         return plain(model, contents, **given)
 
     monkeypatch.setattr(SentenceTransformer, "encode", counted)
-    monkeypatch.setattr(encoding, "PIXELS", 2_500)
+    monkeypatch.setattr(pictures, "PIXELS", 2_500)
     for number in range(8):
         Image.new("RGB", (30, 30)).save(tmp_path / f"{number}.png")
     write_catalog(tmp_path, [{"item_id": str(number)} for number in range(8)])

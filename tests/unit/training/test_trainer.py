@@ -19,7 +19,6 @@ import torch
 import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
 from torch import Tensor
 
-from crane_core.config import ModelConfig
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import ArtifactError, DataError, TrainingError, TrainingStopped
 from crane_core.evaluation.metrics import user_metrics
@@ -32,6 +31,7 @@ from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph, drop_edges
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model.views import Batch, Rows
+from crane_core.model_config import ModelConfig
 from crane_core.training.batches import user_weights
 from crane_core.training.negatives import NegativeSampler
 from crane_core.training.trainer import Trainer
