@@ -67,7 +67,7 @@ class Etl(Section):
     """An event may arrive in a daily partition up to this many days after it happened."""
     time_zone: str = "UTC"
     """Zone whose midnights cut the daily partitions `dt=` and the days of reports and caps. Events are instants."""
-    event_weights: dict[str, float] = Field(default_factory=dict)
+    event_weights: dict[str, float] = Field({})
     """Event type to the factor on its rows' weights, for example `{view: 1, cart: 3, purchase: 5}`. Rows of a type that
     is not named are set aside (`unknown_event_type`), rows without a type count once. Types are not read when empty."""
     repeats: Literal["first", "sum", "max"] = "first"

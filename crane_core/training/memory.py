@@ -114,7 +114,7 @@ def naming_out_of_memory() -> Iterator[None]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
             found = " ".join(str(error).split()) or type(error).__name__
             raise TrainingError(
-                f"Memory ran out: {found}", "Use more or larger machines or GPUs, or a smaller train.embedding_dim."
+                f"Memory ran out: {found}", "Use more or larger machines or GPUs, or a smaller lightgcn.embedding_dim."
             ) from error
         raise
 

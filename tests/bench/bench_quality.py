@@ -33,6 +33,8 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from crane_core.allowed import remedy_of
+from crane_core.config_file import EXAMPLE, upgraded
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError
 from crane_core.evaluation.baselines import popularity
@@ -170,12 +172,13 @@ def read_recipe(source: str | None, modalities: Sequence[str], overrides: Sequen
         path, sign, value = override.partition("=")
         section, dot, name = path.partition(".")
         if not (sign and dot and section and name):
-            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", "Correct the flag.")
+            raise ConfigError(f"--set {override!r} is not of the form section.field=value.", EXAMPLE)
         tree.setdefault(section, {})[name] = yaml.safe_load(value)
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(upgraded(tree))
     except ValidationError as error:
-        raise ConfigError(f"The recipe is not valid: {error}.", "Correct the flags --set.") from error
+        remedy = remedy_of(error, Recipe, "--set {field}=VALUE")
+        raise ConfigError(f"The recipe is not valid: {error}.", remedy) from error
 
 
 @contextlib.contextmanager
@@ -290,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     try:
         if arguments.num_threads < 1 or not arguments.budget_minutes > 0:
-            raise ConfigError("--num-threads and --budget-minutes must be above 0.", "Correct the flag.")
+            raise ConfigError("--num-threads and --budget-minutes must be above 0.", "Give both a number above 0.")
         torch.set_num_threads(arguments.num_threads)
         use_threads(arguments.num_threads)
         return run(arguments, shlex.join(["python", "-m", "tests.bench.bench_quality", *argv]))

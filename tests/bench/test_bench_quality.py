@@ -52,7 +52,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
 
 def test_the_result_holds_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = plant(tmp_path / "board")
-    small = ("train.embedding_dim=8", "train.num_epochs=4", "train.batch_size=64", "refine.num_steps=5")
+    small = ("lightgcn.embedding_dim=8", "train.num_epochs=4", "train.batch_size=64", "refine.num_steps=5")
     settings = [word for setting in (*small, "refine.embedding_dim=8") for word in ("--set", setting)]
     models = ("crane", "lightgcn_softmax", "popularity", "item_knn")
     assert bench_quality.main(flags(folder, "--models", *models, *settings)) == EXIT_OK

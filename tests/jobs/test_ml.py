@@ -46,7 +46,7 @@ SETTINGS = [
     "refine.num_steps=20",
     "refine.batch_size=64",
     "knn.k=5",
-    "train.embedding_dim=8",
+    "lightgcn.embedding_dim=8",
     "train.batch_size=64",
     "train.num_epochs=8",
     "train.learning_rate=0.02",
@@ -221,7 +221,7 @@ def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monke
         return ranking, metrics | {STEERING_METRIC: float(next(epochs))}
 
     monkeypatch.setattr(Validation, "best", prefer_the_last)
-    extra = ("train.mode=joint", "train.semantic_users=profiles")
+    extra = ("crane.mode=joint", "crane.semantic_users=profiles")
     store.start_run("joint", load_config(None, [*SETTINGS, *extra]))
     for stage in ("etl.interactions", "etl.features", "etl.profiles"):
         store.record("joint", stage, {"fingerprint": "planted"})

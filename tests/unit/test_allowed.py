@@ -18,7 +18,7 @@ WINDOW = ["window.start=2026-03-01", "window.end=2026-03-02"]
     [
         ("etl.k_core=0", "Give --set etl.k_core=VALUE, a whole number at least 1 (default 1)."),
         ("etl.history_days=0", "Give --set etl.history_days=VALUE, a whole number at least 1 or null (default None)."),
-        ("train.loss=mse", "Give --set crane.loss=VALUE, one of softmax, bpr (default 'softmax')."),
+        ("crane.loss=mse", "Give --set crane.loss=VALUE, one of softmax, bpr (default 'softmax')."),
         (
             "features.modalities=3",
             "Give --set features.modalities=VALUE, a list such as [A, B], each text (default []).",

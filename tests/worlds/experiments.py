@@ -19,7 +19,7 @@ from crane_core.experiments.trials import Trials
 from tests.worlds.planted import checkerboard
 from tests.worlds.processes import PRELOADED
 
-FAST = ["refine.num_steps=2", "refine.embedding_dim=8", "train.num_epochs=2", "train.embedding_dim=8"]
+FAST = ["refine.num_steps=2", "refine.embedding_dim=8", "train.num_epochs=2", "lightgcn.embedding_dim=8"]
 RECIPE = load_recipe(None, FAST)
 NO_BOUND = Budget(None)
 

@@ -29,17 +29,17 @@ class TestPlans:
         def values(name: str, field: str) -> list[Any]:
             return [variant.changes.get(field) for variant in experiments[name].variants]
 
-        assert values("training", "train.mode") == ["staged", "joint", "joint"]
-        assert values("training", "train.joint_start") == [None, "fitted", "scratch"]
+        assert values("training", "crane.mode") == ["staged", "joint", "joint"]
+        assert values("training", "crane.joint_start") == [None, "fitted", "scratch"]
         assert values("rca", "refine.num_recursions") == [0, 1, 2, 3, 4, 5]
         assert values("neighbours", "knn.k") == [5, 10, 15, 20]
         assert values("profiles", "profiles.aggregate") == ["sum", "mean"]
         assert values("phi", "refine.phi") == list(get_args(Phi))
         assert values("modalities", "features.modalities") == [None, ("a",), ("b",)]
-        assert {*values("contrast", "train.contrast_weight")} == {None, 0.0, 1e-4, 1e-2, 1e-1}
+        assert {*values("contrast", "crane.contrast_weight")} == {None, 0.0, 1e-4, 1e-2, 1e-1}
 
     def test_another_default_joins_the_grid(self) -> None:
-        recipe = load_recipe(None, ["knn.k=7", "train.contrast_weight=0.05"])
+        recipe = load_recipe(None, ["knn.k=7", "crane.contrast_weight=0.05"])
         experiments = experiment_plan(recipe, ["a"])
         assert [variant.label for variant in experiments["neighbours"].variants][:3] == ["k = 5", "k = 7", "k = 10"]
         assert experiments["contrast"].variants[0].label.startswith("β = 0.05")
@@ -56,7 +56,7 @@ class TestPlans:
         assert "search" not in chosen(None)
 
     def test_a_preset_is_a_recipe(self) -> None:
-        assert load_recipe("paper", []).train.semantic_items == "content"
+        assert load_recipe("paper", []).crane.semantic_items == "content"
 
 
 def test_the_forms_of_the_paper_are_not_compared_twice() -> None:

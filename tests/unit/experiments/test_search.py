@@ -42,7 +42,7 @@ class TestSearch:
 
         def train(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
             done.append(recipe)
-            if recipe.train.edge_dropout > 0.3:
+            if recipe.crane.edge_dropout > 0.3:
                 raise TrainingError("The loss is not finite.", "Lower it.")
             held_out = dataset.interactions.validation
             num_users = round(held_out.num_users * recipe.knn.k / 20)
@@ -69,7 +69,7 @@ class TestSearch:
         assert len(trials) == 12 and set(trials[0]["parameters"]) == set(SPACES["crane"])
         best = search.best()
         assert best is not None and best.knn.k == trials[int(np.argmax(values))]["parameters"]["knn.k"] > RECIPE.knn.k
-        assert all(("error" in t) == (t["parameters"]["train.edge_dropout"] > 0.3) for t in trials)
+        assert all(("error" in t) == (t["parameters"]["crane.edge_dropout"] > 0.3) for t in trials)
         assert any("error" in trial and trial["validation_recall@20"] == 0 for trial in trials)
 
     @pytest.mark.slow
@@ -129,7 +129,7 @@ class TestSearch:
 
     @pytest.mark.parametrize("model", SPACES)
     def test_a_space_holds_fields_its_model_reads(self, dataset, tmp_path, model: str) -> None:
-        recipe = changed(RECIPE, {"train.num_negatives": 4, "refine.num_steps": 1})
+        recipe = changed(RECIPE, {"crane.num_negatives": 4, "refine.num_steps": 1})
         # One user with fewer items than the others, or it would make no difference how users weigh.
         train = dataset.interactions.train
         fewer = replace(dataset.interactions, train=train.where(np.arange(len(train.items)) > 2))
@@ -216,7 +216,7 @@ class TestSearch:
         assert other.finished() == [] and other.best() is None
 
     def test_values_outside_the_space_are_left_to_the_sampler(self, dataset, tmp_path, landscape) -> None:
-        search = Search(dataset, changed(RECIPE, {"knn.k": 40, "train.contrast_weight": 0.0}), 0, Trials(tmp_path))
+        search = Search(dataset, changed(RECIPE, {"knn.k": 40, "crane.contrast_weight": 0.0}), 0, Trials(tmp_path))
         search.run(1, NO_BOUND.allows, lambda _: None)
         (trial,) = search.record()
         assert 5 <= trial["parameters"]["knn.k"] <= 20

@@ -16,7 +16,7 @@ from crane_core.experiments.models import Recipe, train_crane
 from crane_core.experiments.plans import changed
 from crane_core.experiments.trials import PeakMemory, Trials
 from crane_core.model.lightgcn import LightGCN
-from crane_core.training.trainer import Trainer
+from crane_core.training.trainer import Hooks, Trainer
 from tests.worlds.experiments import RECIPE, random_scores
 
 
@@ -76,7 +76,7 @@ class TestTrials:
         assert trials.find(dataset, "crane", RECIPE, 0) is None
 
     def test_a_contrast_of_both_kinds_has_a_version_of_its_own(self, dataset, tmp_path, monkeypatch) -> None:
-        both, trials = changed(RECIPE, {"train.contrast_negatives": "both_kinds"}), Trials(tmp_path)
+        both, trials = changed(RECIPE, {"crane.contrast_negatives": "both_kinds"}), Trials(tmp_path)
         now = [trials.key(dataset, "crane", recipe, 0) for recipe in (RECIPE, both)]
         monkeypatch.setattr("crane_core.experiments.trials.version_of", lambda _: models.VERSION)
         before = [trials.key(dataset, "crane", recipe, 0) for recipe in (RECIPE, both)]
@@ -107,7 +107,7 @@ class TestTrials:
         epochs: list[str] = []
 
         def watched(model: LightGCN, *arguments: Any) -> Trainer:
-            return Trainer(model, *arguments, watch=lambda _: epochs.append(type(model).__name__))
+            return Trainer(model, *arguments, hooks=Hooks(watch=lambda _: epochs.append(type(model).__name__)))
 
         monkeypatch.setattr(models, "Trainer", watched)
         prepared: list[Recipe] = []
@@ -116,7 +116,7 @@ class TestTrials:
         trials = Trials(tmp_path)
         first = trials.find_or_make(dataset, "crane", RECIPE, 0)
         assert len(prepared) == 1
-        trials.find_or_make(dataset, "crane", changed(RECIPE, {"train.contrast_weight": 0.1}), 0)
+        trials.find_or_make(dataset, "crane", changed(RECIPE, {"crane.contrast_weight": 0.1}), 0)
         assert len(prepared) == 1, "the content does not depend on the training"
         trials.find_or_make(dataset.without_test(), "lightgcn", RECIPE, 0)
         assert epochs == ["LightGCN"] * 2 + ["Crane"] * 4
