@@ -37,7 +37,7 @@ from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
 from crane_core.storage.local import LocalStorage
 from crane_core.storage.tensors import load_tensors
-from crane_core.training.share import choose_trust
+from crane_core.training.share import choose_share
 from crane_core.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -257,10 +257,10 @@ def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, 
     """Fuse LightGCN's rows with a model's own, at the share that validation chooses."""
     started = time.monotonic()
     (behavioural, alone), (rows, summary) = view, own
-    trust = choose_trust(behavioural, rows, item_graph, dataset.interactions, recipe)
+    chosen = choose_share(behavioural, rows, item_graph, dataset.interactions, recipe)
     seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
-    facts = summary | {"trust": trust.share, "curve": trust.curve}
-    return Trained(dot_product(*trust.rows), trust.recall, seconds, facts, dot_product(*rows))
+    facts = summary | {"trust": chosen.share, "curve": chosen.curve}
+    return Trained(dot_product(*chosen.rows), chosen.recall, seconds, facts, dot_product(*rows))
 
 
 def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, dict[str, Any]]:

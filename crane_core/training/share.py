@@ -25,7 +25,7 @@ SHARES = tuple(tenth / 10 for tenth in range(11))
 
 
 @dataclass(frozen=True)
-class Trust:
+class ChosenShare:
     """The chosen share.
 
     Attributes:
@@ -41,9 +41,9 @@ class Trust:
     rows: Rows
 
 
-def choose_trust(
+def choose_share(
     behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions, config: ModelConfig
-) -> Trust:
+) -> ChosenShare:
     """Choose the share that ranks the validation items best.
 
     One split cannot distinguish shares whose Recall@20 differs by less than chance. Among the shares within one
@@ -61,7 +61,7 @@ def choose_trust(
     """
     users = interactions.validation_users(config.train.validation_users, config.train.seed)
     if len(users) == 0:
-        return Trust(0.0, 0.0, [(0.0, 0.0)], behaviour)
+        return ChosenShare(0.0, 0.0, [(0.0, 0.0)], behaviour)
     is_warm = torch.from_numpy(interactions.item_counts() > 0)
     known = behaviour[0], fill_cold(behaviour[1], is_warm, item_graph)
     block = users_at_a_time(interactions.num_items)
@@ -77,7 +77,7 @@ def choose_trust(
     chosen = max(near, key=lambda index: (ndcgs[index], -index))
     share = SHARES[chosen]
     curve = [(each, float(recall.mean())) for each, recall in zip(SHARES, recalls, strict=True)]
-    return Trust(share, curve[chosen][1], curve, fuse(known, crane, share) if share else behaviour)
+    return ChosenShare(share, curve[chosen][1], curve, fuse(known, crane, share) if share else behaviour)
 
 
 def _indistinct(lead: np.ndarray) -> bool:

@@ -23,7 +23,7 @@ from crane_core.model.crane import Crane
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
-from crane_core.training.share import choose_trust
+from crane_core.training.share import choose_share
 from jobs.ml.training import load_embeddings, run_training, save_embeddings, train
 from jobs.runner import Job, Result
 
@@ -56,12 +56,12 @@ def run(job: Job) -> Result:
     summary, users, items = train(job, build)
     behaviour = load_embeddings(job.input("ml.behaviour"))
     interactions = load_interactions(job.input("etl.interactions"))
-    trust = choose_trust(behaviour, (users, items), item_graph(job), interactions, job.config)
-    logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", trust.share, trust.recall, trust.curve[0][1])
-    save_embeddings(job.out, *trust.rows)
-    (job.out / "trust.json").write_text(json.dumps({"share": trust.share, "curve": trust.curve}))
+    chosen = choose_share(behaviour, (users, items), item_graph(job), interactions, job.config)
+    logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
+    save_embeddings(job.out, *chosen.rows)
+    (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
     return Result(
-        summary | {"trust": trust.share, "validation": summary["validation"] | {"fused_recall@20": trust.recall}}
+        summary | {"trust": chosen.share, "validation": summary["validation"] | {"fused_recall@20": chosen.recall}}
     )
 
 

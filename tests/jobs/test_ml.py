@@ -210,8 +210,8 @@ def test_too_low_a_recall_raises_the_probes_once_and_then_stops(
 
 def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
-    choose = train.choose_trust
-    monkeypatch.setattr(train, "choose_trust", lambda *given: graphs.append(given[2].matrix) or choose(*given))
+    choose = train.choose_share
+    monkeypatch.setattr(train, "choose_share", lambda *given: graphs.append(given[2].matrix) or choose(*given))
     store = open_store(str(finished))
     validate, epochs = Validation.best, itertools.count()
 

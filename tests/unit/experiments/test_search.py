@@ -165,7 +165,7 @@ class TestSearch:
     def test_only_a_search_knows_other_models(self, folder: Path, tmp_path: Path, capsys) -> None:
         for more, said in (
             (("--only", "search", "--model", "popularity"), "crane, crane_joint, lightgcn"),
-            (("--only", "rca", "search", "--model", "mgcn"), "Add --only search"),
+            (("--only", "rca", "search", "--model", "mgcn"), "Give --only search"),
         ):
             assert cli.main(flags(folder, tmp_path / "out", *more)) == EXIT_CONFIG
             assert said in json.loads(capsys.readouterr().out)["remedy"]

@@ -12,7 +12,7 @@ from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.training import share as fusion
-from crane_core.training.share import SHARES, choose_trust, fuse, score_spread
+from crane_core.training.share import SHARES, choose_share, fuse, score_spread
 from tests.worlds.settings import model_config
 
 CPU = torch.device("cpu")
@@ -52,12 +52,12 @@ def test_fused_scores_add_up_on_one_scale() -> None:
 
 def test_noise_is_not_trusted_and_a_second_opinion_is() -> None:
     behaviour, crane = rows(3), rows(4)
-    noise = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.0), model_config())
+    noise = choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.0), model_config())
     assert noise.share == 0.0 and noise.rows is behaviour
-    both = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config())
+    both = choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config())
     assert 0.3 <= both.share <= 0.7
     assert both.recall > both.curve[0][1]
-    content = choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 1.0), model_config())
+    content = choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 1.0), model_config())
     assert content.share >= 0.9
 
 
@@ -65,23 +65,23 @@ def test_a_cold_item_stands_where_its_neighbours_do_in_the_behavioural_view() ->
     behaviour, crane = rows(3), rows(4)
     every = wanted(behaviour, crane, 0.5)
     train = ItemLists.from_pairs(np.full(79, 60), np.arange(1, 80, dtype=np.int32), 61)
-    trust = choose_trust(behaviour, crane, CHAIN, dataclasses.replace(every, train=train), model_config())
-    assert 0 < trust.share < 1
+    chosen = choose_share(behaviour, crane, CHAIN, dataclasses.replace(every, train=train), model_config())
+    assert 0 < chosen.share < 1
     # The first item of the chain has one neighbour.
-    expected = (1 - trust.share) ** 0.5 * behaviour[1][1]
-    torch.testing.assert_close(trust.rows[1][0, :5], expected)
+    expected = (1 - chosen.share) ** 0.5 * behaviour[1][1]
+    torch.testing.assert_close(chosen.rows[1][0, :5], expected)
 
 
 def test_without_validation_items_nothing_is_trusted() -> None:
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 60)
-    trust = choose_trust(rows(5), rows(6), CHAIN, Interactions(60, 80, nothing, nothing, nothing), model_config())
-    assert trust.share == 0.0
+    chosen = choose_share(rows(5), rows(6), CHAIN, Interactions(60, 80, nothing, nothing, nothing), model_config())
+    assert chosen.share == 0.0
 
 
 def test_what_recall_cannot_tell_apart_ndcg_decides() -> None:
     behaviour, crane = rows(3), rows(4)
     interactions = wanted(behaviour, crane, 0.5)
-    trust = choose_trust(behaviour, crane, CHAIN, interactions, model_config())
+    chosen = choose_share(behaviour, crane, CHAIN, interactions, model_config())
     users = interactions.validation_users(100, 0)
     found = {}
     for share in SHARES:
@@ -92,7 +92,7 @@ def test_what_recall_cannot_tell_apart_ndcg_decides() -> None:
     gaps = {share: best - metrics["recall@20"] for share, metrics in found.items()}
     near = [share for share, gap in gaps.items() if gap.mean() <= gap.std() / len(users) ** 0.5]
     assert len(near) > 1
-    assert trust.share == max(near, key=lambda share: found[share]["ndcg@20"].mean())
+    assert chosen.share == max(near, key=lambda share: found[share]["ndcg@20"].mean())
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_shares_within_one_standard_error_are_one_choice(
 
     monkeypatch.setattr(fusion, "user_metrics", measured)
     behaviour, crane = rows(3), rows(4)
-    assert choose_trust(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config()).share == expected
+    assert choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config()).share == expected
