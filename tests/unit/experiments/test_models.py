@@ -25,9 +25,9 @@ from crane_core.experiments.plans import load_recipe
 from crane_core.experiments.references import FreedomSettings, MgcnSettings
 from crane_core.model.lightgcn import LightGCN
 from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
-from tests.unit.training.test_trainer import with_everything
 from tests.worlds.planted import Communities, checkerboard, communities, planted_modalities
 from tests.worlds.settings import changed
+from tests.worlds.trainings import with_everything
 
 RECIPE = changed(
     Recipe(

@@ -183,7 +183,7 @@ def test_with_frozen_weights_joint_is_staged_bit_for_bit(form: dict, tmp_path: P
     for name, learns in (("staged", None), ("still", False), ("joint", True)):
         content: Content | JointContent = frozen
         if learns is not None:
-            content = joint_content(modalities, refiner.state_dict(), REFINE, KNN, config, CPU)
+            content = joint_content(modalities, refiner.state_dict(), REFINE, KNN, config.crane, CPU)
             for parameter in content.refiner.parameters():
                 parameter.requires_grad_(learns)
         ours = trainer(tmp_path / name, content, config)

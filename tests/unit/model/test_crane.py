@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,13 +14,14 @@ from torch.func import functional_call
 
 from crane_core.model.content import Content
 from crane_core.model.crane import Crane, fill_cold
-from crane_core.model.lightgcn import POWERS, LightGCN
-from crane_core.model.losses import bpr, info_nce, sampled_softmax
+from crane_core.model.lightgcn import POWERS
+from crane_core.model.losses import info_nce, sampled_softmax
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model.views import Batch, Views
 from tests.worlds.settings import changed, model_config
+from tests.worlds.trainings import draw
 
 CPU = torch.device("cpu")
 NUM_USERS, NUM_ITEMS, DIM, WIDTH = 6, 8, 3, 4
@@ -52,10 +52,6 @@ def item_matrix() -> np.ndarray:
     for weight, (left, right) in enumerate(EDGES, start=2):
         matrix[left, right] = matrix[right, left] = weight / 8
     return matrix
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def crane(**settings: object) -> Crane:
@@ -164,9 +160,6 @@ def plain_losses(model: Crane, batch: Batch) -> dict[str, float]:
     }
 
 
-# Propagation
-
-
 def test_propagation_by_hand() -> None:
     chain = SymmetricGraph(sp.csr_array(np.array([[0, 0.5, 0], [0.5, 0, 1], [0, 1, 0]], dtype=np.float32)), CPU)
     rows = torch.tensor([[2.0, 0.0], [4.0, 1.0], [6.0, 0.0]])
@@ -182,28 +175,6 @@ def test_gradient_of_propagation() -> None:
     assert torch.autograd.gradcheck(lambda rows: propagate(graph(), rows, 3), rows)
 
 
-# Ranking losses
-
-
-def test_bpr_by_hand() -> None:
-    users = torch.tensor([[1.0, 2.0], [math.log(3), 0.0], [10.0, 0.0]])
-    positives = torch.tensor([[3.0, 0.0], [2.0, 5.0], [-50.0, 0.0]])
-    negatives = torch.tensor([[1.0, 1.0], [1.0, 7.0], [50.0, 0.0]])
-    # Differences 0, log 3 and -1000: -log of 1/2, of 3/4, and a loss that grows linearly without overflow.
-    assert bpr(users, positives, negatives).tolist() == pytest.approx([math.log(2), math.log(4 / 3), 1000.0])
-
-
-def test_sampled_softmax_by_hand() -> None:
-    users = torch.tensor([[2.0, 0.0], [0.0, 0.1], [5.0, 5.0]])
-    positives = torch.tensor([[3.0, 3.0], [0.0, 7.0], [1.0, -1.0]])
-    negatives = torch.tensor([[0.0, 4.0], [9.0, 0.0]])
-    met = torch.tensor([[False, False], [True, False], [True, True]])
-    # Cosines of the first user: 1/sqrt2 to the positive, 0 and 1 to the negatives; of the second: 1, (1,) 0.
-    own = math.exp(1 / math.sqrt(2) / 0.5)
-    expected = [-math.log(own / (own + 1 + math.exp(2))), -math.log(math.exp(2) / (math.exp(2) + 1)), 0.0]
-    assert sampled_softmax(users, positives, negatives, met, 0.5).tolist() == pytest.approx(expected, abs=1e-6)
-
-
 def test_a_positive_of_one_row_is_a_negative_of_the_others_only() -> None:
     users, items = draw(0, 2, 3), draw(1, 3, 3)
     met = torch.tensor([[True, False, False], [False, True, False]])
@@ -211,58 +182,6 @@ def test_a_positive_of_one_row_is_a_negative_of_the_others_only() -> None:
     for row in range(2):
         scores = [cosine(users[row].numpy(), item.numpy()) / 0.2 for item in items]
         assert found[row].item() == pytest.approx(math.log(sum(map(math.exp, scores))) - scores[row])
-
-
-def test_a_positive_among_its_own_negatives_would_count_twice() -> None:
-    user = torch.tensor([[1.0, 0.0]])
-    both = sampled_softmax(user, user, user, torch.tensor([[False]]), 0.2)
-    assert both.item() == pytest.approx(math.log(2))
-
-
-SAMPLED = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
-NODES = torch.tensor([1, 0, 1, 3])
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        bpr,
-        lambda users, positives, negatives: sampled_softmax(users, positives, negatives[:4], SAMPLED, 0.3),
-        lambda users, positives, _: info_nce(users, positives, NODES, Batch(NODES, NODES, NODES), 0.3),
-    ],
-    ids=["bpr", "sampled_softmax", "info_nce"],
-)
-def test_gradients_of_the_losses(loss: Callable[..., Tensor]) -> None:
-    rows = [draw(seed, 5, 3).requires_grad_() for seed in range(3)]
-    assert torch.autograd.gradcheck(loss, rows)
-
-
-# Contrast
-
-
-def test_info_nce_by_hand() -> None:
-    anchors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]])
-    others = torch.tensor([[3.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
-    nodes = torch.tensor([1, 0, 1, 1])
-    batch = Batch(nodes, nodes, nodes)
-    half = 1 / math.sqrt(2)
-    # Node 0: cosines 1 to itself, 1/sqrt2 to node 1. Node 1: 0 to node 0, 1/sqrt2 to itself. Node 2 is not there.
-    expected = sum(
-        -own / 0.5 + math.log(math.exp(own / 0.5) + math.exp(other / 0.5)) for own, other in ((1.0, half), (half, 0.0))
-    )
-    assert info_nce(anchors, others, nodes, batch, 0.5).item() == pytest.approx(expected / 2)
-
-
-def test_info_nce_of_the_ranks_adds_up() -> None:
-    generator = torch.Generator().manual_seed(0)
-    anchors, others = torch.randn(2, 20, 4, generator=generator)
-    nodes = torch.randint(20, (50,), generator=generator)
-    whole = info_nce(anchors, others, nodes, Batch(nodes, nodes, nodes), 0.2)
-    parts = sum(info_nce(anchors, others, nodes, Batch(nodes, nodes, nodes, rank, 3), 0.2) for rank in range(3))
-    torch.testing.assert_close(parts, whole)
-
-
-# CRANE
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -345,36 +264,6 @@ def test_losses_and_gradients_of_the_ranks_add_up(loss: str) -> None:
     torch.testing.assert_close(sum(values[1:]), values[0])
     for whole, *parts in zip(*gradients, strict=True):
         torch.testing.assert_close(sum(parts), whole)
-
-
-# Ranking
-
-
-def lightgcn(loss: str) -> LightGCN:
-    return LightGCN(1, 3, model_config(embedding_dim=2), loss)  # type: ignore[arg-type]
-
-
-FINAL = torch.tensor([[3.0, 4.0], [0.0, 2.0], [12.0, 16.0], [-4.0, 3.0]])
-
-
-def test_under_softmax_items_rank_by_cosine_times_a_power_of_their_length() -> None:
-    found = lightgcn("softmax").rankings(Views(FINAL, FINAL, None), graph())
-    assert list(found) == ["length^0", "length^0.25", "length^0.5", "length^0.75", "length^1"]
-    for power, (users, items) in zip(POWERS, found.values(), strict=True):
-        # Cosines 0.8, 1 and 0; lengths 2, 20 and 5.
-        assert (users @ items.T)[0].tolist() == pytest.approx([0.8 * 2**power, 20**power, 0.0], abs=1e-6)
-
-
-def test_under_bpr_items_rank_by_dot_product() -> None:
-    ((users, items),) = lightgcn("bpr").rankings(Views(FINAL, FINAL, None), graph()).values()
-    assert (users @ items.T)[0].tolist() == [8.0, 100.0, 0.0]
-
-
-def test_under_softmax_the_length_of_a_user_decides_nothing() -> None:
-    model, scaled = lightgcn("softmax"), FINAL * torch.tensor([[7.0], [1.0], [1.0], [1.0]])
-    before, after = (model.rankings(Views(rows, rows, None), graph()) for rows in (FINAL, scaled))
-    for name, (users, items) in before.items():
-        torch.testing.assert_close(after[name][0] @ after[name][1].T, users @ items.T)
 
 
 def test_a_cold_item_ranks_by_the_mean_length_of_its_warm_neighbours() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
 
-from crane_core.model.propagation import DirectedGraph, SymmetricGraph, propagate
+from crane_core.model.propagation import DirectedGraph, SymmetricGraph, drop_edges, propagate
 
 CPU = torch.device("cpu")
 
@@ -88,3 +89,23 @@ def test_the_product_does_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_edge_dropout_keeps_the_promised_share_and_spares_rare_ends() -> None:
+    users = np.repeat(np.arange(200), 10)
+    items = np.where(np.arange(2000) % 2 == 0, 0, 1 + np.arange(2000) % 500)
+    dropped = np.zeros(2000)
+    for seed in range(30):
+        kept = drop_edges(users, items, 0.3, np.random.default_rng(seed))
+        assert len(kept) == 1400
+        dropped += ~np.isin(np.arange(2000), kept)
+    assert dropped[items == 0].mean() > 1.5 * dropped[items > 0].mean()
+    assert len(drop_edges(users, items, 0.0, np.random.default_rng(0))) == 2000
+
+
+def test_an_edge_is_kept_by_the_root_of_the_degrees_of_its_ends() -> None:
+    # Every user has one edge; half of the edges lead to items of degree 9, which weigh a third of the others.
+    users = np.arange(1800)
+    items = np.concatenate([np.repeat(np.arange(100), 9), 100 + np.arange(900)])
+    popular = [(drop_edges(users, items, 0.98, np.random.default_rng(seed)) < 900).mean() for seed in range(100)]
+    assert np.mean(popular) == pytest.approx(1 / 4, abs=0.03)

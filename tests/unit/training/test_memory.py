@@ -32,8 +32,8 @@ from crane_core.training.memory import (
     node_bytes,
 )
 from crane_core.training.trainer import Trainer
-from tests.unit.training.test_trainer import CPU, SMALL, Kind, trainer
 from tests.worlds.settings import changed, model_config
+from tests.worlds.trainings import CPU, SMALL, Kind, trainer
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import multiprocessing
@@ -11,53 +10,28 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
-from torch import Tensor
 
 from crane_core.dataset.interactions import Interactions, ItemLists
-from crane_core.errors import ArtifactError, DataError, TrainingError, TrainingStopped
+from crane_core.errors import TrainingError, TrainingStopped
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users
 from crane_core.graph.exact import search
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import Content
 from crane_core.model.crane import Crane
-from crane_core.model.lightgcn import LightGCN
-from crane_core.model.propagation import SymmetricGraph, drop_edges
+from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.user_item_graph import user_item_graph
-from crane_core.model.views import Batch, Rows
-from crane_core.model_config import ModelConfig
-from crane_core.training.batches import user_weights
-from crane_core.training.negatives import NegativeSampler
+from crane_core.model.views import Batch
 from crane_core.training.trainer import Trainer
-from crane_core.training.validation import STEERING_METRIC
-from tests.worlds.planted import checkerboard, checkerboard_content
+from tests.worlds.planted import checkerboard
 from tests.worlds.processes import PRELOADED, on_ranks
-from tests.worlds.settings import changed, model_config
-
-CPU = torch.device("cpu")
-SMALL = model_config(
-    embedding_dim=8, batch_size=64, num_epochs=12, learning_rate=0.02, regularisation=1e-4, num_negatives=12
-)
-Kind = Literal["lightgcn", "crane"]
-KINDS: tuple[Kind, ...] = ("lightgcn", "crane")
-both_kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def trainer(
-    work: Path, interactions: Interactions | None = None, config: ModelConfig = SMALL, kind: Kind = "lightgcn"
-) -> Trainer:
-    """LightGCN with a negative per row, or CRANE with shared ones, on the checkerboard if on nothing else."""
-    work.mkdir(exist_ok=True)
-    interactions = interactions or checkerboard()
-    sizes = interactions.num_users, interactions.num_items
-    model = LightGCN(*sizes, config) if kind == "lightgcn" else Crane(*sizes, checkerboard_content(), config)
-    return Trainer(model, interactions, config, work, CPU)
+from tests.worlds.settings import changed
+from tests.worlds.trainings import CPU, KINDS, SMALL, Kind, both_kinds, equal, finish, trainer, with_everything
 
 
 def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
@@ -109,24 +83,6 @@ def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     assert ours.progress.sums["ranking"] == pytest.approx(expected, rel=1e-5)
 
 
-@both_kinds
-def test_batches_that_share_a_step_are_one_loss(tmp_path: Path, kind: Kind) -> None:
-    """The gradient of a step is that of the mean loss over its rows, whose batches draw their own negatives."""
-    config = changed(SMALL, batch_size=50, batches_per_step=3, learning_rate=0.01)
-    ours, plain = trainer(tmp_path, config=config, kind=kind), trainer(tmp_path, config=config, kind=kind)
-    picked = np.arange(120)
-    ours.step(ours.graph, ours.batches.of_step(picked, 0, 0), 120)
-    batches = list(plain.batches.of_step(picked, 0, 0))
-    assert [len(batch.users) for batch in batches] == [50, 50, 20]
-    losses = [sum(plain.model.losses(plain.model(plain.graph), batch).values()) for batch in batches]
-    loss = torch.stack([value * share for value, share in zip(losses, (5 / 12, 5 / 12, 1 / 6), strict=True)]).sum()
-    loss.backward()
-    assert sum(ours.progress.sums.values()) == pytest.approx(loss.item(), rel=1e-5)
-    for found, expected in zip(ours.parameters, plain.parameters, strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-7)
-    assert ours.optimiser.param_groups[0]["lr"] == pytest.approx(0.01 * 3**0.5)
-
-
 @pytest.mark.slow
 @both_kinds
 def test_the_planted_answer_is_found(tmp_path: Path, kind: Kind) -> None:
@@ -137,47 +93,6 @@ def test_the_planted_answer_is_found(tmp_path: Path, kind: Kind) -> None:
     for rows in ours.rankings().values():
         ranked = rank_users(dot_product(*rows), interactions.train, users, 2)
         assert user_metrics(ranked, interactions.test, users, (2,))["recall@2"].mean() == 1.0
-
-
-@pytest.mark.parametrize("patience", [1, 3])
-def test_as_many_epochs_as_patience_follow_the_best(
-    patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recalls = [0.1, 0.3, *[0.3] * 8]
-    ours = trainer(tmp_path, config=changed(SMALL, num_epochs=10, patience=patience))
-    monkeypatch.setattr(
-        ours.validation, "best", lambda rankings: ("cosine", {STEERING_METRIC: recalls[ours.progress.epoch]})
-    )
-    result = ours.run()
-    assert (result["best_epoch"], result["num_epochs"]) == (1, 2 + patience)
-
-
-def finish(work: Path, kind: Kind, seed: int = 0) -> tuple[dict, list, dict[str, Tensor]]:
-    """The summary, the curve, and the best weights and rows."""
-    ours = trainer(work, config=changed(SMALL, checkpoint_steps=2, seed=seed), kind=kind)
-    result = ours.run()
-    result.pop("seconds")
-    users, items = ours.best_rows()
-    return result, ours.progress.curve, ours.best_weights() | {"rows.users": users, "rows.items": items}
-
-
-def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@both_kinds
-def test_the_test_split_decides_nothing(tmp_path: Path, kind: Kind) -> None:
-    interactions = checkerboard()
-    # Another user's items: were they looked for, nothing would be found.
-    test = dataclasses.replace(interactions.test, items=(interactions.test.items + 16) % 32)
-    other = dataclasses.replace(interactions, test=test)
-    config = changed(SMALL, num_epochs=3)
-    curves = []
-    for name, each in (("one", interactions), ("other", other)):
-        ours = trainer(tmp_path / name, each, config, kind)
-        ours.run()
-        curves.append(ours.progress.curve)
-    assert curves[0] == curves[1]
 
 
 class Killed(Exception):
@@ -304,47 +219,6 @@ def test_a_finished_training_is_read_back(tmp_path: Path, kind: Kind, monkeypatc
     assert equal(found[2], expected[2])
 
 
-def test_the_ranking_that_validation_prefers_is_the_one_of_the_best_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rankings = Crane.rankings
-
-    def with_a_bad_one_first(self: Crane, *arguments: object) -> dict[str, Rows]:
-        users, items = rankings(self, *arguments)["length^0.5"]  # type: ignore[arg-type]
-        return {"worst": (users, -items), "right": (users, items), "bad": (users, -items)}
-
-    monkeypatch.setattr(Crane, "rankings", with_a_bad_one_first)
-    for _ in range(2):  # Trained, and read back.
-        ours = trainer(tmp_path, kind="crane")
-        result = ours.run()
-        rows = ours.best_rows()
-        assert result["best_ranking"] == "right"
-        assert result["best_epoch"] < result["num_epochs"] - 1, "the last weights are the best"
-        fresh = trainer(tmp_path / "fresh", kind="crane")
-        fresh.model.load_state_dict(ours.best_weights())
-        assert all(map(torch.equal, rows, fresh.rankings()["right"]))
-        held_out, users = ours.interactions.validation, np.arange(40)
-        ranked = rank_users(dot_product(*rows), ours.interactions.train, users, 20)
-        recall = user_metrics(ranked, held_out, users, (20,))["recall@20"].mean()
-        assert (
-            recall
-            == pytest.approx(result["validation"]["recall@20"])
-            == max(entry["recall@20"] for entry in ours.progress.curve)
-        )
-
-
-@both_kinds
-def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    monkeypatch.setattr(
-        Trainer, "step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
-    )
-    ours = trainer(tmp_path, config=changed(SMALL, num_epochs=3, batch_size=60), kind=kind)
-    ours.run()
-    assert len(drawn) == 12
-    assert len(set(map(tuple, drawn))) == 12
-
-
 @both_kinds
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path: Path, kind: Kind) -> None:
     first, second = finish(tmp_path / "a", kind), finish(tmp_path / "b", kind)
@@ -372,23 +246,6 @@ def test_the_monitors_are_in_the_curve_and_a_collapse_is_logged(
     assert sound["effective_rank"] > 2 and last["effective_rank"] < 1.14
     assert sound["mean_cosine"] < 0.5 and last["mean_cosine"] > 0.9
     assert sound["cosine_variance"] > 0.1 > 10 * last["cosine_variance"]
-
-
-@both_kinds
-def test_the_gradient_norms_are_those_of_the_first_batch_at_the_last_weights(tmp_path: Path, kind: Kind) -> None:
-    config = changed(SMALL, num_epochs=1, regularisation=0.1, contrast_weight=0.1)
-    ours = trainer(tmp_path, config=config, kind=kind)
-    ours.run()
-    ours.progress.epoch = 0
-    graph = ours.epoch_graph()
-    batch = ours.batches.first(ours.batches.order(0), 0)
-    losses = ours.model.losses(ours.model(graph), batch)
-    for name, term in losses.items():
-        ours.optimiser.zero_grad()
-        term.backward(retain_graph=True)
-        squares = sum(float(each.grad.square().sum()) for each in ours.parameters if each.grad is not None)
-        assert ours.progress.curve[0][f"gradient_{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
-    assert len(losses) == (2 if kind == "lightgcn" else 3)
 
 
 def test_a_contrast_that_overwhelms_the_ranking_is_logged_once(
@@ -467,91 +324,6 @@ def test_ranks_agree_with_one_process_and_go_on_for_each_other(tmp_path: Path) -
             assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("balance", "expected"), [(0.0, [1.0, 1.0, 0.0]), (0.5, [5 / 6, 5 / 3, 0.0]), (1.0, [0.625, 2.5, 0.0])]
-)
-def test_weights_of_users_by_hand(balance: float, expected: list[float]) -> None:
-    # Four interactions and one: at 0.5 these weigh 1/2 and 1 before they are scaled to 1 on average, by 5/3.
-    train = ItemLists.from_pairs(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 0], dtype=np.int32), 3)
-    found = user_weights(train.counts(), balance)
-    assert found.dtype == np.float32
-    assert found == pytest.approx(expected)
-    assert found[train.users()].mean() == pytest.approx(1.0)
-
-
-def test_without_interactions_no_user_has_a_weight() -> None:
-    assert user_weights(np.zeros(2, dtype=np.int64), 0.5).tolist() == [0.0, 0.0]
-
-
-def lists(seed: int) -> ItemLists:
-    """30 users, some without items, and 50 items: every third is cold, and item 1 is met by nearly everyone."""
-    is_met = np.random.default_rng(seed).random((30, 50)) < 0.15
-    is_met[:, 1] = True
-    is_met[:, ::3] = False
-    is_met[::7] = False
-    return ItemLists.from_pairs(*np.nonzero(is_met), 30)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_shared_negatives_are_warm_and_marked_where_met(seed: int) -> None:
-    train, generator = lists(seed), np.random.default_rng(seed)
-    dense = np.zeros((30, 50), dtype=bool)
-    dense[train.users(), train.items] = True
-    users = generator.integers(30, size=40)
-    items, met = NegativeSampler(train, 50).shared(users, 12, generator)
-    assert items.dtype == np.int64 and 0 < len(items) <= 12
-    assert (np.diff(items) > 0).all()
-    assert dense.any(axis=0)[items].all()
-    assert met.dtype == bool and (met == dense[users][:, items]).all()
-
-
-def test_shared_negatives_cover_the_warm_catalog_evenly() -> None:
-    train, generator = lists(0), np.random.default_rng(0)
-    sampler, drawn = NegativeSampler(train, 50), np.zeros(50)
-    for _ in range(6000):
-        drawn[sampler.shared(np.array([1]), 4, generator)[0]] += 1
-    warm = np.unique(train.items)
-    assert drawn.sum() == drawn[warm].sum()
-    # About 700 draws of each item: a quarter is seven standard deviations.
-    assert np.abs(drawn[warm] / drawn[warm].mean() - 1).max() < 0.25
-
-
-def test_a_batch_shares_its_negatives_and_weighs_its_users(tmp_path: Path) -> None:
-    train, nothing = lists(3), ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 30)
-    interactions = Interactions(30, 50, train, nothing, nothing)
-    ours = trainer(tmp_path, interactions)
-    ours.model.shares_negatives = True
-    picked = np.array([5, 0, 17, 5])
-    batch = ours.batches.batch(picked, np.random.default_rng(1))
-    assert batch.met is not None and batch.weights is not None
-    assert batch.users.tolist() == train.users()[picked].tolist()
-    assert batch.positives.tolist() == train.items[picked].tolist()
-    assert batch.met.shape == (4, len(batch.negatives))
-    assert batch.weights.tolist() == user_weights(train.counts(), 0.5)[train.users()[picked]].tolist()
-
-
-def test_negatives_are_never_positives_and_cover_the_rest() -> None:
-    interactions = checkerboard()
-    sampler = NegativeSampler(interactions.train, interactions.num_items)
-    users = np.full(20_000, 3)
-    drawn = sampler.one_each(users, np.random.default_rng(0))
-    met = interactions.train.rows(np.array([3]))[1]
-    counts = np.bincount(drawn, minlength=interactions.num_items)
-    assert counts[met].sum() == 0
-    free = np.delete(counts, met)
-    assert free.min() > 0.8 * free.mean()
-
-
-def with_everything(num_full: int) -> Interactions:
-    """The checkerboard, whose first users have met the whole catalog."""
-    interactions = checkerboard()
-    train = interactions.train
-    full = np.arange(num_full).repeat(32), np.tile(np.arange(32, dtype=np.int32), num_full)
-    kept = train.users() >= num_full
-    users, items = np.append(full[0], train.users()[kept]), np.append(full[1], train.items[kept])
-    return Interactions(40, 32, ItemLists.from_pairs(users, items, 40), interactions.validation, interactions.test)
-
-
 @both_kinds
 def test_a_user_with_every_item_is_set_aside(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -579,84 +351,8 @@ def test_a_user_with_every_item_is_set_aside(
     assert all(torch.isfinite(rows).all() for rows in ours.best_rows())
 
 
-@both_kinds
-def test_without_a_user_to_learn_from_there_is_no_training(tmp_path: Path, kind: Kind) -> None:
-    with pytest.raises(DataError, match="40 have met all 32 items"):
-        trainer(tmp_path, with_everything(40), kind=kind)
-    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 40)
-    with pytest.raises(DataError, match="nothing to learn from"):
-        trainer(tmp_path, Interactions(40, 32, nothing, checkerboard().validation, nothing), kind=kind)
-
-
-def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) -> None:
-    config = changed(SMALL, contrast_negatives="both_kinds", num_epochs=2)
-    ours = trainer(tmp_path, config=config, kind="crane")
-    batch = ours.batches.batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
-    users, items = (sorted(set(column.tolist())) for column in (batch.users, batch.positives))
-    pairs = set(zip(ours.batches.users.tolist(), ours.batches.items.tolist(), strict=True))
-    assert batch.known is not None
-    assert batch.known.tolist() == [[(user, item) in pairs for item in items] for user in users]
-    assert ours.run()["num_epochs"] == 2
-    assert trainer(tmp_path / "other", kind="crane")._batch(np.arange(9), np.random.default_rng(0)).known is None
-
-
-def test_without_validation_items_no_epoch_can_be_chosen(tmp_path: Path) -> None:
-    interactions = dataclasses.replace(
-        checkerboard(), validation=ItemLists(np.zeros(41, np.int64), np.empty(0, np.int32))
-    )
-    with pytest.raises(TrainingError, match=r"None of the 40 users has a validation item.*validation_days"):
-        trainer(tmp_path, interactions).run()
-
-
-@pytest.mark.parametrize("file", ["checkpoint.json", "rank-0.safetensors", "replicated.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_refused_with_a_remedy(file: str, damage: str, tmp_path: Path) -> None:
-    ours = trainer(tmp_path)
-    ours.checkpoint()
-    (path,) = tmp_path.rglob(file)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:5])
-    else:
-        path.unlink()
-    if file == "checkpoint.json" and damage == "gone":
-        assert ours.checkpoints.read() is None
-        return
-    with pytest.raises(ArtifactError, match=r"is damaged|is refused"):
-        trainer(tmp_path).run()
-
-
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     ours = trainer(tmp_path)
     ours.model.ids.data[0] = torch.nan
     with pytest.raises(TrainingError, match="not finite in epoch 0"):
         ours.run()
-
-
-def test_edge_dropout_keeps_the_promised_share_and_spares_rare_ends() -> None:
-    users = np.repeat(np.arange(200), 10)
-    items = np.where(np.arange(2000) % 2 == 0, 0, 1 + np.arange(2000) % 500)
-    dropped = np.zeros(2000)
-    for seed in range(30):
-        kept = drop_edges(users, items, 0.3, np.random.default_rng(seed))
-        assert len(kept) == 1400
-        dropped += ~np.isin(np.arange(2000), kept)
-    assert dropped[items == 0].mean() > 1.5 * dropped[items > 0].mean()
-    assert len(drop_edges(users, items, 0.0, np.random.default_rng(0))) == 2000
-
-
-def test_an_edge_is_kept_by_the_root_of_the_degrees_of_its_ends() -> None:
-    # Every user has one edge; half of the edges lead to items of degree 9, which weigh a third of the others.
-    users = np.arange(1800)
-    items = np.concatenate([np.repeat(np.arange(100), 9), 100 + np.arange(900)])
-    popular = [(drop_edges(users, items, 0.98, np.random.default_rng(seed)) < 900).mean() for seed in range(100)]
-    assert np.mean(popular) == pytest.approx(1 / 4, abs=0.03)
-
-
-def test_the_last_item_left_to_a_user_is_found_at_once() -> None:
-    size = 100_000
-    own = np.delete(np.arange(size, dtype=np.int32), 777)
-    train = ItemLists(np.array([0, size - 1]), own)
-    assert (
-        NegativeSampler(train, size).one_each(np.zeros(3, dtype=np.int64), np.random.default_rng(0)).tolist()
-        == [777] * 3
-    )

@@ -1,0 +1,79 @@
+"""Batches: what they hold, and how much each user weighs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crane_core.dataset.interactions import Interactions, ItemLists
+from crane_core.errors import DataError
+from crane_core.training.batches import user_weights
+from crane_core.training.trainer import Trainer
+from tests.worlds.planted import checkerboard
+from tests.worlds.settings import changed
+from tests.worlds.trainings import SMALL, Kind, both_kinds, lists, trainer, with_everything
+
+
+@both_kinds
+def test_every_step_draws_negatives_of_its_own(tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, graph, batches, _: drawn.extend(each.negatives.tolist() for each in batches)
+    )
+    ours = trainer(tmp_path, config=changed(SMALL, num_epochs=3, batch_size=60), kind=kind)
+    ours.run()
+    assert len(drawn) == 12
+    assert len(set(map(tuple, drawn))) == 12
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"), [(0.0, [1.0, 1.0, 0.0]), (0.5, [5 / 6, 5 / 3, 0.0]), (1.0, [0.625, 2.5, 0.0])]
+)
+def test_weights_of_users_by_hand(balance: float, expected: list[float]) -> None:
+    # Four interactions and one: at 0.5 these weigh 1/2 and 1 before they are scaled to 1 on average, by 5/3.
+    train = ItemLists.from_pairs(np.array([0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 0], dtype=np.int32), 3)
+    found = user_weights(train.counts(), balance)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(expected)
+    assert found[train.users()].mean() == pytest.approx(1.0)
+
+
+def test_without_interactions_no_user_has_a_weight() -> None:
+    assert user_weights(np.zeros(2, dtype=np.int64), 0.5).tolist() == [0.0, 0.0]
+
+
+def test_a_batch_shares_its_negatives_and_weighs_its_users(tmp_path: Path) -> None:
+    train, nothing = lists(3), ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 30)
+    interactions = Interactions(30, 50, train, nothing, nothing)
+    ours = trainer(tmp_path, interactions)
+    ours.model.shares_negatives = True
+    picked = np.array([5, 0, 17, 5])
+    batch = ours.batches.batch(picked, np.random.default_rng(1))
+    assert batch.met is not None and batch.weights is not None
+    assert batch.users.tolist() == train.users()[picked].tolist()
+    assert batch.positives.tolist() == train.items[picked].tolist()
+    assert batch.met.shape == (4, len(batch.negatives))
+    assert batch.weights.tolist() == user_weights(train.counts(), 0.5)[train.users()[picked]].tolist()
+
+
+@both_kinds
+def test_without_a_user_to_learn_from_there_is_no_training(tmp_path: Path, kind: Kind) -> None:
+    with pytest.raises(DataError, match="40 have met all 32 items"):
+        trainer(tmp_path, with_everything(40), kind=kind)
+    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 40)
+    with pytest.raises(DataError, match="nothing to learn from"):
+        trainer(tmp_path, Interactions(40, 32, nothing, checkerboard().validation, nothing), kind=kind)
+
+
+def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) -> None:
+    config = changed(SMALL, contrast_negatives="both_kinds", num_epochs=2)
+    ours = trainer(tmp_path, config=config, kind="crane")
+    batch = ours.batches.batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
+    users, items = (sorted(set(column.tolist())) for column in (batch.users, batch.positives))
+    pairs = set(zip(ours.batches.users.tolist(), ours.batches.items.tolist(), strict=True))
+    assert batch.known is not None
+    assert batch.known.tolist() == [[(user, item) in pairs for item in items] for user in users]
+    assert ours.run()["num_epochs"] == 2
+    assert trainer(tmp_path / "other", kind="crane").batches.batch(np.arange(9), np.random.default_rng(0)).known is None
