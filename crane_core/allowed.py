@@ -1,4 +1,4 @@
-"""What the fields of a configuration may hold, in words, for the remedies of wrong ones."""
+"""Remedies for wrong fields of a configuration: they say in words what each field may hold."""
 
 from __future__ import annotations
 

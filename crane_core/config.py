@@ -132,7 +132,7 @@ class Features(Section):
     """Modalities that are wider are projected to this width once they are standardised. User profiles are sums, so
     they are taken over the narrow rows."""
     projection: Literal["pca", "svd"] = "pca"
-    """How: onto the principal axes of the items with training interactions, around their mean or around the origin."""
+    """Projection onto the principal axes of the items with training interactions, around their mean or the origin."""
     dtype: Literal["float16", "float32"] = "float32"
     """Number type of the matrices. `float16` halves what they take on disk and on the way to a GPU; whatever reads them
     goes on from the rounded numbers in float32 or float64. The run stops where a number does not fit."""
@@ -152,7 +152,7 @@ class Features(Section):
 
 class Profiles(Section):
     aggregate: Literal["sum", "mean"] = "sum"
-    """How the feature rows of a user's training items become the user's profile."""
+    """Aggregate of the feature rows of a user's training items, which is the user's profile."""
 
 
 class Refine(Section):
@@ -168,7 +168,7 @@ class Refine(Section):
     num_attention_landmarks: int | None = Field(None, ge=1)
     """`landmark`: items in the fixed sample every row attends to; 8 sqrt(number of items) when absent."""
     precision: Precision = "float32"
-    """What RCA rounds queries and keys to before their products, which are summed in float32; `linear` ignores it.
+    """Number type of queries and keys in the products of RCA, which are summed in float32; `linear` ignores it.
     `bfloat16` is what the matrix units of a GPU are fastest at; a CPU gains nothing from it."""
     num_recursions: int = Field(3, ge=0)
     """R, the number of RCA passes; 0 is a plain projection."""
@@ -220,7 +220,7 @@ class Knn(Section):
     """The run stops when the lower bound of the certified recall is below."""
 
     def approximate(self, num_items: int) -> bool:
-        """Whether so many items are searched approximately."""
+        """Return whether so many items are searched approximately."""
         return self.mode == "approx" or (self.mode == "auto" and num_items > self.exact_items)
 
 
@@ -272,7 +272,7 @@ class Runtime(Section):
     model_name: str = "crane"
     """Name of the registered model."""
     device: str = "cpu"
-    """Where refining, training and the exact kNN run: `cpu` or `cuda`. Approximate kNN and ranking run on the CPU."""
+    """Device of refining, training and the exact kNN: `cpu` or `cuda`. Approximate kNN and ranking run on the CPU."""
     world_size: int = Field(1, ge=1)
     """Refining and training processes on this machine; on `cuda` no more than it has devices."""
     live_curves: bool = False

@@ -84,7 +84,7 @@ class UnexpectedError(CraneError):
 
 
 MOST_CHARACTERS = 2000
-"""Of the text of an unexpected exception: that of Spark holds the stack of the JVM, which the traceback shows too."""
+"""Characters kept of an unexpected exception's text. Spark's text holds the stack of the JVM, as the traceback does."""
 
 _KINDS = {each.__name__: each for each in (CraneError, ConfigError, DataError, ArtifactError, TrainingError)}
 _KINDS[TrainingStopped.__name__] = TrainingStopped

@@ -51,14 +51,14 @@ class LightGCNSettings(Section):
 
 
 class CraneSettings(Section):
-    """What CRANE adds to LightGCN."""
+    """Settings that CRANE adds to those of LightGCN."""
 
     mode: Literal["staged", "joint"] = "staged"
     """`staged`: CRANE learns on the frozen rows and the graph of the stages before. `joint` (the paper): RCA runs over
     the whole catalog in every step and its weights learn with the rest, which features and activations of the catalog
     must fit in memory for."""
     joint_start: Literal["fitted", "scratch"] = "fitted"
-    """Where the RCA weights of `joint` start: as `ml.refine` has fitted them, or at random (the paper)."""
+    """Start of the RCA weights of `joint`: as `ml.refine` has fitted them, or at random (the paper)."""
     graph_epochs: int = Field(1, ge=1)
     """`joint` builds the item graph anew from the current rows before every so many epochs; neighbours have no
     gradient."""
@@ -69,21 +69,21 @@ class CraneSettings(Section):
     num_negatives: int = Field(1024, ge=1)
     """Random items that all rows of a batch share as negatives under `softmax`."""
     ranking_negatives: Literal["warm", "catalog"] = "warm"
-    """Where these are drawn from: items with training interactions, or all items. Drawing cold items as negatives would
-    push every cold item to the bottom."""
+    """Items that these are drawn from: those with training interactions, or all items. Drawing cold items as negatives
+    would push every cold item to the bottom."""
     ranking_temperature: float = Field(0.2, gt=0)
     """Temperature of the softmax."""
     user_balance: float = Field(0.5, ge=0, le=1)
     """An interaction of a user with n of them weighs n^-user_balance in the softmax: 0 treats interactions alike,
     1 treats users alike."""
     semantic_items: Literal["ids", "content"] = "ids"
-    """What spreads over the item graph: ID embeddings gated by content, or the fused content itself (the paper)."""
+    """Rows that spread over the item graph: ID embeddings gated by content, or the fused content itself (the paper)."""
     semantic_users: Literal["items", "profiles"] = "items"
     """`h_u`: the normalised sum of `h_i` over the user's items, or the refined profile (the paper)."""
     own_content: bool = True
     """Add a projection of a node's own refined row to its `h`, beside what its neighbours spread."""
     semantic_weight: Literal["gate", "scale", "none"] = "gate"
-    """How `h` enters `z`: by a gate driven by `e`, by one learned number, or as it is (the paper)."""
+    """Weight of `h` in `z`: by a gate driven by `e`, by one learned number, or as it is (the paper)."""
     contrast_weight: float = Field(1e-3, ge=0)
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
     contrast_temperature: float = Field(0.2, gt=0)
@@ -96,7 +96,7 @@ class CraneSettings(Section):
 
     @property
     def reads_users(self) -> bool:
-        """Whether the semantic view reads refined user rows."""
+        """True where the semantic view reads refined user rows."""
         return self.own_content or self.semantic_users == "profiles"
 
 

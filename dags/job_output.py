@@ -1,4 +1,4 @@
-"""What a job prints, and what its task makes of it: a return value or an exception.
+"""Turn what a job prints into the return value of its task, or an exception.
 
 The last line that a job prints on stdout is a JSON object. It holds `stage` and the result, or after an error `stage`,
 `error`, `found` and `remedy`. A job that was killed prints none.

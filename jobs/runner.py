@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Result:
-    """What a stage reports about its output.
+    """Report of a stage about its output.
 
     Attributes:
         facts: counts, shapes and figures for the manifest.
@@ -165,7 +165,7 @@ def produce(
 
 
 def entry_of(artifact: Artifact, status: str, seconds: float) -> dict[str, Any]:
-    """What the run record says of a stage that has ended with this artifact."""
+    """Return the entry of the run record for a stage that has ended with this artifact."""
     return {
         "status": status,
         "fingerprint": artifact.fingerprint,

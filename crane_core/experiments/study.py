@@ -74,7 +74,7 @@ def chosen(names: Sequence[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all experiments of a study have in common.
+    """Dataset, recipe, seeds and model that all experiments of a study share.
 
     Attributes:
         dataset: with features, if the model needs them.

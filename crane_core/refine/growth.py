@@ -116,7 +116,7 @@ def outgrown(items: np.ndarray, num_before: int, num_built: int, num_items: int)
 
 
 _ROWS_OF = {"items": "items", "present": "items", "profiles": "users", "counts": "users"}
-"""Whether the rows of a part of a modality are items or users."""
+"""Part of a modality to whose rows it holds, items or users."""
 
 
 def write_selected(modalities: list[Modality], rows: Touched, folder: Path) -> None:

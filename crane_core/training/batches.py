@@ -18,7 +18,7 @@ from crane_core.training.negatives import NegativeSampler
 
 
 class Purpose(IntEnum):
-    """What random numbers of a training are drawn for; each purpose has generators of its own."""
+    """Purposes of the random numbers of a training; each purpose has generators of its own."""
 
     EDGE_DROPOUT = 1
     ORDER = 2

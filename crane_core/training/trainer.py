@@ -43,7 +43,7 @@ BEST = "best.safetensors"
 
 @dataclass
 class Progress:
-    """Where training stands; with the tensors of the checkpoint it determines everything that follows."""
+    """The state of a training; with the tensors of the checkpoint it determines everything that follows."""
 
     epoch: int = 0
     step: int = 0

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Work = Callable[[Job], Result]
 REGISTER = "ml.register"
-"""What `--train` ends with; all it reads, directly or not, is trained or evaluated before."""
+"""Last stage of `--train`; the stages that it reads, directly or not, come before it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a backfill has to make: `python -m jobs.backfill.plan --store URI --windows START/END ... --stages STAGE ...`.
+"""Plan a backfill: `python -m jobs.backfill.plan --store URI --windows START/END ... --stages STAGE ...`.
 
 One log line for each step of each day: `state=found` where the store has the artifact already, by whatever run, else
 `state=make`. Changes nothing.

@@ -1,1 +1,1 @@
-"""What the console script `crane` does, one module per group of commands."""
+"""The commands of the console script `crane`, one module for each group."""

@@ -34,7 +34,7 @@ DOWNLOAD_SECONDS = 300
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a demo ends with.
+    """The result of a demo.
 
     Attributes:
         summary: the last line of stdout.

@@ -45,7 +45,7 @@ def read_files(spark: SparkSession, files: Sequence[RawFile], schema: str, day: 
 
 
 def has_s3a(spark: SparkSession) -> bool:
-    """Whether Spark's own S3 file system is on the class path; a Connect server is taken not to have it."""
+    """Return whether Spark's own S3 file system is on the class path; False for a Connect server."""
     jvm = getattr(spark, "_jvm", None)
     if jvm is None:
         return False

@@ -35,9 +35,9 @@ from jobs.ml.rendezvous import ADDRESS, BACKEND, register, stay_on_this_machine
 from jobs.runner import Job
 
 MAX_RESTARTS = 1
-"""How often the ranks are started again within one attempt at the stage."""
+"""Times that the ranks are started again within one attempt at the stage."""
 SHUTDOWN_SECONDS = 600
-"""How long ranks asked to stop may take for the step at work and its checkpoint before they are killed."""
+"""Seconds that ranks asked to stop may take for their step and its checkpoint before they are killed."""
 FINAL = (ConfigError, DataError, ArtifactError, TrainingError)
 """Errors of a rank that end the job as they would end it with one rank."""
 RESUMES = "Start the same command again: it goes on from what is finished."

@@ -33,7 +33,7 @@ from jobs.runner import Job, Result, entry_of, identify, produce
 from jobs.stores import open_store, scratch
 
 PUBLICATION_SECONDS = 1800.0
-"""How long the other nodes wait after training for the first one's artifact."""
+"""Seconds that the other nodes wait after training for the artifact of the first node."""
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _stop_on_sigterm() -> Iterator[Event]:
 def _live_curve(
     store_uri: str, run_id: str, config: RunConfig, work: Path
 ) -> AbstractContextManager[Callable[[Mapping[str, float]], None] | None]:
-    """What shows the epochs in MLflow, on rank 0 and where it is asked for."""
+    """Return what shows the epochs in MLflow: on rank 0, and where `runtime.live_curves` is set."""
     if not config.runtime.live_curves or ranks()[0] > 0:
         return nullcontext()
     # Imported where it is wanted: MLflow takes longer to import than a small model to train.
