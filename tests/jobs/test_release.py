@@ -133,7 +133,7 @@ def test_a_backfill_registers_and_moves_nothing(place):
     argv = [*make_run(place.root, "run-1"), "--set", "runtime.backfill=true"]
     assert place.job(register, argv)["alias"] is None
     assert place.registry.holder("candidate") is None
-    assert place.job(promote, argv, code=2) == {}
+    assert place.job(promote, argv, code=2)["found"] == "A backfill moves no alias."
     assert place.ledger.size() == 0
 
 
