@@ -6,7 +6,7 @@ AIRFLOW := .venv-airflow/bin/python -m
 # One thread: on small tensors a second one waits more than it works.
 FAST := OMP_NUM_THREADS=1 $(JOBS) pytest -q -m 'not slow'
 # About half of the fast unit tests by time; the other half is the rest of tests/unit.
-HALF := tests/unit/experiments tests/unit/training tests/unit/refine
+HALF := tests/unit/experiments tests/unit/training tests/unit/refine tests/unit/graph
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1	/p' Makefile

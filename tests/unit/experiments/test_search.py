@@ -93,6 +93,7 @@ class TestSearch:
         states = [trial.state.name for trial in last.study.get_trials(deepcopy=False)]
         assert sorted(states) == ["COMPLETE"] * 6 + ["FAIL"] * 3, "no trial is left running"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("test", ["absent", "garbage"])
     def test_it_never_sees_the_test_split(self, dataset, tmp_path, landscape, test: str) -> None:
         interactions = dataset.interactions
@@ -127,6 +128,7 @@ class TestSearch:
         assert cli.main(argv) == 0
         assert "trial=" not in capsys.readouterr().err, "both trials are found"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("model", SPACES)
     def test_a_space_holds_fields_its_model_reads(self, dataset, tmp_path, model: str) -> None:
         recipe = changed(RECIPE, {"crane.num_negatives": 4, "refine.num_steps": 1})

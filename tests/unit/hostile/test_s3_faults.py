@@ -62,6 +62,7 @@ def open_at(uri: str, tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(s3.S3Storage(bucket, prefix), tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_an_artifact_arrives_whole_or_is_not_there(
     s3_uri: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

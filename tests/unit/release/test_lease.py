@@ -58,6 +58,7 @@ def test_an_error_inside_ends_the_term(tmp_path):
         assert time.monotonic() - started < 1
 
 
+@pytest.mark.slow
 def test_a_dead_holder_blocks_for_one_term(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), "4"], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
@@ -68,6 +69,7 @@ def test_a_dead_holder_blocks_for_one_term(tmp_path):
         assert held.token == 2
 
 
+@pytest.mark.slow
 def test_a_living_holder_is_waited_for_beyond_its_term(tmp_path):
     """Terms of two seconds, and a holder that works for six."""
     program = HOLDER.replace("time.sleep(60)", "time.sleep(6)")
