@@ -1,4 +1,4 @@
-"""What the benchmarks share: the name of a device, its time and memory, synthetic interactions, the end of a result."""
+"""Shared by the benchmarks: the name of a device, its time and memory, synthetic interactions, the end of a result."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ ANSWERS = {
 
 
 BAD_ROW = {"error": "DataError", "found": "items.parquet has a bad row.", "remedy": "Deliver it again."}
-"""What a failing job may print as data."""
+"""Errors as data: what a failing job may print."""
 
 
 class Play:

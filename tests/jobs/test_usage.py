@@ -1,4 +1,4 @@
-"""What a job has used: peak memory."""
+"""Peak memory of a job."""
 
 from __future__ import annotations
 

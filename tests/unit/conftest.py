@@ -1,4 +1,4 @@
-"""What holds for all unit tests: `make check` runs those that are not marked slow, so these must stay cheap."""
+"""Warn of unit tests that are not marked slow and are not cheap: `make check` runs all of those."""
 
 from __future__ import annotations
 

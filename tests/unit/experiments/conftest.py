@@ -1,4 +1,4 @@
-"""What the tests of the experiments share: a small dataset, and a model that costs nothing."""
+"""Shared by the tests of the experiments: a small dataset, and a model that costs nothing."""
 
 from __future__ import annotations
 

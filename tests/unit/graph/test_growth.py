@@ -97,7 +97,7 @@ def test_what_does_not_grow_is_refused() -> None:
 
 
 def test_approximate_lists_grow_into_approximate_ones() -> None:
-    """What is new is found as well as a search from nothing finds it."""
+    """New rows are found as well as by a search from nothing."""
     generator = np.random.default_rng(2)
     centres = generator.normal(size=(40, 8))
     rows = (centres[generator.integers(40, size=4000)] + 0.3 * generator.normal(size=(4000, 8))).astype(np.float32)
