@@ -65,7 +65,8 @@ def load_config(
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}, found {item['input']!r}" for item in error.errors()
         )
         raise ConfigError(
-            f"Configuration {source or ''}: {problems}.", remedy_of(error, RunConfig, "--set {field}=VALUE")
+            f"{f'Configuration {source}' if source else 'The configuration'}: {problems}.",
+            remedy_of(error, RunConfig, "--set {field}=VALUE"),
         ) from error
 
 
