@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
-import torch
 
 from crane_core.dataset.interactions import Interactions, load_ids, load_interactions
 from crane_core.evaluation.metrics import coverage, popularity_bias, user_metrics
-from crane_core.evaluation.ranking import dot_product, rank_users
-from crane_core.evaluation.slices import slices_of_test
 from crane_core.schema import ITEM_ID, USER_ID
 from crane_core.serving.model_folder import ServedModel
 from crane_core.storage.artifacts import Artifact
@@ -75,6 +72,8 @@ def measure(model: ServedModel, version: str, window_end: datetime, judged: Judg
         judged: the window.
         block: users at a time.
     """
+    from crane_core.evaluation.slices import slices_of_test
+
     interactions, users = judged.interactions, judged.users
     ranked = _rank(model, judged, block)
     cold = slices_of_test(interactions)["cold_items"]
@@ -95,6 +94,11 @@ def _rank(model: ServedModel, judged: JudgedWindow, block: int) -> np.ndarray:
     Users that the model does not know get its most popular items, as in serving. Items that only one of model and
     window knows are never ranked. Training items of the window are masked, whatever window the model was made from.
     """
+    # Torch takes seconds to import, and an earlier decision is found without it.
+    import torch
+
+    from crane_core.evaluation.ranking import dot_product, rank_users
+
     interactions, users = judged.interactions, judged.users
     rows = model.item_ids.get_indexer(judged.item_ids)
     # Tombstones keep their numbers, and an older model may know them; they are outside the catalog all the same.

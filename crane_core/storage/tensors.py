@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from crane_core.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -57,6 +58,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: as `tensor_shapes`.
     """
+    # Torch takes seconds to import, and a served model is read without it.
+    import safetensors.torch
+
     tensor_shapes(path)
     try:
         return safetensors.torch.load_file(path)

@@ -8,30 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from crane_core.config import RunConfig
-from crane_core.dataset.interactions import Interactions
-from crane_core.model.lightgcn import LightGCN
-from crane_core.storage.artifacts import ArtifactStore
-from jobs.ml.training import run_training, save_embeddings, train
+from jobs.ml.nodes import Training, run_training
 from jobs.runner import Job, Result
 
 
-def build(
-    store: ArtifactStore, run_id: str, interactions: Interactions, config: RunConfig, device: torch.device
-) -> LightGCN:
-    return LightGCN(interactions.num_users, interactions.num_items, config)
-
-
 def run(job: Job) -> Result:
-    summary, users, items = train(job, build)
-    save_embeddings(job.out, users, items)
-    return Result(summary)
+    """Do the stage's work; torch is imported only here and in `lend`."""
+    from jobs.ml.stages import behaviour
+
+    return behaviour.run(job)
+
+
+def lend(training: Training) -> None:
+    """Run this node's ranks in the training that another node has started."""
+    from jobs.ml.stages import behaviour
+
+    behaviour.lend(training)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_training("ml.behaviour", run, build, argv)
+    return run_training("ml.behaviour", run, lend, argv)
 
 
 if __name__ == "__main__":

@@ -6,49 +6,20 @@ users) and `per_user.parquet`, the metrics of each user, for later paired tests.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-import torch
-
-from crane_core.dataset.interactions import load_ids, load_interactions
-from crane_core.evaluation.baselines import item_knn, popular_for_strangers, popularity
-from crane_core.evaluation.ranking import Scorer, dot_product
-from crane_core.evaluation.summary import rank_test, summarise, summarise_unknown_users
-from crane_core.schema import USER_ID
-from crane_core.storage.artifacts import Artifact
-from crane_core.storage.matrix import open_matrix
-from jobs.ml.device import use_device
-from jobs.ml.training import load_embeddings
 from jobs.runner import Job, Result, run_stage
 
 
 def run(job: Job) -> Result:
-    device = use_device(job.config.runtime)
-    config = job.config.evaluate
-    source = job.input("etl.interactions")
-    interactions = load_interactions(source)
-    models = {
-        "crane": popular_for_strangers(_scorer(job.input("ml.train"), device), interactions),
-        "lightgcn": popular_for_strangers(_scorer(job.input("ml.behaviour"), device), interactions),
-        "item_knn": item_knn(interactions),
-        "popularity": popularity(interactions),
-    }
-    tested = rank_test(models, interactions, config)
-    report = summarise(tested, open_matrix(job.input("ml.refine").file("fused_items.npy")), config)
-    report["cold"] = summarise_unknown_users(source.file("cold"), interactions, config.user_block)
-    (job.out / "metrics.json").write_text(json.dumps(report))
-    tested.write_per_user(job.out / "per_user.parquet", load_ids(source, "users", USER_ID))
-    return Result({name: report[name] for name in ("users", "models", "differences")})
+    """Do the stage's work; torch is imported only here."""
+    from jobs.ml.stages import evaluate
 
-
-def _scorer(trained: Artifact, device: torch.device) -> Scorer:
-    users, items = load_embeddings(trained)
-    return dot_product(users.to(device), items.to(device))
+    return evaluate.run(job)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("ml.evaluate", run, argv=argv)
+    return run_stage("ml.evaluate", run, argv)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,9 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.release.champion_lock import lock_champion
-from crane_core.serving.export import write_export
-from crane_core.serving.model_folder import load_recommender
 from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
-from jobs.ml.device import use_device
 from jobs.runner import Job, Result, produce
 from jobs.usage import Usage
 
@@ -55,14 +52,10 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
 
 
 def run(job: Job) -> Result:
-    """Write the artifact of `job.run_id`, the champion's run."""
-    device = use_device(job.config.runtime)
-    trained = job.input("ml.train")
-    trained.verify()
-    recommender = load_recommender(job.input("etl.interactions"), trained)
-    counts = write_export(job.out, recommender, job.config.export, device)
-    logger.info("exported %s", " ".join(f"{name.removeprefix('num_')}={count}" for name, count in counts.items()))
-    return Result(dict(counts))
+    """Write the artifact of `job.run_id`, the champion's run; torch is imported only here."""
+    from jobs.ml.stages import export as work
+
+    return work.run(job)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from crane_core.errors import (
 from crane_core.ranks import ranks
 from jobs.logs import start_logging
 from jobs.ml.device import use_device
+from jobs.ml.nodes import Node
 from jobs.ml.rendezvous import ADDRESS, BACKEND, register, stay_on_this_machine
 from jobs.runner import Job
 
@@ -41,48 +41,6 @@ SHUTDOWN_SECONDS = 600
 FINAL = (ConfigError, DataError, ArtifactError, TrainingError)
 """Errors of a rank that end the job as they would end it with one rank."""
 RESUMES = "Start the same command again: it goes on from what is finished."
-
-
-@dataclass(frozen=True)
-class Node:
-    """This machine among those of a training, as torchrun's variables `PET_*` say; alone where they are not set.
-
-    Attributes:
-        rank: 0 does the stage, the others lend it their devices.
-        num_nodes: machines of the training.
-        endpoint: where several meet, `host:port` on the first.
-    """
-
-    rank: int
-    num_nodes: int
-    endpoint: str
-
-    @classmethod
-    def here(cls) -> Node:
-        """Read the variables.
-
-        Raises:
-            ConfigError: they contradict each other.
-        """
-        values = {name: os.environ.get(f"PET_{name}", "") for name in ("NNODES", "NODE_RANK", "MASTER_ADDR")}
-        if values["NNODES"] in ("", "1"):
-            return cls(0, 1, "")
-        try:
-            node = cls(
-                int(values["NODE_RANK"]),
-                int(values["NNODES"]),
-                f"{values['MASTER_ADDR']}:{int(os.environ.get('PET_MASTER_PORT', '29400'))}",
-            )
-        except ValueError:
-            node = cls(-1, 0, "")
-        if not (0 <= node.rank < node.num_nodes and values["MASTER_ADDR"]):
-            raise ConfigError(
-                f"PET_NNODES={values['NNODES']!r}, PET_NODE_RANK={values['NODE_RANK']!r} and "
-                f"PET_MASTER_ADDR={values['MASTER_ADDR']!r} describe no node of a training.",
-                "Set PET_NNODES to the number of nodes, PET_NODE_RANK to 0..PET_NNODES-1, PET_MASTER_ADDR to the host "
-                "of node 0 and PET_MASTER_PORT to a number; or unset all four to train on this machine.",
-            )
-        return node
 
 
 def on_ranks(work: Callable[..., None], job: Job, *arguments: Any) -> None:

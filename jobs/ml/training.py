@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Event
@@ -19,40 +17,21 @@ from torch import Tensor
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, load_interactions
-from crane_core.errors import TrainingError
 from crane_core.model.lightgcn import LightGCN
 from crane_core.ranks import ranks
-from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.memory import naming_out_of_memory
 from crane_core.training.trainer import Hooks, Trainer
-from jobs.entry_points import run_job
-from jobs.ml.launch import Node, on_ranks, rank, start_ranks
-from jobs.runner import Job, Result, entry_of, identify, produce
-from jobs.stores import open_store, scratch
-
-PUBLICATION_SECONDS = 1800.0
-"""Seconds that the other nodes wait after training for the artifact of the first node."""
+from jobs.ml.launch import on_ranks, rank, start_ranks
+from jobs.ml.nodes import Training
+from jobs.runner import Job
+from jobs.stores import open_store
 
 logger = logging.getLogger(__name__)
 
 Build = Callable[[ArtifactStore, str, Interactions, RunConfig, torch.device], LightGCN]
 """Makes the model on a rank from the store, the run id, the interactions, the configuration and the device."""
-
-
-def run_training(name: str, run: Callable[[Job], Result], build: Build, argv: Sequence[str] | None = None) -> int:
-    """Entry point of a training job on every node: the first one does the stage, the others join its training.
-
-    The nodes share the scratch folder of the store: the checkpoints lie there.
-    """
-
-    def work(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
-        if Node.here().rank > 0:
-            return _join(name, build, arguments, config, store)
-        return produce(STAGES[name], arguments.run, arguments.part, config, store, run)
-
-    return run_job(name, work, argv)
 
 
 def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -82,28 +61,9 @@ def train(job: Job, build: Build) -> tuple[dict[str, Any], Tensor, Tensor]:
     return summary, rows["users"], rows["items"]
 
 
-def _join(
-    name: str, build: Build, arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
-) -> dict[str, Any]:
-    """Lend this node's devices to a training whose first node publishes; the entry is the one it leaves too."""
-    started = time.monotonic()
-    _, fingerprint = identify(STAGES[name], arguments.run, arguments.part, config, store)
-    found = store.find(name, fingerprint)
-    status = "found" if found else "joined"
-    if found is None:
-        logger.info("join stage=%s fingerprint=%s node=%d", name, fingerprint, Node.here().rank)
-        work = scratch(store.storage.uri) / name / f"{fingerprint}.work"
-        start_ranks(_train_rank, name, (store.storage.uri, arguments.run, config, work, build))
-        deadline = time.monotonic() + PUBLICATION_SECONDS
-        while found is None:
-            if time.monotonic() > deadline:
-                raise TrainingError(
-                    f"The training ended {PUBLICATION_SECONDS:.0f} s ago and its first node has published nothing.",
-                    f"Read the log of jobs.{name} on the node with PET_NODE_RANK=0, then start it again on all.",
-                )
-            time.sleep(1.0)
-            found = store.find(name, fingerprint)
-    return entry_of(found, status, round(time.monotonic() - started, 3))
+def lend_ranks(name: str, training: Training, build: Build) -> None:
+    """Run this node's ranks in a training of the stage `name` that another node has started."""
+    start_ranks(_train_rank, name, (*training, build))
 
 
 def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:

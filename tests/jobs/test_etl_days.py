@@ -29,6 +29,7 @@ from jobs.commands import paths
 from jobs.commands.demo import wheel
 from jobs.commands.steps import Steps
 from jobs.etl import features, interactions, profiles
+from jobs.etl.stages import interactions as log_stage
 from jobs.stores import open_store
 from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
@@ -229,15 +230,15 @@ def test_without_the_guard_they_do(
     without: Callable[..., Any],
 ) -> None:
     """With k-core or the cap over all rows instead of the training rows, the test above would fail."""
-    split = interactions.assign_split
+    split = log_stage.assign_split
 
     def remember(rows: Any, config: Any) -> Any:
         found = split(rows, config)
         found.createOrReplaceTempView("everything")
         return found
 
-    monkeypatch.setattr(interactions, "assign_split", remember)
-    monkeypatch.setattr(interactions, guard, without(getattr(interactions, guard)))
+    monkeypatch.setattr(log_stage, "assign_split", remember)
+    monkeypatch.setattr(log_stage, guard, without(getattr(log_stage, guard)))
     assert etl(tmp_path / "store", planted, "leaks", *window(1), ("interactions",), **GUARDED) == EXIT_OK
     assert training(tmp_path / "store", "leaks") != training(reference, "r")
 

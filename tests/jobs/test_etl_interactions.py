@@ -28,7 +28,7 @@ from jobs.etl.events import (
     with_codes,
 )
 from jobs.etl.ids import Catalog, Kind, first_seen, number_ids, trained_keys
-from jobs.etl.interactions import clean_catalog
+from jobs.etl.stages.interactions import clean_catalog
 from jobs.etl.tables import number_rows, tally, write_table
 from tests.worlds.raw_data import at, write_day
 

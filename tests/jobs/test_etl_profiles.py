@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from crane_core.storage import matrix
-from jobs.etl.profiles import segment_sums, sum_profiles, whole_users
+from jobs.etl.stages.profiles import segment_sums, sum_profiles, whole_users
 
 
 def batches(users: list[int], items: list[int], sizes: list[int]) -> Iterator[pa.RecordBatch]:

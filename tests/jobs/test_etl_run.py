@@ -28,6 +28,8 @@ from crane_core.schema import INTERACTIONS
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact
 from jobs.etl import features, interactions, profiles
+from jobs.etl.stages import interactions as log_stage
+from jobs.etl.stages.features import describe
 from jobs.stores import open_store
 from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
@@ -305,7 +307,7 @@ def test_wrong_files_stop_the_run_before_spark_starts(
     settings: dict[str, str],
     expected: str,
 ) -> None:
-    monkeypatch.setattr(interactions, "open_session", lambda *_: pytest.fail("Spark was started"))
+    monkeypatch.setattr(log_stage, "open_session", lambda *_: pytest.fail("Spark was started"))
     damage(raw / file)
     assert etl(tmp_path / "store", raw, ("interactions",), **settings) == EXIT_DATA
     message = capsys.readouterr().err
@@ -441,7 +443,7 @@ def test_numbers_that_do_not_fit_stop_the_run(
 )
 def test_every_kind_of_vector_is_read(spark: SparkSession, kind: pa.DataType, tmp_path: Path) -> None:
     path = write_vectors(tmp_path, "text", [("a", [1.5, 2.0]), ("b", [0.5, 4.0])], kind)
-    described = features.describe("text", next(pq.ParquetFile(path).iter_batches()))
+    described = describe("text", next(pq.ParquetFile(path).iter_batches()))
     assert described.to_pylist() == [
         {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
         {"modality": "text", "item_id": "b", "vector": [0.5, 4.0], "dim": 2, "is_finite": True},
@@ -454,7 +456,7 @@ def test_binary_vectors_are_read(binary: str, width: int, tmp_path: Path) -> Non
     path = write_vectors(tmp_path, "text", [("a", rows[0]), ("n", None), ("b", rows[1])], pa.binary(width))
     batch = next(pq.ParquetFile(path).iter_batches())
     for part in (batch, pa.concat_batches([batch, batch]).slice(3)):
-        assert features.describe("text", part, binary).to_pylist() == [
+        assert describe("text", part, binary).to_pylist() == [
             {"modality": "text", "item_id": "a", "vector": [1.5, 2.0], "dim": 2, "is_finite": True},
             {"modality": "text", "item_id": "n", "vector": None, "dim": 0, "is_finite": True},
             {"modality": "text", "item_id": "b", "vector": [0.5, float("inf")], "dim": 2, "is_finite": False},

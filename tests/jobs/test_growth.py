@@ -23,6 +23,7 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from jobs import plan
 from jobs.ml import graph, knn, refine
+from jobs.ml.stages import refine as refine_stage
 from jobs.stores import open_store
 
 NUM_ITEMS, NUM_USERS = 120, 30
@@ -263,7 +264,7 @@ def test_past_the_bound_everything_is_built_anew(
     plant(store, tmp_path, "alone", modalities(20))
     finish(store, "one", 1, bound)
     with monkeypatch.context() as patch:
-        patch.setattr(refine, "refine_to_files", lambda *given: 1 / 0)
+        patch.setattr(refine_stage, "refine_to_files", lambda *given: 1 / 0)
         assert refine.main(flags(store, "two", 2, bound, "etl.base_run=one")) == EXIT_UNEXPECTED
     finish(store, "two", 2, bound, "etl.base_run=one")
     finish(store, "alone", 2, bound)

@@ -34,7 +34,9 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.training.validation import STEERING_METRIC, Validation
 from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
-from jobs.ml.launch import Node
+from jobs.ml.nodes import Node
+from jobs.ml.stages import graph as graph_stage
+from jobs.ml.stages import train as train_stage
 from jobs.stores import open_store
 from tests.worlds.planted import checkerboard, planted_modalities
 from tests.worlds.processes import JobProcess, forked_ranks, forkserver_ranks
@@ -193,7 +195,7 @@ def test_too_low_a_recall_raises_the_probes_once_and_then_stops(
     for part in ("0", "1"):
         assert knn.main(flags(finished, "approx", part, extra)) == EXIT_OK
     with monkeypatch.context() as patch:
-        patch.setattr(graph, "RAISE", 1)
+        patch.setattr(graph_stage, "RAISE", 1)
         assert graph.main(flags(finished, "approx", "", extra)) == EXIT_ARTIFACT
     assert store.entry("approx", "ml.graph") is None
     assert graph.main(flags(finished, "approx", "", extra)) == EXIT_OK
@@ -210,8 +212,8 @@ def test_too_low_a_recall_raises_the_probes_once_and_then_stops(
 
 def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
-    choose = train.choose_share
-    monkeypatch.setattr(train, "choose_share", lambda *given: graphs.append(given[2].matrix) or choose(*given))
+    choose = train_stage.choose_share
+    monkeypatch.setattr(train_stage, "choose_share", lambda *given: graphs.append(given[2].matrix) or choose(*given))
     store = open_store(str(finished))
     validate, epochs = Validation.best, itertools.count()
 

@@ -18,6 +18,7 @@ from jobs.runner import Job, Result, produce
 from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
 
+ENGINES = {"pyspark", "torch", "faiss", "mlflow"}
 PRODUCED = tuple(name for name in STAGES if name != "ml.register")
 
 
@@ -79,10 +80,40 @@ def test_what_grows_from_a_base_is_known_by_it(store: ArtifactStore, stage: str)
     assert found[0] != found[1]
 
 
-def test_the_plan_of_a_backfill_imports_no_engine() -> None:
-    code = (
-        "import sys; import jobs.backfill.plan; "
-        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'pyspark', 'torch', 'faiss', 'mlflow'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def imported(code: str, *arguments: str) -> tuple[list[str], list[str]]:
+    """Run code in a new process; return which engines it has imported, and what it has printed."""
+    told = f"{code}\nprint(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}} & {ENGINES})))"
+    command = [sys.executable, "-c", f"import sys\n{told}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *printed, engines = done.stdout.splitlines()
+    return engines.split(), printed
+
+
+FIND = """
+from importlib import import_module
+for label in sys.argv[2].split(","):
+    group, stage, *part = label.split(".")
+    flags = ["--store", sys.argv[1], "--run", "made", *(["--part", part[0]] if part else [])]
+    assert import_module(f"jobs.{group}.{stage}").main(flags) == 0
+"""
+
+
+def test_a_job_that_finds_its_artifact_imports_no_engine(store: ArtifactStore) -> None:
+    """Neither an engine nor, without PySpark, a JVM: most jobs of a run that is repeated find what they would make."""
+    config = configure("2026-01-21")
+    make(store, "made", config)
+    labels = [label for name in PRODUCED if name != "ml.export" for label in STAGES[name].labels(config)]
+    engines, printed = imported(FIND, store.storage.uri, ",".join(labels))
+    assert [json.loads(line)["status"] for line in printed] == ["found"] * len(labels)
+    assert engines == []
+
+
+def test_jobs_of_the_release_import_no_torch_where_they_look_a_version_up() -> None:
+    jobs = ("register", "export", "promote", "rollback", "restore")
+    engines, _ = imported(f"import {', '.join(f'jobs.ml.{job}' for job in jobs)}")
+    assert "mlflow" in engines and not {"torch", "faiss"} & set(engines)
+
+
+def test_a_backfill_imports_no_engine_before_it_has_work() -> None:
+    jobs = ("plan", "check", "etl", "content", "train")
+    assert imported(f"import {', '.join(f'jobs.backfill.{job}' for job in jobs)}") == ([], [])

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch.distributed.launcher.api import LaunchConfig
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch._dynamo", "jobs.ml.behaviour", "jobs.ml.promote", __name__]
+PRELOADED = ["torch._dynamo", "jobs.ml.stages.behaviour", "jobs.ml.promote", __name__]
 """Imported once in the server that processes are forked from; otherwise each process takes seconds to import torch."""
 CONTEXT.set_forkserver_preload(PRELOADED)
 

@@ -1,0 +1,23 @@
+"""Write the champion's recommendations: the work of `jobs.ml.export`."""
+
+from __future__ import annotations
+
+import logging
+
+from crane_core.serving.export import write_export
+from crane_core.serving.model_folder import load_recommender
+from jobs.ml.device import use_device
+from jobs.runner import Job, Result
+
+logger = logging.getLogger(__name__)
+
+
+def run(job: Job) -> Result:
+    """Write the artifact of `job.run_id`, the champion's run."""
+    device = use_device(job.config.runtime)
+    trained = job.input("ml.train")
+    trained.verify()
+    recommender = load_recommender(job.input("etl.interactions"), trained)
+    counts = write_export(job.out, recommender, job.config.export, device)
+    logger.info("exported %s", " ".join(f"{name.removeprefix('num_')}={count}" for name, count in counts.items()))
+    return Result(dict(counts))
