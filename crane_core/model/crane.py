@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from crane_core.model.content import Content, JointContent
-from crane_core.model.lightgcn import LightGCN, xavier
+from crane_core.model.lightgcn import LightGCN
 from crane_core.model.losses import info_nce
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.views import Batch, PickedViews, Views
 from crane_core.model_config import ModelConfig
+from crane_core.numerics.initial import xavier
 
 
 class Crane(LightGCN):
@@ -44,12 +45,12 @@ class Crane(LightGCN):
         self.content_width = content.width if config.crane.own_content else 0
         generator = torch.Generator().manual_seed(config.train.seed + 1)
         dim, width = config.lightgcn.embedding_dim, content.width
-        self.fusion = nn.Parameter(xavier(width, dim, generator))
+        self.fusion = nn.Parameter(xavier((width, dim), generator))
         self.fusion_bias = nn.Parameter(torch.zeros(dim))
         if config.crane.own_content:
-            self.own = nn.Parameter(xavier(width, dim, generator))
+            self.own = nn.Parameter(xavier((width, dim), generator))
         if config.crane.semantic_weight == "gate":
-            self.trust = nn.Parameter(xavier(dim, dim, generator))
+            self.trust = nn.Parameter(xavier((dim, dim), generator))
             self.trust_bias = nn.Parameter(torch.zeros(dim))
         elif config.crane.semantic_weight == "scale":
             self.trust = nn.Parameter(torch.full((1,), 0.1))

@@ -11,6 +11,7 @@ from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.views import Batch, PickedViews, Rows, Views
 from crane_core.model_config import Loss, ModelConfig
+from crane_core.numerics.initial import xavier
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Powers of the length of an item's row that scores may be multiplied by; validation chooses one."""
@@ -49,7 +50,7 @@ class LightGCN(nn.Module):
         self.shards = Shards((num_users, num_items))
         generator = torch.Generator().manual_seed(config.train.seed)
         self.ids = nn.Parameter(
-            torch.cat([xavier(size, config.lightgcn.embedding_dim, generator) for size in (num_users, num_items)])
+            torch.cat([xavier((size, config.lightgcn.embedding_dim), generator) for size in (num_users, num_items)])
         )
 
     def shard(self, shards: Shards) -> None:
@@ -122,7 +123,3 @@ class LightGCN(nn.Module):
         """Return the squared norm of the nodes' ID embeddings, as in the LightGCN paper."""
         ids = views.ids if isinstance(views, PickedViews) else self.ids
         return ids[nodes].square().sum()
-
-
-def xavier(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return (torch.rand(rows, columns, generator=generator) * 2 - 1) * (6 / (rows + columns)) ** 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from crane_core.numerics.initial import xavier
 from crane_core.refine.attention import Correlation, Keys
 
 
@@ -73,9 +74,3 @@ class RecursiveCrossModalAttention(nn.Module):
             queries = recursion.refine(queries, keys, chunk_size)
             items = recursion.refine(items, keys, chunk_size)
         return items, queries
-
-
-def xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw weights from the uniform distribution of Glorot and Bengio (2010), float32; the last two sizes count."""
-    bound = (6 / (shape[-2] + shape[-1])) ** 0.5
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound

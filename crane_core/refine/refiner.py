@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from crane_core.config import Refine
 from crane_core.dataset.modalities import Modality
 from crane_core.errors import DataError
+from crane_core.numerics.initial import xavier
 from crane_core.refine.attention import Correlation
-from crane_core.refine.recursion import RecursiveCrossModalAttention, xavier
+from crane_core.refine.recursion import RecursiveCrossModalAttention
 
 CPU = torch.device("cpu")
 

@@ -11,28 +11,21 @@ import argparse
 import hashlib
 import json
 import logging
-import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from crane_core.config import RunConfig
+from crane_core.release.assembly import assemble
 from crane_core.release.registry import CANDIDATE, Registry, open_registry
-from crane_core.release.version import DatasetReference, Release, Version
-from crane_core.schema import USER_ID
-from crane_core.serving.model_folder import load_recommender, write_model
-from crane_core.serving.probe import make_probe
+from crane_core.release.version import Version
 from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.entry_points import run_job
 from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
-
-PROBED_USERS = 32
 
 
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
@@ -49,7 +42,7 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         base = scratch(store.storage.uri) / "ml.register"
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=base) as folder:
-            release = _release(Path(folder), fingerprint, arguments.run, config, store, inputs)
+            release = assemble(Path(folder), fingerprint, arguments.run, config, store, inputs)
             version, is_new = registry.register(release)
     alias = None if config.runtime.backfill else _make_candidate(registry, version)
     return {
@@ -71,75 +64,8 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
     return CANDIDATE
 
 
-def _release(
-    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
-) -> Release:
-    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train", "ml.evaluate"))
-    recommender = load_recommender(source, trained)
-    window = config.window.model_dump(mode="json")
-    model = folder / config.runtime.model_name
-    model.mkdir()
-    write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
-    probe = make_probe(recommender, PROBED_USERS)
-    probe_file = folder / "probe.json"
-    probe_file.write_text(json.dumps(probe))
-    metrics = json.loads(evaluated.file("metrics.json").read_text())
-    identity = config.identity()
-    git = _git_sha()
-    return Release(
-        fingerprint=fingerprint,
-        run_id=run_id,
-        folder=model,
-        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
-        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
-        params=_flat(identity),
-        metrics={
-            name: value
-            for name, value in _flat({key: metrics[key] for key in ("users", "models", "differences")}, "/").items()
-            if isinstance(value, int | float)
-        },
-        curve=json.loads(trained.file("curve.json").read_text()),
-        datasets=[
-            DatasetReference(
-                name,
-                artifact.fingerprint,
-                f"{store.storage.uri}/{artifact.manifest['stage']}/{artifact.fingerprint}",
-                "evaluation" if name == "ml.evaluate" else "training",
-            )
-            for name, artifact in inputs.items()
-        ],
-        tags={
-            "crane.window_start": window["start"],
-            "crane.window_end": window["end"],
-            "crane.config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-            **{f"crane.artifact.{name}": artifact.fingerprint for name, artifact in inputs.items()},
-            **({"crane.git": git} if git else {}),
-        },
-    )
-
-
 def _inputs(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:
     return {label: store.artifact(run_id, label) for label in input_labels(STAGES["ml.register"], config)}
-
-
-def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, separator, f"{prefix}{key}{separator}")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _git_sha() -> str | None:
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,99 @@
+"""Assemble what is registered for a run, from its artifacts: model folder, evidence, figures and lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from crane_core.config import RunConfig
+from crane_core.release.version import DatasetReference, Release
+from crane_core.schema import USER_ID
+from crane_core.serving.model_folder import load_recommender, write_model
+from crane_core.serving.probe import make_probe
+from crane_core.storage.artifacts import Artifact, ArtifactStore
+
+PROBED_USERS = 32
+"""Users whose lists the smoke test compares."""
+
+
+def assemble(
+    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
+) -> Release:
+    """Write the model folder and the probe of a run, and gather its evidence, figures and lineage.
+
+    Args:
+        folder: empty folder for what is written.
+        fingerprint: identity of the version.
+        run_id: the pipeline's run.
+        config: its configuration.
+        store: holds the artifacts.
+        inputs: `etl.interactions`, `ml.train` and `ml.evaluate` of the run.
+    """
+    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train", "ml.evaluate"))
+    recommender = load_recommender(source, trained)
+    window = config.window.model_dump(mode="json")
+    model = folder / config.runtime.model_name
+    model.mkdir()
+    write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
+    probe = make_probe(recommender, PROBED_USERS)
+    probe_file = folder / "probe.json"
+    probe_file.write_text(json.dumps(probe))
+    metrics = json.loads(evaluated.file("metrics.json").read_text())
+    identity = config.identity()
+    git = _git_sha()
+    return Release(
+        fingerprint=fingerprint,
+        run_id=run_id,
+        folder=model,
+        evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
+        input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
+        params=_flat(identity),
+        metrics={
+            name: value
+            for name, value in _flat({key: metrics[key] for key in ("users", "models", "differences")}, "/").items()
+            if isinstance(value, int | float)
+        },
+        curve=json.loads(trained.file("curve.json").read_text()),
+        datasets=[
+            DatasetReference(
+                name,
+                artifact.fingerprint,
+                f"{store.storage.uri}/{artifact.manifest['stage']}/{artifact.fingerprint}",
+                "evaluation" if name == "ml.evaluate" else "training",
+            )
+            for name, artifact in inputs.items()
+        ],
+        tags={
+            "crane.window_start": window["start"],
+            "crane.window_end": window["end"],
+            "crane.config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            **{f"crane.artifact.{name}": artifact.fingerprint for name, artifact in inputs.items()},
+            **({"crane.git": git} if git else {}),
+        },
+    )
+
+
+def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, separator, f"{prefix}{key}{separator}")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _git_sha() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
