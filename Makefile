@@ -25,11 +25,12 @@ check: setup ## style, types, imports and the fast unit tests, side by side: a m
 	wait $$half; half=$$?; wait $$lint; lint=$$?; cat .crane/logs/check-half.log .crane/logs/check-lint.log; \
 	[ $$((rest | half | lint)) -eq 0 ]
 
-test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow
-	@mkdir -p .crane/logs; trap 'kill $$dags' INT TERM; \
-	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags >.crane/logs/test-dags.log 2>&1 & dags=$$!; \
-	$(JOBS) pytest -m 'not drill' --ignore=tests/dags --ignore=tests/infra; jobs=$$?; \
-	wait $$dags; dags=$$?; cat .crane/logs/test-dags.log; [ $$((jobs | dags)) -eq 0 ]
+test: lint ## every check: style, types, imports, unit, Spark, end to end, Airflow; the jobs' tests beside the others
+	@mkdir -p .crane/logs; trap 'kill $$jobs' INT TERM; \
+	$(JOBS) pytest -m 'not drill' tests/jobs >.crane/logs/test-jobs.log 2>&1 & jobs=$$!; \
+	$(AIRFLOW) pytest tests/dags --confcutdir=tests/dags; dags=$$?; \
+	$(JOBS) pytest -m 'not drill' --ignore=tests/jobs --ignore=tests/dags --ignore=tests/infra; rest=$$?; \
+	wait $$jobs; jobs=$$?; cat .crane/logs/test-jobs.log; [ $$((jobs | dags | rest)) -eq 0 ]
 
 drill: setup ## the long drills: real scheduler, PostgreSQL, MLflow; kills, outages, crowds (apt-get install postgresql)
 	$(JOBS) pytest -q -m drill tests/drills tests/jobs
