@@ -1,8 +1,8 @@
 """Attention kernels with gradients that never hold all scores, rows x items, in memory.
 
-Softmax is PyTorch's fused kernel, on a CPU and, without a gradient, on a GPU. Tanh runs in tiles on a CPU. On a GPU, tanh,
-softmax with a gradient and the softmax over inverted lists are the Triton kernels of
-`crane_core.refine.attention_triton`. `tests/bench/gpu.sh` measures both on a GPU.
+Softmax is PyTorch's fused kernel, on a CPU and, without a gradient, on a GPU. Tanh runs in tiles on a CPU. On a GPU,
+tanh, softmax with a gradient and the softmax over inverted lists are the Triton kernels of
+`crane_core.refine.attention_triton`. `tests/bench/gpu.sh` times both kinds on a GPU.
 """
 
 from __future__ import annotations

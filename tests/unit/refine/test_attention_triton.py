@@ -151,7 +151,8 @@ for dtype, dim in [("bfloat16", 64), ("bfloat16", 128), ("float32", 64), ("float
             types = {name: "constexpr" if name in settings else special.get(name, pointer) for name in names}
             # As at a launch with tensors: their addresses are multiples of 16 bytes.
             hints = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if types[name][0] == "*"}
-            source = ASTSource(compiled, types, {(names.index(name),): value for name, value in settings.items()}, hints)
+            values = {(names.index(name),): value for name, value in settings.items()}
+            source = ASTSource(compiled, types, values, hints)
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
             print(json.dumps([dtype, dim, phi, kernel, made.metadata.shared]))
 """
