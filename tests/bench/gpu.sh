@@ -13,6 +13,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# So that a question for a GPU does not start CUDA in the process that starts the parts.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
 
 "$python" - <<'EOF'
 import importlib.util

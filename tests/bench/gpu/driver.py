@@ -12,17 +12,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from crane_core.config import Runtime
 from crane_core.refine import kernels
 from jobs.ml.device import use_device
-from tests.bench.gpu.plan import Plan, Row
+from tests.bench.gpu.plan import Plan, Row, compared
 
 LEAST = 5.0
 """Seconds that a part is still begun with."""
+Method = Literal["fork", "spawn"]
+"""How the process of a part starts. A fork need not import torch again, which takes seconds. But CUDA works in it only
+if nothing has touched CUDA in the process that forks."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,19 @@ class Settings:
         return 10 if self.device == "cpu" else 1
 
 
-def run_part(part: Part, settings: Settings, seconds: float, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Run a part in a forked process; what it has yielded stays, however it ends.
+def run_part(
+    part: Part, settings: Settings, seconds: float, ceilings: dict[str, float], method: Method = "fork"
+) -> dict[str, Any]:
+    """Run a part in a process of its own; what it has yielded stays, however it ends.
 
-    A process of its own, because an illegal access leaves a CUDA context unusable. Forked, because importing torch
-    again would take seconds of every part. The process that forks must never touch CUDA.
+    A process of its own, because an illegal access leaves a CUDA context unusable.
+
+    Args:
+        part: to run.
+        settings: of the run.
+        seconds: after which it is killed.
+        ceilings: as in `Plan`.
+        method: how the process starts.
 
     Returns:
         `name`, `status` (`ok`, `wrong`, `failed`, `timed out`), `seconds` and `rows`.
@@ -66,7 +77,7 @@ def run_part(part: Part, settings: Settings, seconds: float, ceilings: dict[str,
     file = settings.work / f"{part.name}.jsonl"
     file.unlink(missing_ok=True)
     started = time.monotonic()
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(part, settings, seconds, ceilings, file))
+    child = multiprocessing.get_context(method).Process(target=_child, args=(part, settings, seconds, ceilings, file))
     child.start()
     child.join(seconds)
     status = "ok" if child.exitcode == 0 else "failed"
@@ -111,16 +122,35 @@ def run_all(
         settings: of the run.
         seconds: for all parts together.
         done: called with the results so far after each part, before the next one begins.
+
+    Returns:
+        The results; the first are those of `START`.
     """
     ends, ceilings = time.monotonic() + settings.patience * seconds, {}
-    results: list[dict[str, Any]] = []
-    for part in parts:
+    # Imports what it needs once, for all forks.
+    torch.use_deterministic_algorithms(True)
+    method: Method = "fork"
+    results = [run_part(START, settings, settings.patience * START.seconds, {}, method)]
+    if results[0]["status"] != "ok":
+        method = "spawn"
+        results.append(run_part(START, settings, settings.patience * START.seconds, {}, method))
+    for part in parts if results[-1]["status"] == "ok" else ():
         left = min(settings.patience * part.seconds, ends - time.monotonic())
         if left < LEAST:
             result: dict[str, Any] = {"name": part.name, "status": "no time left", "seconds": 0.0, "rows": []}
         else:
-            result = run_part(part, settings, left, ceilings)
+            result = run_part(part, settings, left, ceilings, method)
         results.append(result)
         ceilings |= {row["ceiling"]: row["rate"] for row in result["rows"] if "ceiling" in row}
         done(results)
+    done(results)
     return results
+
+
+def _start(plan: Plan) -> Iterator[Row]:
+    numbers = torch.arange(1000, device=plan.device)
+    yield compared("a sum on the device", abs(int(numbers.sum()) - 499_500), 0)
+
+
+START = Part("start", 40, _start)
+"""Shows whether a process that is started like this reaches the device."""
