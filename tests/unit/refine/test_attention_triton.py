@@ -14,7 +14,7 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch; to try it on a CPU: pip install triton")
+pytest.importorskip("triton", reason="there is no Triton: make setup installs it on Linux")
 
 from crane_core.config import Phi
 from crane_core.errors import ConfigError
