@@ -20,6 +20,14 @@ COPY jobs jobs
 RUN docker/install.sh "torch-${DEVICE}" /opt/crane
 
 FROM ${PYTHON_IMAGE}
+ARG DEVICE=cpu
+# At their first launch, Triton compiles the host code of its kernels with a C compiler.
+# hadolint ignore=DL3008
+RUN if [ "${DEVICE}" = cuda ]; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin crane \
     && install -d -o crane -g crane /scratch
 COPY --from=build /opt/crane /opt/crane
