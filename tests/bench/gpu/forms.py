@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
-from crane_core.refine import attention_triton
 from crane_core.refine.attention import Correlation, ListedKeys
 from crane_core.refine.kernels import FusedAttention, Group, attend_groups
 from tests.bench.gpu.plan import Plan, Row, distance, median_seconds, skipped, timed
@@ -63,6 +62,8 @@ def fused(queries: Tensor, keys: Tensor, backend: SDPBackend) -> Tensor:
 
 def softmax(plan: Plan) -> Iterator[Row]:
     """Time softmax without a gradient: PyTorch's kernels, and our own."""
+    from crane_core.refine import attention_triton
+
     num_queries, num_keys, dim = plan.pick((32_768, 1_000_000, 64), (60, 90, 8))
     for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float32, 1e-4)):
         queries, keys = (
@@ -115,6 +116,8 @@ def gradients(plan: Plan) -> Iterator[Row]:
 
 def tanh_blocks(plan: Plan) -> Iterator[Row]:
     """Time the tanh kernel in bfloat16 with other blocks than those in use."""
+    from crane_core.refine import attention_triton
+
     num_queries, num_keys, dim = plan.pick((32_768, 1_000_000, 64), (60, 90, 8))
     queries, keys = (
         plan.normal(salt, size, dim).to(plan.device).bfloat16() for salt, size in ((1, num_queries), (2, num_keys))

@@ -6,7 +6,7 @@ from tests.bench.gpu import attention, ceilings, forms, learning, neighbours, sp
 from tests.bench.gpu.driver import Part
 
 PARTS = [
-    Part("attention", 75, attention.run),
+    Part("attention", 100, attention.run),
     Part("neighbours", 45, neighbours.run),
     Part("learning", 75, learning.run),
     Part("joint", 30, learning.run_joint),

@@ -23,7 +23,7 @@ from crane_core.training.trainer import Trainer
 from tests.bench.bench_rca import count_pairs, exhaust
 from tests.bench.device import synthetic, wait_for
 from tests.bench.gpu.attention import dense
-from tests.bench.gpu.plan import Plan, Row, compared, distance, once, timed
+from tests.bench.gpu.plan import Plan, Row, compared, distance, once, skipped, timed
 from tests.bench.trainers import make_trainer
 from tests.worlds.settings import model_config
 
@@ -165,7 +165,11 @@ def run_lightgcn(plan: Plan) -> Iterator[Row]:
 
 def run_crane(plan: Plan) -> Iterator[Row]:
     """Time an epoch of CRANE with the steps of the preset `million`, in larger batches first."""
+    begun = plan.left()
     for batch_size, number in plan.pick(((8192, 128), (1024, 1024)), ((64, 4), (32, 8))):
+        if begun - plan.left() > plan.left():
+            yield skipped(f"CRANE, {number} x {batch_size}", "no time left")
+            return
         yield from epoch(plan, crane=True, target=60.0, batch_size=batch_size, batches_per_step=number)
 
 
