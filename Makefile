@@ -40,7 +40,7 @@ lint: setup ## ruff, mypy, import contracts, shellcheck
 	$(JOBS) ruff format --check .
 	$(JOBS) mypy
 	.venv/bin/lint-imports --no-logo
-	.venv/bin/shellcheck infra/*.sh infra/local/*.sh docker/*.sh .ci/run
+	.venv/bin/shellcheck infra/*.sh infra/local/*.sh docker/*.sh tests/bench/*.sh .ci/run
 
 format: setup ## let ruff rewrite the code
 	$(JOBS) ruff format .

@@ -21,7 +21,7 @@ render() {
     done
 }
 
-step_shell() { shellcheck infra/*.sh infra/local/*.sh docker/*.sh .ci/run; }
+step_shell() { shellcheck infra/*.sh infra/local/*.sh docker/*.sh tests/bench/*.sh .ci/run; }
 
 step_yaml() { yamllint --strict .yamllint.yaml infra docker crane_core/presets; }
 

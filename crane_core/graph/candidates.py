@@ -24,7 +24,9 @@ NONE = torch.iinfo(torch.int64).max
 SPARE = 4
 """Candidates beyond k + 1. With them, a near tie seldom makes the comparison with all keys necessary."""
 _PAIRS = 4096
-"""Candidates compared at a time, so that their rows fit in the cache."""
+"""Candidates compared at a time on a CPU, so that their rows fit in the cache."""
+_PAIRS_ON_GPU = 1 << 18
+"""The same on a GPU: 256 MiB of rows at 64 numbers each, so that launches are few."""
 RowNumbers = range | np.ndarray
 """Row numbers, ascending."""
 
@@ -164,13 +166,19 @@ def rescore(
     # The last of the best will be at least this. Candidates that are certainly below need no exact similarity.
     least = torch.maximum(_worst(best), values[:, width - 1] - rounding)
     row, column = ((values >= least[:, None] - rounding) & (values > -torch.inf)).nonzero(as_tuple=True)
-    key = found[row, column]
+    key, size = found[row, column], _PAIRS_ON_GPU if found.is_cuda else _PAIRS
     similarities = [
-        torch.einsum("nd,nd->n", queries[i].double(), keys.rows[j].double()).float()
-        for i, j in zip(row.split(_PAIRS), key.split(_PAIRS), strict=True)
+        _products(queries[i].double(), keys.rows[j].double()).float()
+        for i, j in zip(row.split(size), key.split(size), strict=True)
     ]
     merged = _merge(best, row, key, torch.cat(similarities), keys)
     return merged, (others >= _worst(merged) - rounding).nonzero()[:, 0]
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return the dot product of each pair of unit rows, float64 [n]: exact, in whatever way it is computed."""
+    # On a GPU the einsum is a batch of n products of single rows, more than a launch may hold.
+    return (left * right).sum(1) if left.is_cuda else torch.einsum("nd,nd->n", left, right)
 
 
 def compare_all(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int) -> Tensor:

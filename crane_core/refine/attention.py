@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crane_core.config import Phi, Precision
 from crane_core.numerics.kmeans import CHUNK_ROWS, cluster, row_chunks
-from crane_core.refine.kernels import FusedTanh, ListedSoftmax, TiledTanh, fused_softmax
+from crane_core.refine.kernels import DensePhi, ListedSoftmax, attend_all, on_gpu
 
 _KEYS_SEEN = 8
 """Default of the sparse forms: a query attends to this many times sqrt(m) of m keys, O(n sqrt(m)) instead of O(n m)."""
@@ -132,21 +132,16 @@ class GramKeys(Keys):
 class DenseKeys(Keys):
     """Keys of `softmax` and `tanh`: every query attends to every key."""
 
-    def __init__(self, keys: Tensor, phi: Phi, precision: Precision = "float32") -> None:
+    def __init__(self, keys: Tensor, phi: DensePhi, precision: Precision = "float32") -> None:
         self.source = keys
         self.keys = _rounded(keys, precision)
-        self.phi: Phi = phi
+        self.phi: DensePhi = phi
         self.precision: Precision = precision
 
     def attend(self, queries: Tensor, chunk_size: int = 4096) -> Tensor:
         if len(queries) == 0:
             return queries.clone()
-        rounded = _rounded(queries, self.precision)
-        if self.phi == "softmax":
-            attended = fused_softmax(rounded, self.keys)
-        else:
-            form = FusedTanh if queries.device.type == "cuda" else TiledTanh
-            attended = form.apply(rounded, self.keys, chunk_size)
+        attended = attend_all(_rounded(queries, self.precision), self.keys, self.phi, chunk_size)
         return attended.to(queries.dtype)
 
 
@@ -208,4 +203,4 @@ def _rounded(rows: Tensor, precision: Precision) -> Tensor:
     if precision == "float32":
         return rows
     rounded = rows.to(torch.bfloat16)
-    return rounded if rows.device.type == "cuda" else rounded.to(rows.dtype)
+    return rounded if on_gpu(rows) else rounded.to(rows.dtype)

@@ -1,17 +1,18 @@
-"""Triton kernels of RCA for CUDA: tanh attention, and softmax over groups of keys; keys are the values.
+"""Triton kernels of RCA for GPUs: tanh attention, and softmax over groups of keys; keys are the values.
 
-They do two things that PyTorch's fused attention does not. They compute tanh in place of softmax. And they compute many
+They do three things that PyTorch's fused attention does not. They compute tanh in place of softmax. They compute many
 small attentions in one launch for the inverted lists of `block`, and return the sum of the exponentials of each, so
-that the results can be merged. Blocks of scores stay in registers, forward and backward; products are summed in
-float32. Inputs are bfloat16, or float32: then each product is three TF32 products, about as exact as float32.
+that the results can be merged. And their backward pass gives the same bits in every run on all multiprocessors. Blocks
+of scores stay in registers, forward and backward; products are summed in float32. Inputs are bfloat16, or float32: then
+each product is three TF32 products, about as exact as float32.
 
-Checked on a CPU by Triton's interpreter against float64 (`tests/unit/refine/test_attention_triton.py`). Neither speed
-nor block sizes have been measured on a GPU yet. Imported only where a tensor lies on CUDA.
+Tested on a CPU by Triton's interpreter against float64 (`tests/unit/refine/test_attention_triton.py`), and compiled for
+sm_90. `tests/bench/gpu.sh` measures speed and block sizes on a GPU. Imported only where a tensor lies on a GPU.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -19,11 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from crane_core.errors import ConfigError
+from crane_core.refine.kernels import MOST_DIMS
 
-MOST_DIMS = 128
-"""Largest width of a row: a block of rows must fit in the registers of a Triton program."""
-_BLOCK = {"rows": 128, "keys": 64}
-_BLOCK_BACKWARD = {"rows": 64, "keys": 64}
+Kernel = Literal["attend", "query_gradient", "key_gradient"]
+BLOCKS: dict[tuple[str, int], dict[Kernel, tuple[int, int, int, int]]] = {
+    ("bfloat16", 128): {"attend": (128, 64, 8, 3), "query_gradient": (64, 64, 4, 3), "key_gradient": (64, 64, 4, 3)},
+    ("float32", 64): {"attend": (128, 32, 8, 2), "query_gradient": (64, 32, 4, 2), "key_gradient": (32, 64, 4, 2)},
+    ("float32", 128): {"attend": (64, 32, 8, 2), "query_gradient": (32, 32, 8, 2), "key_gradient": (32, 64, 8, 2)},
+}
+"""By number type and largest width: rows and keys of a block of scores, warps of a program, depth of its pipeline.
+
+Chosen by what the compiler reports for sm_90: the shared memory of a multiprocessor suffices, and rows of up to 64
+numbers spill no register. Not yet chosen by time: `tests/bench/gpu.sh` times others beside these."""
 
 Phi = Literal["softmax", "tanh"]
 Group = tuple[int, int, int, int]
@@ -46,10 +54,9 @@ def attend(queries: Tensor, keys: Tensor, groups: list[Group], phi: Phi) -> tupl
     """
     queries, keys = queries.contiguous(), keys.contiguous()
     output, mass = torch.empty_like(queries), queries.new_empty(len(queries), dtype=torch.float32)
-    tiles = _tiles(groups, _BLOCK["rows"], queries.device)
-    _attend[(len(tiles),)](
-        queries, keys, output, mass, tiles, queries.shape[1] ** -0.5, **_constants(queries, phi), **_blocks(_BLOCK)
-    )
+    settings = constants(queries.dtype, queries.shape[1], phi, "attend")
+    tiles = _tiles(groups, settings["ROWS"], queries.device)
+    _attend[(len(tiles),)](queries, keys, output, mass, tiles, queries.shape[1] ** -0.5, **settings)
     return output, mass
 
 
@@ -77,35 +84,48 @@ def attend_backward(
     normaliser, delta = statistics or (queries.new_empty(0, dtype=torch.float32),) * 2
     query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
     given = (queries, keys, incoming, normaliser.contiguous(), delta.contiguous())
-    settings = _constants(queries, phi) | _blocks(_BLOCK_BACKWARD)
     scale = queries.shape[1] ** -0.5
-    tiles = _tiles(groups, _BLOCK_BACKWARD["rows"], queries.device)
+    settings = constants(queries.dtype, queries.shape[1], phi, "query_gradient")
+    tiles = _tiles(groups, settings["ROWS"], queries.device)
     _query_gradient[(len(tiles),)](*given, query_gradient, tiles, scale, **settings)
-    flipped = [(first, last, start, stop) for start, stop, first, last in groups]
-    tiles = _tiles(flipped, _BLOCK_BACKWARD["keys"], queries.device)
+    settings = constants(queries.dtype, queries.shape[1], phi, "key_gradient")
+    tiles = _tiles(
+        [(first, last, start, stop) for start, stop, first, last in groups], settings["KEYS"], queries.device
+    )
     _key_gradient[(len(tiles),)](*given, key_gradient, tiles, scale, **settings)
     return query_gradient, key_gradient
+
+
+def constants(dtype: torch.dtype, dim: int, phi: Phi, kernel: Kernel) -> dict[str, Any]:
+    """Return the compile-time constants and the launch options of a kernel.
+
+    Raises:
+        ConfigError: the rows are too wide.
+    """
+    if dim > MOST_DIMS:
+        raise ConfigError(
+            f"The GPU kernels of {phi} over groups take rows of up to {MOST_DIMS} numbers, found {dim}.",
+            f"Lower refine.embedding_dim to {MOST_DIMS}, or choose refine.phi softmax, landmark or linear.",
+        )
+    name = str(dtype).removeprefix("torch.")
+    widest = min(widest for known, widest in BLOCKS if known == name and dim <= widest)
+    num_rows, num_keys, num_warps, num_stages = BLOCKS[name, widest][kernel]
+    return {
+        "DIM": dim,
+        "WIDTH": max(16, triton.next_power_of_2(dim)),
+        "TANH": phi == "tanh",
+        "PRECISION": "interpreted" if triton.knobs.runtime.interpret else "tf32x3",
+        "ROWS": num_rows,
+        "KEYS": num_keys,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
 
 
 def _tiles(groups: list[Group], block: int, device: torch.device) -> Tensor:
     """Cut the groups into blocks along their first range: int64 [num_tiles, 4]."""
     cut = [(at, min(at + block, stop), *other) for start, stop, *other in groups for at in range(start, stop, block)]
     return torch.tensor(cut, dtype=torch.int64).to(device)
-
-
-def _constants(queries: Tensor, phi: Phi) -> dict[str, int | bool | str]:
-    dim = queries.shape[1]
-    if dim > MOST_DIMS:
-        raise ConfigError(
-            f"The GPU kernels of {phi} over groups take rows of up to {MOST_DIMS} numbers, found {dim}.",
-            f"Lower refine.embedding_dim to {MOST_DIMS}, or choose refine.phi softmax, landmark or linear.",
-        )
-    precision = "interpreted" if triton.knobs.runtime.interpret else "tf32x3"
-    return {"DIM": dim, "WIDTH": max(16, triton.next_power_of_2(dim)), "TANH": phi == "tanh", "PRECISION": precision}
-
-
-def _blocks(sizes: dict[str, int]) -> dict[str, int]:
-    return {"ROWS": sizes["rows"], "KEYS": sizes["keys"]}
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """Attention kernels with gradients that never hold all scores, rows x items, in memory.
 
-Softmax is PyTorch's fused kernel, on a CPU and on CUDA. Tanh runs in tiles on a CPU. On CUDA, tanh and the softmax over
-inverted lists are the Triton kernels of `crane_core.refine.attention_triton`. No CUDA path has been measured on a GPU
-yet.
+Softmax is PyTorch's fused kernel, on a CPU and, without a gradient, on a GPU. Tanh runs in tiles on a CPU. On a GPU,
+tanh, softmax with a gradient and the softmax over inverted lists are the Triton kernels of
+`crane_core.refine.attention_triton`. `tests/bench/gpu.sh` times both kinds on a GPU.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,48 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crane_core.numerics.kmeans import row_chunks
 
+DensePhi = Literal["softmax", "tanh"]
 _TILE = (512, 256)
 """Largest block of scores per thread, queries x keys: 512 KiB in float32, so that two fit in an L2 cache."""
+
+
+GPU_TYPES = {"cuda"}
+"""Types of device whose tensors take the kernels for GPUs. `tests/bench/gpu.sh --rehearse` adds `cpu`, where Triton's
+interpreter runs them."""
+MOST_DIMS = 128
+"""Largest width of a row for the Triton kernels: a block of rows must fit in the registers of a program."""
+_ALIGNED = 8
+"""Widths that PyTorch's fused kernels for GPUs take are multiples of this: float32 of 4, bfloat16 of 8."""
+
+
+def on_gpu(rows: Tensor) -> bool:
+    """Return whether the rows take the kernels for GPUs."""
+    return rows.device.type in GPU_TYPES
+
+
+def attend_all(queries: Tensor, keys: Tensor, phi: DensePhi, chunk_size: int) -> Tensor:
+    """Attend to every key.
+
+    On a GPU, softmax without a gradient is PyTorch's fused attention, and so is that of rows wider than `MOST_DIMS`.
+    With a gradient it is a Triton kernel. Under `torch.use_deterministic_algorithms`, the backward pass of PyTorch's
+    kernel runs on a single multiprocessor for one head in float32. In bfloat16 it holds the gradient of the queries
+    once for each multiprocessor.
+
+    Args:
+        queries: float32 [n, d], n >= 1; on a GPU also bfloat16.
+        keys: like the queries, [m, d]; also the values.
+        phi: `softmax` or `tanh`.
+        chunk_size: as in `crane_core.refine.attention.attend`, for tanh on a CPU.
+
+    Raises:
+        ConfigError: on a GPU the rows of tanh are wider than `MOST_DIMS`.
+    """
+    if not on_gpu(queries):
+        return fused_softmax(queries, keys) if phi == "softmax" else TiledTanh.apply(queries, keys, chunk_size)
+    learns = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+    if phi == "softmax" and not (learns and queries.shape[1] <= MOST_DIMS):
+        return fused_softmax(queries, keys)
+    return FusedAttention.apply(queries, keys, phi)
 
 
 def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
@@ -26,34 +66,46 @@ def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
 
     Its memory depends on neither the number of queries nor the number of keys.
     """
-    fused = [SDPBackend.FLASH_ATTENTION]
+    dim, fused, scale = queries.shape[1], [SDPBackend.FLASH_ATTENTION], None
     if queries.device.type == "cuda":
         fused += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if on_gpu(queries) and dim % _ALIGNED:
+        # Columns of zeros change no product.
+        queries, keys = (F.pad(rows, (0, -dim % _ALIGNED)) for rows in (queries, keys))
+        scale = dim**-0.5
     with sdpa_kernel(fused):
-        heads = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None])
-    return heads[0, 0]
+        heads = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None], scale=scale)
+    return heads[0, 0, :, :dim]
 
 
-class FusedTanh(torch.autograd.Function):
-    """Tanh attention on CUDA: one Triton kernel forward and one backward."""
+class FusedAttention(torch.autograd.Function):
+    """Softmax or tanh attention on a GPU by Triton kernels, forward and backward; the same bits in every run."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, chunk_size: int) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, phi: DensePhi) -> Tensor:
         from crane_core.refine import attention_triton
 
-        ctx.save_for_backward(queries, keys)
         everything = [(0, len(queries), 0, len(keys))]
-        return attention_triton.attend(queries, keys, everything, "tanh")[0].div_(len(keys))
+        output, mass = attention_triton.attend(queries, keys, everything, phi)
+        if phi == "tanh":
+            output.div_(len(keys))
+        ctx.save_for_backward(queries, keys, *((output, mass) if phi == "softmax" else ()))
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         from crane_core.refine import attention_triton
 
-        queries, keys = ctx.saved_tensors
+        queries, keys, *saved = ctx.saved_tensors
         everything = [(0, len(queries), 0, len(keys))]
-        incoming = gradients[0] / len(keys)
-        return *attention_triton.attend_backward(queries, keys, incoming, None, everything, "tanh"), None
+        if saved:
+            output, mass = saved
+            statistics = mass, _delta(gradients[0], output)
+            given = attention_triton.attend_backward(queries, keys, gradients[0], statistics, everything, "softmax")
+        else:
+            given = attention_triton.attend_backward(queries, keys, gradients[0] / len(keys), None, everything, "tanh")
+        return *given, None
 
 
 class TiledTanh(torch.autograd.Function):
@@ -166,7 +218,7 @@ class ListedSoftmax(torch.autograd.Function):
 
 def attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
     """Return the softmax attention of each group, [n, d], and the logarithm of the sum of its exponentials, [n]."""
-    if queries.device.type == "cuda":
+    if on_gpu(queries):
         from crane_core.refine import attention_triton
 
         return attention_triton.attend(queries, keys, groups, "softmax")
@@ -190,11 +242,11 @@ def attend_groups_backward(
         output: attention of each query over all its groups, [n, d].
         normaliser: logarithm of the sum of the exponentials over all its groups, [n].
     """
-    if queries.device.type == "cuda":
+    if on_gpu(queries):
         from crane_core.refine import attention_triton
 
-        delta = (incoming.float() * output.float()).sum(1)
-        return attention_triton.attend_backward(queries, keys, incoming, (normaliser, delta), groups, "softmax")
+        statistics = normaliser, _delta(incoming, output)
+        return attention_triton.attend_backward(queries, keys, incoming, statistics, groups, "softmax")
     query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
     for start, stop, first, last in groups:
         rows, part = slice(start, stop), keys[None, None, first:last]
@@ -205,3 +257,8 @@ def attend_groups_backward(
         query_gradient[rows] = own[0, 0]
         key_gradient[first:last] += as_keys[0, 0] + as_values[0, 0]
     return query_gradient, key_gradient
+
+
+def _delta(incoming: Tensor, output: Tensor) -> Tensor:
+    """Return the product of the gradient and the output of each row, float32 [n]."""
+    return (incoming.float() * output.float()).sum(1)

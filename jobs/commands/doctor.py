@@ -131,11 +131,17 @@ def _package(name: str, module: str) -> Finding:
 def _cuda() -> Finding:
     import torch
 
+    from jobs.ml.device import UNPROVEN
+
+    caution = f"; {UNPROVEN}" if UNPROVEN else ""
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return Finding("cuda", "ok", f"{len(names)} device(s): {', '.join(names)}")
+        return Finding("cuda", "ok", f"{len(names)} device(s): {', '.join(names)}{caution}")
     return Finding(
-        "cuda", "absent", "no CUDA device", "Nothing to do: the pipeline runs on the CPU (runtime.device=cpu)."
+        "cuda",
+        "absent",
+        f"no CUDA device{caution}",
+        "Nothing to do: the pipeline runs on the CPU (runtime.device=cpu).",
     )
 
 

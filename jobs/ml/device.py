@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -9,6 +10,12 @@ import torch.distributed as dist
 
 from crane_core.config import Runtime
 from crane_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+UNPROVEN = "not yet run on a GPU: RCA, exact kNN, fitting, training and ranking on CUDA, and faiss for GPUs"
+"""What no GPU has run yet; empty when `tests/bench/gpu.sh` has passed on one. `crane doctor` says it, jobs with
+`runtime.device=cuda` warn of it, and the README repeats it."""
 
 
 def use_torch_threads(runtime: Runtime) -> None:
@@ -25,6 +32,9 @@ def use_torch_threads(runtime: Runtime) -> None:
 def use_device(runtime: Runtime) -> torch.device:
     """Set the number of torch threads and return this rank's device.
 
+    On CUDA, torch takes algorithms that give the same bits in every run, as all do on a CPU: a job that is killed or
+    run again then leaves the same artifact.
+
     Raises:
         ConfigError: CUDA is configured and not available.
     """
@@ -36,6 +46,11 @@ def use_device(runtime: Runtime) -> torch.device:
             f"runtime.device is {runtime.device!r} but torch {torch.__version__} sees no CUDA device.",
             "Set runtime.device=cpu, or install a CUDA build of torch on a machine with a GPU.",
         )
+    if UNPROVEN:
+        logger.warning("unproven device=%s %s; tests/bench/gpu.sh tests it", runtime.device, UNPROVEN)
+    # Without this setting of cuBLAS, torch refuses every matrix product under deterministic algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     local_rank = dist.get_node_local_rank(fallback_rank=0)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -98,13 +98,14 @@ def histories(num_users: int, num_items: int, mean: int) -> ItemLists:
 def check(users: Tensor, items: Tensor, seen: ItemLists, k: int, block: int) -> float:
     """Largest difference of the first users' lists to those of a full sort."""
     worst = 0.0
+    exact = users.cpu().double(), items.cpu().double().T
     for picked, values, columns in rank_blocks(
         dot_product(users, items), seen, np.arange(min(64, len(users))), k, block
     ):
-        scores = users[torch.from_numpy(picked)].double() @ items.double().T
+        scores = exact[0][torch.from_numpy(picked)] @ exact[1]
         for row, user in enumerate(picked.tolist()):
             own = seen.rows(np.array([user]))[1]
-            assert not np.isin(columns[row].cpu().numpy(), own).any()
+            assert not np.isin(columns[row].numpy(), own).any()
             scores[row, torch.from_numpy(own.astype(np.int64))] = -torch.inf
         expected = scores.sort(dim=1, descending=True).values[:, :k]
         worst = max(worst, float((values - expected).abs().max()))

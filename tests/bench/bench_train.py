@@ -40,19 +40,15 @@ from crane_core.dataset.interactions import Interactions, load_interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks, rank_users
 from crane_core.experiments.data import load_dataset
-from crane_core.graph.item_graph import build_graph
-from crane_core.model.content import Content
-from crane_core.model.crane import Crane
 from crane_core.model.lightgcn import LightGCN
-from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model_config import ModelConfig
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
 from crane_core.training.negatives import NegativeSampler
-from crane_core.training.trainer import Trainer
 from tests.bench.device import draw, origin, status_bytes, synthetic, wait_for
+from tests.bench.trainers import make_trainer
 from tests.worlds.settings import changed, model_config
 
 PEER_BATCH = 2048
@@ -312,23 +308,6 @@ def run_whole(args: argparse.Namespace, config: ModelConfig, folder: Path, devic
         "peer": None,
         "peer_interactions_per_second": None,
     }
-
-
-def make_trainer(
-    interactions: Interactions, config: ModelConfig, folder: Path, device: torch.device, crane: bool = False
-) -> Trainer:
-    sizes = interactions.num_users, interactions.num_items
-    model = Crane(*sizes, random_content(*sizes, device), config) if crane else LightGCN(*sizes, config)
-    return Trainer(model, interactions, config, folder, device)
-
-
-def random_content(num_users: int, num_items: int, device: torch.device) -> Content:
-    """Refined rows of two modalities and a graph of ten neighbours for each item."""
-    generator = torch.Generator().manual_seed(0)
-    items, users = (torch.randn(size, 2, 64, generator=generator) for size in (num_items, num_users))
-    neighbours = torch.randint(num_items, (num_items, 10), generator=generator, dtype=torch.int32)
-    graph = SymmetricGraph(build_graph(neighbours.numpy()), device)
-    return Content(F.normalize(items, dim=2).to(device), graph, F.normalize(users, dim=2).to(device))
 
 
 def write_shards(folder: Path, num_users: int, num_items: int, num_interactions: int) -> Artifact:

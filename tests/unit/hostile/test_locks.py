@@ -70,6 +70,11 @@ def test_each_device_has_its_own_torch() -> None:
     assert not any(package.startswith("nvidia-") for package in locked("torch-cpu"))
 
 
+def test_tests_run_the_kernels_with_the_triton_of_the_image() -> None:
+    found = [text for text in jobs("dev") if Requirement(text).name == "triton"]
+    assert [str(Requirement(text).specifier) for text in found] == [f"=={locked('torch-cuda')['triton']}"]
+
+
 def test_one_version_of_what_the_images_exchange() -> None:
     """torch reads what Spark writes, and Airflow's client submits to the Spark of the jobs."""
     spark, torch, airflow = locked("spark"), locked("torch-cpu"), locked("airflow")

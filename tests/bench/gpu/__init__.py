@@ -1,0 +1,1 @@
+"""Tests and timings of every CUDA path on one GPU; `tests/bench/gpu.sh` starts them."""
