@@ -229,8 +229,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _imported(arguments: argparse.Namespace, imported: Any) -> int:
-    answer = {**vars(imported), "start": str(imported.start), "end": str(imported.end)}
-    _result(arguments, answer, [f"{key:<17} {value}" for key, value in answer.items()])
+    start, end = imported.instants()
+    answer = {**vars(imported), "start": start, "end": end}
+    nested = ("counts", "matched", "notes")
+    lines = [f"{key:<17} {value}" for key, value in answer.items() if key not in nested]
+    for section, counts in imported.counts.items():
+        told = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "set_aside")
+        aside = "".join(f", set aside {count} ({reason})" for reason, count in counts["set_aside"].items())
+        lines.append(f"{section:<17} {told}{aside}")
+    lines += [f"{section:<17} has {share:.1%} of the items of the log" for section, share in imported.matched.items()]
+    _result(arguments, answer, [*lines, *(f"note: {note}" for note in imported.notes)])
     return EXIT_OK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -17,6 +18,8 @@ ITEMS_FOLDER = "items"
 FEATURES_FOLDER = "features"
 DAY_PREFIX = "dt="
 MATRIX = ".npy"
+SOURCE_FILE = "source.json"
+"""File beside the three folders in which an importer says what it has imported."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,35 @@ def list_items(root: Location | Path) -> list[RawFile]:
     """List the files of the catalog; none if there is no catalog."""
     root = Location.at(root)
     return _files(root, root / ITEMS_FOLDER)
+
+
+def check_zone(root: Location, etl: Etl) -> None:
+    """Refuse imported data whose days are cut at the midnights of another zone than those of the run.
+
+    An event in the evening would lie in a partition that had arrived before it happened.
+
+    Raises:
+        ConfigError: `etl.time_zone` is not the zone of the import.
+        DataError: what the importer has left beside the data cannot be read.
+    """
+    record = root / SOURCE_FILE
+    try:
+        with root.filesystem.open_input_file(str(record.path)) as file:
+            # Importers before this field cut the days in UTC.
+            zone = json.loads(file.read())["imported"].get("time_zone", "UTC")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{record} (row count unknown) cannot be read: {error}.",
+            "Import the data again into another folder, or remove this file if the data did not come of crane import.",
+        ) from error
+    if zone is not None and zone != etl.time_zone:
+        raise ConfigError(
+            f"{root} was imported with days of the zone {zone}; etl.time_zone is {etl.time_zone}.",
+            f"Give --set etl.time_zone={zone}; or, if the times of the source are numbers or carry a zone of their own, "
+            f"import it into another folder with interactions.zone: {etl.time_zone} in the mapping.",
+        )
 
 
 def check_modality(name: str, path: Location | Path) -> None:

@@ -22,7 +22,14 @@ from pyspark.storagelevel import StorageLevel
 from crane_core.config import RunConfig
 from crane_core.errors import DataError
 from crane_core.raw.checks import Footer, check_interactions, check_items, ignored_columns
-from crane_core.raw.files import INTERACTIONS_FOLDER, arrives_within, list_interactions, list_items, raw_root
+from crane_core.raw.files import (
+    INTERACTIONS_FOLDER,
+    arrives_within,
+    check_zone,
+    list_interactions,
+    list_items,
+    raw_root,
+)
 from crane_core.raw.location import Location
 from crane_core.schema import (
     EVENT_TIME,
@@ -176,6 +183,7 @@ def run(job: Job) -> Result:
 def _check(job: Job) -> Delivered:
     config = job.config
     root = raw_root(config, job.store.storage.uri)
+    check_zone(root, config.etl)
     log = check_interactions(list_interactions(root, config.window, config.etl), config.window, config.etl)
     catalog = check_items(list_items(root))
     ignored = ignored_columns([*log, *catalog])
