@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -119,21 +119,24 @@ def check_zone(root: Location, etl: Etl) -> None:
     if zone is not None and zone != etl.time_zone:
         raise ConfigError(
             f"{root} was imported with days of the zone {zone}; etl.time_zone is {etl.time_zone}.",
-            f"Give --set etl.time_zone={zone}; or, if the times of the source are numbers or carry a zone of their own, "
-            f"import it into another folder with interactions.zone: {etl.time_zone} in the mapping.",
+            f"Give --set etl.time_zone={zone}; or, if the times of the source are numbers or carry a zone of their "
+            f"own, import it into another folder with interactions.zone: {etl.time_zone} in the mapping.",
         )
 
 
 def check_modality(name: str, path: Location | Path) -> None:
-    """Refuse a name of a modality that collides with other files of the pipeline.
+    """Refuse a name of a modality that is no name of a folder, that is hidden, or that other files have.
 
     Raises:
-        DataError: the name is empty, `quarantine`, or ends in `.counts`.
+        DataError: the name is not of letters, digits, spaces and `_.-`, begins with one of them, is longer than 100
+            characters, is `quarantine`, or ends in `.counts`.
     """
-    if not name or name == "quarantine" or name.endswith(".counts"):
+    plain = name.replace(" ", "").replace("_", "").replace(".", "").replace("-", "").isalnum()
+    if not plain or not name[0].isalnum() or len(name) > 100 or name == "quarantine" or name.endswith(".counts"):
         raise DataError(
             f"{path}: {name!r} cannot name a modality, 0 rows read.",
-            "Rename it: any name but an empty one, 'quarantine' and names that end in '.counts'.",
+            "Rename it: a letter or digit, then letters, digits, spaces and _.-, up to 100 characters; but not "
+            "'quarantine', and not ending in '.counts'.",
         )
 
 
@@ -182,9 +185,16 @@ def arrives_within(file: RawFile, window: Window, time_zone: str) -> bool:
 
 def day_bounds(day: date, time_zone: str) -> tuple[datetime, datetime]:
     """Return the first instant of a day and of the next day in a time zone, as UTC."""
-    zone = ZoneInfo(time_zone)
-    begin, end = (datetime.combine(each, time(), zone) for each in (day, day + timedelta(days=1)))
-    return begin.astimezone(UTC), end.astimezone(UTC)
+    next_day = date.fromordinal(min(day.toordinal() + 1, date.max.toordinal()))
+    return _midnight(day, ZoneInfo(time_zone)), _midnight(next_day, ZoneInfo(time_zone))
+
+
+def _midnight(day: date, zone: ZoneInfo) -> datetime:
+    """Return the first instant of a day, as UTC; the first or the last instant there is where it lies outside."""
+    try:
+        return datetime.combine(day, time(), zone).astimezone(UTC)
+    except OverflowError:
+        return (datetime.min if day.year == 1 else datetime.max).replace(tzinfo=UTC)
 
 
 def _files(root: Location, folder: Location, day: date | None = None) -> list[RawFile]:

@@ -1,13 +1,23 @@
-"""Compare the ids of the log with those of the catalog or of the features."""
+"""Compare the ids of the log with those of the catalog and of the features, before anything is computed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from crane_core.config import Features
 from crane_core.errors import DataError
+from crane_core.raw.checks import Footer, check_features, read_ids
+from crane_core.raw.files import FEATURES_FOLDER, ITEMS_FOLDER, list_features
+from crane_core.raw.location import Location
+from crane_core.schema import ITEM_ID, USER_ID
 
 NUM_EXAMPLES = 3
+MOST_ROWS = 1_000_000
+"""Rows of the log, its newest, whose ids are compared; and ids of a table that are looked at for their form."""
 _WHOLE = re.compile(r"\+?(-?)0*(\d+?)(?:\.0*)?")
 
 
@@ -68,3 +78,44 @@ def examples(ids: Iterable[str]) -> str:
 
 def _each(form: Callable[[str], str], ids: Set[str]) -> set[str]:
     return {form(each) for each in ids}
+
+
+def check_delivered(root: Location, log: Sequence[Footer], catalog: Sequence[Footer], features: Features) -> None:
+    """Refuse a catalog, or features that are delivered already, without any item of the log.
+
+    Args:
+        root: raw root.
+        log: footers of interaction files, in the order of their days.
+        catalog: footers of the catalog.
+        features: which modalities are used.
+
+    Raises:
+        DataError: the newest rows of the log and a table have no item in common, or features cannot be read.
+    """
+    tables = {str(root / ITEMS_FOLDER): catalog}
+    if (root / FEATURES_FOLDER).children():
+        for name, files in list_features(root, features.modalities).items():
+            tables[str(root / FEATURES_FOLDER / name)] = check_features(files, features.binary)
+    newest = list(reversed(log))
+    items: set[str] = set().union(*_ids(newest, ITEM_ID))
+    wanted = pa.array(sorted(items), pa.string())
+    for what, footers in tables.items():
+        found: set[str] = set()
+        for ids in (ids for footer in footers for ids in read_ids(footer)):
+            if pc.any(pc.is_in(wanted, ids)).as_py():
+                break
+            found |= set(ids[:MOST_ROWS].drop_null().to_pylist()) if len(found) < MOST_ROWS else set()
+        else:
+            users: set[str] = set().union(*_ids(newest, USER_ID))
+            check_overlap(what, items, found, users, "write each of them as the same text, such as 100.")
+
+
+def _ids(footers: Iterable[Footer], column: str) -> Iterator[set[str]]:
+    """Yield the ids of the first rows of some files."""
+    rows = 0
+    for footer in footers:
+        for ids in read_ids(footer, column):
+            yield set(pc.unique(ids).drop_null().to_pylist())
+            rows += len(ids)
+            if rows >= MOST_ROWS:
+                return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +27,7 @@ def _readable(time: str) -> str:
     """Return a format of times if it is one; raise a ValueError otherwise."""
     if time == ISO or time in PER_SECOND:
         return time
-    now = datetime(2026, 3, 4, 5, 6, 7)
+    now = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
     try:
         same = "%" in time and datetime.strptime(now.strftime(time), time).date() == now.date()
     except ValueError:

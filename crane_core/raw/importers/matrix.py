@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crane_core.errors import DataError
+from crane_core.raw.checks import UNREADABLE
 
 
 def load_matrix(path: Path) -> NDArray:
@@ -19,7 +20,7 @@ def load_matrix(path: Path) -> NDArray:
     """
     try:
         matrix: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path} ({path.stat().st_size} bytes, row count unknown) is no complete .npy array of numbers: {error}.",
             "Save it again with numpy.save as a matrix of numbers, one row per item: numpy.save(FILE, "

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account, one_of, place
-from crane_core.raw.parquet import open_parquet
+from crane_core.raw.parquet import int96_instants, open_parquet
 from crane_core.section import Section
 
 CHUNK_ROWS = 65_536
@@ -371,14 +371,18 @@ def _read_parquet(path: Path, wanted: list[Any], account: Account) -> Iterator[C
                     [account.way("name in {}.columns columns that it has once"), "deliver the file again with them"]
                 ),
             )
-        before = account.rows
+        before, instants = account.rows, int96_instants(parquet)
         for batch in parquet.iter_batches(CHUNK_ROWS, columns=list(dict.fromkeys(keys.values()))):
             first = account.rows - before + 1
             account.rows += batch.num_rows
-            columns = {name: batch.column(key) for name, key in keys.items()}
+            columns = {name: _zoned(batch.column(key), key in instants) for name, key in keys.items()}
             yield Chunk(path, columns, range(first, first + batch.num_rows), "row")
         if account.rows - before != parquet.metadata.num_rows:
             raise pa.ArrowInvalid(f"the footer tells {parquet.metadata.num_rows} rows, found {account.rows - before}")
+
+
+def _zoned(values: pa.Array, is_instant: bool) -> pa.Array:
+    return values.cast(pa.timestamp(values.type.unit, "UTC")) if is_instant else values
 
 
 def _size(path: Path) -> int:

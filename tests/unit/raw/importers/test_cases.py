@@ -114,7 +114,7 @@ def test_float_ids_match_the_ids_of_the_features(tmp_path: Path) -> None:
     imported = bring(tmp_path, {"files": ["ev.parquet"]}, {})
     assert imported.matched == {"features.text": pytest.approx(2 / 3)}
     parquet(tmp_path, "ev.parquet", {"u": ids, "i": ids, "t": [SECONDS] * 4})
-    with pytest.raises(DataError, match="bad_item_id 1 .*row 4"):
+    with pytest.raises(DataError, match=r"bad_item_id 1 .*row 4"):
         import_mapped(tmp_path / "m.yaml", tmp_path / "other")
 
 
@@ -291,7 +291,7 @@ def test_ids_of_a_matrix_may_have_a_mark_and_no_header(tmp_path: Path) -> None:
 
 def test_columns_may_be_positions_where_there_is_no_header(tmp_path: Path) -> None:
     (tmp_path / "ev.csv").write_text(text(lines(), ""))
-    with pytest.raises(DataError, match="no column .*; line 1 has 3: 'u0', 'i0'") as caught:
+    with pytest.raises(DataError, match=r"no column .*; line 1 has 3: 'u0', 'i0'") as caught:
         bring(tmp_path, {})
     assert "set interactions.header: false and give positions" in caught.value.remedy
     bring(tmp_path, {"header": False, "columns": {"user_id": 1, "item_id": 2, "event_time": 3}})
