@@ -18,7 +18,7 @@ from typing import Any
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.config_file import load_config
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, UnexpectedError, error_of
+from crane_core.errors import EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED, ConfigError, UnexpectedError, error_of
 from crane_core.storage.artifacts import check_run_id
 from jobs.commands import capacity, paths
 from jobs.commands.command_line import Command, command_line
@@ -191,6 +191,15 @@ def _import(arguments: argparse.Namespace) -> int:
     from crane_core.raw import importers
     from crane_core.raw.importers import Imported
 
+    if (arguments.format == "check") != (arguments.raw is None):
+        raise ConfigError(
+            f"crane import {arguments.format} was given {'no folder' if arguments.raw is None else arguments.raw}.",
+            "Type crane import check MAPPING, or crane import mapped MAPPING RAW and so on for the other formats.",
+        )
+    if arguments.format == "check":
+        checked = importers.check_mapping(arguments.source)
+        _result(arguments, checked.as_dict(), checked.lines())
+        return EXIT_DATA if checked.problems else EXIT_OK
     importer: dict[str, Callable[[Path, Path], Imported]] = {
         "amazon": importers.import_amazon,
         "mapped": importers.import_mapped,

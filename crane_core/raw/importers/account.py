@@ -94,6 +94,14 @@ class Account:
                 f"{self.lines} lines read, {held} accounted for. The import would lose rows, so it has stopped.",
                 "This is a defect of the importer: report it with these numbers. Nothing was written.",
             )
+        self.check_share()
+
+    def check_share(self) -> None:
+        """Check that not too much is set aside.
+
+        Raises:
+            DataError: more than `max_set_aside` of the rows do not fit.
+        """
         aside = sum(count for reason, count in self.set_aside.items() if reason not in NOTHING_THERE)
         if aside > self.max_set_aside * self.rows:
             raise DataError(f"{self.name}: {aside} of {self.rows} rows do not fit: {self.told()}.", self._remedy(aside))

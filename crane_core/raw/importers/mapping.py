@@ -177,13 +177,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def list_files(folder: Path, patterns: Sequence[str], section: str, suffixes: Sequence[str] = ()) -> list[Path]:
+def list_files(folder: Path, patterns: Sequence[str], setting: str, suffixes: Sequence[str] = ()) -> list[Path]:
     """List the files that match any of the patterns, by name.
 
     Args:
         folder: of the mapping file, to which patterns are relative.
         patterns: with `*`, `?`, `[...]` and `**`.
-        section: of the mapping, for messages.
+        setting: that holds the patterns, for messages.
         suffixes: that the files may have; any where it is empty.
 
     Raises:
@@ -195,7 +195,7 @@ def list_files(folder: Path, patterns: Sequence[str], section: str, suffixes: Se
         if not matches:
             raise DataError(
                 f"{folder} has no file {pattern!r}, 0 rows.",
-                f"Name in {section}.files of the mapping files that are there, for example *.csv, relative to the "
+                f"Name in {setting} of the mapping files that are there, for example *.csv, relative to the "
                 "mapping or absolute.",
             )
         found |= matches
@@ -203,7 +203,7 @@ def list_files(folder: Path, patterns: Sequence[str], section: str, suffixes: Se
         if suffixes and not any(path.name.lower().endswith(each) for each in suffixes):
             raise DataError(
                 f"{path} ({path.stat().st_size} bytes) is of no known format.",
-                f"Set {section}.format in the mapping to csv, tsv, jsonl or parquet, or deliver files that end in "
+                f"Set {setting.removesuffix('.files')}.format in the mapping to csv, tsv, jsonl or parquet, or deliver files that end in "
                 f"{', '.join(suffixes)}.",
             )
     return sorted(found)
@@ -212,7 +212,7 @@ def list_files(folder: Path, patterns: Sequence[str], section: str, suffixes: Se
 def list_tables(folder: Path, layout: Layout, section: str) -> list[Path]:
     """List the files of a section that holds tables; as `list_files`."""
     known = [*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES)]
-    return list_files(folder, layout.files, section, () if layout.format else known)
+    return list_files(folder, layout.files, f"{section}.files", () if layout.format else known)
 
 
 def _matches(folder: Path, pattern: str) -> set[Path]:

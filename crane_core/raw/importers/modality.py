@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
+from numpy.typing import NDArray
 
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import check_modality
 from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account, place
-from crane_core.raw.importers.cells import Cells, Values
+from crane_core.raw.importers.cells import Cells, Converter, Values
 from crane_core.raw.importers.mapping import MATRIX, MappedModality, list_files, list_tables
 from crane_core.raw.importers.matrix import load_matrix
-from crane_core.raw.importers.rows import read_chunks
+from crane_core.raw.importers.rows import open_text, read_chunks
 from crane_core.raw.importers.tables import Wanted, fitting
 from crane_core.raw.importers.target import FeatureWriter, write_features
 from crane_core.schema import ITEM_ID, VECTOR
@@ -51,7 +53,7 @@ def feature_files(folder: Path, name: str, entry: MappedModality) -> list[Path]:
     """
     check_modality(name, folder)
     section = f"features.{name}"
-    files = list_files(folder, entry.files, section)
+    files = list_files(folder, entry.files, f"{section}.files")
     if not any(path.suffix == MATRIX for path in files):
         return list_tables(folder, entry, section)
     if len(files) > 1 or entry.kind != "vectors":
@@ -64,7 +66,7 @@ def feature_files(folder: Path, name: str, entry: MappedModality) -> list[Path]:
             f"{section} is a matrix without ids.",
             f"Add {section}.ids: FILE to the mapping, a file with one item id a line.",
         )
-    return [*files, *list_files(folder, [entry.ids], f"{section}.ids, in place of {section}")]
+    return [*files, *list_files(folder, [entry.ids], f"{section}.ids")]
 
 
 def write_modality(
@@ -134,23 +136,28 @@ def _batches(
             yield fitting(chunk, wanted, account)
 
 
-def _id_column(entry: MappedModality) -> Wanted:
+def modality_columns(entry: MappedModality) -> dict[str, Wanted]:
+    """Return the columns of a modality, `item_id` and one or several that make up the vector, and how each is made."""
+    missing = cells.MISSING if entry.missing is None else entry.missing
+    convert: dict[str, Converter] = {
+        "vectors": vectors,
+        "categories": lambda values: _word_lists(values, entry),
+        "numbers": lambda values: cells.weights(values, missing, entry.decimal),
+    }
     column = entry.columns["item_id"]
     assert not isinstance(column, tuple)
-    return Wanted(column, lambda values: cells.ids(values, entry.missing or (), ITEM_ID in entry.numeric))
+    wanted = {ITEM_ID: Wanted(column, lambda values: cells.ids(values, entry.missing or (), ITEM_ID in entry.numeric))}
+    for index, each in enumerate(entry.vector_columns):
+        name = VECTOR if entry.kind == "vectors" else f"{VECTOR}_{index}"
+        wanted[name] = Wanted(each, convert[entry.kind])
+    return wanted
 
 
 def _write_lists(
     target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> WrittenModality:
     """Write vectors, or columns of numbers as vectors. An item whose vector or any number is null is left out."""
-    missing = cells.MISSING if entry.missing is None else entry.missing
-    wanted = {ITEM_ID: _id_column(entry)}
-    for index, column in enumerate(entry.vector_columns):
-        if entry.kind == "vectors":
-            wanted[VECTOR] = Wanted(column, vectors)
-        else:
-            wanted[f"{VECTOR}_{index}"] = Wanted(column, lambda values: cells.weights(values, missing, entry.decimal))
+    wanted = modality_columns(entry)
     lengths: Counter[int] = Counter()
     items: set[str] = set()
     with FeatureWriter(target, name) as writer:
@@ -186,9 +193,7 @@ def _write_categories(
     target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> WrittenModality:
     """Write one column per word, in alphabetical order, which is 1 for the items that have it."""
-    wanted = {ITEM_ID: _id_column(entry)}
-    for index, column in enumerate(entry.vector_columns):
-        wanted[f"{VECTOR}_{index}"] = Wanted(column, lambda values: _word_lists(values, entry))
+    wanted = modality_columns(entry)
     several = len(entry.vector_columns) > 1
     ids: list[str | None] = []
     rows: list[frozenset[str]] = []
@@ -254,22 +259,11 @@ def _write_matrix(
     """Write a matrix whose items are in a file of ids."""
     path, ids_path = files
     matrix = load_matrix(path)
-    try:
-        lines = ids_path.read_text(encoding="utf-8-sig" if entry.encoding == "utf-8" else entry.encoding).split("\n")
-    except (OSError, UnicodeError) as error:
-        raise DataError(
-            f"{ids_path} cannot be read: {error}.", f"Set features.{name}.encoding in the mapping to that of the ids."
-        ) from error
-    lines = lines[:-1] if lines[-1] == "" else lines
+    lines = read_id_lines(ids_path, f"features.{name}", entry.encoding)
     found = cells.ids(lines, entry.missing or (), ITEM_ID in entry.numeric)
     account.rows = len(matrix)
     if len(lines) != len(matrix):
-        header = f"; {lines[0]!r} may be a header" if len(lines) == len(matrix) + 1 else ""
-        raise DataError(
-            f"{path} has shape {list(matrix.shape)} and type {matrix.dtype}, {ids_path} {len(lines)} ids{header}; "
-            "expected as many ids as rows.",
-            f"Write {ids_path.name} with one item id for each of the {len(matrix)} rows, one a line, without a header.",
-        )
+        raise wrong_id_count(files, matrix, lines)
     for row in np.flatnonzero(found.bad):
         account.drop("bad_item_id", place(ids_path, int(row) + 1, "", lines[row]))
     good = np.flatnonzero(~found.bad)
@@ -277,3 +271,28 @@ def _write_matrix(
     write_features(target, name, ids, matrix if len(good) == len(matrix) else matrix[good])
     account.written = len(ids)
     return WrittenModality(int(matrix.shape[1]), set(filter(None, ids)))
+
+
+def read_id_lines(path: Path, section: str, encoding: str) -> list[str]:
+    """Return the ids of a file with one a line.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open_text(path, encoding, None) as text:
+            return [line.removesuffix("\n") for line in text]
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.", f"Set {section}.encoding in the mapping to that of the ids."
+        ) from error
+
+
+def wrong_id_count(files: Sequence[Path], matrix: NDArray, lines: Sequence[str]) -> DataError:
+    """Return the error of a matrix, the first of the files, that has not as many rows as the second has ids."""
+    header = f"; {lines[0]!r} may be a header" if len(lines) == len(matrix) + 1 else ""
+    return DataError(
+        f"{files[0]} has shape {list(matrix.shape)} and type {matrix.dtype}, {files[1]} {len(lines)} ids{header}; "
+        "expected as many ids as rows.",
+        f"Write {files[1].name} with one item id for each of the {len(matrix)} rows, one a line, without a header.",
+    )
