@@ -13,12 +13,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.config_file import load_config
-from crane_core.errors import EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED, ConfigError, UnexpectedError, error_of
+from crane_core.errors import EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError, UnexpectedError, error_of
 from crane_core.storage.artifacts import check_run_id
 from jobs.commands import capacity, paths
 from jobs.commands.command_line import Command, command_line
@@ -50,16 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(exception: Exception, as_json: bool) -> int:
-    """Print an error, that of an unexpected exception after its traceback; return the exit code."""
-    error = error_of(exception, f"Read the traceback above, on stderr. {AGAIN}")
+    """Print an error; keep the traceback of an unexpected exception; return the exit code."""
+    log = "" if isinstance(exception, CraneError) else _keep_traceback(exception)
+    error = error_of(exception, f"This is a defect of crane: report this line with {log}. {AGAIN}")
     told = shown(error)
-    if error is not exception:
-        print(redacted("".join(traceback.format_exception(exception))), file=sys.stderr)
     if as_json:
         print(json.dumps(told))
     kind = f"{told['error']}: " if isinstance(error, UnexpectedError) else ""
     print(f"crane: {kind}{told['found']}\nRemedy: {told['remedy']}", file=sys.stderr)
     return error.exit_code
+
+
+def _keep_traceback(exception: Exception) -> str:
+    """Append a traceback to the log of the commands, or print it where that cannot be written; say where it is."""
+    text = redacted("".join(traceback.format_exception(exception)))
+    log = paths.HOME / "logs" / "crane.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}\n{text}\n")
+    except OSError:
+        print(text, file=sys.stderr)
+        return "the traceback above, on stderr"
+    return f"the last traceback in {log}"
 
 
 def _commands() -> dict[str, Command]:

@@ -203,8 +203,8 @@ def list_files(folder: Path, patterns: Sequence[str], setting: str, suffixes: Se
         if suffixes and not any(path.name.lower().endswith(each) for each in suffixes):
             raise DataError(
                 f"{path} ({path.stat().st_size} bytes) is of no known format.",
-                f"Set {setting.removesuffix('.files')}.format in the mapping to csv, tsv, jsonl or parquet, or deliver files that end in "
-                f"{', '.join(suffixes)}.",
+                f"Set {setting.removesuffix('.files')}.format in the mapping to csv, tsv, jsonl or parquet, or deliver "
+                f"files that end in {', '.join(suffixes)}.",
             )
     return sorted(found)
 
