@@ -180,7 +180,8 @@ def read_ids(footer: Footer, column: str = ITEM_ID) -> Iterator[pa.Array]:
                 yield batch.column(0).cast(pa.string())
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} ({footer.num_rows} rows) has an intact footer but its pages cannot be read: {error}.",
+            f"{path} ({footer.file.size} bytes, row count unknown) has an intact footer but its pages cannot be read: "
+            f"{error}.",
             "The file is damaged or was removed meanwhile: deliver it again, or remove it for good.",
         ) from error
 

@@ -64,6 +64,7 @@ def texts(values: Values, decimal: str = ".") -> Cells:
             return _cells(pa.array(values, pa.string()))
         except (UnicodeEncodeError, pa.ArrowException):
             pass
+    values = [None if isinstance(value, JsonNumber) and value == "NaN" else value for value in values]
     told = [_text(value, decimal) for value in values]
     bad: Any = [value is not None and text is None for value, text in zip(values, told, strict=True)]
     return Cells(pa.array(told, pa.string()), np.array(bad, dtype=bool))
@@ -169,7 +170,7 @@ def _exact(value: Any) -> Any:
 
 def _text(value: Any, decimal: str) -> str | None:
     if isinstance(value, JsonNumber):
-        return None if value == "NaN" else str(value).replace(".", decimal)
+        return str(value).replace(".", decimal)
     if isinstance(value, str):
         return value if value.isascii() or _is_unicode(value) else None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None

@@ -21,6 +21,7 @@ from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, VECTOR
 from crane_core.section import Section
 
 MATRIX = ".npy"
+SETTINGS = "crane_core/raw/importers/README.md"
 
 
 def _readable(time: str) -> str:
@@ -157,7 +158,8 @@ def read_mapping(path: Path) -> Mapping:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(
-            f"The mapping {path}: {problems}.", remedy_of(error, Mapping, "{field}: VALUE in the mapping")
+            f"The mapping {path}: {problems}.",
+            f"{remedy_of(error, Mapping, '{field}: VALUE in the mapping')} All settings: {SETTINGS}.",
         ) from error
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
@@ -189,7 +191,7 @@ def list_files(folder: Path, patterns: Sequence[str], setting: str, suffixes: Se
     Raises:
         DataError: a pattern matches no file, or a file has an unknown format.
     """
-    found: set[Path] = set()
+    found: dict[str, Path] = {}
     for pattern in patterns:
         matches = _matches(folder, pattern)
         if not matches:
@@ -198,15 +200,16 @@ def list_files(folder: Path, patterns: Sequence[str], setting: str, suffixes: Se
                 f"Name in {setting} of the mapping files that are there, for example *.csv, relative to the "
                 "mapping or absolute.",
             )
-        found |= matches
-    for path in found:
+        # Two patterns may name a file by two ways; its rows are read once.
+        found |= {os.path.realpath(path): path for path in sorted(matches)}
+    for path in found.values():
         if suffixes and not any(path.name.lower().endswith(each) for each in suffixes):
             raise DataError(
                 f"{path} ({path.stat().st_size} bytes) is of no known format.",
                 f"Set {setting.removesuffix('.files')}.format in the mapping to csv, tsv, jsonl or parquet, or deliver "
                 f"files that end in {', '.join(suffixes)}.",
             )
-    return sorted(found)
+    return sorted(found.values())
 
 
 def list_tables(folder: Path, layout: Layout, section: str) -> list[Path]:
