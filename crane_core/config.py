@@ -140,6 +140,8 @@ class Features(Section):
     """Number type of vectors that are delivered as fixed-size binary, little-endian."""
     max_quarantine_share: float = Field(0.5, gt=0, le=1)
     """The run stops when a larger share of a modality's rows is malformed."""
+    min_trained_coverage: float = Field(0.0, ge=0, le=1)
+    """The run stops when a modality has a smaller share of the items with training interactions."""
 
     @field_validator("modalities")
     @classmethod

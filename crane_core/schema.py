@@ -47,5 +47,6 @@ ITEMS = pa.schema([pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(TITL
 FEATURES = pa.schema(
     [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]
 )
-"""`vector` may be a list of float16, float32 or float64, or fixed-size binary (`features.binary`); all vectors of a
-modality have one length. A matrix `NAME.npy` with its items in `NAME.ids.txt`, one per line, is read as well."""
+"""`vector` may be a list of numbers of any type, or fixed-size binary (`features.binary`); all vectors of a modality
+have one length. An item whose vector is null has none. A matrix `NAME.npy` with its items in `NAME.ids.txt`, one per
+line, is read as well."""

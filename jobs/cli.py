@@ -13,12 +13,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.config_file import load_config
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, UnexpectedError, error_of
+from crane_core.errors import EXIT_DATA, EXIT_OK, EXIT_UNEXPECTED, ConfigError, CraneError, UnexpectedError, error_of
 from crane_core.storage.artifacts import check_run_id
 from jobs.commands import capacity, paths
 from jobs.commands.command_line import Command, command_line
@@ -50,16 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(exception: Exception, as_json: bool) -> int:
-    """Print an error, that of an unexpected exception after its traceback; return the exit code."""
-    error = error_of(exception, f"Read the traceback above, on stderr. {AGAIN}")
+    """Print an error; keep the traceback of an unexpected exception; return the exit code."""
+    log = "" if isinstance(exception, CraneError) else _keep_traceback(exception)
+    error = error_of(exception, f"This is a defect of crane: report this line with {log}. {AGAIN}")
     told = shown(error)
-    if error is not exception:
-        print(redacted("".join(traceback.format_exception(exception))), file=sys.stderr)
     if as_json:
         print(json.dumps(told))
     kind = f"{told['error']}: " if isinstance(error, UnexpectedError) else ""
     print(f"crane: {kind}{told['found']}\nRemedy: {told['remedy']}", file=sys.stderr)
     return error.exit_code
+
+
+def _keep_traceback(exception: Exception) -> str:
+    """Append a traceback to the log of the commands, or print it where that cannot be written; say where it is."""
+    text = redacted("".join(traceback.format_exception(exception)))
+    log = paths.HOME / "logs" / "crane.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}\n{text}\n")
+    except OSError:
+        print(text, file=sys.stderr)
+        return "the traceback above, on stderr"
+    return f"the last traceback in {log}"
 
 
 def _commands() -> dict[str, Command]:
@@ -191,6 +205,15 @@ def _import(arguments: argparse.Namespace) -> int:
     from crane_core.raw import importers
     from crane_core.raw.importers import Imported
 
+    if (arguments.format == "check") != (arguments.raw is None):
+        raise ConfigError(
+            f"crane import {arguments.format} was given {'no folder' if arguments.raw is None else arguments.raw}.",
+            "Type crane import check MAPPING, or crane import mapped MAPPING RAW and so on for the other formats.",
+        )
+    if arguments.format == "check":
+        checked = importers.check_mapping(arguments.source)
+        _result(arguments, checked.as_dict(), checked.lines())
+        return EXIT_DATA if checked.problems else EXIT_OK
     importer: dict[str, Callable[[Path, Path], Imported]] = {
         "amazon": importers.import_amazon,
         "mapped": importers.import_mapped,
@@ -229,8 +252,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _imported(arguments: argparse.Namespace, imported: Any) -> int:
-    answer = {**vars(imported), "start": str(imported.start), "end": str(imported.end)}
-    _result(arguments, answer, [f"{key:<17} {value}" for key, value in answer.items()])
+    start, end = imported.instants()
+    answer = {**vars(imported), "start": start, "end": end}
+    nested = ("counts", "matched", "notes")
+    lines = [f"{key:<17} {value}" for key, value in answer.items() if key not in nested]
+    for section, counts in imported.counts.items():
+        told = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "set_aside")
+        aside = "".join(f", set aside {count} ({reason})" for reason, count in counts["set_aside"].items())
+        lines.append(f"{section:<17} {told}{aside}")
+    lines += [f"{section:<17} has {share:.1%} of the items of the log" for section, share in imported.matched.items()]
+    _result(arguments, answer, [*lines, *(f"note: {note}" for note in imported.notes)])
     return EXIT_OK
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from crane_core.config import Etl, Window
 from crane_core.errors import DataError
 from crane_core.raw.files import MATRIX, RawFile, arrives_within
 from crane_core.raw.location import Location
+from crane_core.raw.parquet import int96_instants, open_parquet
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,
@@ -31,6 +32,20 @@ from crane_core.schema import (
 
 GROUP_ROWS = 262_144
 """Rows of a matrix in a group, which one Spark task reads."""
+
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    TokenError,
+)
+"""What numpy raises for a header that is none: it is read as a Python literal."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,28 @@ def read_matrix_rows(path: Location, group: int, batch_rows: int) -> Iterator[pa
             yield pa.record_batch([ids.slice(first, count), vectors], names=[ITEM_ID, VECTOR])
 
 
+def read_ids(footer: Footer, column: str = ITEM_ID) -> Iterator[pa.Array]:
+    """Yield the ids of a file in batches: a column of a table, or what is in the file beside a matrix.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    path = footer.file.path
+    try:
+        if path.path.suffix == MATRIX:
+            yield _read_ids(_ids_of(path))
+            return
+        with open_parquet(path) as parquet:
+            for batch in parquet.iter_batches(columns=[column]):
+                yield batch.column(0).cast(pa.string())
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} ({footer.file.size} bytes, row count unknown) has an intact footer but its pages cannot be read: "
+            f"{error}.",
+            "The file is damaged or was removed meanwhile: deliver it again, or remove it for good.",
+        ) from error
+
+
 def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:
     """Return the columns that are in the files but not in the schema, each with the names of its files."""
     found: dict[str, list[str]] = {}
@@ -166,7 +203,8 @@ def _ids_of(path: Location) -> Location:
 
 def _read_ids(path: Location) -> pa.Array:
     with path.filesystem.open_input_file(str(path.path)) as file:
-        lines = file.read().decode().split("\n")
+        lines = file.read().decode("utf-8-sig").split("\n")
+    lines = [line.removesuffix("\r") for line in lines]
     return pa.array(lines[:-1] if lines[-1] == "" else lines, pa.string())
 
 
@@ -174,7 +212,7 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, is_fortran, kind = read(file)
-    if is_fortran or len(shape) != 2 or kind.kind != "f" or shape[1] == 0:
+    if is_fortran or len(shape) != 2 or kind.kind not in "fiu" or shape[1] == 0:
         raise ValueError(f"shape {list(shape)} of {kind}{', column by column' if is_fortran else ''}")
     return shape, kind
 
@@ -185,9 +223,9 @@ def _matrix_header(file: RawFile, files: Sequence[RawFile]) -> Footer:
             shape, kind = _read_header(handle)
             if handle.tell() + shape[0] * shape[1] * kind.itemsize != file.size:
                 raise ValueError(f"{file.size} bytes are not what shape {list(shape)} of {kind} takes")
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(
-            f"{file.path} ({file.size} bytes, row count unknown) is no complete matrix of floating numbers: {error}.",
+            f"{file.path} ({file.size} bytes, row count unknown) is no complete matrix of numbers: {error}.",
             "Save it again with numpy.save, one row per item.",
         ) from error
     ids = _ids_of(file.path)
@@ -211,14 +249,10 @@ def _footers(files: Sequence[RawFile]) -> list[Footer]:
 
 def _footer(file: RawFile) -> Footer:
     try:
-        with pq.ParquetFile(str(file.path.path), filesystem=file.path.filesystem) as parquet:
-            schema = parquet.schema_arrow
-            return Footer(
-                file,
-                parquet.metadata.num_rows,
-                parquet.metadata.num_row_groups,
-                {field.name: field.type for field in schema if not pt.is_null(field.type)},
-            )
+        with open_parquet(file.path) as parquet:
+            types = {field.name: field.type for field in parquet.schema_arrow if not pt.is_null(field.type)}
+            types |= dict.fromkeys(int96_instants(parquet), pa.timestamp("us", "UTC"))
+            return Footer(file, parquet.metadata.num_rows, parquet.metadata.num_row_groups, types)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file.path} ({file.size} bytes, row count unknown) is no complete Parquet file: {error}.",
@@ -263,4 +297,8 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _is_vector(kind: pa.DataType) -> bool:
     listed = pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
-    return pt.is_fixed_size_binary(kind) or (listed and pt.is_floating(kind.value_type))
+    return pt.is_fixed_size_binary(kind) or (listed and _is_any_number(kind.value_type))
+
+
+def _is_any_number(kind: pa.DataType) -> bool:
+    return pt.is_floating(kind) or pt.is_integer(kind) or pt.is_decimal(kind)

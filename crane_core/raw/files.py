@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -17,6 +18,8 @@ ITEMS_FOLDER = "items"
 FEATURES_FOLDER = "features"
 DAY_PREFIX = "dt="
 MATRIX = ".npy"
+SOURCE_FILE = "source.json"
+"""File beside the three folders in which an importer says what it has imported."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,48 @@ def list_items(root: Location | Path) -> list[RawFile]:
     return _files(root, root / ITEMS_FOLDER)
 
 
-def check_modality(name: str, path: Location | Path) -> None:
-    """Refuse a name of a modality that collides with other files of the pipeline.
+def check_zone(root: Location, etl: Etl) -> None:
+    """Refuse imported data whose days are cut at the midnights of another zone than those of the run.
+
+    An event in the evening would lie in a partition that had arrived before it happened.
 
     Raises:
-        DataError: the name is empty, `quarantine`, or ends in `.counts`.
+        ConfigError: `etl.time_zone` is not the zone of the import.
+        DataError: what the importer has left beside the data cannot be read.
     """
-    if not name or name == "quarantine" or name.endswith(".counts"):
+    record = root / SOURCE_FILE
+    try:
+        with root.filesystem.open_input_file(str(record.path)) as file:
+            # Importers before this field cut the days in UTC.
+            zone = json.loads(file.read())["imported"].get("time_zone", "UTC")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{record} (row count unknown) cannot be read: {error}.",
+            "Import the data again into another folder, or remove this file if the data did not come of crane import.",
+        ) from error
+    if zone is not None and zone != etl.time_zone:
+        raise ConfigError(
+            f"{root} was imported with days of the zone {zone}; etl.time_zone is {etl.time_zone}.",
+            f"Give --set etl.time_zone={zone}; or, if the times of the source are numbers or carry a zone of their "
+            f"own, import it into another folder with interactions.zone: {etl.time_zone} in the mapping.",
+        )
+
+
+def check_modality(name: str, path: Location | Path) -> None:
+    """Refuse a name of a modality that is no name of a folder, that is hidden, or that other files have.
+
+    Raises:
+        DataError: the name is not of letters, digits, spaces and `_.-`, begins with one of them, is longer than 100
+            characters, is `quarantine`, or ends in `.counts`.
+    """
+    plain = name.replace(" ", "").replace("_", "").replace(".", "").replace("-", "").isalnum()
+    if not plain or not name[0].isalnum() or len(name) > 100 or name == "quarantine" or name.endswith(".counts"):
         raise DataError(
             f"{path}: {name!r} cannot name a modality, 0 rows read.",
-            "Rename it: any name but an empty one, 'quarantine' and names that end in '.counts'.",
+            "Rename it: a letter or digit, then letters, digits, spaces and _.-, up to 100 characters; but not "
+            "'quarantine', and not ending in '.counts'.",
         )
 
 
@@ -150,9 +185,16 @@ def arrives_within(file: RawFile, window: Window, time_zone: str) -> bool:
 
 def day_bounds(day: date, time_zone: str) -> tuple[datetime, datetime]:
     """Return the first instant of a day and of the next day in a time zone, as UTC."""
-    zone = ZoneInfo(time_zone)
-    begin, end = (datetime.combine(each, time(), zone) for each in (day, day + timedelta(days=1)))
-    return begin.astimezone(UTC), end.astimezone(UTC)
+    next_day = date.fromordinal(min(day.toordinal() + 1, date.max.toordinal()))
+    return _midnight(day, ZoneInfo(time_zone)), _midnight(next_day, ZoneInfo(time_zone))
+
+
+def _midnight(day: date, zone: ZoneInfo) -> datetime:
+    """Return the first instant of a day, as UTC; the first or the last instant there is where it lies outside."""
+    try:
+        return datetime.combine(day, time(), zone).astimezone(UTC)
+    except OverflowError:
+        return (datetime.min if day.year == 1 else datetime.max).replace(tzinfo=UTC)
 
 
 def _files(root: Location, folder: Location, day: date | None = None) -> list[RawFile]:

@@ -98,15 +98,19 @@ def command_line(work: Mapping[str, Command]) -> FlagParser:
     study.add_argument("--set", action="append", default=[], metavar="section.field=value")
     study.add_argument("--threads", type=int, default=1, help="threads of torch and faiss (default: %(default)s)")
 
-    importing = command("import", "Bring a dataset into the raw layout.")
-    importing.add_argument("format", choices=("amazon", "mapped", "mmrec", "movielens"))
+    importing = command("import", "Bring a dataset into the raw layout, or check what a mapping would bring.")
+    importing.add_argument(
+        "format",
+        choices=("amazon", "mapped", "mmrec", "movielens", "check"),
+        help="of the source; `check MAPPING` reads a sample, shows what each column is taken for, and writes nothing",
+    )
     importing.add_argument(
         "source",
         type=Path,
         help="reviews of an Amazon category, its metadata beside them; mapping file of CSV, TSV, JSON lines or "
         "Parquet files; folder in MMRec layout, or the wheel that carries MovieLens",
     )
-    importing.add_argument("raw", type=Path, help="folder to make")
+    importing.add_argument("raw", type=Path, nargs="?", help="folder to make; none for check")
 
     encoding = command("encode", "Make item features from raw text or pictures (pip extra `encode`).")
     encoding.add_argument("raw", type=Path, help="folder of the raw data, with a catalog items/*.parquet")

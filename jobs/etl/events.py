@@ -42,6 +42,8 @@ USER_KEY = "user_key"
 ITEM_KEY = "item_key"
 EVENT_CODE = "event_code"
 MERGED_WEIGHT = "merged_weight"
+LARGEST_WEIGHT = 3.4028234663852886e38
+"""The largest float32, as a double."""
 RAW_COLUMNS = (USER_ID, ITEM_ID, EVENT_TIME, WEIGHT, LABEL, EVENT_TYPE, DAY)
 CODED_COLUMNS = (USER_KEY, ITEM_KEY, EVENT_TIME, WEIGHT, LABEL, EVENT_CODE, DAY)
 MALFORMED = (
@@ -97,6 +99,7 @@ def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
         ("null_event_time", F.col(EVENT_TIME).isNull()),
         ("non_finite_weight", F.isnan(weight) | (F.abs(weight) == float("inf"))),
         ("negative_weight", weight < 0),
+        ("non_finite_weight", F.abs(counted_weight(etl)) == float("inf")),
         ("after_cutoff", F.col(EVENT_TIME) >= F.lit(window.end)),
         ("after_arrival", F.col(EVENT_TIME) >= next_day),
         ("too_late", F.col(EVENT_TIME) < oldest),
@@ -178,7 +181,8 @@ def mark_repeats(rows: DataFrame, config: RunConfig) -> DataFrame:
 
     A duplicate has the time of the event before it; of such events the one with the largest weight is kept, then the
     one with the smallest label. With `etl.repeats` `sum` or `max`, `merged_weight` is the sum or the maximum of the
-    weights of a pair within one split period. Events of a later period do not enter. `weight` stays that of the event.
+    weights of a pair within one split period, at most the largest float32. Events of a later period do not enter.
+    `weight` stays that of the event.
     """
     etl = config.etl
     pair = Window.partitionBy(USER_KEY, ITEM_KEY).orderBy(EVENT_TIME, F.desc(WEIGHT), LABEL, EVENT_CODE)
@@ -193,7 +197,7 @@ def mark_repeats(rows: DataFrame, config: RunConfig) -> DataFrame:
     # In the order of the events, so that the sum is the same to the last bit.
     whole = own.rowsBetween(Window.unboundedPreceding, Window.unboundedFollowing)
     total = {"sum": F.sum, "max": F.max}[etl.repeats](counted).over(whole)
-    return marked.withColumn(MERGED_WEIGHT, total.cast("float"))
+    return marked.withColumn(MERGED_WEIGHT, F.least(total, F.lit(LARGEST_WEIGHT)).cast("float"))
 
 
 def kept_events(events: DataFrame) -> DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,8 @@ from jobs.etl.events import EVENT_CODE, ITEM_KEY, USER_KEY
 
 logger = logging.getLogger(__name__)
 
+FIRST_DAY = "1990-01-01"
+"""Events before this day are taken for wrong, and counted."""
 ITEM_GROUPS = 16
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -41,6 +43,18 @@ def distributions(rows: DataFrame, columns: Sequence[str]) -> dict[str, dict[str
         quantiles = {f"p{round(100 * share)}": value for share, value in zip(QUANTILES, row["at"], strict=True)}
         result[row["name"]] = {"count": row["ids"], "mean": row["mean"], **quantiles}
     return result
+
+
+def count_early(days: Mapping[str, int]) -> int:
+    """Return the number of events before `FIRST_DAY`, and warn of them: a time of 0 is in 1970.
+
+    Args:
+        days: ISO date to its events.
+    """
+    early = {day: count for day, count in days.items() if day < FIRST_DAY}
+    if early:
+        logger.warning("times before=%s rows=%d first=%s", FIRST_DAY, sum(early.values()), min(early))
+    return sum(early.values())
 
 
 def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, Any]:

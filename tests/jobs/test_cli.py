@@ -289,11 +289,14 @@ def test_an_unexpected_error_of_a_job_is_told_with_the_file_of_its_traceback(
     assert "Traceback (most recent call last):" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_an_unexpected_exception_ends_with_an_error_line(
-    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("as_json", "writable"), [(False, True), (True, True), (False, False)])
+def test_an_unexpected_exception_ends_with_an_error_line_and_keeps_its_traceback(
+    as_json: bool, writable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PLANTED_PASSWORD", "planted-secret")
+    monkeypatch.setattr(paths, "HOME", tmp_path)
+    if not writable:
+        (tmp_path / "logs").touch()
 
     def explode(text: str) -> str:
         raise RuntimeError("no way in with planted-secret")
@@ -302,9 +305,12 @@ def test_an_unexpected_exception_ends_with_an_error_line(
     argv = ["run", "--store", "s", "--raw", "r", *(["--json"] if as_json else [])]
     assert cli.main(argv) == EXIT_UNEXPECTED
     output = capsys.readouterr()
-    assert "Traceback" in output.err and "planted-secret" not in output.err + output.out
+    kept = (tmp_path / "logs" / "crane.log").read_text() if writable else output.err
+    assert "Traceback" in kept and "planted-secret" not in kept + output.err + output.out
+    assert ("Traceback" in output.err) != writable
     assert output.err.splitlines()[-2] == "crane: RuntimeError: no way in with ***"
-    assert output.err.splitlines()[-1].startswith("Remedy: Read the traceback above")
+    assert output.err.splitlines()[-1].startswith("Remedy: This is a defect of crane: report this line with the ")
+    assert (str(tmp_path / "logs" / "crane.log") in output.err) == writable
     if as_json:
         told = json.loads(output.out)
         assert (told["error"], told["found"]) == ("RuntimeError", "no way in with ***")

@@ -383,11 +383,17 @@ def test_bad_vectors_are_quarantined_and_counted(reference: Path, raw: Path) -> 
         "empty_id": 1,
         "non_finite": 2,
         "null_id": 1,
-        "null_vector": 1,
+        "null_vector": 2,
         "unknown_item": 1,
-        "wrong_length": 2,
+        "wrong_length": 1,
     }
-    assert found.facts["modalities"]["text"] == {"dim": 2, "present": 3, "missing": 1, "num_rows_read": 13}
+    assert found.facts["modalities"]["text"] == {
+        "dim": 2,
+        "present": 3,
+        "missing": 1,
+        "num_rows_read": 13,
+        "trained_coverage": 1.0,
+    }
     assert np.load(found.file("text/matrix.npy")).tolist() == [[1, 0], [3, 4], [0, 2], [0, 0]]
     assert np.load(found.file("text/mask.npy")).tolist() == [True, True, True, False]
     assert len(rows_of(found, "quarantine")) == 10
@@ -469,7 +475,6 @@ def test_binary_vectors_are_read(binary: str, width: int, tmp_path: Path) -> Non
     [
         ([("i1", [1.0]), ("i2", [1.0, 2.0])], "(2 rows): no vector length has a majority, found 1 rows of length 2"),
         ([("i1", None)], "(0 rows): no vector length has a majority, found no vector"),
-        ([("x1", [1.0]), ("x2", [2.0])], "none of its 2 rows belongs to an item of the log or the catalog"),
         ([("i1", [float("nan")]), ("i2", [float("inf")]), ("i3", [1.0])], "2 of 3 rows are malformed (non_finite 2)"),
     ],
 )
@@ -481,6 +486,40 @@ def test_unusable_modalities_stop_the_run(
     assert etl(reference, raw, ("features",), run="unusable") == EXIT_DATA
     message = capsys.readouterr().err
     assert str(raw / "features" / "text") in message and expected in message and "Remedy: " in message
+
+
+@pytest.mark.spark
+def test_items_without_a_vector_are_missing_and_counted(
+    reference: Path, raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("i1", [1, 2]), ("i2", None), ("i3", None), ("i4", [3, 4]), ("i9", None)]
+    write_vectors(raw, "text", rows, pa.list_(pa.int16(), 2))
+    shutil.rmtree(raw / "features" / "image")
+    assert etl(reference, raw, run="gaps", features__standardise="none") == EXIT_OK
+    found = artifact(reference, "features", "gaps")
+    assert found.facts["quarantine"]["text"] == {"null_vector": 3}
+    trained = [row["item_id"] for row in rows_of(artifact(reference, "interactions", "gaps"), "items")][:3]
+    coverage = sum(item in ("i1", "i4") for item in trained) / 3
+    assert found.facts["modalities"]["text"]["trained_coverage"] == pytest.approx(coverage)
+    assert "coverage modality=text" in capsys.readouterr().err
+    stopped = {"features__min_trained_coverage": "0.9"}
+    assert etl(reference, raw, ("interactions", "features"), run="stopped", **stopped) == EXIT_DATA
+    assert "features.min_trained_coverage is 0.9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["items", "features/text"])
+def test_ids_that_match_nothing_stop_the_run_before_spark_starts(
+    raw: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interactions, "open_session", lambda *_: pytest.fail("Spark starts"))
+    if what == "items":
+        write_items(raw, [("I1", "One"), ("I2", "Two")])
+    else:
+        write_vectors(raw, "text", [("I1", [1.0]), ("I2", [2.0])])
+    assert etl(tmp_path / "store", raw, ("interactions",)) == EXIT_DATA
+    message = capsys.readouterr().err
+    assert f"{raw / what}: none of its 2 ids, such as 'I1', 'I2', is among the" in message
+    assert "They agree in lower case" in message
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,37 @@
 """Import a category of Amazon Reviews 2023: reviews and metadata as JSON lines, plain or gzipped.
 
 A review is an interaction of its user with the product family (`parent_asin`) at its time, weighted by its rating.
-Titles, feature lists, descriptions and categories become the modality `text`. The fields `average_rating` and
-`rating_number` are not used: they summarise all years, so they contain later reviews.
+Titles, feature lists, descriptions and categories become the modality `text`; without a word there is no modality. The
+fields `average_rating` and `rating_number` are not used: they summarise all years, so they contain later reviews.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from crane_core.errors import DataError
+from crane_core.raw.importers import cells
+from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.cells import Cells, Values
+from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.movielens import text_vectors
-from crane_core.raw.importers.tables import LogCounts, read_batches, write_log
+from crane_core.raw.importers.rows import Layout, read_chunks
+from crane_core.raw.importers.tables import LogCounts, Wanted, check_clock, digest_of, fitting, write_log
 from crane_core.raw.importers.target import Imported, write_features, write_items, write_raw
-from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT
-from crane_core.storage.artifacts import sha256_file
+from crane_core.raw.overlap import share_found
+from crane_core.schema import EVENT_TIME, ITEM_ID, TITLE, USER_ID, WEIGHT
 
-FORMAT = "amazon-2023-1"
-REVIEW = {"user_id": pa.string(), "parent_asin": pa.string(), "timestamp": pa.int64(), "rating": pa.float32()}
-PRODUCT = {
-    "parent_asin": pa.string(),
-    "title": pa.string(),
-    "features": pa.list_(pa.string()),
-    "description": pa.list_(pa.string()),
-    "categories": pa.list_(pa.string()),
-}
+FORMAT = "amazon-2023-2"
+TEXTS = ("categories", "features", "description")
 MOST_TEXT = 4000
 """Characters of the text of an item that are used."""
+LINES = Layout(files=("*.jsonl",), format="jsonl")
 
 
 def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | None = None) -> Imported:
@@ -42,7 +43,8 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
         metadata: `meta_{category}.jsonl[.gz]`; by default the one beside the reviews.
 
     Raises:
-        DataError: a file is missing, is not JSON lines or lacks a field; `raw` holds another dataset.
+        DataError: a file is missing, is not JSON lines or lacks a field; a value does not fit; `raw` holds another
+            dataset.
     """
     reviews = Path(reviews)
     metadata = Path(metadata) if metadata else reviews.parent / f"meta_{reviews.name}"
@@ -53,62 +55,85 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
                 "Give CATEGORY.jsonl or .jsonl.gz, the reviews, with meta_CATEGORY.jsonl or .jsonl.gz beside it.",
             )
     name = reviews.name.partition(".")[0]
-    source = {"dataset": name, "format": FORMAT, "files": {p.name: sha256_file(p) for p in (reviews, metadata)}}
+    source = {"dataset": name, "format": FORMAT, "files": {path.name: digest_of(path) for path in (reviews, metadata)}}
 
     def build(target: Path) -> Imported:
-        counts = LogCounts()
-        write_log(target, counts.counted(_read_log(reviews)))
-        if counts.last is None:
-            raise DataError(
-                f"{reviews} has {counts.num_rows} rows and no review with a time.",
-                "Deliver reviews with the field timestamp, milliseconds since 1970.",
-            )
-        titles, texts = _read_products(metadata)
+        log = Account("reviews", settings=False)
+        counts = LogCounts(Clock("ms", now=datetime.now(UTC)), log)
+        log.written = write_log(target, counts.counted(_read_log(reviews, counts.clock, log)))
+        log.settle()
+        first, end = counts.window()
+        products = Account("metadata", settings=False)
+        titles, texts = _read_products(metadata, products)
         ids = list(titles)
         write_items(target, ids, list(titles.values()))
         vectors = text_vectors(texts)
-        write_features(target, "text", ids, vectors)
-        last = counts.last.date()
+        notes = []
+        if vectors is None:
+            notes.append("metadata: too few words in titles, features and descriptions: no modality text")
+        else:
+            write_features(target, "text", ids, vectors)
         return Imported(
             dataset=name,
             raw=str(Path(raw).absolute()),
             num_users=len(counts.users),
             num_items=len(ids),
-            num_interactions=counts.num_rows,
-            modalities={"text": vectors.shape[1]},
+            num_interactions=log.written,
+            modalities={} if vectors is None else {"text": vectors.shape[1]},
             split="temporal",
-            start=last,
-            end=last + timedelta(days=1),
+            start=first,
+            end=end,
+            counts={account.name: account.as_dict() for account in (log, products)},
+            matched={"items": share_found(counts.items, set(ids))},
+            notes=[*notes, *log.notes(), *products.notes()],
         )
 
     return write_raw(Path(raw), source, build)
 
 
-def _read_log(reviews: Path) -> Iterator[pa.RecordBatch]:
+def _read_log(reviews: Path, clock: Clock, account: Account) -> Iterator[pa.RecordBatch]:
     """Yield the reviews as interactions."""
-    for batch in read_batches(reviews, REVIEW, list(REVIEW)):
-        yield pa.record_batch(
-            {
-                USER_ID: batch.column("user_id"),
-                ITEM_ID: batch.column("parent_asin"),
-                EVENT_TIME: batch.column("timestamp").cast(pa.timestamp("ms", "UTC")).cast(_MICROS),
-                WEIGHT: batch.column("rating"),
-            }
-        )
+    wanted = {
+        USER_ID: Wanted("user_id", cells.ids),
+        ITEM_ID: Wanted("parent_asin", cells.ids),
+        EVENT_TIME: Wanted("timestamp", lambda values: instants(values, clock)),
+        WEIGHT: Wanted("rating", cells.weights),
+    }
+    for chunk in read_chunks(reviews, LINES, [each.column for each in wanted.values()], account):
+        check_clock(chunk, "timestamp", clock, account)
+        yield fitting(chunk, wanted, account)
 
 
-def _read_products(metadata: Path) -> tuple[dict[str, str | None], list[str]]:
+def _read_products(metadata: Path, account: Account) -> tuple[dict[str, str | None], list[str]]:
     """Read the first record of each item: item to title, and the texts in the same order."""
+    wanted = {ITEM_ID: Wanted("parent_asin", cells.ids), TITLE: Wanted("title", _joined)}
+    wanted |= {name: Wanted(name, _joined) for name in TEXTS}
     titles: dict[str, str | None] = {}
     texts: list[str] = []
-    for batch in read_batches(metadata, PRODUCT, ["parent_asin"]):
-        for row in batch.to_pylist():
-            item = row["parent_asin"]
-            if item and item not in titles:
-                titles[item] = row["title"]
-                parts = [row["title"], *(row["categories"] or ()), *(row["features"] or ())]
-                texts.append(" ".join(filter(None, [*parts, *(row["description"] or ())]))[:MOST_TEXT])
+    columns = [each.column for each in wanted.values()]
+    for chunk in read_chunks(metadata, LINES, columns, account, optional=("title", *TEXTS)):
+        for row in fitting(chunk, wanted, account).to_pylist():
+            item = row[ITEM_ID]
+            if not item or item in titles:
+                account.drop("no_id" if not item else "repeated_id", str(item))
+                continue
+            titles[item] = row[TITLE]
+            texts.append(" ".join(filter(None, [row[TITLE], *(row[name] for name in TEXTS)]))[:MOST_TEXT])
+    account.written = len(titles)
+    account.max_set_aside = 1.0
+    account.settle()
     return titles, texts
 
 
-_MICROS = pa.timestamp("us", "UTC")
+def _joined(values: Values) -> Cells:
+    """Return text as it stands, and lists of text as one text."""
+    told = [_words(value) for value in values]
+    bad = np.array([value is not None and text is None for value, text in zip(values, told, strict=True)], dtype=bool)
+    found = cells.texts([text or None for text in told])
+    return Cells(found.values, found.bad | bad)
+
+
+def _words(value: Any) -> str | None:
+    if isinstance(value, list):
+        return " ".join(filter(None, (_words(each) for each in value)))
+    return str(value) if isinstance(value, (str, int, float)) else None

@@ -8,29 +8,50 @@ nominal day, and the label is kept for `etl.split=label`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 from numpy.typing import NDArray
 
 from crane_core.errors import DataError
 from crane_core.raw.files import check_modality
+from crane_core.raw.importers import cells
+from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.cells import Cells, Values
+from crane_core.raw.importers.matrix import load_matrix
+from crane_core.raw.importers.rows import Layout, read_chunks
+from crane_core.raw.importers.tables import Wanted, digest_of, fitting
 from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
-from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, USER_ID, WEIGHT
-from crane_core.storage.artifacts import sha256_file
+from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, TEST, TRAIN, USER_ID, VALIDATION, WEIGHT
 
 FORMAT = "mmrec-1"
 FEATURE_SUFFIX = "_feat.npy"
 FIRST_DAY = date(2000, 1, 1)
-LABELS = (0, 1, 2)
+LABELS = (TRAIN, VALIDATION, TEST)
 MOST_ITEMS_PER_ROW = 1000
 """Without features the largest id gives the number of items. More items than this per row are taken for a wrong id."""
 TITLE_COLUMNS = ("title", "name")
+_LABEL_WORDS = {str(label): label for label in LABELS}
+
+
+def _whole(values: Values) -> Cells:
+    """Return ids as int64; bad is what is no whole number from 0."""
+    found = cells.ids(values, numeric=True)
+    fits = pc.fill_null(pc.match_substring_regex(found.values, r"^\d{1,18}$"), False)
+    numbers = pc.if_else(fits, found.values, pa.scalar(None, pa.string())).cast(pa.int64())
+    return Cells(numbers, ~fits.to_numpy(zero_copy_only=False))
+
+
+LOG_COLUMNS = {
+    "userID": Wanted("userID", _whole),
+    "itemID": Wanted("itemID", _whole),
+    "x_label": Wanted("x_label", cells.required(lambda values: cells.words(values, _LABEL_WORDS, pa.int8()))),
+    "rating": Wanted("rating", cells.weights),
+}
 
 
 def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
@@ -44,7 +65,7 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
     """
     folder = Path(folder)
     log, catalog, features = _files(folder)
-    files = {path.name: sha256_file(path) for path in [log, *([catalog] if catalog else []), *features]}
+    files = {path.name: digest_of(path) for path in [log, *([catalog] if catalog else []), *features]}
     source = {"dataset": log.stem, "format": FORMAT, "files": files}
 
     def build(target: Path) -> Imported:
@@ -55,7 +76,8 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
         for name, matrix in found.matrices.items():
             write_features(target, name, ids, matrix)
             modalities[name] = matrix.shape[1]
-        _write_log(target, table)
+        found.accounts[0].written = _write_log(target, table)
+        found.accounts[0].settle()
         write_items(target, ids, [titles.get(item) for item in range(num_items)])
         return Imported(
             dataset=log.stem,
@@ -67,6 +89,9 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
             split="label",
             start=FIRST_DAY,
             end=FIRST_DAY + timedelta(days=len(LABELS)),
+            time_zone=None,
+            counts={account.name: account.as_dict() for account in found.accounts},
+            notes=[note for account in found.accounts for note in account.notes()],
         )
 
     return write_raw(Path(raw), source, build)
@@ -81,12 +106,14 @@ class MmrecFolder:
         num_items: size of the catalog; items are numbered from 0.
         titles: item to title, if there is a catalog file.
         matrices: modality to its matrix of numbers [num_items, dim], memory-mapped.
+        accounts: what the log and the catalog held.
     """
 
     log: pa.Table
     num_items: int
     titles: dict[int, str | None]
     matrices: dict[str, NDArray]
+    accounts: list[Account]
 
 
 def read_mmrec(folder: Path) -> MmrecFolder:
@@ -96,8 +123,8 @@ def read_mmrec(folder: Path) -> MmrecFolder:
         DataError: as for `import_mmrec`.
     """
     log, catalog, features = _files(folder)
-    table = _read_log(log)
-    titles = _read_titles(catalog) if catalog else {}
+    table, account = _read_log(log)
+    titles, counted = _read_titles(catalog) if catalog else ({}, None)
     num_items = 1 + max(pc.max(table["itemID"]).as_py(), *titles, 0)
     matrices = {path.name.removesuffix(FEATURE_SUFFIX): _read_matrix(path, num_items) for path in features}
     if not matrices and num_items > MOST_ITEMS_PER_ROW * (table.num_rows + len(titles)):
@@ -105,7 +132,7 @@ def read_mmrec(folder: Path) -> MmrecFolder:
             f"{log} ({table.num_rows} rows) has item ids up to {num_items - 1}.",
             "Ids are row numbers from 0: correct the largest id, or renumber the items.",
         )
-    return MmrecFolder(table, num_items, titles, matrices)
+    return MmrecFolder(table, num_items, titles, matrices, [account, *([counted] if counted else [])])
 
 
 def _files(folder: Path) -> tuple[Path, Path | None, list[Path]]:
@@ -124,101 +151,51 @@ def _files(folder: Path) -> tuple[Path, Path | None, list[Path]]:
     return logs[0], catalog, features
 
 
-def _read_log(path: Path) -> pa.Table:
-    columns = {"userID": pa.int64(), "itemID": pa.int64(), "rating": pa.float32(), "x_label": pa.int8()}
-    table = _read_delimited(path, columns, "\t")
-    for name in ("userID", "itemID", "x_label"):
-        if name not in table.column_names:
-            raise DataError(
-                f"{path} ({table.num_rows} rows) has no column {name!r}; it has {', '.join(table.column_names)}.",
-                "Write a tab-separated file with the columns userID, itemID and x_label.",
-            )
-    if table.num_rows == 0:
+def _read_log(path: Path) -> tuple[pa.Table, Account]:
+    account = Account("log", settings=False)
+    table = _read_delimited(path, LOG_COLUMNS, account, ("rating",))
+    if not account.set_aside and table.num_rows == 0:
         raise DataError(
             f"{path} has 0 rows.", "Write one interaction a line: userID, itemID and x_label, separated by tabs."
         )
-    bad = {
-        "userID": pc.less(table["userID"], 0),
-        "itemID": pc.less(table["itemID"], 0),
-        "x_label": pc.invert(pc.is_in(table["x_label"], pa.array(LABELS, pa.int8()))),
-    }
-    for name, wrong in bad.items():
-        count = pc.sum(pc.fill_null(wrong, True)).as_py()
-        if count:
-            line = 2 + pc.index(pc.fill_null(wrong, True), True).as_py()
-            raise DataError(
-                f"{path} ({table.num_rows} rows): {count} rows have no valid {name}, the first on line {line}.",
-                "Ids are whole numbers from 0, labels are 0, 1 or 2: correct or remove these rows.",
-            )
-    return table
+    account.written = table.num_rows
+    _settle(account, "Ids are whole numbers from 0, labels are 0, 1 or 2: correct or remove these rows.")
+    return (table if pc.count(table["rating"]).as_py() else table.drop_columns(["rating"])), account
 
 
-def _read_titles(path: Path) -> dict[int, str | None]:
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    table = _read_delimited(path, {"itemID": pa.int64()}, delimiter)
-    if "itemID" not in table.column_names:
-        raise DataError(
-            f"{path} ({table.num_rows} rows) has no column 'itemID'; it has {', '.join(table.column_names)}.",
-            "Name the column of the item ids itemID.",
-        )
+def _read_titles(path: Path) -> tuple[dict[int, str | None], Account]:
+    account = Account("catalog", settings=False)
+    columns = {"itemID": Wanted("itemID", _whole), **{name: Wanted(name, cells.texts) for name in TITLE_COLUMNS}}
+    table = _read_delimited(path, columns, account, TITLE_COLUMNS)
+    account.written = table.num_rows
+    _settle(account, "Write itemID as a whole number from 0, and text in UTF-8.")
     ids = table["itemID"]
-    if ids.null_count or (table.num_rows and pc.min(ids).as_py() < 0) or pc.count_distinct(ids).as_py() != len(ids):
+    if pc.count_distinct(ids).as_py() != len(ids):
         raise DataError(
             f"{path} ({table.num_rows} rows): itemID must be a whole number from 0, each once.",
-            "Correct or remove the rows with missing or repeated ids.",
+            "Correct or remove the rows with repeated ids.",
         )
-    title = next((name for name in TITLE_COLUMNS if name in table.column_names), None)
-    try:
-        titles = table[title].cast(pa.string()).to_pylist() if title else [None] * table.num_rows
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path} ({table.num_rows} rows): the column {title!r} is not UTF-8 text.",
-            "Save the file again, encoded as UTF-8.",
-        ) from error
-    return dict(zip(ids.to_pylist(), [text or None for text in titles], strict=True))
+    titles = pc.coalesce(*(table[name] for name in TITLE_COLUMNS)).to_pylist()
+    return dict(zip(ids.to_pylist(), [text or None for text in titles], strict=True)), account
 
 
-def _read_delimited(path: Path, types: dict[str, pa.DataType], delimiter: str) -> pa.Table:
-    quote = '"' if delimiter == "," else False
+def _settle(account: Account, remedy: str) -> None:
     try:
-        table = pa.csv.read_csv(
-            path,
-            parse_options=pa.csv.ParseOptions(delimiter=delimiter, quote_char=quote),
-            convert_options=pa.csv.ConvertOptions(column_types=types),
-        )
-    except pa.ArrowException as error:
-        with path.open("rb") as handle:
-            rows = max(0, sum(1 for _ in handle) - 1)
-        raise DataError(
-            f"{path} ({rows} rows) cannot be read: {error}.",
-            "Correct the lines that the message names; ids and labels are whole numbers.",
-        ) from error
-    if len(set(table.column_names)) != len(table.column_names):
-        raise DataError(
-            f"{path} ({table.num_rows} rows) names a column twice: {', '.join(table.column_names)}.",
-            "Give every column of the first line a name of its own.",
-        )
-    return table
+        account.settle()
+    except DataError as error:
+        raise DataError(error.found, remedy) from error
+
+
+def _read_delimited(path: Path, columns: Mapping[str, Wanted], account: Account, optional: Sequence[str]) -> pa.Table:
+    layout = Layout(files=(path.name,), format="csv" if path.suffix == ".csv" else "tsv")
+    names = [each.column for each in columns.values()]
+    batches = [fitting(chunk, columns, account) for chunk in read_chunks(path, layout, names, account, optional)]
+    empty = pa.record_batch({name: each.convert([]).values for name, each in columns.items()})
+    return pa.Table.from_batches([*batches, empty])
 
 
 def _read_matrix(path: Path, num_items: int) -> NDArray:
-    try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path} ({path.stat().st_size} bytes, row count unknown) is no complete .npy array: {error}.",
-            "Save it again with numpy.save as a floating point matrix.",
-        ) from error
-    if not isinstance(matrix, np.ndarray):
-        raise DataError(
-            f"{path} ({path.stat().st_size} bytes, row count unknown) is an archive of arrays, not one array.",
-            "Save one array with numpy.save.",
-        )
-    if matrix.ndim != 2 or matrix.dtype.kind not in "fiu" or matrix.shape[1] == 0:
-        raise DataError(
-            f"{path} has shape {list(matrix.shape)} and type {matrix.dtype}, expected a numeric [items, dim] matrix.",
-            "Save a matrix of numbers with numpy.save, one row per item.",
-        )
+    matrix = load_matrix(path)
     if matrix.shape[0] != num_items:
         raise DataError(
             f"{path} has {matrix.shape[0]} rows, but the items count from 0 to {num_items - 1}, {num_items} in all.",
@@ -227,7 +204,8 @@ def _read_matrix(path: Path, num_items: int) -> NDArray:
     return matrix
 
 
-def _write_log(target: Path, table: pa.Table) -> None:
+def _write_log(target: Path, table: pa.Table) -> int:
+    written = 0
     for label in LABELS:
         rows = table.filter(pc.equal(table["x_label"], label))
         if rows.num_rows == 0:
@@ -243,4 +221,5 @@ def _write_log(target: Path, table: pa.Table) -> None:
         }
         if "rating" in rows.column_names:
             columns[WEIGHT] = rows["rating"]
-        write_interactions(target, day, pa.table(columns))
+        written += write_interactions(target, day, pa.table(columns))
+    return written

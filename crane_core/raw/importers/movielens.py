@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import zipfile
-from datetime import timedelta
+import zlib
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 from numpy.typing import NDArray
 
 from crane_core.errors import DataError
+from crane_core.raw.importers import cells
+from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.cells import required
+from crane_core.raw.importers.instants import Clock, instants
+from crane_core.raw.importers.rows import Layout, read_chunks
+from crane_core.raw.importers.tables import Wanted, check_clock, fitting
 from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT
 
@@ -21,17 +30,18 @@ FORMAT = "movielens-1"
 DATASET = "ml-100k"
 WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
 FILES = ("ml-100k.inter", "ml-100k.item")
+TABLE = Layout(files=FILES, format="tsv")
 LOG_COLUMNS = {
-    "user_id:token": pa.string(),
-    "item_id:token": pa.string(),
-    "rating:float": pa.float32(),
-    "timestamp:float": pa.float64(),
+    USER_ID: Wanted("user_id:token", required(cells.ids)),
+    ITEM_ID: Wanted("item_id:token", required(cells.ids)),
+    EVENT_TIME: Wanted("timestamp:float", required(lambda values: instants(values, Clock("s")))),
+    WEIGHT: Wanted("rating:float", required(cells.weights)),
 }
 CATALOG_COLUMNS = {
-    "item_id:token": pa.string(),
-    "movie_title:token_seq": pa.string(),
-    "release_year:token": pa.string(),
-    "class:token_seq": pa.string(),
+    ITEM_ID: Wanted("item_id:token", required(cells.ids)),
+    "name": Wanted("movie_title:token_seq", cells.texts),
+    "year": Wanted("release_year:token", cells.texts),
+    "genres": Wanted("class:token_seq", cells.texts),
 }
 REMEDY = (
     "Give the wheel recbole-1.2.1-py3-none-any.whl (pip download --no-deps recbole==1.2.1), "
@@ -59,26 +69,24 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
     def build(target: Path) -> Imported:
-        log = _read(source, FILES[0], files, LOG_COLUMNS)
-        catalog = _read(source, FILES[1], files, CATALOG_COLUMNS)
-        events = pa.table(
-            {
-                USER_ID: log["user_id:token"],
-                ITEM_ID: log["item_id:token"],
-                EVENT_TIME: pc.cast(log["timestamp:float"], pa.int64(), safe=False).cast(pa.timestamp("s", "UTC")),
-                WEIGHT: log["rating:float"],
-            }
-        ).sort_by([(EVENT_TIME, "ascending"), (USER_ID, "ascending"), (ITEM_ID, "ascending")])
-        days = events[EVENT_TIME].cast(pa.timestamp("s")).cast(pa.date32())
+        accounts = [Account(name, settings=False) for name in FILES]
+        clock = Clock("s", now=datetime.now(UTC))
+        log = _read(source, FILES[0], files[FILES[0]], LOG_COLUMNS, accounts[0], clock)
+        catalog = _read(source, FILES[1], files[FILES[1]], CATALOG_COLUMNS, accounts[1])
+        events = log.sort_by([(EVENT_TIME, "ascending"), (USER_ID, "ascending"), (ITEM_ID, "ascending")])
+        days = events[EVENT_TIME].cast(pa.timestamp("s"), safe=False).cast(pa.date32(), safe=False)
         for day in pc.unique(days).to_pylist():
-            write_interactions(target, day, events.filter(pc.equal(days, day)))
+            accounts[0].written += write_interactions(target, day, events.filter(pc.equal(days, day)))
 
-        ids = catalog["item_id:token"].to_pylist()
-        names, years, genres = (catalog[i].to_pylist() for i in range(1, 4))
+        ids = catalog[ITEM_ID].to_pylist()
+        names, years, genres = (catalog[name].to_pylist() for name in ("name", "year", "genres"))
         titles = [_title(name, year) for name, year in zip(names, years, strict=True)]
-        write_items(target, ids, titles)
+        accounts[1].written = write_items(target, ids, titles)
+        for account in accounts:
+            _remedied(account.settle)
         texts = [" ".join(filter(None, row)) for row in zip(names, genres, years, strict=True)]
-        modalities = {"text": text_vectors(texts), "genres": genre_vectors(genres)}
+        found = {"text": text_vectors(texts), "genres": genre_vectors(genres)}
+        modalities = {name: rows for name, rows in found.items() if rows is not None and rows.shape[1]}
         for name, rows in modalities.items():
             write_features(target, name, ids, rows)
 
@@ -93,23 +101,33 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
             split="temporal",
             start=last,
             end=last + timedelta(days=1),
+            counts={account.name: account.as_dict() for account in accounts},
+            notes=[note for account in accounts for note in account.notes()],
         )
 
     return write_raw(Path(raw), {"dataset": DATASET, "format": FORMAT, "files": digests}, build)
 
 
-def text_vectors(texts: list[str]) -> NDArray[np.float32]:
+def text_vectors(texts: list[str]) -> NDArray[np.float32] | None:
     """Compute TF-IDF of words and word pairs, reduced by a seeded truncated SVD.
 
     Returns:
-        float32 [len(texts), min(64, terms - 1)].
+        float32 [len(texts), min(64, terms - 1)]; None where fewer than two terms are in two texts.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    terms = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2).fit_transform(texts)
+    try:
+        terms = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2).fit_transform(texts)
+    except ValueError:
+        # Its way to say that no term is left.
+        return None
+    if terms.shape[1] < 2:
+        return None
     dim = min(TEXT_DIM, terms.shape[1] - 1)
-    return TruncatedSVD(dim, n_iter=7, random_state=TEXT_SEED).fit_transform(terms).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        # Of equal texts it divides by their variance.
+        return TruncatedSVD(dim, n_iter=7, random_state=TEXT_SEED).fit_transform(terms).astype(np.float32)
 
 
 def genre_vectors(genres: list[str | None]) -> NDArray[np.float32]:
@@ -139,35 +157,43 @@ def _read_files(source: Path) -> dict[str, bytes]:
             return {name: (source / name).read_bytes() for name in FILES}
         with zipfile.ZipFile(source) as wheel:
             return {name: wheel.read(f"{WHEEL_FOLDER}/{name}") for name in FILES}
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(
             f"{source} (row count unknown) does not hold {' and '.join(FILES)}: {error}.",
             REMEDY,
         ) from error
 
 
-def _read(source: Path, name: str, files: dict[str, bytes], columns: dict[str, pa.DataType]) -> pa.Table:
-    rows = max(0, files[name].count(b"\n") - 1)
+def _read(
+    source: Path, name: str, data: bytes, columns: Mapping[str, Wanted], account: Account, clock: Clock | None = None
+) -> pa.Table:
+    """Read one of the two files; every row must have a value in every column that is not text.
+
+    Raises:
+        DataError: a column is missing, a value does not fit, or there is no row.
+    """
+
+    def read() -> list[pa.RecordBatch]:
+        batches = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = (source if source.is_dir() else Path(folder)) / name
+            if not source.is_dir():
+                path.write_bytes(data)
+            for chunk in read_chunks(path, TABLE, [each.column for each in columns.values()], account):
+                if clock is not None:
+                    check_clock(chunk, columns[EVENT_TIME].column, clock, account)
+                batches.append(fitting(chunk, columns, account))
+        return batches
+
+    batches = _remedied(read)
+    if not sum(batch.num_rows for batch in batches) and not account.set_aside:
+        raise DataError(f"{source}: {name} has 0 rows.", REMEDY)
+    return pa.Table.from_batches(batches) if batches else pa.table({column: pa.nulls(0) for column in columns})
+
+
+def _remedied(work: Callable[[], Any]) -> Any:
+    """Do some work; an error of it gets the remedy of this format."""
     try:
-        table = pa.csv.read_csv(
-            pa.BufferReader(files[name]),
-            parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False),
-            convert_options=pa.csv.ConvertOptions(column_types=columns, strings_can_be_null=True, null_values=[""]),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{source}: {name} ({rows} rows) cannot be read: {error}.", REMEDY) from error
-    missing = [column for column in columns if column not in table.column_names]
-    if missing:
-        raise DataError(
-            f"{source}: {name} ({rows} rows) has no column {', '.join(missing)}; "
-            f"it has {', '.join(table.column_names)}.",
-            REMEDY,
-        )
-    needed = [column for column in columns if "_id:" in column or columns[column] != pa.string()]
-    for column in needed:
-        if table.num_rows == 0 or table[column].null_count:
-            raise DataError(
-                f"{source}: {name} ({table.num_rows} rows) has {table[column].null_count} rows without {column}.",
-                REMEDY,
-            )
-    return table.select(list(columns))
+        return work()
+    except DataError as error:
+        raise DataError(error.found, REMEDY) from error

@@ -1,90 +1,109 @@
-"""Read CSV, TSV, JSON lines and Parquet files, and write logs, in bounded memory."""
+"""Convert chunks of rows to batches of the raw layout, set aside what does not fit, and write logs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.dataset as ds
-import pyarrow.json
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from crane_core.errors import DataError
 from crane_core.raw.files import DAY_PREFIX, INTERACTIONS_FOLDER
+from crane_core.raw.importers.account import Account, one_of
+from crane_core.raw.importers.cells import Converter
+from crane_core.raw.importers.instants import INSTANT, ISO, Clock, plain_numbers
+from crane_core.raw.importers.rows import Chunk
 from crane_core.schema import EVENT_TIME, INTERACTIONS, ITEM_ID, USER_ID
+from crane_core.storage.artifacts import sha256_file
 
-BATCH_ROWS = 65_536
-BLOCK_BYTES = 8 * 1024 * 1024
 DAY = DAY_PREFIX.removesuffix("=")
 MOST_DAYS = 40_000
-FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+IDS = (USER_ID, ITEM_ID)
 
 
-def list_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """List the files that match any of the patterns, by name.
+@dataclass(frozen=True)
+class Wanted:
+    """A column of the raw layout.
 
-    Raises:
-        DataError: a pattern matches no file, or a file has an unknown format.
+    Attributes:
+        column: of the files.
+        convert: makes its values.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = {path for path in folder.glob(pattern) if path.is_file()}
-        if not matches:
-            raise DataError(
-                f"{folder} has no file {pattern!r}, 0 rows.",
-                "Name in the mapping a pattern of files that it has, for example *.csv, or deliver them.",
-            )
-        found |= matches
-    for path in found:
-        if file_format(path) not in FORMATS:
-            raise DataError(
-                f"{path} ({path.stat().st_size} bytes) is of no known format.",
-                f"Deliver {', '.join(FORMATS)} files, text ones as they are or compressed with gzip (.gz).",
-            )
-    return sorted(found)
+
+    column: str | int
+    convert: Converter
 
 
-def file_format(path: Path) -> str:
-    """Return the suffix of the format, without that of the compression."""
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def read_batches(path: Path, types: Mapping[str, pa.DataType], needed: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield batches of some columns; a missing column that is not needed is null.
+def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.RecordBatch:
+    """Return the rows of a chunk whose values all fit; the others are set aside for their first bad value.
 
     Args:
-        path: a file in one of `FORMATS`.
-        types: column of the file to the type that it is read as.
-        needed: columns that must exist.
+        chunk: rows as they were read.
+        wanted: column of the raw layout to where it comes from.
+        account: counts the rows.
+    """
+    converted = {name: each.convert(chunk.columns[each.column]) for name, each in wanted.items()}
+    good = np.ones(len(chunk), dtype=bool)
+    for name, cells in converted.items():
+        wrong = np.flatnonzero(cells.bad & good)
+        for row in wrong[:3]:
+            account.drop(f"bad_{name}", chunk.place(int(row), wanted[name].column))
+        if len(wrong) > 3:
+            account.drop(f"bad_{name}", "", len(wrong) - 3)
+        good &= ~cells.bad
+    batch = pa.record_batch({name: cells.values for name, cells in converted.items()})
+    rows = np.flatnonzero(good)
+    for name in (name for name in IDS if name in wanted):
+        _notice_ids(batch.column(name), good, chunk, name, wanted[name].column, account)
+    return batch if len(rows) == len(chunk) else batch.take(pa.array(rows))
+
+
+def _notice_ids(
+    ids: pa.Array, good: NDArray[np.bool_], chunk: Chunk, name: str, column: str | int, account: Account
+) -> None:
+    """Name ids that are missing, or that look as if another program had changed them."""
+    oddities = {
+        f"without {name}, which the ETL will set aside": pc.is_null(ids),
+        f"with a {name} that ends in .0": pc.match_substring_regex(ids, r"^-?\d+\.0+$"),
+        f"with a {name} in scientific notation, which a spreadsheet has rounded": pc.match_substring_regex(
+            ids, r"^-?\d\.\d+[eE]\+?\d+$"
+        ),
+        f"with spaces around the {name}": pc.match_substring_regex(ids, r"^\s|\s$"),
+    }
+    for what, found in oddities.items():
+        rows = np.flatnonzero(pc.fill_null(found, False).to_numpy(zero_copy_only=False) & good)
+        if len(rows):
+            account.notice(what, chunk.place(int(rows[0]), column), len(rows))
+
+
+def check_clock(chunk: Chunk, column: str | int, clock: Clock, account: Account) -> None:
+    """Stop where the numbers of a column are times in another unit than the clock has.
 
     Raises:
-        DataError: the file cannot be read, lacks a needed column, or holds values of other types.
+        DataError: most of them lie before `first_year` or in the future.
     """
-    rows = 0
-    try:
-        for batch in _open(path, types):
-            missing = [name for name in needed if name not in batch.schema.names]
-            if missing:
-                raise DataError(
-                    f"{path} has no column {', '.join(missing)}; it has {', '.join(batch.schema.names) or 'none'}.",
-                    "Name one of these columns, or deliver the file again with the missing ones.",
-                )
-            columns = [
-                batch.column(name).cast(kind) if name in batch.schema.names else pa.nulls(batch.num_rows, kind)
-                for name, kind in types.items()
-            ]
-            rows += batch.num_rows
-            yield pa.record_batch(columns, names=list(types))
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise DataError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read after {rows} rows: {error}.",
-            "Correct the lines or the types that the message names, or deliver the file again.",
-        ) from error
+    found = plain_numbers(chunk.columns[column])
+    if 2 * len(found) <= len(chunk) or (clock.fits(found)) or "%" in clock.time:
+        return
+    unit = clock.unit_that_fits(found)
+    ways = [account.way(f"set {{}}.time: {unit}")]
+    if not unit:
+        ways = [account.way("set {}.time to a format such as '%Y%m%d' if they are dates")]
+        ways += [account.way("set {}.first_year to the first year of the data")] if clock.time != ISO else []
+    fits = f"as {unit} they are times of {clock.first_year} to today" if unit else "no unit fits"
+    raise DataError(
+        f"{chunk.path}: the {len(found)} numbers of {chunk.unit}s {chunk.lines[0]} to {chunk.lines[-1]} are no times "
+        f"of the format {clock.time}; {fits} ({chunk.place(0, column)}).",
+        one_of(ways),
+    )
 
 
 @dataclass
@@ -92,15 +111,21 @@ class LogCounts:
     """Counts of a log, taken while its batches are written.
 
     Attributes:
+        clock: tells times that can be right.
+        account: notices the others.
         num_rows: rows.
         users, items: distinct ids, without empty ones.
-        last: time of the last event in UTC, None without any time.
+        last: the last time that can be right, microseconds since 1970; None without any.
+        last_of_all: the last time.
     """
 
+    clock: Clock
+    account: Account
     num_rows: int = 0
     users: set[str] = field(default_factory=set)
     items: set[str] = field(default_factory=set)
-    last: datetime | None = None
+    last: int | None = None
+    last_of_all: int | None = None
 
     def counted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the batches unchanged, columns of `schema.INTERACTIONS`, and count them."""
@@ -108,12 +133,46 @@ class LogCounts:
             self.num_rows += batch.num_rows
             self.users.update(filter(None, pc.unique(batch.column(USER_ID)).to_pylist()))
             self.items.update(filter(None, pc.unique(batch.column(ITEM_ID)).to_pylist()))
-            last = pc.max(batch.column(EVENT_TIME)).as_py()
-            self.last = max(filter(None, (self.last, last)), default=None)
+            micros = batch.column(EVENT_TIME).drop_null().cast(pa.int64()).to_numpy()
+            early, late = micros < self.clock.first, micros > self.clock.last
+            for what, found in ((f"before {self.clock.first_year}", early), ("in the future", late)):
+                if found.any():
+                    instant = pa.scalar(int(micros[found][0]), INSTANT).as_py()
+                    self.account.notice(f"dated {what}", f"{instant:%Y-%m-%d %H:%M} UTC", int(found.sum()))
+            missing = batch.num_rows - len(micros)
+            if missing:
+                self.account.notice("without event_time, which the ETL will set aside", "no time", missing)
+            right = micros[~early & ~late]
+            self.last = _later(self.last, right)
+            self.last_of_all = _later(self.last_of_all, micros)
             yield batch
 
+    def last_day(self) -> date:
+        """Return the day of the last event in the zone of the clock.
 
-def write_log(target: Path, batches: Iterator[pa.RecordBatch]) -> None:
+        Raises:
+            DataError: there is no event with a time.
+        """
+        last = self.last if self.last is not None else self.last_of_all
+        if last is None:
+            raise DataError(
+                f"{self.account.name}: {self.num_rows} rows and none with a time.",
+                "Let event_time name the column of the times, and deliver at least one row with a time.",
+            )
+        return pa.scalar(int(last), INSTANT).as_py().astimezone(ZoneInfo(self.clock.zone)).date()
+
+    def window(self) -> tuple[date, date]:
+        """Return the day of the last event and the day after it."""
+        last = self.last_day()
+        return last, last + timedelta(days=1)
+
+
+def _later(last: int | None, micros: NDArray[np.int64]) -> int | None:
+    times = [*([] if last is None else [last]), *([int(micros.max())] if len(micros) else [])]
+    return max(times, default=None)
+
+
+def write_log(target: Path, batches: Iterator[pa.RecordBatch], zone: str = "UTC") -> int:
     """Write interactions in bounded memory, each into the partition of the day of its event.
 
     A row without a time goes to 1970-01-01, so that the ETL counts it as dropped.
@@ -121,23 +180,28 @@ def write_log(target: Path, batches: Iterator[pa.RecordBatch]) -> None:
     Args:
         target: raw root.
         batches: columns of `schema.INTERACTIONS`.
+        zone: its midnights cut the days.
+
+    Returns:
+        The number of rows that the written files hold.
     """
     loose = pa.schema([pa.field(name, INTERACTIONS.field(name).type) for name in INTERACTIONS.names])
     parted = loose.append(pa.field(DAY, pa.string()))
 
     def with_day() -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            instants = pc.fill_null(batch.column(EVENT_TIME).cast(pa.timestamp("us")), pa.scalar(0, pa.timestamp("us")))
-            day = pc.strftime(instants, format="%Y-%m-%d")
+            instants = batch.column(EVENT_TIME).cast(INSTANT)
+            day = pc.strftime(instants.cast(pa.timestamp("us", zone)), format="%Y-%m-%d")
             columns = [
                 batch.column(field.name) if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
                 for field in loose
             ]
-            yield pa.record_batch([*columns, day], schema=parted)
+            yield pa.record_batch([*columns, pc.fill_null(day, "1970-01-01")], schema=parted)
 
+    folder = target / INTERACTIONS_FOLDER
     ds.write_dataset(
         with_day(),
-        target / INTERACTIONS_FOLDER,
+        folder,
         schema=parted,
         format="parquet",
         partitioning=ds.partitioning(pa.schema([(DAY, pa.string())]), flavor="hive"),
@@ -146,34 +210,16 @@ def write_log(target: Path, batches: Iterator[pa.RecordBatch]) -> None:
         basename_template="part-{i}.parquet",
         file_options=ds.ParquetFileFormat().make_write_options(compression="zstd"),
     )
+    return sum(pq.read_metadata(path).num_rows for path in sorted(folder.rglob("*.parquet")))
 
 
-def _open(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
-    kind = file_format(path)
-    if kind == ".parquet":
-        with pq.ParquetFile(path) as parquet:
-            names = [name for name in types if name in parquet.schema_arrow.names]
-            if parquet.metadata.num_rows == 0 or not names:
-                yield pa.record_batch(
-                    [pa.nulls(0, field.type) for field in parquet.schema_arrow], parquet.schema_arrow.names
-                )
-            yield from parquet.iter_batches(BATCH_ROWS, columns=names)
-        return
-    with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as stream:
-        if kind == ".jsonl":
-            yield from pa.json.open_json(
-                stream,
-                read_options=pa.json.ReadOptions(block_size=BLOCK_BYTES),
-                parse_options=pa.json.ParseOptions(
-                    explicit_schema=pa.schema(list(types.items())), unexpected_field_behavior="ignore"
-                ),
-            )
-            return
-        yield from pa.csv.open_csv(
-            stream,
-            read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES),
-            parse_options=pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict(types), strings_can_be_null=True, null_values=[""], quoted_strings_can_be_null=False
-            ),
-        )
+def digest_of(path: Path) -> str:
+    """Return the checksum of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.", f"Let the user who imports read {path}.") from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crane_core.errors import DataError
-from crane_core.raw.files import DAY_PREFIX, FEATURES_FOLDER, INTERACTIONS_FOLDER, ITEMS_FOLDER
+from crane_core.raw.files import DAY_PREFIX, FEATURES_FOLDER, INTERACTIONS_FOLDER, ITEMS_FOLDER, SOURCE_FILE
 from crane_core.schema import FEATURES, INTERACTIONS, ITEMS
 
-SOURCE_FILE = "source.json"
+MOST_NUMBERS = 1 << 24
+"""Numbers that are written at a time. The offsets of a list count them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Imported:
         start: first day of a suitable window.
         end: exclusive end of that window, the day after the last day of data.
         is_new: False if the folder already held this import.
+        time_zone: zone whose midnights cut the daily partitions; None where the days are nominal.
+        counts: section to what its files held, what was written, and what was set aside by reason.
+        matched: section to the share of the items of the log that it has.
+        notes: what is odd, in sentences.
     """
 
     dataset: str
@@ -50,6 +56,17 @@ class Imported:
     start: date
     end: date
     is_new: bool = True
+    time_zone: str | None = "UTC"
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    matched: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def instants(self) -> tuple[str, str]:
+        """Return start and end as a run's window has them: days in UTC, midnights of the zone elsewhere."""
+        zone = ZoneInfo(self.time_zone or "UTC")
+        midnights = (datetime.combine(day, time(), zone) for day in (self.start, self.end))
+        told = (str(midnight.date()) if not midnight.utcoffset() else midnight.isoformat() for midnight in midnights)
+        return next(told), next(told)
 
 
 def write_raw(raw: Path, source: Mapping[str, Any], build: Callable[[Path], Imported]) -> Imported:
@@ -86,35 +103,72 @@ def write_raw(raw: Path, source: Mapping[str, Any], build: Callable[[Path], Impo
     return imported
 
 
-def write_interactions(folder: Path, day: date, table: pa.Table) -> None:
-    """Write the partition of one arrival day; `table` has some columns of `schema.INTERACTIONS`."""
+def write_interactions(folder: Path, day: date, table: pa.Table) -> int:
+    """Write the partition of one arrival day, and return its rows; `table` has some columns of the log."""
     schema = pa.schema([field for field in INTERACTIONS if field.name in table.column_names])
-    _write(folder / INTERACTIONS_FOLDER / f"{DAY_PREFIX}{day.isoformat()}", table.select(schema.names), schema)
+    return _write(folder / INTERACTIONS_FOLDER / f"{DAY_PREFIX}{day.isoformat()}", table.select(schema.names), schema)
 
 
-def write_items(folder: Path, ids: list[str], titles: list[str | None]) -> None:
-    """Write the catalog: an id and a title, or None, for each item."""
-    _write(folder / ITEMS_FOLDER, pa.table([pa.array(ids), pa.array(titles, pa.string())], names=ITEMS.names), ITEMS)
+def write_items(folder: Path, ids: list[str], titles: list[str | None]) -> int:
+    """Write the catalog, an id and a title, or None, for each item; return its rows."""
+    return _write(
+        folder / ITEMS_FOLDER, pa.table([pa.array(ids), pa.array(titles, pa.string())], names=ITEMS.names), ITEMS
+    )
 
 
-def write_features(folder: Path, modality: str, ids: list[str], rows: NDArray) -> None:
+def write_features(folder: Path, modality: str, ids: Sequence[str | None], rows: NDArray) -> None:
     """Write one modality.
 
     Args:
         folder: raw root.
         modality: name of the modality.
         ids: item of each row.
-        rows: floating [len(ids), dim], stored as float32.
+        rows: numbers [len(ids), dim] in any layout, stored as float32.
     """
-    values = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
-    offsets = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * rows.shape[1])
-    vectors = pa.ListArray.from_arrays(offsets, values)
-    _write(folder / FEATURES_FOLDER / modality, pa.table([pa.array(ids), vectors], names=FEATURES.names), FEATURES)
+    with FeatureWriter(folder, modality) as writer:
+        step = max(1, MOST_NUMBERS // rows.shape[1])
+        for first in range(0, len(ids), step):
+            values = np.ascontiguousarray(rows[first : first + step], dtype=np.float32)
+            count = len(values)
+            offsets = pa.array(np.arange(count + 1, dtype=np.int32) * rows.shape[1])
+            vectors = pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
+            writer.write(pa.array(ids[first : first + count], pa.string()), vectors)
 
 
-def _write(folder: Path, table: pa.Table, schema: pa.Schema) -> None:
+class FeatureWriter:
+    """Writes the vectors of one modality, some at a time.
+
+    Args:
+        folder: raw root.
+        modality: name of the modality.
+    """
+
+    def __init__(self, folder: Path, modality: str) -> None:
+        self.path = folder / FEATURES_FOLDER / modality / "part-0.parquet"
+        self.path.parent.mkdir(parents=True)
+        self.writer = pq.ParquetWriter(self.path, FEATURES, compression="zstd")
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+
+    def write(self, ids: pa.Array, vectors: pa.Array) -> None:
+        """Write rows: text, and lists of numbers of any type."""
+        batch = pa.record_batch([ids.cast(pa.string()), vectors.cast(FEATURES.field(1).type)], names=FEATURES.names)
+        self.writer.write_batch(batch.cast(FEATURES))
+
+    def num_rows(self) -> int:
+        """Return the rows that the closed file holds."""
+        return pq.read_metadata(self.path).num_rows
+
+
+def _write(folder: Path, table: pa.Table, schema: pa.Schema) -> int:
     folder.mkdir(parents=True)
-    pq.write_table(table.cast(schema), folder / "part-0.parquet", compression="zstd")
+    path = folder / "part-0.parquet"
+    pq.write_table(table.cast(schema), path, compression="zstd")
+    return pq.read_metadata(path).num_rows
 
 
 def _present(raw: Path, source: Mapping[str, Any]) -> Imported | None:

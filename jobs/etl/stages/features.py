@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from crane_core.config import Features
+from crane_core.config import Features, RunConfig
 from crane_core.dataset.interactions import load_ids
 from crane_core.dataset.standardisation import fit_projection, fit_standardisation, projected, standardised
 from crane_core.errors import DataError
-from crane_core.raw.checks import Footer, check_features, read_matrix_rows
+from crane_core.raw.checks import Footer, check_features, read_ids, read_matrix_rows
 from crane_core.raw.files import FEATURES_FOLDER, MATRIX, list_features, raw_root
 from crane_core.raw.location import Location
+from crane_core.raw.parquet import open_parquet
 from crane_core.schema import ITEM_ID, ITEM_IDX, REASON, STATE, TRAINED, VECTOR
 from crane_core.storage.matrix import RowWriter, open_matrix
 from jobs.etl.session import open_session, readable, unreadable
@@ -46,8 +47,11 @@ BYTES_PER_TASK = 8 * 1024 * 1024
 """Bytes of vectors that one Python worker reads in less time than a second one needs to start."""
 MAX_TASKS = 1024
 _ROW_GROUP = ("row_group", pa.int32())
-MALFORMED = ("null_id", "empty_id", "null_vector", "non_finite", "wrong_length")
-"""Reasons that mean broken data. They count towards `features.max_quarantine_share`."""
+MALFORMED = ("null_id", "empty_id", "non_finite", "wrong_length")
+"""Reasons that mean broken data. They count towards `features.max_quarantine_share`. A null or empty vector does not:
+the item has none."""
+LOW_COVERAGE = 0.9
+"""A modality that a smaller share of the trained items has is worth a warning."""
 
 
 def scan(spark: SparkSession, footers: Mapping[str, Sequence[Footer]], binary: str = "float32") -> DataFrame:
@@ -83,7 +87,7 @@ def mark_bad(rows: DataFrame, items: DataFrame, dims: Mapping[str, int]) -> Data
     reason = (
         F.when(F.col(ITEM_ID).isNull(), "null_id")
         .when(F.trim(ITEM_ID) == "", "empty_id")
-        .when(F.col(VECTOR).isNull(), "null_vector")
+        .when(F.col(VECTOR).isNull() | (F.col(DIM) == 0), "null_vector")
         .when(F.col(DIM) != expected[F.col(MODALITY)], "wrong_length")
         .when(~F.col(IS_FINITE), "non_finite")
         .when(F.col(ITEM_IDX).isNull(), "unknown_item")
@@ -130,6 +134,9 @@ def run(job: Job) -> Result:
     interactions = job.input("etl.interactions")
     num_items = interactions.facts["num_items"]
     logger.info("read %s", " ".join(f"{name}={rows}" for name, rows in read.items()))
+    is_train = load_ids(interactions, "items", STATE).to_numpy() == TRAINED
+    for name, files in footers.items():
+        _compare_ids(root / FEATURES_FOLDER / name, files, load_ids(interactions, "items", ITEM_ID), is_train, config)
     spark = open_session(config.runtime, scratch(job.store.storage.uri), sum(read.values()))
 
     with readable():
@@ -148,7 +155,6 @@ def run(job: Job) -> Result:
 
     masks = _write_raw_matrices(job.work, dims, num_items)
     kind = config.features.standardise
-    is_train = load_ids(interactions, "items", STATE).to_numpy() == TRAINED
     facts: dict[str, Any] = {}
     for name, dim in dims.items():
         folder = job.out / name
@@ -159,6 +165,7 @@ def run(job: Job) -> Result:
         np.savez(folder / "standardisation.npz", allow_pickle=False, kind=np.array(kind), **fitted)
         present = int(masks[name].sum())
         facts[name] = {"dim": dim, "present": present, "missing": num_items - present, "num_rows_read": read[name]}
+        facts[name]["trained_coverage"] = _check_coverage(root / FEATURES_FOLDER / name, masks[name], is_train, config)
         most = config.features.max_dim
         if most is not None and dim > most:
             axes = fit_projection(
@@ -182,6 +189,52 @@ def run(job: Job) -> Result:
     return Result({"modalities": facts, "quarantine": quarantine}, {"quarantine": quarantine_sum})
 
 
+def _compare_ids(
+    folder: Location, files: Sequence[Footer], items: pa.ChunkedArray, is_train: NDArray[np.bool_], config: RunConfig
+) -> None:
+    """Stop before Spark starts where the ids of a modality are not those of the log.
+
+    Raises:
+        DataError: it has no item of the log or the catalog, or too few of the trained ones.
+    """
+    found = np.zeros(len(items), dtype=bool)
+    items = items.cast(pa.string())
+    first: list[str] = []
+    for footer in files:
+        for ids in read_ids(footer):
+            first += ids[: 0 if first else 3].to_pylist()
+            found |= pc.is_in(items, ids).to_numpy(zero_copy_only=False)
+    if len(items) and not found.any():
+        total = sum(footer.num_rows for footer in files)
+        raise DataError(
+            f"{folder}: none of its {total} rows belongs to an item of the log or the catalog: its ids are such as "
+            f"{', '.join(map(repr, first))}, theirs such as {', '.join(map(repr, items[:3].to_pylist()))}.",
+            "Use the item ids of the interactions in the features, in the same form.",
+        )
+    _check_coverage(folder, found, is_train, config)
+
+
+def _check_coverage(
+    folder: Location, found: NDArray[np.bool_], is_train: NDArray[np.bool_], config: RunConfig
+) -> float:
+    """Return the share of the trained items that have a vector; warn of a low one.
+
+    Raises:
+        DataError: it is below `features.min_trained_coverage`.
+    """
+    coverage = float(found[is_train].mean()) if is_train.any() else 1.0
+    least = config.features.min_trained_coverage
+    if coverage < least:
+        raise DataError(
+            f"{folder}: {int(found[is_train].sum())} of {int(is_train.sum())} items with training interactions have a "
+            f"vector, a share of {coverage:.4f}; features.min_trained_coverage is {least}.",
+            "Deliver the features of the other items, or lower features.min_trained_coverage.",
+        )
+    if coverage < LOW_COVERAGE:
+        logger.warning("coverage modality=%s trained_items_with_vector=%.4f", folder.name, coverage)
+    return coverage
+
+
 def _scan_row_groups(binary: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         for piece in batch.to_pylist():
@@ -191,7 +244,7 @@ def _scan_row_groups(binary: str, batches: Iterator[pa.RecordBatch]) -> Iterator
                     for rows in read_matrix_rows(location, piece["row_group"], BATCH_ROWS):
                         yield describe(piece[MODALITY], rows)
                     continue
-                with pq.ParquetFile(str(location.path), filesystem=location.filesystem) as parquet:
+                with open_parquet(location) as parquet:
                     for rows in parquet.iter_batches(BATCH_ROWS, [piece["row_group"]], [ITEM_ID, VECTOR]):
                         yield describe(piece[MODALITY], rows, binary)
             except (pa.ArrowException, OSError, ValueError) as error:

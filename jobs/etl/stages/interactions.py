@@ -22,8 +22,16 @@ from pyspark.storagelevel import StorageLevel
 from crane_core.config import RunConfig
 from crane_core.errors import DataError
 from crane_core.raw.checks import Footer, check_interactions, check_items, ignored_columns
-from crane_core.raw.files import INTERACTIONS_FOLDER, arrives_within, list_interactions, list_items, raw_root
+from crane_core.raw.files import (
+    INTERACTIONS_FOLDER,
+    arrives_within,
+    check_zone,
+    list_interactions,
+    list_items,
+    raw_root,
+)
 from crane_core.raw.location import Location
+from crane_core.raw.overlap import check_delivered
 from crane_core.schema import (
     EVENT_TIME,
     EVENT_TYPE,
@@ -62,7 +70,7 @@ from jobs.etl.events import (
     with_codes,
 )
 from jobs.etl.ids import ITEMS, USERS, Catalog, Seen, first_seen, number_ids, trained_keys
-from jobs.etl.quality import distributions, measure_drift, stop_on_drift
+from jobs.etl.quality import count_early, distributions, measure_drift, stop_on_drift
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
 from jobs.etl.tables import Counted, Tally, lookup, tallies, write_balanced, write_parts, write_table
@@ -176,8 +184,10 @@ def run(job: Job) -> Result:
 def _check(job: Job) -> Delivered:
     config = job.config
     root = raw_root(config, job.store.storage.uri)
+    check_zone(root, config.etl)
     log = check_interactions(list_interactions(root, config.window, config.etl), config.window, config.etl)
     catalog = check_items(list_items(root))
+    check_delivered(root, log, catalog, config.features)
     ignored = ignored_columns([*log, *catalog])
     for name, found in ignored.items():
         logger.warning("ignored column=%s files=%d first=%s", name, len(found), found[0])
@@ -290,6 +300,7 @@ def _report(job: Job, tables: dict[str, DataFrame], num_read: int, num_catalog: 
         "density": num_train / max(1, per_user["count"] * per_item["count"]),
         "cold_per_split": cold_splits,
         "drift": drift,
+        "before_1990": count_early(days),
     }
     (job.out / "quality.json").write_text(json.dumps(quality, indent=1))
     logger.info(

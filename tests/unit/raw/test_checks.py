@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from crane_core.config import Etl
 from crane_core.errors import DataError
-from crane_core.raw.checks import check_features, check_interactions, check_items, read_matrix_rows
+from crane_core.raw.checks import check_features, check_interactions, check_items, read_ids, read_matrix_rows
 from crane_core.raw.files import list_features, list_interactions, list_items
 from crane_core.schema import INTERACTIONS
 from tests.worlds.raw_data import at, window, write_day, write_four_days, write_items, write_vectors
@@ -90,11 +91,20 @@ def test_catalog_is_optional_but_must_be_right(tmp_path: Path) -> None:
         check_items(list_items(tmp_path))
 
 
-def test_vectors_must_be_lists_of_floating_numbers(tmp_path: Path) -> None:
-    path = write_vectors(tmp_path, "text", [("a", [1.0])], pa.list_(pa.float16()))
-    assert check_features(list_features(tmp_path, ())["text"])[0].num_row_groups == 1
-    pq.write_table(pa.table({"item_id": ["a"], "vector": [[1]]}), path)
-    with pytest.raises(DataError, match=r"\(1 rows\): column 'vector' is list<\w+: int64>, expected list of float32"):
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float64(), pa.int8(), pa.uint64(), pa.decimal128(5, 2)])
+def test_vectors_are_lists_of_any_numbers(tmp_path: Path, kind: pa.DataType) -> None:
+    rows = [("a", [1, 2]), ("b", None)]
+    number = Decimal if pa.types.is_decimal(kind) else int
+    rows = [(item, row and [number(each) for each in row]) for item, row in rows]
+    for listed in (pa.list_(kind), pa.large_list(kind), pa.list_(kind, 2)):
+        write_vectors(tmp_path, "text", rows, listed)
+        assert check_features(list_features(tmp_path, ())["text"])[0].num_row_groups == 1
+
+
+def test_vectors_must_be_lists_of_numbers(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path, "text", [("a", [1.0])])
+    pq.write_table(pa.table({"item_id": ["a"], "vector": [["1"]]}), path)
+    with pytest.raises(DataError, match=r"\(1 rows\): column 'vector' is list<\w+: string>, expected list of float32"):
         check_features(list_features(tmp_path, ())["text"])
     pq.write_table(
         pa.table({"item_id": pa.array([], pa.string()), "vector": pa.array([], pa.list_(pa.float32()))}), path
@@ -110,7 +120,7 @@ def write_matrix(folder: Path, name: str, rows: Any, ids: list[str]) -> Path:
     return folder / f"{name}.npy"
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int16, np.uint64])
 def test_matrices_with_ids_are_features(tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crane_core.raw.checks.GROUP_ROWS", 3)
     rows = np.arange(14, dtype=kind).reshape(7, 2)
@@ -127,14 +137,31 @@ def test_matrices_with_ids_are_features(tmp_path: Path, kind: type, monkeypatch:
     assert [vector for batch in batches for vector in batch.column(1).to_pylist()] == rows.tolist()
 
 
+def test_ids_of_a_matrix_may_have_a_mark_and_ends_of_windows(tmp_path: Path) -> None:
+    path = write_matrix(tmp_path / "features" / "image", "a", np.ones((2, 1)), [])
+    (path.parent / "a.ids.txt").write_bytes(b"\xef\xbb\xbfi1\r\ni2\r\n")
+    footer = check_features(list_features(tmp_path, ())["image"])[0]
+    assert [ids.to_pylist() for ids in read_ids(footer)] == [["i1", "i2"]]
+
+
+def test_old_timestamps_of_spark_are_instants(tmp_path: Path) -> None:
+    rows = [("a", "x", at("2026-01-05"), 1.0, 0)]
+    path = write_day(tmp_path, "2026-01-05", rows)
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(table, path, use_deprecated_int96_timestamps=True, store_schema=False)
+    checked = window("2026-01-05", "2026-01-06")
+    footers = check_interactions(list_interactions(tmp_path, checked, Etl()), checked, Etl())
+    assert footers[0].types["event_time"] == pa.timestamp("us", "UTC")
+
+
 @pytest.mark.parametrize(
     ("rows", "ids", "damage", "expected"),
     [
         (np.ones((2, 2)), ["a"], None, r"\(2 rows\) has 1 ids"),
         (np.ones((2, 2)), ["a", "b"], "ids", r"\(2 rows\) has no ids"),
-        (np.ones((2, 2)), ["a", "b"], "cut", "no complete matrix of floating numbers: .* bytes are not what"),
+        (np.ones((2, 2)), ["a", "b"], "cut", "no complete matrix of numbers: .* bytes are not what"),
         (np.ones((2, 2)), ["a", "b"], "garbage", "no complete matrix"),
-        (np.ones((2, 2), dtype=int), ["a", "b"], None, "no complete matrix .* of int64"),
+        (np.ones((2, 2), dtype=complex), ["a", "b"], None, "no complete matrix .* of complex128"),
         (np.ones(4), list("abcd"), None, "no complete matrix"),
         (np.asfortranarray(np.ones((2, 3))), ["a", "b"], None, "column by column"),
         (np.array([[object()]]), ["a"], None, "no complete matrix"),

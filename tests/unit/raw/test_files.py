@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from crane_core.config import Etl, RunConfig
-from crane_core.errors import ConfigError, DataError
-from crane_core.raw.files import list_features, list_interactions, raw_root
+from crane_core.errors import ConfigError, CraneError, DataError
+from crane_core.raw.files import check_zone, list_features, list_interactions, raw_root
+from crane_core.raw.location import Location
 from tests.worlds.raw_data import at, window, write_day, write_four_days, write_vectors
 
 
@@ -101,3 +102,30 @@ def test_raw_data_are_on_a_disk_or_on_s3(tmp_path: Path) -> None:
         raw_root(config("hdfs://name/raw"), "/somewhere")
     with pytest.raises(DataError, match=r"There is no raw data at .*absent, 0 rows"):
         raw_root(config(str(tmp_path / "absent")), "/somewhere")
+
+
+@pytest.mark.parametrize(
+    ("record", "zone", "expected"),
+    [
+        (None, "Asia/Tokyo", None),
+        ('{"imported": {"time_zone": "Asia/Tokyo"}}', "Asia/Tokyo", None),
+        ('{"imported": {"time_zone": null}}', "Asia/Tokyo", None),
+        ('{"imported": {}}', "UTC", None),
+        ('{"imported": {"time_zone": "Asia/Tokyo"}}', "UTC", ConfigError),
+        ('{"imported": {}}', "Asia/Tokyo", ConfigError),
+        ("{", "UTC", DataError),
+        ("[]", "UTC", DataError),
+    ],
+)
+def test_imported_days_must_be_days_of_the_run(
+    tmp_path: Path, record: str | None, zone: str, expected: type[CraneError] | None
+) -> None:
+    if record is not None:
+        (tmp_path / "source.json").write_text(record)
+    if expected is None:
+        check_zone(Location.at(tmp_path), Etl(time_zone=zone))
+        return
+    with pytest.raises(expected) as caught:
+        check_zone(Location.at(tmp_path), Etl(time_zone=zone))
+    if expected is ConfigError:
+        assert "--set etl.time_zone=" in caught.value.remedy

@@ -74,9 +74,12 @@ def test_broken_amazon_files_are_errors(tmp_path: Path) -> None:
         import_amazon(reviews, tmp_path / "raw")
     write_lines(tmp_path / "meta_Kitchen.jsonl", PRODUCTS)
     reviews.write_text('{"user_id": "A1", "rating": \n')
-    with pytest.raises(DataError, match="cannot be read after 0 rows"):
+    with pytest.raises(DataError, match="line 1 is no JSON object"):
         import_amazon(reviews, tmp_path / "raw")
     write_lines(reviews, [{"user_id": "A1"}])
-    with pytest.raises(DataError, match="no review with a time"):
+    with pytest.raises(DataError, match="none of 1 objects has parent_asin, rating, timestamp; they have user_id"):
+        import_amazon(reviews, tmp_path / "raw")
+    write_lines(reviews, [{**REVIEWS[3]}])
+    with pytest.raises(DataError, match="1 rows and none with a time"):
         import_amazon(reviews, tmp_path / "raw")
     assert not (tmp_path / "raw").exists()

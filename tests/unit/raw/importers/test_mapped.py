@@ -48,7 +48,7 @@ def test_mapped_files_become_raw_data(shop: Path) -> None:
     imported = import_mapped(shop / "mapping.yaml", raw)
     assert (imported.num_users, imported.num_items, imported.num_interactions) == (2, 3, 2)
     assert imported.modalities == {"image": 3, "text": 2}
-    rows = table(raw, "interactions/dt=2026-01-05").to_pylist()
+    rows = [row for day in ("05", "06") for row in table(raw, f"interactions/dt=2026-01-{day}").to_pylist()]
     found = [
         (row["user_id"], row["item_id"], row["event_time"].isoformat(), row["weight"], row["event_type"])
         for row in rows
@@ -57,6 +57,8 @@ def test_mapped_files_become_raw_data(shop: Path) -> None:
         ("c1", "00017", "2026-01-05T22:30:00+00:00", 2.0, "view"),
         ("c2", "a,b", "2026-01-05T23:30:00+00:00", None, "purchase"),
     ]
+    assert imported.time_zone == "Europe/Berlin"
+    assert imported.instants() == ("2026-01-06T00:00:00+01:00", "2026-01-07T00:00:00+01:00")
     check(raw, imported.start, imported.end, needs_label=False)
     assert not import_mapped(shop / "mapping.yaml", raw).is_new
 
@@ -69,7 +71,7 @@ def test_mapped_files_become_raw_data(shop: Path) -> None:
         ("dataset: shop", "datasets: shop", ConfigError, "dataset"),
         ("customer", "client", DataError, "no column client|client"),
         ("events/*.csv", "events/*.xls", DataError, "no file 'events/.\\\\*.xls'"),
-        ("zone: Europe/Berlin", "time: s", DataError, "cannot be read"),
+        ("zone: Europe/Berlin", "time: s", DataError, "bad_event_time 2 .*a.csv line 2, column 'at'"),
         ("ids: image_ids.txt", "ids: products.tsv", DataError, "3 ids"),
         ("vector: embedding", "vector: vec", DataError, "cannot be read|no column"),
     ],

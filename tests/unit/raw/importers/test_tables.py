@@ -1,69 +1,104 @@
-"""Files of rows in several formats, and logs counted while they are written."""
+"""Chunks become batches of the raw layout, rows that do not fit are counted, and logs are written by day."""
 
 from __future__ import annotations
 
-import gzip
-from datetime import UTC, datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from crane_core.errors import DataError
-from crane_core.raw.importers.tables import LogCounts, list_files, read_batches, write_log
+from crane_core.raw.importers import cells
+from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.instants import Clock
+from crane_core.raw.importers.rows import Chunk
+from crane_core.raw.importers.tables import LogCounts, Wanted, check_clock, fitting, write_log
 from tests.worlds.raw_data import at
 from tests.worlds.sources import table
 
-TYPES = {"sku": pa.string(), "price": pa.float32(), "absent": pa.int64()}
+CLOCK = Clock(now=datetime(2026, 6, 1))
 
 
-def test_formats_give_the_same_batches(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("sku,price,note\n007,1.5,x\n,2,y\n")
-    (tmp_path / "b.tsv").write_text("price\tsku\n1.5\t007\n2\t\n")
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"sku": "007", "price": 1.5}\n{"price": 2}\n'))
-    pq.write_table(pa.table({"sku": ["007", None], "price": [1.5, 2.0]}), tmp_path / "d.parquet")
-    files = list_files(tmp_path, ["*.parquet", "[a-c].*"])
-    assert [path.name for path in files] == ["a.csv", "b.tsv", "c.jsonl.gz", "d.parquet"]
-    for path in files:
-        rows = [row for batch in read_batches(path, TYPES, ["sku"]) for row in batch.to_pylist()]
-        assert rows == [{"sku": "007", "price": 1.5, "absent": None}, {"sku": None, "price": 2.0, "absent": None}]
-    for name in ("a.csv", "d.parquet"):
-        with pytest.raises(DataError, match=rf"{name} has no column absent; it has .*price"):
-            list(read_batches(tmp_path / name, TYPES, ["absent"]))
-
-
-def test_unknown_formats_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.xls").write_text("12")
-    with pytest.raises(DataError, match=r"a\.xls \(2 bytes\) is of no known format"):
-        list_files(tmp_path, ["*"])
+def batch(users: list[str | None], items: list[str | None], times: list[datetime | None]) -> pa.RecordBatch:
+    return pa.record_batch(
+        {
+            "user_id": pa.array(users, pa.string()),
+            "item_id": pa.array(items, pa.string()),
+            "event_time": pa.array(times, pa.timestamp("us", "UTC")),
+        }
+    )
 
 
 def test_a_log_is_counted_while_it_is_written(tmp_path: Path) -> None:
+    counts = LogCounts(CLOCK, Account("interactions"))
     batches = [
-        pa.record_batch(
-            {
-                "user_id": pa.array(users, pa.string()),
-                "item_id": pa.array(items, pa.string()),
-                "event_time": pa.array(times, pa.timestamp("us", "UTC")),
-            }
-        )
-        for users, items, times in (
-            (["a", "", "b"], ["x", "y", "x"], [at("2026-01-06 23:59"), at("2026-01-05"), None]),
-            (["a", None], ["z", ""], [at("2026-01-04"), at("2026-01-05")]),
-        )
+        batch(["a", "", "b"], ["x", "y", "x"], [at("2026-01-06 23:59"), at("2026-01-05"), None]),
+        batch(["a", None], ["z", ""], [at("2026-01-04"), at("2026-01-05")]),
     ]
-    counts = LogCounts()
-    write_log(tmp_path, counts.counted(iter(batches)))
-    assert (counts.num_rows, counts.users, counts.items) == (5, {"a", "b"}, {"x", "y", "z"})
-    assert counts.last == datetime(2026, 1, 6, 23, 59, tzinfo=UTC)
-    written = {
-        path.name: table(tmp_path, f"interactions/{path.name}") for path in (tmp_path / "interactions").iterdir()
-    }
-    assert {name: rows.num_rows for name, rows in written.items()} == {
+    assert write_log(tmp_path, counts.counted(iter(batches))) == counts.num_rows == 5
+    assert (counts.users, counts.items) == ({"a", "b"}, {"x", "y", "z"})
+    assert counts.window() == (date(2026, 1, 6), date(2026, 1, 7))
+    days = {path.name: table(tmp_path, f"interactions/{path.name}") for path in (tmp_path / "interactions").iterdir()}
+    assert {name: rows.num_rows for name, rows in days.items()} == {
         "dt=1970-01-01": 1,
         "dt=2026-01-04": 1,
         "dt=2026-01-05": 2,
         "dt=2026-01-06": 1,
     }
-    assert LogCounts().last is None
+
+
+@pytest.mark.parametrize(
+    ("zone", "day"), [("UTC", "2026-01-05"), ("Asia/Tokyo", "2026-01-06"), ("America/New_York", "2026-01-05")]
+)
+def test_midnights_of_a_zone_cut_the_days(tmp_path: Path, zone: str, day: str) -> None:
+    assert write_log(tmp_path, iter([batch(["a"], ["x"], [at("2026-01-05 22:00")])]), zone) == 1
+    assert [path.name for path in (tmp_path / "interactions").iterdir()] == [f"dt={day}"]
+
+
+def test_times_that_no_shop_has_are_named_and_do_not_move_the_window() -> None:
+    account = Account("interactions")
+    counts = LogCounts(CLOCK, account)
+    times = [at("0001-01-05"), at("1970-01-01"), at("2026-01-05"), at("2099-01-01")]
+    list(counts.counted(iter([batch(["a"] * 4, ["x"] * 4, times)])))
+    assert account.noticed == {"dated before 1990": 2, "dated in the future": 1}
+    assert "0001" in account.notes()[0] or "1-01-05" in account.notes()[0]
+    assert counts.window() == (date(2026, 1, 5), date(2026, 1, 6))
+
+
+def test_rows_that_do_not_fit_are_set_aside_for_their_first_bad_value() -> None:
+    account = Account("interactions")
+    columns = {"w": ["1", "x", "2", "y"], "l": ["train", "?", "?", "test"]}
+    wanted = {
+        "weight": Wanted("w", cells.weights),
+        "label": Wanted("l", lambda values: cells.words(values, cells.LABELS, pa.int8())),
+    }
+    found = fitting(Chunk(Path("ev.csv"), columns, [2, 3, 4, 5]), wanted, account)
+    assert found.to_pylist() == [{"weight": 1.0, "label": 0}]
+    assert account.set_aside == {"bad_weight": 2, "bad_label": 1}
+    assert account.examples["bad_label"] == ["ev.csv line 4, column 'l': '?'"]
+
+
+@pytest.mark.parametrize(
+    ("number", "time", "fits"),
+    [
+        (1433221332, "s", ""),
+        (1433221332117, "s", "as ms"),
+        (1433221332, "ms", "as s"),
+        (1588687728923000, "ms", "as us"),
+        (1588687728923000000, "us", "as ns"),
+        (1433221332, "iso", "as s"),
+        (20190102, "iso", "no unit fits"),
+        (20190102, "s", "no unit fits"),
+    ],
+)
+def test_numbers_in_another_unit_are_told_by_their_years(number: int, time: str, fits: str) -> None:
+    clock = Clock(time, now=datetime(2026, 6, 1))
+    for values in ([str(number)] * 3, pa.array([number] * 3), pa.array([float(number)] * 3)):
+        chunk = Chunk(Path("ev.csv"), {"t": values}, [2, 3, 4])
+        if fits:
+            with pytest.raises(DataError, match=fits) as caught:
+                check_clock(chunk, "t", clock, Account("interactions"))
+            assert "Set interactions.time" in caught.value.remedy
+        else:
+            check_clock(chunk, "t", clock, Account("interactions"))

@@ -1,0 +1,155 @@
+"""The account of an import: what the files held, what was written, and what was set aside, by reason."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crane_core.errors import DataError
+
+NOTHING_THERE = frozenset({"no_vector", "no_category", "no_id", "repeated_id"})
+"""Reasons of rows that are sound and have nothing to write."""
+MOST_EXAMPLES = 3
+MOST_CHARACTERS = 60
+HINTS = {
+    "bad_weight": "name a word that stands for no value in {0}.missing, or set {0}.decimal: ',' for decimal commas",
+    "bad_event_time": "set {0}.time to iso, s, ms, us, ns or a format such as '%d.%m.%Y %H:%M'",
+    "bad_label": "say in {0}.labels what each word means, for example {{learn: 0, check: 1, judge: 2}}",
+    "wrong_fields": "set {0}.separator, or {0}.quote to the quote of the file or to none",
+    "bad_vector": "name in {0}.columns a column of lists of numbers",
+}
+
+
+@dataclass
+class Account:
+    """Counts of one section of an import, for example of the interactions.
+
+    Attributes:
+        name: of the section, as the mapping has it.
+        max_set_aside: share of the rows that may be set aside.
+        settings: whether the section has settings that a remedy can name.
+        lines: lines of text files.
+        headers, blank, continued: lines that are a header, that are empty, and that go on with a quoted value.
+        rows: rows, records or objects that the files hold.
+        text_rows: those of them that text files hold, each of at least one line.
+        written: rows that were written.
+        set_aside: reason to the number of rows that were not written.
+        noticed: what is odd about rows that were written, with their number.
+        examples: reason to the places of its first rows.
+    """
+
+    name: str
+    max_set_aside: float = 0.0
+    settings: bool = True
+    lines: int = 0
+    headers: int = 0
+    blank: int = 0
+    continued: int = 0
+    rows: int = 0
+    text_rows: int = 0
+    written: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)
+    noticed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, place: str, count: int = 1) -> None:
+        """Count rows that are not written."""
+        self._count(self.set_aside, reason, place, count)
+
+    def notice(self, what: str, place: str, count: int = 1) -> None:
+        """Count rows that are written although something about them is odd."""
+        self._count(self.noticed, what, place, count)
+
+    def way(self, text: str) -> str:
+        """Return a remedy that changes the section in the mapping; where the format has none, by way of a mapping.
+
+        Args:
+            text: with `{}` for the section, as in `set {}.time: ms`.
+        """
+        if self.settings:
+            return text.format(self.name)
+        return f"import it with crane import mapped, and {text.format('interactions')} in its mapping"
+
+    def _count(self, counter: Counter[str], what: str, place: str, count: int) -> None:
+        counter[what] += count
+        places = self.examples.setdefault(what, [])
+        if len(places) < MOST_EXAMPLES:
+            places.append(place)
+
+    def settle(self) -> None:
+        """Check that everything read is accounted for, and that not too much is set aside.
+
+        Raises:
+            DataError: the counts do not add up, or more than `max_set_aside` of the rows do not fit.
+        """
+        accounted = self.written + self.set_aside.total()
+        held = self.headers + self.blank + self.continued + self.text_rows
+        if self.rows != accounted or self.lines != held:
+            raise DataError(
+                f"{self.name}: {self.rows} rows read, {self.written} written and {self.set_aside.total()} set aside; "
+                f"{self.lines} lines read, {held} accounted for. The import would lose rows, so it has stopped.",
+                "This is a defect of the importer: report it with these numbers. Nothing was written.",
+            )
+        self.check_share()
+
+    def check_share(self) -> None:
+        """Check that not too much is set aside.
+
+        Raises:
+            DataError: more than `max_set_aside` of the rows do not fit.
+        """
+        aside = sum(count for reason, count in self.set_aside.items() if reason not in NOTHING_THERE)
+        if aside > self.max_set_aside * self.rows:
+            raise DataError(f"{self.name}: {aside} of {self.rows} rows do not fit: {self.told()}.", self._remedy(aside))
+
+    def told(self) -> str:
+        """Return each reason with its count and its first places."""
+        return "; ".join(f"{reason} {count}{self._where(reason)}" for reason, count in self.set_aside.items())
+
+    def _where(self, what: str) -> str:
+        """Return the first places of a reason in brackets, nothing where none is known."""
+        found = [each for each in self.examples[what] if each]
+        more = [] if (self.set_aside + self.noticed)[what] <= len(found) else ["..."]
+        return f" ({', '.join([*found, *more])})" if found else ""
+
+    def _remedy(self, aside: int) -> str:
+        ways = ["correct these rows"]
+        ways += [self.way(HINTS[reason]) for reason in self.set_aside if self.settings and reason in HINTS]
+        share = math.ceil(10_000 * aside / self.rows) / 10_000
+        if aside < self.rows:
+            ways.append(self.way(f"set {{}}.max_set_aside: {share:g} to leave them out and count them"))
+        return one_of(ways)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        counts: dict[str, Any] = {"rows": self.rows, "written": self.written, "set_aside": dict(self.set_aside)}
+        if self.lines:
+            counts = {"lines": self.lines, **counts}
+            parts = {"headers": self.headers, "blank": self.blank, "continued": self.continued}
+            counts |= {name: count for name, count in parts.items() if count}
+        return counts
+
+    def notes(self) -> list[str]:
+        """Return what is odd, and what was set aside, as sentences."""
+        odd = [f"{self.name}: {count} rows {what}{self._where(what)}" for what, count in self.noticed.items()]
+        left = [f"{self.name}: {n} rows set aside, {why}{self._where(why)}" for why, n in self.set_aside.items()]
+        if self.continued:
+            odd.append(f"{self.name}: quoted values go on over {self.continued} further lines")
+        return odd + left
+
+
+def place(path: Path, line: int, column: str, value: Any, unit: str = "line") -> str:
+    """Return where a value is, and the value."""
+    text = repr(str(value)) if not isinstance(value, str) else repr(value)
+    shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+    return f"{path} {unit} {line}" + (f", column {column!r}: {shown}" if column else f": {shown}")
+
+
+def one_of(ways: Sequence[str]) -> str:
+    """Return a remedy that offers several ways, as a sentence."""
+    text = "; or ".join(ways)
+    return f"{text[0].upper()}{text[1:]}."

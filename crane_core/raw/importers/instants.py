@@ -1,0 +1,214 @@
+"""Turn the times of a column into instants, whatever they are written as, and tell numbers of another unit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+from numpy.typing import NDArray
+
+from crane_core.raw.importers.cells import MISSING, Cells, Values, ids, numbers, texts
+
+INSTANT = pa.timestamp("us", "UTC")
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+ISO = "iso"
+_EPOCH = datetime(1970, 1, 1)
+_MICROSECOND = timedelta(microseconds=1)
+FIRST, LAST = ((each - _EPOCH) // _MICROSECOND for each in (datetime(1, 1, 2), datetime(9999, 12, 30)))
+"""Instants that have a date in every time zone, microseconds since 1970."""
+_LOOSE = re.compile(
+    r"(\d{4})[-/.](\d\d?)[-/.](\d\d?)(?:[T ]+(\d\d?:\d\d(?::\d\d)?)(?:[.,](\d+))?)?\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?",
+    re.IGNORECASE,
+)
+_NUMBER = r"^\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*$"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How the times of a section are to be read.
+
+    Attributes:
+        time: `iso`, a unit of `PER_SECOND`, or a format of `datetime.strptime`.
+        zone: of times without one.
+        first_year: first year that is taken for right.
+        now: instants a day and more after it are taken for wrong.
+    """
+
+    time: str = ISO
+    zone: str = "UTC"
+    first_year: int = 1990
+    now: datetime = datetime.max
+
+    @property
+    def first(self) -> int:
+        """First instant that is taken for right, microseconds since 1970."""
+        return (datetime(self.first_year, 1, 1) - _EPOCH) // _MICROSECOND
+
+    @property
+    def last(self) -> int:
+        """Last instant that is taken for right, microseconds since 1970."""
+        return (self.now.replace(tzinfo=None) - _EPOCH) // _MICROSECOND + 86_400_000_000
+
+    def unit_that_fits(self, values: NDArray[np.float64]) -> str | None:
+        """Return the unit in which most numbers lie in years that are taken for right; None if there is none."""
+        shares = {unit: self._share(values * (1e6 / rate)) for unit, rate in PER_SECOND.items()}
+        best = max(shares, key=lambda unit: shares[unit])
+        return best if shares[best] > 0.5 else None
+
+    def fits(self, values: NDArray[np.float64]) -> bool:
+        """Return whether at least half of the numbers lie in such years in the unit that is declared."""
+        return self.time in PER_SECOND and self._share(values * (1e6 / PER_SECOND[self.time])) >= 0.5
+
+    def _share(self, micros: NDArray[np.float64]) -> float:
+        return float(np.mean((micros >= self.first) & (micros <= self.last)))
+
+
+def plain_numbers(values: Values) -> NDArray[np.float64]:
+    """Return the values of a column that are numbers and no times by their type."""
+    if isinstance(values, pa.Array) and pt.is_temporal(values.type):
+        return np.empty(0)
+    text = isinstance(values, list) or pt.is_string(values.type) or pt.is_binary(values.type)
+    if text:
+        found = texts(values).values
+        values = pc.if_else(pc.match_substring_regex(found, _NUMBER), found, pa.scalar(None, pa.string()))
+    return numbers(values).values.drop_null().to_numpy()
+
+
+def instants(values: Values, clock: Clock, missing: Sequence[str] = MISSING) -> Cells:
+    """Return the times of a column as instants in UTC, microseconds. Bad is what is none, or not within FIRST to LAST.
+
+    A column of timestamps or dates is taken for what it is, whatever `clock.time` says.
+    """
+    if isinstance(values, pa.Array) and pt.is_timestamp(values.type):
+        return _stamps(values, clock.zone)
+    if isinstance(values, pa.Array) and pt.is_date(values.type):
+        return _stamps(values.cast(pa.timestamp("s")), clock.zone)
+    if isinstance(values, pa.Array) and not (pt.is_string(values.type) or pt.is_binary(values.type)):
+        return _numeric(values, clock.time)
+    read = texts(values)
+    text = read.values
+    gone = pc.is_in(pc.utf8_trim_whitespace(text), pa.array(sorted({"", *missing}), pa.string()))
+    text = pc.if_else(gone, pa.scalar(None, pa.string()), text)
+    found = _counted(text, PER_SECOND[clock.time]) if clock.time in PER_SECOND else _written(text, clock)
+    return Cells(found.values, found.bad | read.bad)
+
+
+def _stamps(values: pa.Array, zone: str) -> Cells:
+    """Return timestamps of any unit, with a zone or without, as instants."""
+    unit, aware = values.type.unit, values.type.tz is not None
+    rate = PER_SECOND[unit]
+    counts = values.cast(pa.timestamp(unit, "UTC") if aware else pa.timestamp(unit)).cast(pa.int64())
+    number = pc.fill_null(counts, 0).to_numpy()
+    low, high = (bound * rate // 10**6 if rate < 10**9 else None for bound in (FIRST, LAST))
+    inside = np.ones(len(number), bool) if low is None or high is None else (number > low) & (number < high)
+    micros = np.where(inside, number, 0)
+    micros = micros * (10**6 // rate) if rate <= 10**6 else micros // 1000
+    return _placed(micros, ~inside, values.is_valid(), None if aware else zone)
+
+
+def _numeric(values: pa.Array, time: str) -> Cells:
+    """Return a column of numbers as instants, counted in a unit."""
+    if time not in PER_SECOND or not (
+        pt.is_integer(values.type)
+        or pt.is_floating(values.type)
+        or pt.is_decimal(values.type)
+        or pt.is_null(values.type)
+    ):
+        return Cells(pa.nulls(len(values), INSTANT), _valid(values))
+    if pt.is_integer(values.type):
+        return _counted(ids(values).values, PER_SECOND[time])
+    found = numbers(values)
+    valid = found.values.is_valid()
+    exact = pc.fill_null(found.values, 0.0).to_numpy(zero_copy_only=False) * (1e6 / PER_SECOND[time])
+    inside = (exact >= FIRST) & (exact <= LAST)
+    placed = _placed(np.rint(np.where(inside, exact, 0)).astype(np.int64), ~inside, valid, None)
+    return Cells(placed.values, placed.bad | found.bad)
+
+
+def _counted(text: pa.Array, rate: int) -> Cells:
+    """Return numbers in decimal text, counted since 1970, as instants."""
+    micros, outside = np.zeros(len(text), np.int64), np.zeros(len(text), bool)
+    matched = pc.fill_null(pc.match_substring_regex(text, _NUMBER), False).to_pylist()
+    for row, (value, fits) in enumerate(zip(text.to_pylist(), matched, strict=True)):
+        if value is None:
+            continue
+        number: int | None = None
+        if fits and len(value) < 40:
+            try:
+                number = int(value) * 10**6 // rate
+            except ValueError:
+                exact = Decimal(value)
+                number = round(exact * 10**6 / rate) if abs(exact.adjusted()) < 30 else None
+        if number is not None and FIRST <= number <= LAST:
+            micros[row] = number
+        else:
+            outside[row] = True
+    return _placed(micros, outside, text.is_valid(), None)
+
+
+def _written(text: pa.Array, clock: Clock) -> Cells:
+    """Return times in ISO 8601, or in the format of the clock, as instants."""
+    size = len(text)
+    micros, bad, local = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
+    for row, value in enumerate(text.to_pylist()):
+        if value is None:
+            continue
+        try:
+            time = datetime.strptime(value.strip(), clock.time) if clock.time != ISO else _iso(value.strip())
+            local[row] = time.tzinfo is None
+            if not local[row]:
+                time = time.astimezone(UTC).replace(tzinfo=None)
+            micros[row] = (time - _EPOCH) // _MICROSECOND
+            bad[row] = not FIRST <= micros[row] <= LAST
+        except (ValueError, OverflowError):
+            bad[row] = True
+    exact = _placed(micros, bad | local, text.is_valid(), None)
+    zoned = _placed(micros, bad | ~local, text.is_valid(), clock.zone)
+    return Cells(pc.coalesce(exact.values, zoned.values), bad)
+
+
+def _iso(value: str) -> datetime:
+    """Return a time in ISO 8601, or near it: slashes, ` UTC`, hours of an offset alone.
+
+    Raises:
+        ValueError: it is none. A bare number is none either: `20190101` may be a date or a count of seconds.
+    """
+    if value.isdigit():
+        raise ValueError(value)
+    try:
+        return datetime.fromisoformat(value)
+    except ValueError:
+        found = _LOOSE.fullmatch(value)
+        if not found:
+            raise
+    year, month, day, clock, fraction, zone = found.groups()
+    clock = clock or "00:00"
+    clock = clock if clock.index(":") == 2 else f"0{clock}"
+    clock = f"{clock}:00" if len(clock) == 5 else clock
+    zone = "" if zone is None else "+00:00" if zone[0] not in "+-" else zone
+    zone = f"{zone}:00" if len(zone) == 3 else zone
+    return datetime.fromisoformat(f"{year}-{int(month):02}-{int(day):02}T{clock}.{(fraction or '0')[:6]:0<6}{zone}")
+
+
+def _placed(micros: NDArray[np.int64], bad: NDArray[np.bool_], valid: pa.Array, zone: str | None) -> Cells:
+    """Return counts of microseconds as instants; as times of a zone's clocks where a zone is given."""
+    bad = bad & valid.to_numpy(zero_copy_only=False)
+    there = pc.and_(valid, pa.array(~bad))
+    stamps = pc.if_else(there, pa.array(micros), pa.scalar(None, pa.int64()))
+    if zone is None:
+        return Cells(stamps.cast(INSTANT), bad)
+    local = pc.assume_timezone(stamps.cast(pa.timestamp("us")), zone, ambiguous="earliest", nonexistent="earliest")
+    return Cells(local.cast(INSTANT), bad)
+
+
+def _valid(values: pa.Array) -> NDArray[np.bool_]:
+    found: Any = values.is_valid().to_numpy(zero_copy_only=False)
+    return found.astype(bool)

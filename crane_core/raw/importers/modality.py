@@ -1,0 +1,298 @@
+"""Write the features that a mapping file describes: vectors, categories as multi-hot, numbers as they are."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+from numpy.typing import NDArray
+
+from crane_core.errors import ConfigError, DataError
+from crane_core.raw.files import check_modality
+from crane_core.raw.importers import cells
+from crane_core.raw.importers.account import Account, place
+from crane_core.raw.importers.cells import Cells, Converter, Values
+from crane_core.raw.importers.mapping import MATRIX, MappedModality, list_files, list_tables
+from crane_core.raw.importers.matrix import load_matrix
+from crane_core.raw.importers.rows import open_text, read_chunks
+from crane_core.raw.importers.tables import Wanted, fitting
+from crane_core.raw.importers.target import FeatureWriter, write_features
+from crane_core.schema import ITEM_ID, VECTOR
+
+FLOATS = pa.list_(pa.float32())
+
+
+@dataclass(frozen=True)
+class WrittenModality:
+    """What was written of one modality.
+
+    Attributes:
+        width: of its vectors.
+        items: ids that have one.
+    """
+
+    width: int
+    items: set[str]
+
+
+def feature_files(folder: Path, name: str, entry: MappedModality) -> list[Path]:
+    """List the files of a modality: tables, or a matrix and its ids.
+
+    Raises:
+        ConfigError: a matrix has no ids.
+        DataError: there is no such file, or the files are of several kinds.
+    """
+    check_modality(name, folder)
+    section = f"features.{name}"
+    files = list_files(folder, entry.files, f"{section}.files")
+    if not any(path.suffix == MATRIX for path in files):
+        return list_tables(folder, entry, section)
+    if len(files) > 1 or entry.kind != "vectors":
+        raise DataError(
+            f"{section}: {', '.join(entry.files)} matches {len(files)} files, expected one {MATRIX} matrix of vectors.",
+            f"Set {section}.files in the mapping to one {MATRIX} matrix, or to tables.",
+        )
+    if entry.ids is None:
+        raise ConfigError(
+            f"{section} is a matrix without ids.",
+            f"Add {section}.ids: FILE to the mapping, a file with one item id a line.",
+        )
+    return [*files, *list_files(folder, [entry.ids], f"{section}.ids")]
+
+
+def write_modality(
+    target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
+) -> WrittenModality:
+    """Write one modality.
+
+    Args:
+        target: raw root.
+        name: of the modality.
+        files: from `feature_files`.
+        entry: the modality in the mapping.
+        account: counts its rows.
+
+    Raises:
+        DataError: a file does not have the described format, or no item has a vector.
+    """
+    if files[0].suffix == MATRIX:
+        written = _write_matrix(target, name, files, entry, account)
+    elif entry.kind == "categories":
+        written = _write_categories(target, name, files, entry, account)
+    else:
+        written = _write_lists(target, name, files, entry, account)
+    account.settle()
+    if not written.items:
+        raise DataError(
+            f"features.{name}: none of {account.rows} rows of {files[0]} is an item with a vector: {account.told()}.",
+            f"Name in features.{name}.columns a vector that is not empty, or leave features.{name} out of the mapping.",
+        )
+    return written
+
+
+def vectors(values: Values) -> Cells:
+    """Return lists of numbers of any type as lists of float32; bad is what is no list of numbers."""
+    if isinstance(values, pa.Array):
+        kind = values.type
+        if pt.is_null(kind):
+            return Cells(pa.nulls(len(values), FLOATS), np.zeros(len(values), bool))
+        if (pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)) and _is_number(kind.value_type):
+            return Cells(values.cast(pa.list_(kind.value_type)).cast(FLOATS, safe=False), np.zeros(len(values), bool))
+        return Cells(pa.nulls(len(values), FLOATS), values.is_valid().to_numpy(zero_copy_only=False))
+    rows = [_floats(value) for value in values]
+    bad = np.array([value is not None and row is None for value, row in zip(values, rows, strict=True)], dtype=bool)
+    return Cells(pa.array(rows, FLOATS), bad)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind) or pt.is_boolean(kind)
+
+
+def _floats(value: Any) -> list[float | None] | None:
+    if not isinstance(value, list) or any(isinstance(each, (bool, list, dict)) for each in value):
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            return [None if each is None else float(np.float32(each)) for each in value]
+    except (ValueError, OverflowError):
+        return None
+
+
+def _batches(
+    files: Sequence[Path], entry: MappedModality, wanted: dict[str, Wanted], account: Account
+) -> Iterator[pa.RecordBatch]:
+    columns = [each.column for each in wanted.values()]
+    for path in files:
+        for chunk in read_chunks(path, entry, columns, account):
+            yield fitting(chunk, wanted, account)
+
+
+def modality_columns(entry: MappedModality) -> dict[str, Wanted]:
+    """Return the columns of a modality, `item_id` and one or several that make up the vector, and how each is made."""
+    missing = cells.MISSING if entry.missing is None else entry.missing
+    convert: dict[str, Converter] = {
+        "vectors": vectors,
+        "categories": lambda values: _word_lists(values, entry),
+        "numbers": lambda values: cells.weights(values, missing, entry.decimal),
+    }
+    column = entry.columns["item_id"]
+    assert not isinstance(column, tuple)
+    wanted = {ITEM_ID: Wanted(column, lambda values: cells.ids(values, entry.missing or (), ITEM_ID in entry.numeric))}
+    for index, each in enumerate(entry.vector_columns):
+        name = VECTOR if entry.kind == "vectors" else f"{VECTOR}_{index}"
+        wanted[name] = Wanted(each, convert[entry.kind])
+    return wanted
+
+
+def _write_lists(
+    target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
+) -> WrittenModality:
+    """Write vectors, or columns of numbers as vectors. An item whose vector or any number is null is left out."""
+    wanted = modality_columns(entry)
+    lengths: Counter[int] = Counter()
+    items: set[str] = set()
+    with FeatureWriter(target, name) as writer:
+        for batch in _batches(files, entry, wanted, account):
+            found = batch.column(VECTOR) if entry.kind == "vectors" else _side_by_side(batch)
+            there = found.is_valid()
+            rows = pc.sum(there).as_py() or 0
+            if rows < len(found):
+                account.drop("no_vector", "", len(found) - rows)
+            ids, found = batch.column(ITEM_ID).filter(there), found.filter(there)
+            lengths.update(pc.list_value_length(found).to_pylist())
+            items.update(filter(None, ids.to_pylist()))
+            writer.write(ids, found)
+    account.written = writer.num_rows()
+    if len(lengths) > 1:
+        told = ", ".join(f"{count} of length {length}" for length, count in lengths.most_common(3))
+        account.notice(
+            f"with vectors of different lengths: {told}; the ETL keeps the most frequent", name, account.written
+        )
+    return WrittenModality(lengths.most_common(1)[0][0] if lengths else 0, items)
+
+
+def _side_by_side(batch: pa.RecordBatch) -> pa.Array:
+    """Return the columns of numbers of a batch as one list column."""
+    columns = [batch.column(name) for name in batch.schema.names if name != ITEM_ID]
+    valid = np.logical_and.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
+    rows = np.stack([pc.fill_null(column, 0).to_numpy() for column in columns], axis=1)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), len(columns))
+    return pc.if_else(pa.array(valid), lists.cast(FLOATS), pa.scalar(None, FLOATS))
+
+
+def _write_categories(
+    target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
+) -> WrittenModality:
+    """Write one column per word, in alphabetical order, which is 1 for the items that have it."""
+    wanted = modality_columns(entry)
+    several = len(entry.vector_columns) > 1
+    ids: list[str | None] = []
+    rows: list[frozenset[str]] = []
+    known: dict[frozenset[str], frozenset[str]] = {}
+    for batch in _batches(files, entry, wanted, account):
+        columns = [(column, batch.column(f"{VECTOR}_{index}")) for index, column in enumerate(entry.vector_columns)]
+        ids += batch.column(ITEM_ID).to_pylist()
+        for row in range(batch.num_rows):
+            words = [(column, word) for column, values in columns for word in values[row].as_py() or ()]
+            found = frozenset(f"{column}={word}" if several else word for column, word in words)
+            rows.append(known.setdefault(found, found))
+    counts = Counter(word for row in rows for word in row)
+    if len(counts) > entry.most:
+        common = ", ".join(f"{word!r} ({count})" for word, count in counts.most_common(3))
+        raise DataError(
+            f"features.{name} has {len(counts)} categories in {len(rows)} rows, such as {common}; "
+            f"features.{name}.most is {entry.most}.",
+            f"Set features.{name}.most: {len(counts)} in the mapping, or set features.{name}.values to what separates "
+            "the words, or name a column with fewer.",
+        )
+    places = {word: index for index, word in enumerate(sorted(counts))}
+    there = [row for row, words in enumerate(rows) if words]
+    if len(there) < len(rows):
+        account.drop("no_category", "", len(rows) - len(there))
+    with FeatureWriter(target, name) as writer:
+        step = max(1, (1 << 22) // max(1, len(places)))
+        for first in range(0, len(there), step):
+            part = there[first : first + step]
+            matrix = np.zeros((len(part), len(places)), dtype=np.float32)
+            for index, row in enumerate(part):
+                matrix[index, [places[word] for word in rows[row]]] = 1
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), max(1, len(places)))
+            writer.write(pa.array([ids[row] for row in part], pa.string()), lists.cast(FLOATS))
+    account.written = writer.num_rows()
+    return WrittenModality(len(places), {item for item in (ids[row] for row in there) if item})
+
+
+def _word_lists(values: Values, entry: MappedModality) -> Cells:
+    """Return the words of each row: text between separators, or the members of a list; numbers and flags are words."""
+    missing = set(cells.MISSING if entry.missing is None else entry.missing)
+    if isinstance(values, pa.Array) and not pt.is_nested(values.type):
+        values = values.cast(pa.string()) if pt.is_boolean(values.type) else values
+        found = cells.ids(values)
+        told: list[list[str | None]] = [[text] for text in found.values.to_pylist()]
+        bad = found.bad
+    else:
+        rows: Sequence[Any] = values.to_pylist() if isinstance(values, pa.Array) else values
+        members = [each if isinstance(each, list) else [each] for each in rows]
+        flat = [str(each) if isinstance(each, bool) else each for row in members for each in row]
+        found = cells.ids(flat)
+        text, ends = found.values.to_pylist(), np.cumsum([0, *map(len, members)])
+        spans = [slice(first, end) for first, end in itertools.pairwise(ends)]
+        told = [text[span] for span in spans]
+        bad = np.array([found.bad[span].any() for span in spans], dtype=bool)
+    words = [[word.strip() for text in row if text for word in text.split(entry.values)] for row in told]
+    kept = [[word for word in row if word and word not in missing] for row in words]
+    return Cells(pa.array(kept, pa.list_(pa.string())), bad)
+
+
+def _write_matrix(
+    target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
+) -> WrittenModality:
+    """Write a matrix whose items are in a file of ids."""
+    path, ids_path = files
+    matrix = load_matrix(path)
+    lines = read_id_lines(ids_path, f"features.{name}", entry.encoding)
+    found = cells.ids(lines, entry.missing or (), ITEM_ID in entry.numeric)
+    account.rows = len(matrix)
+    if len(lines) != len(matrix):
+        raise wrong_id_count(files, matrix, lines)
+    for row in np.flatnonzero(found.bad):
+        account.drop("bad_item_id", place(ids_path, int(row) + 1, "", lines[row]))
+    good = np.flatnonzero(~found.bad)
+    ids = found.values.take(pa.array(good)).to_pylist()
+    write_features(target, name, ids, matrix if len(good) == len(matrix) else matrix[good])
+    account.written = len(ids)
+    return WrittenModality(int(matrix.shape[1]), set(filter(None, ids)))
+
+
+def read_id_lines(path: Path, section: str, encoding: str) -> list[str]:
+    """Return the ids of a file with one a line.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open_text(path, encoding, None) as text:
+            return [line.removesuffix("\n") for line in text]
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.", f"Set {section}.encoding in the mapping to that of the ids."
+        ) from error
+
+
+def wrong_id_count(files: Sequence[Path], matrix: NDArray, lines: Sequence[str]) -> DataError:
+    """Return the error of a matrix, the first of the files, that has not as many rows as the second has ids."""
+    header = f"; {lines[0]!r} may be a header" if len(lines) == len(matrix) + 1 else ""
+    return DataError(
+        f"{files[0]} has shape {list(matrix.shape)} and type {matrix.dtype}, {files[1]} {len(lines)} ids{header}; "
+        "expected as many ids as rows.",
+        f"Write {files[1].name} with one item id for each of the {len(matrix)} rows, one a line, without a header.",
+    )

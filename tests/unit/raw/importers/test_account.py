@@ -1,0 +1,52 @@
+"""The account of an import adds up, or stops it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from crane_core.errors import DataError
+from crane_core.raw.importers.account import Account, one_of, place
+
+
+@pytest.mark.parametrize("change", [{"written": 8}, {"rows": 11}, {"lines": 13}, {"blank": 0}])
+def test_counts_that_do_not_add_up_stop_the_import(change: dict[str, int]) -> None:
+    counts = {"lines": 12, "headers": 1, "blank": 1, "rows": 10, "text_rows": 10, "written": 9}
+    account = Account("interactions", 0.5, **counts)
+    account.drop("bad_weight", "a.csv line 3")
+    account.settle()
+    broken = Account("interactions", 0.5, **{**counts, **change})
+    broken.drop("bad_weight", "a.csv line 3")
+    with pytest.raises(DataError, match="The import would lose rows, so it has stopped"):
+        broken.settle()
+
+
+def test_too_many_rows_that_do_not_fit_name_the_settings_that_help() -> None:
+    account = Account("interactions", 0.1, rows=10, written=7)
+    for line in (3, 4, 5):
+        account.drop("bad_weight", place(Path("a.csv"), line, "w", "x" * 99))
+    with pytest.raises(
+        DataError, match=r"3 of 10 rows do not fit: bad_weight 3 \(a\.csv line 3, column 'w': 'xxx"
+    ) as caught:
+        account.settle()
+    assert "interactions.missing" in caught.value.remedy and "max_set_aside: 0.3 " in caught.value.remedy
+    account.max_set_aside = 0.3
+    account.settle()
+    assert account.as_dict() == {"rows": 10, "written": 7, "set_aside": {"bad_weight": 3}}
+    assert account.notes()[0].startswith("interactions: 3 rows set aside, bad_weight (a.csv line 3")
+
+
+def test_rows_with_nothing_to_write_do_not_count_as_unfit() -> None:
+    account = Account("features.text", 0.0, rows=10, written=1)
+    account.drop("no_vector", "", 9)
+    account.settle()
+    assert account.notes() == ["features.text: 9 rows set aside, no_vector"]
+
+
+def test_formats_without_settings_lead_to_a_mapping() -> None:
+    assert Account("log").way("set {}.time: ms") == "set log.time: ms"
+    assert Account("log", settings=False).way("set {}.time: ms") == (
+        "import it with crane import mapped, and set interactions.time: ms in its mapping"
+    )
+    assert one_of(["close it", "set b: c"]) == "Close it; or set b: c."
