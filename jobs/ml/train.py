@@ -3,7 +3,8 @@
 With `crane.mode=joint` the RCA weights that `ml.refine` has fitted go on learning and the item graph moves with them.
 
 Leaves `embeddings.safetensors` (`user_embeddings` and `item_embeddings`, scores are their dot products): CRANE's rows
-beside the behavioural view, at the share the validation split trusts them with. Also `weights.safetensors`,
+beside the behavioural view, at the share the validation split trusts them with; and where the data have times, beside
+the user's recent items and the popularity of the moment (`training/head.py`). Also `weights.safetensors`,
 `curve.json` with one entry per epoch, and `trust.json` with the recall at every share tried.
 """
 
@@ -23,6 +24,7 @@ from crane_core.model.crane import Crane
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
+from crane_core.training.head import choose_head
 from crane_core.training.share import choose_share
 from jobs.ml.training import load_embeddings, run_training, save_embeddings, train
 from jobs.runner import Job, Result
@@ -58,11 +60,13 @@ def run(job: Job) -> Result:
     interactions = load_interactions(job.input("etl.interactions"))
     chosen = choose_share(behaviour, (users, items), item_graph(job), interactions, job.config)
     logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
-    save_embeddings(job.out, *chosen.rows)
+    head = choose_head(chosen.rows, interactions, job.config)
+    if head is not None:
+        logger.info("head %s", " ".join(f"{name}={value}" for name, value in head.facts().items()))
+    save_embeddings(job.out, *(chosen.rows if head is None else head.rows))
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
-    return Result(
-        summary | {"trust": chosen.share, "validation": summary["validation"] | {"fused_recall@20": chosen.recall}}
-    )
+    validation = summary["validation"] | {"fused_recall@20": chosen.recall}
+    return Result(summary | {"trust": chosen.share, "head": head and head.facts(), "validation": validation})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
