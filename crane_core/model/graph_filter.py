@@ -1,8 +1,9 @@
 """A linear low-pass filter of the user-item graph: what users met lately, carried over to similar items.
 
 The axes are the leading singular vectors of the normalised matrix of users and items, the ideal low-pass filter of GF-CF
-(Shen et al., CIKM 2021). A user's row is the sum over the history, so nothing of a user is learned: a history of any
-length and age has a row.
+(Shen et al., CIKM 2021). A user's row is a sum over the history, so nothing of a user is learned: a history of any length
+and age has a row. Degrees are enlarged by a constant. Otherwise a user and an item that met each other alone would be
+an axis of their own.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import torch
 from torch import Tensor
 
 from crane_core.dataset.interactions import Interactions
+from crane_core.model.views import Rows
 
+_SHRINKAGE = 10
+"""Interactions added to every degree."""
 _OVERSAMPLING = 16
 _ITERATIONS = 4
 
 
 def item_axes(interactions: Interactions, dim: int, seed: int) -> Tensor:
-    """Return the leading right singular vectors of `D_u^-1/2 R D_i^-1/2`, where R holds the training interactions.
+    """Return the leading right singular vectors of `D_u^-1/2 R D_i^-1/2`, where R marks the training interactions.
 
     By randomised subspace iteration (Halko, Martinsson and Tropp, 2011). A cold item has a zero row.
 
@@ -32,9 +36,8 @@ def item_axes(interactions: Interactions, dim: int, seed: int) -> Tensor:
         float32 [num_items, dim].
     """
     train = interactions.train
-    degrees = interactions.item_counts()
-    left, right = (np.maximum(counts, 1) ** -0.5 for counts in (train.counts(), degrees))
-    matrix = _history(interactions, np.repeat(left, train.counts()) * right[train.items])
+    left = np.repeat((train.counts() + _SHRINKAGE) ** -0.5, train.counts())
+    matrix = _history(interactions, left / _roots(interactions)[train.items])
     transposed = matrix.T.tocsr()
     width = min(dim + _OVERSAMPLING, *matrix.shape)
     basis = np.random.default_rng(seed).standard_normal((interactions.num_items, width)).astype(np.float32)
@@ -46,8 +49,11 @@ def item_axes(interactions: Interactions, dim: int, seed: int) -> Tensor:
     return torch.from_numpy(axes)
 
 
-def user_rows(axes: Tensor, interactions: Interactions, half_life: float | None) -> Tensor:
-    """Return the sum of the rows of each user's training items, each divided by the root of the item's degree.
+def filtered(axes: Tensor, interactions: Interactions, half_life: float | None) -> Rows:
+    """Return the rows whose dot products are the filtered histories of the users.
+
+    An item that the user met adds the user's weight of it over the root of its degree; an item is scored times the root
+    of its own degree.
 
     Args:
         axes: float32 [num_items, d].
@@ -55,11 +61,15 @@ def user_rows(axes: Tensor, interactions: Interactions, half_life: float | None)
         half_life: days in which an interaction of the user loses half of its weight; None for no decay.
 
     Returns:
-        float32 [num_users, d].
+        users float32 [num_users, d] and items float32 [num_items, d].
     """
-    scale = np.maximum(interactions.item_counts(), 1).astype(np.float32) ** -0.5
+    roots = torch.from_numpy(_roots(interactions)).float()[:, None]
     history = _history(interactions, interactions.decayed(half_life))
-    return torch.from_numpy(history @ (axes.numpy() * scale[:, None]))
+    return torch.from_numpy(history @ (axes / roots).numpy()), axes * roots
+
+
+def _roots(interactions: Interactions) -> np.ndarray:
+    return (interactions.item_counts() + _SHRINKAGE) ** 0.5
 
 
 def _history(interactions: Interactions, values: np.ndarray) -> sp.csr_array:

@@ -20,7 +20,7 @@ from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.baselines import choose_half_life, first_unseen, popular_items
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time, without
-from crane_core.model.graph_filter import item_axes, user_rows
+from crane_core.model.graph_filter import filtered, item_axes
 from crane_core.model.views import Rows
 from crane_core.model_config import ModelConfig
 
@@ -216,7 +216,7 @@ def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) ->
     own = of_unit_spread(model)
     fits = {}
     for history in config.head.history_half_lives:
-        channels = {"model": own, "recent": of_unit_spread((user_rows(axes, interactions, history), axes))}
+        channels = {"model": own, "recent": of_unit_spread(filtered(axes, interactions, history))}
         fits[history] = channels, fit_head(channels, popularity, interactions, users)
     history = min(fits, key=lambda each: fits[each][1].loss)
     channels, head = fits[history]
