@@ -50,10 +50,9 @@ def item_axes(interactions: Interactions, dim: int, seed: int) -> Tensor:
 
 
 def filtered(axes: Tensor, interactions: Interactions, half_life: float | None) -> Rows:
-    """Return the rows whose dot products are the filtered histories of the users.
+    """Return an item's row, its axes over the root of its degree, and a user's, the sum over what the user met.
 
-    An item that the user met adds the user's weight of it over the root of its degree; an item is scored times the root
-    of its own degree.
+    Popular items get short rows: how popular an item is, the score says elsewhere.
 
     Args:
         axes: float32 [num_items, d].
@@ -63,9 +62,9 @@ def filtered(axes: Tensor, interactions: Interactions, half_life: float | None) 
     Returns:
         users float32 [num_users, d] and items float32 [num_items, d].
     """
-    roots = torch.from_numpy(_roots(interactions)).float()[:, None]
+    items = axes / torch.from_numpy(_roots(interactions)).float()[:, None]
     history = _history(interactions, interactions.decayed(half_life))
-    return torch.from_numpy(history @ (axes / roots).numpy()), axes * roots
+    return torch.from_numpy(history @ items.numpy()), items
 
 
 def _roots(interactions: Interactions) -> np.ndarray:

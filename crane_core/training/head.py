@@ -32,8 +32,9 @@ _POPULAR, _OTHERS = 400, 600
 """Size of the sample of alternatives: the most popular items, and others at random."""
 _MOST_USERS = 4096
 """Validation users that the weights are fitted on at most."""
-_PENALTY = 1e-3
-"""Weight of the squared distance of the weights from popularity alone."""
+_PENALTY = 50.0
+"""Weight of the squared distance of the weights from popularity alone, against the sum over the interactions: some
+hundred of them cannot bend the weights far."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,23 @@ class Head:
     channels: Mapping[str, float]
     loss: float = 0.0
 
-    def rows(self, channels: Mapping[str, Rows], log_popularity: Tensor) -> Rows:
+    def rows(self, channels: Mapping[str, Rows], log_popularity: Tensor, num_users: int) -> Rows:
         """Return the rows whose dot products are the scores: float32 [num_users, d] and [num_items, d].
 
         The last coordinate is 1 for users and the weighted logarithm of the popularity for items.
+
+        Args:
+            channels: name to rows.
+            log_popularity: float32 [num_items].
+            num_users: number of users.
         """
-        num_users = len(next(iter(channels.values()))[0])
-        users, items = [torch.ones(num_users, 1)], [self.popularity * log_popularity[:, None]]
-        for name, (of_users, of_items) in channels.items():
-            factor = self.channels[name] ** 0.5
-            if factor:
-                users.insert(-1, factor * of_users)
-                items.insert(-1, factor * of_items)
-        return torch.cat(users, dim=1), torch.cat(items, dim=1)
+        factors = {name: weight**0.5 for name, weight in self.channels.items() if weight > 0}
+        items = [factor * channels[name][1] for name, factor in factors.items()]
+        users = [factor * channels[name][0] for name, factor in factors.items()]
+        return (
+            torch.cat([*users, torch.ones(num_users, 1)], dim=1),
+            torch.cat([*items, self.popularity * log_popularity[:, None]], dim=1),
+        )
 
 
 def score_spread(users: Tensor, items: Tensor) -> float:
@@ -148,7 +153,8 @@ def _most_likely(
             rivals = torch.logsumexp(base + torch.tensordot(values, among[active], 1), dim=1)[positions]
             positive = values @ own[active]
             missed = torch.logaddexp(positive, rivals) - positive
-            return (weights * missed).sum() / weights.sum() + _PENALTY * (values - start[active]).square().sum()
+            distance = (values - start[active]).square().sum()
+            return ((weights * missed).sum() + _PENALTY * distance) / weights.sum()
 
         def step(optimiser: torch.optim.LBFGS = optimiser, loss: Callable[[], Tensor] = loss) -> Tensor:
             optimiser.zero_grad()
@@ -172,14 +178,15 @@ class ChosenHead:
         half_life: of the popularity, days; None for no decay.
         history_half_life: of the users' histories, days; None for no decay.
         head: the weights.
-        recall: validation Recall@20 of the score and of popularity alone, by weights fitted on other users.
+        recall: channels that stand beside the popularity, joined by `+`, to validation Recall@20 with weights that
+            were fitted on other users; `` is popularity alone.
         rows: users float32 [num_users, d] and items float32 [num_items, d] to score by.
     """
 
     half_life: float | None
     history_half_life: float | None
     head: Head
-    recall: tuple[float, float]
+    recall: Mapping[str, float]
     rows: Rows
 
     def facts(self) -> dict[str, object]:
@@ -188,16 +195,21 @@ class ChosenHead:
             "half_life": self.half_life,
             "history_half_life": self.history_half_life,
             "weights": {"popularity": self.head.popularity, **self.head.channels},
-            "recall@20": self.recall[0],
-            "popularity_recall@20": self.recall[1],
+            "recall@20": dict(self.recall),
         }
+
+
+MODEL, RECENT = "model", "recent"
+"""Channels: the rows of the model, and what the user met lately."""
+SETS = ((), (RECENT,), (MODEL, RECENT))
+"""Sets of channels that validation chooses from."""
 
 
 def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) -> ChosenHead | None:
     """Choose how a model's rows, the users' recent items and the popularity of the moment are combined.
 
-    The popularity alone is taken where the others, weighted by half of the validation users, find fewer of the other
-    half's items: what is personal must be worth more than chance.
+    Of the sets of channels the one is taken whose weights, fitted on half of the validation users, find most items of
+    the other half; of equal ones the smallest. So what is personal must be worth something to enter.
 
     Args:
         model: the rows of a model that knows no times.
@@ -213,35 +225,35 @@ def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) ->
     half_life = choose_half_life(interactions, config.head.half_lives)
     popularity = log_popularity(interactions, half_life)
     axes = item_axes(interactions, config.lightgcn.embedding_dim, config.train.seed)
-    own = of_unit_spread(model)
-    fits = {}
+    losses = {}
     for history in config.head.history_half_lives:
-        channels = {"model": own, "recent": of_unit_spread(filtered(axes, interactions, history))}
-        fits[history] = channels, fit_head(channels, popularity, interactions, users)
-    history = min(fits, key=lambda each: fits[each][1].loss)
-    channels, head = fits[history]
-    recall = _cross_fitted(channels, popularity, interactions, users)
-    if recall[0] < recall[1]:
-        head = Head(1.0, dict.fromkeys(channels, 0.0))
-    return ChosenHead(half_life, history, head, recall, head.rows(channels, popularity))
+        recent = of_unit_spread(filtered(axes, interactions, history))
+        losses[history] = fit_head({RECENT: recent}, popularity, interactions, users).loss
+    history = min(losses, key=losses.__getitem__)
+    own = {MODEL: of_unit_spread(model), RECENT: of_unit_spread(filtered(axes, interactions, history))}
+    recall = {
+        names: _cross_fitted({name: own[name] for name in names}, popularity, interactions, users) for names in SETS
+    }
+    names = max(SETS, key=recall.__getitem__)
+    channels = {name: own[name] for name in names}
+    head = fit_head(channels, popularity, interactions, users) if channels else Head(1.0, {})
+    found = {"+".join(names): value for names, value in recall.items()}
+    return ChosenHead(half_life, history, head, found, head.rows(channels, popularity, interactions.num_users))
 
 
 def _cross_fitted(
     channels: Mapping[str, Rows], popularity: Tensor, interactions: Interactions, users: np.ndarray
-) -> tuple[float, float]:
-    """Return the Recall@20 of the score with weights fitted on the other half of the users, and of popularity alone."""
+) -> float:
+    """Return the validation Recall@20 of users whose interactions had no part in the weights."""
     halves = users[::2], users[1::2]
-    if not len(halves[1]):
-        return 0.0, 0.0
-    found: list[list[np.ndarray]] = [[], []]
     order = popular_items(interactions, popularity.numpy())
+    values = []
     for fitted, judged in (halves, halves[::-1]):
-        rows = fit_head(channels, popularity, interactions, fitted).rows(channels, popularity)
-        score = without(dot_product(*rows), interactions.tombstones)
-        block = users_at_a_time(interactions.num_items)
-        for values, ranked in (
-            (found[0], rank_users(score, interactions.train, judged, 20, block)),
-            (found[1], first_unseen(order, interactions.train, judged, 20)),
-        ):
-            values.append(user_metrics(ranked, interactions.validation, judged, (20,))["recall@20"])
-    return float(np.concatenate(found[0]).mean()), float(np.concatenate(found[1]).mean())
+        if channels and len(fitted):
+            rows = fit_head(channels, popularity, interactions, fitted).rows(channels, popularity, interactions.num_users)
+            score = without(dot_product(*rows), interactions.tombstones)
+            ranked = rank_users(score, interactions.train, judged, 20, users_at_a_time(interactions.num_items))
+        else:
+            ranked = first_unseen(order, interactions.train, judged, 20)
+        values.append(user_metrics(ranked, interactions.validation, judged, (20,))["recall@20"])
+    return float(np.concatenate(values).mean())

@@ -33,12 +33,12 @@ def test_a_user_is_the_decayed_sum_of_what_the_user_met() -> None:
     axes = item_axes(log, 4, seed=0)
     users, items = filtered(axes, log, 2.0)
     roots = (log.item_counts() + 10) ** 0.5
-    np.testing.assert_allclose(items.numpy(), axes.numpy() * roots[:, None], rtol=1e-5)
+    np.testing.assert_allclose(items.numpy(), axes.numpy() / roots[:, None], rtol=1e-5)
     for user in (0, 5):
         own = slice(log.train.indptr[user], log.train.indptr[user + 1])
         met = log.train.items[own]
-        worth = weights[own] * 0.5 ** (ages[own] / 2) / roots[met]
-        np.testing.assert_allclose(users[user].numpy(), worth @ axes.numpy()[met], rtol=1e-4, atol=1e-6)
+        worth = weights[own] * 0.5 ** (ages[own] / 2)
+        np.testing.assert_allclose(users[user].numpy(), worth @ items.numpy()[met], rtol=1e-4, atol=1e-6)
 
 
 def test_users_who_met_nothing_else_make_no_axis() -> None:
