@@ -255,7 +255,11 @@ class Promote(Section):
     """The challenger's popularity bias may be at most this multiple of the champion's."""
     max_cold_recall_loss: float = Field(0.02, ge=0)
     """Largest loss of the recall of cold items."""
-    beats: tuple[Literal["lightgcn", "popularity"], ...] = ("lightgcn", "popularity")
+    beats: tuple[Literal["lightgcn", "popularity", "recent_popularity"], ...] = (
+        "lightgcn",
+        "popularity",
+        "recent_popularity",
+    )
     """Baselines a first champion must reach or exceed in Recall@20."""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from crane_core.section import Section
 
 Loss = Literal["softmax", "bpr"]
+HalfLife = Annotated[float, Field(gt=0)] | None
 
 
 class Train(Section):
@@ -100,12 +101,23 @@ class CraneSettings(Section):
         return self.own_content or self.semantic_users == "profiles"
 
 
+class HeadSettings(Section):
+    """What stands beside a model's score where the data have times: popularity of the moment, users' recent items."""
+
+    half_lives: tuple[HalfLife, ...] = Field((1, 2, 3, 5, 7, 14, 30, 90, None), min_length=1)
+    """Half-lives of the popularity, days, that validation chooses from; null is no decay. For the baseline, too."""
+    history_half_lives: tuple[HalfLife, ...] = (3, 14, 60, None)
+    """Half-lives of a user's own history, days, that validation chooses from; null is no decay. Empty: the score is
+    that of a model that knows no times."""
+
+
 class ModelConfig(Section):
     """The sections that models and their training obey."""
 
     train: Train = Train()
     lightgcn: LightGCNSettings = LightGCNSettings()
     crane: CraneSettings = CraneSettings()
+    head: HeadSettings = HeadSettings()
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the same with other values of some fields, `section.field` to value."""

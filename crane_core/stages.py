@@ -155,7 +155,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("etl.interactions", 3, _fixed(), _fixed("window", "etl"), source=_interactions_source),
         Stage("etl.features", 2, _fixed("etl.interactions"), _fixed("features"), source=_features_source),
-        Stage("etl.profiles", 1, _fixed("etl.interactions", "etl.features"), _fixed("profiles")),
+        Stage("etl.profiles", 2, _fixed("etl.interactions", "etl.features"), _fixed("profiles")),
         Stage(
             "ml.refine",
             1,
@@ -181,19 +181,19 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.behaviour",
-            1,
+            2,
             _fixed("etl.interactions"),
             _fixed("train", "lightgcn"),
             ignores=_fixed("train.checkpoint_steps"),
         ),
         Stage(
             "ml.train",
-            3,
+            4,
             lambda config: (
                 *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
                 *_joint(config, "etl.features", "etl.profiles"),
             ),
-            lambda config: ("train", "lightgcn", "crane", *_joint(config, "refine", "knn")),
+            lambda config: ("train", "lightgcn", "crane", "head", *_joint(config, "refine", "knn")),
             ignores=lambda config: (
                 "train.checkpoint_steps",
                 *_staged(config, "crane.joint_start", "crane.graph_epochs"),
@@ -202,9 +202,10 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.evaluate",
-            6,
+            7,
             _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
-            _fixed("evaluate"),
+            _fixed("evaluate", "head"),
+            ignores=_fixed("head.history_half_lives"),
         ),
         Stage("ml.register", 2, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
         Stage("ml.export", 3, _fixed("etl.interactions", "ml.train"), _fixed("export")),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,18 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from crane_core.errors import ArtifactError
-from crane_core.schema import ITEM_IDX, SPLIT, STATE, TEST, TOMBSTONE, TRAIN, USER_IDX, VALIDATION
+from crane_core.schema import (
+    EVENT_TIME,
+    ITEM_IDX,
+    SPLIT,
+    STATE,
+    TEST,
+    TOMBSTONE,
+    TRAIN,
+    USER_IDX,
+    VALIDATION,
+    WEIGHT,
+)
 from crane_core.storage.artifacts import Artifact
 
 BLOCK_ROWS = 1 << 20
@@ -91,6 +103,10 @@ class Interactions:
         num_users, num_items: sizes of the id maps.
         train, validation, test: items per user.
         tombstones: int, numbers of items that an earlier run had and this one has not; they are never recommended.
+        weights: float32 [num_train], what each training interaction counts, in the order of `train.items`; None where
+            all count 1.
+        ages: float32 [num_train], days from each training interaction to the end of the training period, in the same
+            order; None where the data have no times or are not split by them.
     """
 
     num_users: int
@@ -99,6 +115,27 @@ class Interactions:
     validation: ItemLists
     test: ItemLists
     tombstones: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    weights: np.ndarray | None = None
+    ages: np.ndarray | None = None
+
+    def decayed(self, half_life: float | None) -> np.ndarray:
+        """Return what each training interaction counts at the end of the training period.
+
+        Args:
+            half_life: days in which an interaction loses half of its weight; None for no decay.
+
+        Returns:
+            float64 [num_train], in the order of `train.items`.
+        """
+        counts = np.ones(len(self.train.items)) if self.weights is None else self.weights.astype(np.float64)
+        if half_life is None:
+            return counts
+        assert self.ages is not None, "without times there is no decay"
+        return counts * 0.5 ** (self.ages / half_life)
+
+    def popularity(self, half_life: float | None = None) -> np.ndarray:
+        """Return the (decayed) weight of the training interactions of each item, float64 [num_items]."""
+        return np.bincount(self.train.items, weights=self.decayed(half_life), minlength=self.num_items)
 
     def item_counts(self) -> np.ndarray:
         """Count the training interactions of each item, int64 [num_items]."""
@@ -119,14 +156,16 @@ class Interactions:
 def load_interactions(artifact: Artifact) -> Interactions:
     """Read the output of `etl.interactions`, a block of rows at a time.
 
-    Memory holds the lists, 4 bytes per interaction, and one block.
+    Memory holds the lists, 4 bytes per interaction, weight and age of the training interactions, 4 bytes each, and one
+    block.
 
     Raises:
         ArtifactError: an index lies outside the id maps.
     """
     num_users, num_items = artifact.facts["num_users"], artifact.facts["num_items"]
     counts = {part: np.zeros(num_users, dtype=np.int64) for part in (TRAIN, VALIDATION, TEST)}
-    for users, items, split in _blocks(artifact):
+    names = (USER_IDX, ITEM_IDX, SPLIT)
+    for users, items, split in _blocks(artifact, names):
         for name, values, size in ((USER_IDX, users, num_users), (ITEM_IDX, items, num_items)):
             if len(values) and not 0 <= values.min() <= values.max() < size:
                 raise ArtifactError(
@@ -135,16 +174,40 @@ def load_interactions(artifact: Artifact) -> Interactions:
                 )
         for part, lengths in counts.items():
             lengths += np.bincount(users[split == part], minlength=num_users)
-    lists = {part: _OpenLists(lengths) for part, lengths in counts.items()}
-    for users, items, split in _blocks(artifact):
+    end = _end_of_training(artifact)
+    lists = {part: _OpenLists(lengths, with_values=part == TRAIN) for part, lengths in counts.items()}
+    for users, items, split, weights, times in _blocks(artifact, (*names, WEIGHT, EVENT_TIME)):
+        days = np.zeros(len(users), dtype=np.float32) if end is None else _days_before(end, times)
         for part, open_lists in lists.items():
-            open_lists.append(users[split == part], items[split == part])
+            own = split == part
+            open_lists.append(users[own], items[own], weights[own], days[own])
     tombstones = np.empty(0, dtype=np.int64)
     if artifact.facts.get("num_tombstones", {}).get("items"):
         tombstones = np.flatnonzero(load_ids(artifact, "items", STATE).to_numpy() == TOMBSTONE)
+    closed = {part: open_lists.close() for part, open_lists in lists.items()}
+    weights, ages = lists[TRAIN].weights, lists[TRAIN].days
     return Interactions(
-        num_users, num_items, lists[TRAIN].close(), lists[VALIDATION].close(), lists[TEST].close(), tombstones
+        num_users,
+        num_items,
+        closed[TRAIN],
+        closed[VALIDATION],
+        closed[TEST],
+        tombstones,
+        weights=None if (weights == 1).all() else weights,
+        ages=None if end is None else ages,
     )
+
+
+def _end_of_training(artifact: Artifact) -> datetime | None:
+    """Return the instant before which all training interactions of a temporal split lie; None for other splits."""
+    instant = artifact.facts.get("cutoffs", {}).get("validation")
+    return None if instant is None else datetime.fromisoformat(instant)
+
+
+def _days_before(end: datetime, times: np.ndarray) -> np.ndarray:
+    """Return the days from each time, datetime64 in UTC, to the end: float32, 0 for later ones."""
+    naive = np.datetime64(end.astimezone(UTC).replace(tzinfo=None), "us")
+    return np.maximum((naive - times.astype("datetime64[us]")) / np.timedelta64(1, "D"), 0).astype(np.float32)
 
 
 class _OpenLists:
@@ -152,20 +215,28 @@ class _OpenLists:
 
     Args:
         lengths: int64 [num_users].
+        with_values: keep the weight and the days of each pair, too.
+
+    Attributes:
+        weights, days: float32 [num_pairs] in the order of the lists; empty without values.
     """
 
-    def __init__(self, lengths: np.ndarray) -> None:
+    def __init__(self, lengths: np.ndarray, with_values: bool = False) -> None:
         self._indptr = np.concatenate([[0], np.cumsum(lengths)])
         self._items = np.empty(self._indptr[-1], dtype=np.int32)
         self._ends = self._indptr[:-1].copy()
+        self.weights, self.days = (np.empty(self._indptr[-1] * with_values, dtype=np.float32) for _ in range(2))
 
-    def append(self, users: np.ndarray, items: np.ndarray) -> None:
-        """Add pairs: int [n], int [n]."""
+    def append(self, users: np.ndarray, items: np.ndarray, weights: np.ndarray, days: np.ndarray) -> None:
+        """Add pairs: int [n], int [n], float [n], float [n]."""
         order = np.argsort(users, kind="stable")
         users = users[order]
         starts = np.flatnonzero(np.diff(users, prepend=-1))
         lengths = np.diff(starts, append=len(users))
-        self._items[self._ends[users] + np.arange(len(users)) - np.repeat(starts, lengths)] = items[order]
+        places = self._ends[users] + np.arange(len(users)) - np.repeat(starts, lengths)
+        self._items[places] = items[order]
+        if len(self.weights):
+            self.weights[places], self.days[places] = weights[order], days[order]
         self._ends[users[starts]] += lengths
 
     def close(self) -> ItemLists:
@@ -177,17 +248,19 @@ class _OpenLists:
             if len(part):
                 positions, items = lists.rows(part)
                 order = np.lexsort((items, positions))
-                self._items[self._indptr[part[0]] : self._indptr[part[-1] + 1]] = items[order]
+                block = slice(self._indptr[part[0]], self._indptr[part[-1] + 1])
+                self._items[block] = items[order]
+                for values in (self.weights, self.days):
+                    if len(values):
+                        values[block] = values[block][order]
         return lists
 
 
-def _blocks(artifact: Artifact) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the users, items and splits of the interactions, a block of rows at a time."""
-    names = [USER_IDX, ITEM_IDX, SPLIT]
+def _blocks(artifact: Artifact, names: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield columns of the interactions, a block of rows at a time."""
     data = ds.dataset(artifact.file("interactions"), format="parquet", partitioning="hive")
-    for batch in data.to_batches(columns=names, batch_size=BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
-        users, items, split = (batch.column(name).to_numpy(zero_copy_only=False) for name in names)
-        yield users, items, split
+    for batch in data.to_batches(columns=list(names), batch_size=BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
+        yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)
 
 
 def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:

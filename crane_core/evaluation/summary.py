@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from crane_core.config import Evaluate
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import DataError
-from crane_core.evaluation.baselines import popularity
+from crane_core.evaluation.baselines import recent_popularity
 from crane_core.evaluation.cold import rank_cold, summarise_cold
 from crane_core.evaluation.metrics import coverage, popularity_bias, user_metrics
 from crane_core.evaluation.ranking import Scorer, rank_users, without
@@ -108,12 +108,15 @@ def summarise(tested: RankedTest, item_rows: np.ndarray, config: Evaluate) -> di
     return report
 
 
-def summarise_unknown_users(path: Path, interactions: Interactions, block: int) -> dict[str, Any]:
-    """Count the held-out rows outside the id maps, and measure the popular items for unknown users.
+def summarise_unknown_users(
+    path: Path, interactions: Interactions, half_life: float | None, block: int
+) -> dict[str, Any]:
+    """Count the held-out rows outside the id maps, and measure recent popularity for unknown users.
 
     Args:
         path: Parquet files `cold` of `etl.interactions`.
         interactions: the dataset.
+        half_life: of the popularity, days; None for no decay.
         block: users at a time.
 
     Returns:
@@ -131,7 +134,8 @@ def summarise_unknown_users(path: Path, interactions: Interactions, block: int) 
         relevant = ItemLists.from_pairs(users, known.column(ITEM_IDX).to_numpy().astype(np.int32), num_users)
         nothing = ItemLists(np.zeros(num_users + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
         everyone = np.arange(num_users)
-        lists = rank_users(without(popularity(interactions), interactions.tombstones), nothing, everyone, 20, block)
+        popular = without(recent_popularity(interactions, half_life), interactions.tombstones)
+        lists = rank_users(popular, nothing, everyone, 20, block)
         metrics = {m: float(v.mean()) for m, v in user_metrics(lists, relevant, everyone, (20,)).items()}
     return {"rows": counts, "unknown_users": num_users, "popularity": metrics}
 

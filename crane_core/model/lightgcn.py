@@ -111,7 +111,10 @@ class LightGCN(nn.Module):
         users, positives = (views.final[batch.mine(rows)] for rows in (batch.users, batch.positives + self.num_users))
         if not self.shares_negatives:
             negatives = views.final[batch.mine(batch.negatives) + self.num_users]
-            return bpr(users, positives, negatives).sum() / len(batch.users)
+            values = bpr(users, positives, negatives)
+            if batch.weights is not None:
+                values = batch.mine(batch.weights) * values
+            return values.sum() / len(batch.users)
         assert batch.met is not None and batch.weights is not None
         negatives = views.final[batch.negatives + self.num_users]
         values = sampled_softmax(

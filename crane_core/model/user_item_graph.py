@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,50 +14,72 @@ _BLOCK_EDGES = 1 << 20
 """Edges that are sampled, or whose values are computed, at a time."""
 
 
-def user_item_graph(users: np.ndarray, items: np.ndarray, shards: Shards) -> sp.csr_array:
+class Edges(NamedTuple):
+    """Pairs of users and items, none twice.
+
+    Attributes:
+        users, items: int [n].
+        weights: float32 [n], above 0; None where all weigh 1.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    weights: np.ndarray | None = None
+
+    def where(self, kept: np.ndarray | slice) -> Edges:
+        """Return some of the edges: by a mask, positions or a slice."""
+        return Edges(self.users[kept], self.items[kept], None if self.weights is None else self.weights[kept])
+
+
+def user_item_graph(edges: Edges, shards: Shards) -> sp.csr_array:
     """Return the normalised bipartite graph of LightGCN, the rows of one rank.
 
-    float32 CSR, users first, sorted int32 columns. Peak memory is about twice the size of the result.
+    float32 CSR, users first, sorted int32 columns. An edge of weight w between nodes of degrees d and e has the value
+    `w / sqrt(d e)`; the degree of a node is the sum of its weights. Peak memory is about twice the size of the result.
 
     Args:
-        users, items: int [n], no pair twice.
+        edges: all of them, on every rank.
         shards: of the users and the items.
 
     Returns:
         [shards.num_local, shards.num_rows].
     """
-    return _lay_out(users, items, _inverse_roots(users, items, shards), shards)
+    return _lay_out(edges, _inverse_roots(edges, shards), shards)
 
 
 def sampled_user_item_graph(
-    users: np.ndarray, items: np.ndarray, shards: Shards, num_neighbours: int, generator: np.random.Generator
+    edges: Edges, shards: Shards, num_neighbours: int, generator: np.random.Generator
 ) -> sp.csr_array:
     """Return a random part of the user-item graph, about `num_neighbours` edges for every node.
 
     Its products equal those of the whole graph on average.
 
     The edge sampler of GraphSAINT (Zeng et al., ICLR 2020): an edge between nodes of degrees d and e is kept with the
-    chance `p = min(1, num_neighbours (1 / d + 1 / e))` and weighs `1 / (p sqrt(d e))`, at most
+    chance `p = min(1, num_neighbours (1 / d + 1 / e))` and its value is divided by p. Without weights that is at most
     `1 / (2 num_neighbours)` where p < 1.
 
     Args:
-        users, items, shards: as of `user_item_graph`.
+        edges, shards: as of `user_item_graph`.
         num_neighbours: edges that a node keeps on average by its own degree; edges kept by its neighbours are added.
         generator: of the sample.
     """
-    roots = _inverse_roots(users, items, shards)
-    kept = np.empty(len(users), dtype=bool)
-    for start in range(0, len(users), _BLOCK_EDGES):
-        edges = slice(start, start + _BLOCK_EDGES)
-        chances = _chances(roots[users[edges]], roots[items[edges] + shards.sizes[0]], num_neighbours)
-        kept[edges] = generator.random(len(chances)) < chances
-    return _lay_out(users[kept], items[kept], roots, shards, num_neighbours)
+    roots = _inverse_roots(edges, shards)
+    kept = np.empty(len(edges.users), dtype=bool)
+    for start in range(0, len(kept), _BLOCK_EDGES):
+        block = slice(start, start + _BLOCK_EDGES)
+        chances = _chances(roots[edges.users[block]], roots[edges.items[block] + shards.sizes[0]], num_neighbours)
+        kept[block] = generator.random(len(chances)) < chances
+    return _lay_out(edges.where(kept), roots, shards, num_neighbours)
 
 
-def _inverse_roots(users: np.ndarray, items: np.ndarray, shards: Shards) -> np.ndarray:
+def _inverse_roots(edges: Edges, shards: Shards) -> np.ndarray:
     """Return `degree^-1/2` of every node, 0 for a node without edges: float64 [num_rows]."""
-    counts = [np.bincount(nodes, minlength=size) for nodes, size in zip((users, items), shards.sizes, strict=True)]
-    degrees = np.concatenate(counts)
+    degrees = np.concatenate(
+        [
+            np.bincount(nodes, weights=edges.weights, minlength=size)
+            for nodes, size in zip((edges.users, edges.items), shards.sizes, strict=True)
+        ]
+    )
     inverse = np.zeros(len(degrees))
     np.power(degrees, -0.5, out=inverse, where=degrees > 0)
     return inverse
@@ -67,40 +90,37 @@ def _chances(left: np.ndarray, right: np.ndarray, num_neighbours: int) -> np.nda
     return np.minimum(1, num_neighbours * (left**2 + right**2))
 
 
-def _lay_out(
-    users: np.ndarray, items: np.ndarray, roots: np.ndarray, shards: Shards, num_neighbours: int | None = None
-) -> sp.csr_array:
+def _lay_out(edges: Edges, roots: np.ndarray, shards: Shards, num_neighbours: int | None = None) -> sp.csr_array:
     """Return the rows of one rank of some edges, with values by the degrees of the whole graph."""
     num_users, num_items = shards.sizes
     own_users, own_items = shards.parts()
-    met = _rows_of(users, items, own_users, shards.sizes)
+    met = _rows_of(edges, own_users, shards.sizes)
     own = slice(own_items.start - num_users, own_items.stop - num_users)
-    met_by = _rows_of(items, users, own, (num_items, num_users))
+    turned = Edges(edges.items, edges.users, edges.weights)
+    met_by = _rows_of(turned, own, (num_items, num_users))
     width = np.int32 if met.nnz + met_by.nnz < 2**31 else np.int64
     indptr = np.concatenate([met.indptr, np.add(met_by.indptr[1:], met.nnz, dtype=np.int64)], dtype=width)
     indices = np.concatenate([met.indices + num_users, met_by.indices], dtype=width)
+    values = np.concatenate([met.data, met_by.data], dtype=np.float32)
     del met, met_by
     counts, own_roots = np.diff(indptr), np.concatenate([roots[own_users], roots[own_items]])
-    values = np.empty(len(indices), dtype=np.float32)
     cuts = np.searchsorted(indptr, np.arange(0, len(indices) + _BLOCK_EDGES, _BLOCK_EDGES)).clip(max=len(counts))
     for start, stop in pairwise(np.unique(cuts)):
         entries = slice(indptr[start], indptr[stop])
         left = np.repeat(own_roots[start:stop], counts[start:stop])
         right = roots[indices[entries]]
-        values[entries] = left * right
+        values[entries] *= left * right
         if num_neighbours is not None:
             values[entries] /= _chances(left, right, num_neighbours)
     return sp.csr_array((values, indices, indptr), shape=(len(counts), shards.num_rows))
 
 
-def _rows_of(rows: np.ndarray, columns: np.ndarray, part: slice, shape: tuple[int, ...]) -> sp.csr_array:
-    """Return some rows of the matrix that has ones at the given places: int8 CSR, sorted int32 columns."""
+def _rows_of(edges: Edges, part: slice, shape: tuple[int, ...]) -> sp.csr_array:
+    """Return some rows of the matrix of the weights: float32 CSR, int8 where all are 1, sorted int32 columns."""
     if part != slice(0, shape[0]):
-        inside = (rows >= part.start) & (rows < part.stop)
-        rows, columns = rows[inside] - part.start, columns[inside]
-    rows, columns = (places.astype(np.int32, copy=False) for places in (rows, columns))
-    matrix = sp.csr_array(
-        (np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(part.stop - part.start, shape[1])
-    )
+        edges = edges.where((edges.users >= part.start) & (edges.users < part.stop))
+    rows, columns = (places.astype(np.int32, copy=False) for places in (edges.users - part.start, edges.items))
+    values = np.ones(len(rows), dtype=np.int8) if edges.weights is None else edges.weights
+    matrix = sp.csr_array((values, (rows, columns)), shape=(part.stop - part.start, shape[1]))
     matrix.sort_indices()
     return matrix

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
         negatives: int64 [n], one for each row; or int64 [m], shared by all rows.
         rank, world_size: of the training.
         met: bool [n, m], shared negatives that the row's user has met in training.
-        weights: float32 [n], how much each row counts, for shared negatives.
+        weights: float32 [n], how much each row counts; None where all count 1, which shared negatives never have.
         known: bool [distinct users, distinct positives], both ascending: which of these items each of these users has
             met in training. Only for a contrast between users and items.
     """

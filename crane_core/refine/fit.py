@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    modalities: list[Modality], train: ItemLists, aggregate: str, config: Refine, device: torch.device = CPU
+    modalities: list[Modality],
+    train: ItemLists,
+    aggregate: str,
+    config: Refine,
+    device: torch.device = CPU,
+    weights: np.ndarray | None = None,
 ) -> tuple[Refiner, dict[str, Any]]:
     """Fit projection, RCA and fusion on mini-batches of (user, item) rows.
 
@@ -36,6 +41,7 @@ def fit(
         aggregate: `sum` or `mean`, as the profiles were made.
         config: optimiser and sizes.
         device: where to fit.
+        weights: float32 [num_train], what each training item counts in the profiles; None where all count 1.
 
     Returns:
         The fitted refiner on the device, and as JSON values `curve`: `step`, `ranking` and `agreement` of every tenth
@@ -55,12 +61,17 @@ def fit(
     optimiser = torch.optim.Adam(refiner.parameters(), lr=config.learning_rate)
     generator = np.random.default_rng(config.seed)
     train_users = train.users()
+    weights = np.ones(len(train.items), dtype=np.float32) if weights is None else weights
+    totals = [
+        np.bincount(train_users, weights=weights * modality.present[train.items], minlength=train.num_users)
+        for modality in modalities
+    ]
     curve = []
     for step in track(range(config.num_steps), config.num_steps, "fit_rca", logger):
         picked = generator.integers(len(train.items), size=config.batch_size)
         landmarks = generator.choice(num_items, size=min(config.num_landmarks, num_items), replace=False)
-        batch = _Batch(train_users[picked], train.items[picked], landmarks)
-        profiles = profiles_without(modalities, batch.users, batch.targets, aggregate, refiner)
+        batch = Batch(train_users[picked], train.items[picked], weights[picked], landmarks)
+        profiles = profiles_without(modalities, totals, batch, aggregate, refiner)
         ranking, agreement = _losses(refiner, modalities, profiles, batch, train, config)
         loss = ranking + config.agreement_weight * agreement
         optimiser.zero_grad()
@@ -77,16 +88,18 @@ def fit(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """A mini-batch of (user, target item) pairs and the sample of the catalog they are compared with.
 
     Attributes:
         users, targets: int [b], row numbers.
+        weights: float32 [b], what the target counts in the user's profile.
         landmarks: int [l], distinct items.
     """
 
     users: np.ndarray
     targets: np.ndarray
+    weights: np.ndarray
     landmarks: np.ndarray
 
 
@@ -94,7 +107,7 @@ def _losses(
     refiner: Refiner,
     modalities: list[Modality],
     profiles: tuple[list[Tensor], list[Tensor]],
-    batch: _Batch,
+    batch: Batch,
     train: ItemLists,
     config: Refine,
 ) -> tuple[Tensor, Tensor]:
@@ -121,9 +134,16 @@ def _losses(
 
 
 def profiles_without(
-    modalities: list[Modality], users: np.ndarray, targets: np.ndarray, aggregate: str, refiner: Refiner
+    modalities: list[Modality], totals: list[np.ndarray], batch: Batch, aggregate: str, refiner: Refiner
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Read the scaled profiles of some users without their target item; not present where no item is left.
+
+    Args:
+        modalities: features and profiles.
+        totals: per modality float64 [num_users], weight of all items in each profile.
+        batch: users and targets.
+        aggregate: `sum` or `mean`, as the profiles were made.
+        refiner: has the scales.
 
     Returns:
         per modality float32 [b, dim_m], and bool [b], present.
@@ -134,15 +154,19 @@ def profiles_without(
     device, scales = refiner.fusion.device, refiner.get_buffer("profile_scales")
     rows, present = [], []
     for index, modality in enumerate(modalities):
-        counts = modality.counts[users].astype(np.float32)[:, None]
-        profiles = finite_rows(modality.profiles[users], modality.name, "users")
-        sums = profiles * (counts if aggregate == "mean" else 1.0)
-        left = counts - modality.present[targets, None]
-        without = sums - np.where(modality.present[targets, None], modality.items[targets], 0)
+        in_profile = modality.present[batch.targets]
+        left = modality.counts[batch.users] - in_profile
+        weights = np.where(in_profile, batch.weights, 0)[:, None]
+        total = totals[index][batch.users].astype(np.float32)[:, None]
+        profiles = finite_rows(modality.profiles[batch.users], modality.name, "users")
+        sums = profiles * (total if aggregate == "mean" else 1.0)
+        without = sums - weights * np.where(in_profile[:, None], modality.items[batch.targets], 0)
         if aggregate == "mean":
-            without = without / np.maximum(left, 1)
-        rows.append(to_device(device, np.where(left > 0, without, 0).astype(np.float32)) / scales[index])
-        present.append(to_device(device, left[:, 0] > 0))
+            remaining = total - weights
+            without = without / np.where(remaining > 0, remaining, 1)
+        is_left = left > 0
+        rows.append(to_device(device, np.where(is_left[:, None], without, 0).astype(np.float32)) / scales[index])
+        present.append(to_device(device, is_left))
     return rows, present
 
 

@@ -16,6 +16,7 @@ COLOURS = {
     "crane": "#0f5c8c",
     "lightgcn": "#d9822b",
     "item_knn": "#3f8f5f",
+    "recent_popularity": "#b0507a",
     "popularity": "#8a94a0",
     "champion": "#6b4fa0",
 }
@@ -23,6 +24,7 @@ LABELS = {
     "crane": "CRANE",
     "lightgcn": "LightGCN",
     "item_knn": "Item kNN",
+    "recent_popularity": "Recent popularity",
     "popularity": "Popularity",
     "champion": "Champion",
 }

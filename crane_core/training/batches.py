@@ -11,6 +11,7 @@ import torch
 from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError
 from crane_core.model.lightgcn import LightGCN
+from crane_core.model.user_item_graph import Edges
 from crane_core.model.views import Batch
 from crane_core.model_config import ModelConfig
 from crane_core.ranks import ranks
@@ -44,7 +45,7 @@ class Batches:
         device: of the batches.
 
     Attributes:
-        users, items: int [num_interactions], the training interactions.
+        edges: the training interactions; their weights are 1 on average.
         learned: int64, numbers of the interactions that can be learned from: those of users who have an item left that
             they have not met.
         sampler: of the negatives.
@@ -55,11 +56,13 @@ class Batches:
     """
 
     def __init__(self, model: LightGCN, interactions: Interactions, config: ModelConfig, device: torch.device) -> None:
-        self.users = interactions.train.users()
-        self.items = interactions.train.items
+        weights = interactions.weights
+        if weights is not None:
+            weights = (weights / weights.mean(dtype=np.float64)).astype(np.float32)
+        self.edges = Edges(interactions.train.users(), interactions.train.items, weights)
         self.sampler = NegativeSampler(interactions.train, interactions.num_items, config.crane.ranking_negatives)
         exhausted = self.sampler.exhausted
-        self.learned = np.flatnonzero(~exhausted[self.users])
+        self.learned = np.flatnonzero(~exhausted[self.edges.users])
         if not len(self.learned):
             raise DataError(
                 f"Of {interactions.num_users} users {exhausted.sum()} have met all {interactions.num_items} items and "
@@ -103,13 +106,17 @@ class Batches:
 
     def batch(self, picked: np.ndarray, generator: np.random.Generator) -> Batch:
         """Return the batch of some training interactions, with negatives drawn by the generator."""
-        users = self.users[picked]
-        columns = {"users": users, "positives": self.items[picked]}
+        edges = self.edges.where(picked)
+        users = edges.users
+        columns = {"users": users, "positives": edges.items}
         if self._model.shares_negatives:
             negatives, met = self.sampler.shared(users, self._config.crane.num_negatives, generator)
-            columns |= {"negatives": negatives, "met": met, "weights": self.weights[users]}
+            weights = self.weights[users] if edges.weights is None else self.weights[users] * edges.weights
+            columns |= {"negatives": negatives, "met": met, "weights": weights}
         else:
             columns["negatives"] = self.sampler.one_each(users, generator)
+            if edges.weights is not None:
+                columns["weights"] = edges.weights
         if self._model.contrasts_kinds:
             columns["known"] = self.sampler.met(np.unique(users), np.unique(columns["positives"]))
         tensors = {

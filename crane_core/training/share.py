@@ -20,6 +20,7 @@ from crane_core.model.crane import fill_cold
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.views import Rows
 from crane_core.model_config import ModelConfig
+from crane_core.training.head import score_spread
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 
@@ -94,10 +95,3 @@ def fuse(behaviour: Rows, crane: Rows, share: float) -> Rows:
     parts = ((behaviour, (1 - share) ** 0.5), (crane, (share * spread) ** 0.5))
     users, items = (torch.cat([factor * rows[side] for rows, factor in parts if factor], dim=1) for side in (0, 1))
     return users, items
-
-
-def score_spread(users: torch.Tensor, items: torch.Tensor) -> float:
-    """Return the standard deviation of all scores `users @ items.T`, from the d x d moments of the rows."""
-    mean = float(users.double().mean(0) @ items.double().mean(0))
-    second = [rows.double().T @ rows.double() / len(rows) for rows in (users, items)]
-    return max(float((second[0] * second[1]).sum()) - mean**2, 0.0) ** 0.5

@@ -122,8 +122,8 @@ class Trainer:
         self._known = torch.from_numpy(interactions.train.counts() > 0)
         # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
         sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        check_memory(model, len(self.batches.items), device, free_bytes(device) // sharing)
-        whole = user_item_graph(self.batches.users, self.batches.items, self.shards)
+        check_memory(model, len(self.batches.edges.items), device, free_bytes(device) // sharing)
+        whole = user_item_graph(self.batches.edges, self.shards)
         self.graph = SymmetricGraph(whole, device, self.shards, resident=config.train.num_neighbours is None)
         self.progress = Progress()
         self._clock = time.monotonic()
@@ -150,7 +150,7 @@ class Trainer:
                 "set_aside users=%d of=%d rows=%d reason=every_item_met",
                 num_exhausted,
                 len(exhausted),
-                len(self.batches.users) - len(self.batches.learned),
+                len(self.batches.edges.users) - len(self.batches.learned),
             )
         while progress.epoch < limits.num_epochs and progress.epoch - progress.best_epoch <= limits.patience:
             self.train_epoch()
@@ -236,17 +236,16 @@ class Trainer:
     def epoch_graph(self) -> SymmetricGraph:
         """Return the part of the user-item graph that this epoch propagates over."""
         train, epoch = self.config.train, self.progress.epoch
-        users, items = self.batches.users, self.batches.items
+        edges = self.batches.edges
         generator = generator_for(train.seed, Purpose.EDGE_DROPOUT, epoch)
-        kept = drop_edges(users, items, self.model.edge_dropout, generator)
-        if train.num_neighbours is None and len(kept) == len(users):
+        kept = drop_edges(edges.users, edges.items, self.model.edge_dropout, generator)
+        if train.num_neighbours is None and len(kept) == len(edges.users):
             return self.graph
-        edges = users[kept], items[kept], self.shards
         if train.num_neighbours is None:
-            matrix = user_item_graph(*edges)
+            matrix = user_item_graph(edges.where(kept), self.shards)
         else:
             sampling = generator_for(train.seed, Purpose.SAMPLED_GRAPH, epoch)
-            matrix = sampled_user_item_graph(*edges, train.num_neighbours, sampling)
+            matrix = sampled_user_item_graph(edges.where(kept), self.shards, train.num_neighbours, sampling)
         return SymmetricGraph(matrix, self.device, self.shards)
 
     def checkpoint(self) -> None:

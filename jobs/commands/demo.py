@@ -178,6 +178,7 @@ def _outcome(store_uri: str, run: str, config: RunConfig, steps: Steps) -> Outco
         "recall@20": models["crane"]["recall@20"]["mean"],
         "ndcg@20": models["crane"]["ndcg@20"]["mean"],
         "lightgcn_recall@20": models["lightgcn"]["recall@20"]["mean"],
+        "recent_popularity_recall@20": models["recent_popularity"]["recall@20"]["mean"],
         "report": str(Path(store.storage.uri) / "reports" / f"{run}.html"),
         "seconds": round(steps.seconds, 1),
     }

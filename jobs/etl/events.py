@@ -104,6 +104,7 @@ def mark_bad(rows: DataFrame, window: RunWindow, etl: Etl) -> DataFrame:
         ("after_arrival", F.col(EVENT_TIME) >= next_day),
         ("too_late", F.col(EVENT_TIME) < oldest),
         ("below_min_weight", counted_weight(etl) < etl.min_weight),
+        ("zero_weight", counted_weight(etl) == 0),
     ]
     if etl.split == "label":
         known = F.coalesce(F.col(LABEL).isin(TRAIN, VALIDATION, TEST), F.lit(False))

@@ -3,7 +3,8 @@
 With `crane.mode=joint` the RCA weights that `ml.refine` has fitted go on learning and the item graph moves with them.
 
 Leaves `embeddings.safetensors` (`user_embeddings` and `item_embeddings`, scores are their dot products): CRANE's rows
-beside the behavioural view, at the share the validation split trusts them with. Also `weights.safetensors`,
+beside the behavioural view, at the share the validation split trusts them with; and where the data have times, beside
+the user's recent items and the popularity of the moment (`crane_core/training/head.py`). Also `weights.safetensors`,
 `curve.json` with one entry per epoch, and `trust.json` with the recall at every share tried.
 """
 

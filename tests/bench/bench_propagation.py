@@ -25,7 +25,7 @@ from torch import Tensor
 
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.user_item_graph import Edges, user_item_graph
 from tests.bench.device import device_name, synthetic
 
 LIMITS = {"embedding bag, bf16": 0.02}
@@ -44,7 +44,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train = synthetic(args.users, args.items, args.interactions).train
-    matrix = user_item_graph(train.users(), train.items, Shards((args.users, args.items)))
+    matrix = user_item_graph(Edges(train.users(), train.items), Shards((args.users, args.items)))
     rows = torch.randn(matrix.shape[0], args.dim, generator=torch.Generator().manual_seed(0))
     expected = matrix.astype(np.float64) @ rows.double().numpy()
     largest = np.abs(expected).max()

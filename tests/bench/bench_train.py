@@ -42,7 +42,7 @@ from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks,
 from crane_core.experiments.data import load_dataset
 from crane_core.model.lightgcn import LightGCN
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.model_config import ModelConfig
 from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
 from crane_core.storage.artifacts import Artifact
@@ -63,7 +63,7 @@ class Peer:
         self.interactions, self.config, self.device = interactions, config, device
         self.num_users = interactions.num_users
         self.users, self.items = interactions.train.users(), interactions.train.items
-        graph = user_item_graph(self.users, self.items, Shards((self.num_users, interactions.num_items))).tocoo()
+        graph = user_item_graph(Edges(self.users, self.items), Shards((self.num_users, interactions.num_items))).tocoo()
         places = torch.from_numpy(np.stack([graph.row, graph.col]).astype(np.int64))
         self.adjacency = torch.sparse_coo_tensor(places, torch.from_numpy(graph.data), graph.shape).coalesce()
         self.adjacency = self.adjacency.to(device)
@@ -164,7 +164,7 @@ def check(interactions: Interactions, config: ModelConfig, folder: Path, device:
     single = changed(config, batch_size=PEER_BATCH, batches_per_step=1)
     trainer = make_trainer(interactions, single, folder, device)
     peer = Peer(interactions, single, device)
-    batch = trainer.batches.batch(np.arange(min(PEER_BATCH, len(trainer.batches.users))), np.random.default_rng(0))
+    batch = trainer.batches.batch(np.arange(min(PEER_BATCH, len(trainer.batches.edges.users))), np.random.default_rng(0))
     peer.loss(batch.users, batch.positives, batch.negatives).backward()
     views = trainer.model(trainer.graph)
     torch.stack(list(trainer.model.losses(views, batch).values())).sum().backward()
@@ -181,10 +181,10 @@ def compare(
     graph = trainer.epoch_graph()
     peer = Peer(interactions, changed(config, learning_rate=args.peer_learning_rate), device)
     generator = np.random.default_rng(0)
-    size = min(config.train.batch_size * config.train.batches_per_step, len(trainer.batches.users))
+    size = min(config.train.batch_size * config.train.batches_per_step, len(trainer.batches.edges.users))
 
     def ours() -> int:
-        picked = generator.permutation(len(trainer.batches.users))[:size]
+        picked = generator.permutation(len(trainer.batches.edges.users))[:size]
         trainer.step(graph, trainer.batches.of_step(picked, 0, 0), size)
         trainer.progress.step += 1
         return size
@@ -207,7 +207,7 @@ def compare(
     for side, (rows, seconds, cpu_seconds) in done.items():
         rates[f"{side}interactions_per_second"] = rows / seconds
         rates[f"{side}interactions_per_cpu_second"] = rows / cpu_seconds
-        rates[f"{side}epoch_seconds"] = len(trainer.batches.users) * seconds / rows
+        rates[f"{side}epoch_seconds"] = len(trainer.batches.edges.users) * seconds / rows
     return rates | {
         "peer": f"torch.sparse.mm over COO, {PEER_BATCH} interactions per propagation",
         "times": rates["interactions_per_second"] / rates["peer_interactions_per_second"],
@@ -268,7 +268,7 @@ def run_whole(args: argparse.Namespace, config: ModelConfig, folder: Path, devic
     trainer = make_trainer(interactions, config, folder, device, args.crane)
     part("adjacency_and_state")
     size = config.train.batch_size * config.train.batches_per_step
-    num_steps = -(-len(trainer.batches.users) // size)
+    num_steps = -(-len(trainer.batches.edges.users) // size)
     graph = trainer.epoch_graph()
     part("epoch_graph")
     order = trainer.batches.order(0)
@@ -297,8 +297,8 @@ def run_whole(args: argparse.Namespace, config: ModelConfig, folder: Path, devic
         "epoch_cpu_seconds": epochs["cpu_seconds"],
         "rank_all_seconds": parts["seconds"]["rank"] * args.users / ranked,
         "rank_all_cpu_seconds": parts["cpu_seconds"]["rank"] * args.users / ranked,
-        "interactions_per_second": len(trainer.batches.users) / epochs["seconds"],
-        "interactions": len(trainer.batches.users),
+        "interactions_per_second": len(trainer.batches.edges.users) / epochs["seconds"],
+        "interactions": len(trainer.batches.edges.users),
         "steps": f"{done} of {num_steps}",
         "users_ranked": ranked,
         "loss": sum(trainer.progress.sums.values()) / done,

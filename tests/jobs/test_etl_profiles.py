@@ -18,14 +18,17 @@ def batches(users: list[int], items: list[int], sizes: list[int]) -> Iterator[pa
     start = 0
     for size in sizes:
         columns = [pa.array(values[start : start + size], pa.int32()) for values in (users, items)]
-        yield pa.record_batch(columns, names=["user_idx", "item_idx"])
+        weights = pa.array([item / 2 for item in items[start : start + size]], pa.float32())
+        yield pa.record_batch([*columns, weights], names=["user_idx", "item_idx", "weight"])
         start += size
 
 
 @pytest.mark.parametrize("sizes", [[7], [1] * 7, [2, 0, 3, 2], [4, 3], [0]])
 def test_no_user_straddles_two_groups(sizes: list[int]) -> None:
     users, items = [0, 0, 0, 2, 2, 5, 6], [1, 2, 3, 1, 4, 0, 9]
-    groups = [(list(u), list(i)) for u, i in whole_users(batches(users, items, sizes))]
+    found = list(whole_users(batches(users, items, sizes)))
+    assert all((group.weights == group.items / 2).all() for group in found)
+    groups = [(list(group.users), list(group.items)) for group in found]
     seen = [set(group) for group, _ in groups]
     assert all(not (first & second) for n, first in enumerate(seen) for second in seen[n + 1 :])
     count = sum(sizes)
@@ -38,8 +41,10 @@ def test_sums_are_those_of_a_plain_loop() -> None:
     rows = rng.standard_normal((50, 3)).astype(np.float32)
     items = rng.integers(0, 50, 200).astype(np.int32)
     starts = np.array([0, 1, 90, 150])
-    expected = [rows[items[a:b]].astype(np.float64).sum(axis=0) for a, b in ((0, 1), (1, 90), (90, 150), (150, 200))]
-    np.testing.assert_allclose(segment_sums(rows, items, starts), expected, rtol=1e-14)
+    weights = rng.integers(1, 9, 200).astype(np.float32) / 4
+    terms = rows[items].astype(np.float64) * weights[:, None]
+    expected = [terms[a:b].sum(axis=0) for a, b in ((0, 1), (1, 90), (90, 150), (150, 200))]
+    np.testing.assert_allclose(segment_sums(rows, items, weights, starts), expected, rtol=1e-14)
 
 
 def test_a_sum_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +55,14 @@ def test_a_sum_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
     lengths = [3, 37, 1, 10, 4, 25, 8]
     starts = np.cumsum([0, *lengths[:-1]])
     items = rng.integers(0, 100, sum(lengths)).astype(np.int32)
-    together = segment_sums(rows, items, starts)
+    weights = rng.random(len(items)).astype(np.float32)
+    together = segment_sums(rows, items, weights, starts)
     for n, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        alone = segment_sums(rows, items[start : start + length], np.array([0]))
+        own = slice(start, start + length)
+        alone = segment_sums(rows, items[own], weights[own], np.array([0]))
         assert alone[0].tobytes() == together[n].tobytes()
-        np.testing.assert_allclose(alone[0], rows[items[start : start + length]].astype(np.float64).sum(axis=0))
+        terms = rows[items[own]].astype(np.float64) * weights[own, None]
+        np.testing.assert_allclose(alone[0], terms.sum(axis=0))
 
 
 @pytest.mark.spark
@@ -69,7 +77,9 @@ def test_profiles_are_the_same_bits_for_any_number_of_partitions(
     np.save(tmp_path / "matrix.npy", rows)
     np.save(tmp_path / "mask.npy", mask)
     pairs = sorted({(int(user), int(item)) for user, item in rng.integers(0, (9, 20), (80, 2))})
-    train = spark.createDataFrame(pairs[::-1], "user_idx int, item_idx int")
+    weights = {pair: (number % 3 + 1) / 2 for number, pair in enumerate(pairs)}
+    met = [(*pair, weights[pair]) for pair in pairs[::-1]]
+    train = spark.createDataFrame(met, "user_idx int, item_idx int, weight float")
     paths = [(str(tmp_path / "matrix.npy"), str(tmp_path / "mask.npy"))]
     found = [
         {row["user_idx"]: (row["sum_0"], row["count_0"]) for row in sum_profiles(train, paths, mean, parts).collect()}
@@ -78,6 +88,8 @@ def test_profiles_are_the_same_bits_for_any_number_of_partitions(
     assert found[0] == found[1]
     for user in {user for user, _ in pairs}:
         items = [item for owner, item in pairs if owner == user]
-        total, count = rows[items].astype(np.float64).sum(axis=0), int(mask[items].sum())
-        np.testing.assert_allclose(found[0][user][0], total / max(1, count) if mean else total, rtol=1e-6)
+        own = np.array([weights[user, item] for item in items])
+        total, count = (own[:, None] * rows[items]).sum(axis=0), int(mask[items].sum())
+        expected = total / (own[mask[items]].sum() or 1) if mean else total
+        np.testing.assert_allclose(found[0][user][0], expected, rtol=1e-6, atol=1e-6)
         assert found[0][user][1] == count

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,8 @@ def rows(lists: ItemLists, split: int) -> pa.Table:
             "user_idx": pa.array(lists.users(), pa.int32()),
             "item_idx": pa.array(lists.items, pa.int32()),
             "split": pa.array([split] * size, pa.int8()),
+            "weight": pa.array([1.0] * size, pa.float32()),
+            "event_time": pa.array([datetime(2026, 1, 1)] * size, pa.timestamp("us", "UTC")),
         }
     )
 
@@ -149,10 +152,10 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
         assert rows["user_embeddings"].shape[0] == 40
         assert rows["item_embeddings"].shape[0] == 32
     metrics = json.loads(store.artifact("planted", "ml.evaluate").file("metrics.json").read_text())
-    assert set(metrics["models"]) == {"crane", "lightgcn", "item_knn", "popularity"}
+    assert set(metrics["models"]) == {"crane", "lightgcn", "item_knn", "recent_popularity", "popularity"}
     assert metrics["models"]["crane"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
     assert metrics["models"]["item_knn"]["recall@20"]["mean"] > metrics["models"]["popularity"]["recall@20"]["mean"]
-    assert set(metrics["differences"]) == {"lightgcn", "item_knn", "popularity"}
+    assert set(metrics["differences"]) == {"lightgcn", "item_knn", "recent_popularity", "popularity"}
     assert {"diverse_users", "focused_users"} <= {name for name, part in metrics["slices"].items() if part["users"]}
     assert metrics["cold_items"] is None, "every item has a training interaction"
     assert metrics["cold"]["rows"] == {"unknown_user": 2, "unknown_item": 1}

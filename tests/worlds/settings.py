@@ -8,7 +8,7 @@ from crane_core.model_config import ModelConfig
 
 Config = TypeVar("Config", bound=ModelConfig)
 
-_SECTIONS = ("train", "lightgcn", "crane")
+_SECTIONS = ("train", "lightgcn", "crane", "head")
 
 
 def changed(config: Config, **fields: Any) -> Config:

@@ -1,4 +1,4 @@
-"""Sum the feature rows of every user's training items, per modality.
+"""Sum the feature rows of every user's training items, per modality, each times the weight of the interaction.
 
 Sums are taken in float64 over one user's items, in the order of their numbers. Partitions and batches do not matter, so
 two runs agree bit for bit. A run with `etl.base_run` sums only for users whose items, or whose items' rows, have
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX
+from crane_core.schema import ITEM_IDX, SPLIT, TRAIN, USER_IDX, WEIGHT
 from crane_core.storage.artifacts import Artifact
 from crane_core.storage.matrix import RowWriter, blocks, changed_rows, open_matrix, rows_per_block
 from jobs.etl.session import open_session
@@ -41,51 +42,59 @@ def sum_profiles(train: DataFrame, features: Sequence[tuple[str, str]], mean: bo
     """Profiles of the users that have training rows.
 
     Args:
-        train: user_idx and item_idx, one row per user and item.
+        train: user_idx, item_idx and weight, one row per user and item.
         features: per modality the paths of its matrix and its mask; every worker maps them into memory.
-        mean: divide by the number of items that have the modality.
+        mean: divide by the weight of the items that have the modality.
         partitions: ranges of users to work on apart.
 
     Returns:
         user_idx int, and per modality m `sum_m` array<float> and `count_m` int: the items that have it.
     """
     columns = ", ".join(f"sum_{m} array<float>, count_{m} int" for m in range(len(features)))
-    ranged = train.select(USER_IDX, ITEM_IDX).repartitionByRange(partitions, USER_IDX)
+    ranged = train.select(USER_IDX, ITEM_IDX, WEIGHT).repartitionByRange(partitions, USER_IDX)
     ordered = ranged.sortWithinPartitions(USER_IDX, ITEM_IDX)
     return ordered.mapInArrow(_summer(list(features), mean), f"{USER_IDX} int, {columns}")
 
 
-def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+class Met(NamedTuple):
+    """Who met what: user_idx and item_idx, int32 [n], and weight, float32 [n]."""
+
+    users: NDArray[np.int32]
+    items: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[Met]:
     """Regroup sorted rows so that no user straddles two groups.
 
     Args:
-        batches: columns user_idx and item_idx, sorted by user across batches.
-
-    Yields:
-        user_idx and item_idx, int32 [n].
+        batches: columns user_idx, item_idx and weight, sorted by user across batches.
     """
-    users = items = np.empty(0, dtype=np.int32)
+    held = Met(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32))
     for batch in batches:
-        users = np.concatenate([users, batch.column(USER_IDX).to_numpy()])
-        items = np.concatenate([items, batch.column(ITEM_IDX).to_numpy()])
-        if len(users) == 0:
+        new = (batch.column(name).to_numpy() for name in (USER_IDX, ITEM_IDX, WEIGHT))
+        held = Met(*(np.concatenate(pair) for pair in zip(held, new, strict=True)))
+        if len(held.users) == 0:
             continue
-        cut = int(np.searchsorted(users, users[-1]))
+        cut = int(np.searchsorted(held.users, held.users[-1]))
         if cut:
-            yield users[:cut], items[:cut]
-            users, items = users[cut:], items[cut:]
-    if len(users):
-        yield users, items
+            yield Met(*(column[:cut] for column in held))
+            held = Met(*(column[cut:] for column in held))
+    if len(held.users):
+        yield held
 
 
-def segment_sums(rows: NDArray, items: NDArray[np.int32], starts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sum `rows[items]` from each start to the next, in float64.
+def segment_sums(
+    rows: NDArray, items: NDArray[np.int32], weights: NDArray[np.float32], starts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Sum `weights * rows[items]` from each start to the next, in float64.
 
     A segment is summed in blocks counted from its own start, so its sum depends on its items only.
 
     Args:
         rows: float32 or float16 [num_items, dim].
         items: int32 [n].
+        weights: float32 [n].
         starts: int64 [segments], strictly increasing, from 0.
 
     Returns:
@@ -100,12 +109,13 @@ def segment_sums(rows: NDArray, items: NDArray[np.int32], starts: NDArray[np.int
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + limit, side="right")))
         begin, end = starts[first], ends[last - 1]
         if end - begin <= limit:
-            values = rows[items[begin:end]].astype(np.float64)
+            values = rows[items[begin:end]].astype(np.float64) * weights[begin:end, None]
             sums[first:last] = np.add.reduceat(values, starts[first:last] - begin, axis=0)
         else:
             sums[first] = 0
-            for block in range(begin, end, limit):
-                values = rows[items[block : min(block + limit, end)]].astype(np.float64)
+            for start in range(begin, end, limit):
+                block = slice(start, min(start + limit, end))
+                values = rows[items[block]].astype(np.float64) * weights[block, None]
                 sums[first] += np.add.reduce(values, axis=0)
         first = last
     return sums
@@ -190,13 +200,13 @@ def changed_items(before: Artifact, now: Artifact, names: Sequence[str]) -> NDAr
 
 
 def stale_users(train: DataFrame, before: DataFrame, changed: NDArray[np.bool_]) -> DataFrame:
-    """Users whose set of items differs between two tables of training rows, or who have a changed item.
+    """Users whose items or weights differ between two tables of training rows, or who have a changed item.
 
     Sets are compared by their number of items and three sums of 40-bit hashes. A fault of the machine is more likely
     than two different sets that agree in all four.
 
     Args:
-        train, before: user_idx and item_idx, no pair twice.
+        train, before: user_idx, item_idx and weight, no pair twice.
         changed: bool [items], items whose rows have changed.
 
     Returns:
@@ -204,7 +214,7 @@ def stale_users(train: DataFrame, before: DataFrame, changed: NDArray[np.bool_])
     """
     sides = []
     for name, rows in (("now", train), ("then", before)):
-        hashes = [F.sum(F.xxhash64(F.lit(seed), F.col(ITEM_IDX)).bitwiseAND(F.lit(2**40 - 1))) for seed in range(3)]
+        hashes = [F.sum(F.xxhash64(F.lit(seed), F.col(ITEM_IDX), F.col(WEIGHT)).bitwiseAND(F.lit(2**40 - 1))) for seed in range(3)]
         marks = F.struct(F.count(F.lit(1)), *hashes).alias(name)
         sides.append(rows.groupBy(USER_IDX).agg(marks))
     both = sides[0].join(sides[1], USER_IDX, "full")
@@ -255,14 +265,15 @@ def _summer(
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def work(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         matrices = [(open_matrix(Path(rows)), open_matrix(Path(mask))) for rows, mask in features]
-        for users, items in whole_users(batches):
+        for users, items, weights in whole_users(batches):
             starts = np.flatnonzero(np.diff(users, prepend=-1))
             columns: dict[str, pa.Array] = {USER_IDX: pa.array(users[starts], pa.int32())}
             for m, (rows, mask) in enumerate(matrices):
-                sums = segment_sums(rows, items, starts)
+                sums = segment_sums(rows, items, weights, starts)
                 counts = np.add.reduceat(mask[items].astype(np.int32), starts)
                 if mean:
-                    sums /= np.maximum(1, counts)[:, None]
+                    total = np.add.reduceat(mask[items] * weights.astype(np.float64), starts)
+                    sums /= np.where(total > 0, total, 1)[:, None]
                 offsets = np.arange(len(starts) + 1, dtype=np.int32) * rows.shape[1]
                 values = pa.array(sums.astype(np.float32).reshape(-1))
                 columns[f"sum_{m}"] = pa.ListArray.from_arrays(pa.array(offsets), values)

@@ -7,7 +7,13 @@ import json
 import torch
 
 from crane_core.dataset.interactions import load_ids, load_interactions
-from crane_core.evaluation.baselines import item_knn, popular_for_strangers, popularity
+from crane_core.evaluation.baselines import (
+    choose_half_life,
+    item_knn,
+    popular_for_strangers,
+    popularity,
+    recent_popularity,
+)
 from crane_core.evaluation.ranking import Scorer, dot_product
 from crane_core.evaluation.summary import rank_test, summarise, summarise_unknown_users
 from crane_core.schema import USER_ID
@@ -23,18 +29,21 @@ def run(job: Job) -> Result:
     config = job.config.evaluate
     source = job.input("etl.interactions")
     interactions = load_interactions(source)
+    half_life = choose_half_life(interactions, job.config.head.half_lives)
     models = {
-        "crane": popular_for_strangers(_scorer(job.input("ml.train"), device), interactions),
-        "lightgcn": popular_for_strangers(_scorer(job.input("ml.behaviour"), device), interactions),
+        "crane": popular_for_strangers(_scorer(job.input("ml.train"), device), interactions, half_life),
+        "lightgcn": popular_for_strangers(_scorer(job.input("ml.behaviour"), device), interactions, half_life),
         "item_knn": item_knn(interactions),
+        "recent_popularity": recent_popularity(interactions, half_life),
         "popularity": popularity(interactions),
     }
     tested = rank_test(models, interactions, config)
     report = summarise(tested, open_matrix(job.input("ml.refine").file("fused_items.npy")), config)
-    report["cold"] = summarise_unknown_users(source.file("cold"), interactions, config.user_block)
+    report["half_life"] = half_life
+    report["cold"] = summarise_unknown_users(source.file("cold"), interactions, half_life, config.user_block)
     (job.out / "metrics.json").write_text(json.dumps(report))
     tested.write_per_user(job.out / "per_user.parquet", load_ids(source, "users", USER_ID))
-    return Result({name: report[name] for name in ("users", "models", "differences")})
+    return Result({name: report[name] for name in ("users", "half_life", "models", "differences")})
 
 
 def _scorer(trained: Artifact, device: torch.device) -> Scorer:

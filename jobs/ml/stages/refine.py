@@ -112,7 +112,10 @@ def fit_once(job: Job) -> None:
         raise DataError("There is no training interaction.", "Set window.start earlier or etl.k_core lower.")
     modalities = load_modalities(job.input("etl.features"), job.input("etl.profiles"))
     device = use_device(job.config.runtime)
-    refiner, report = fit(modalities, interactions.train, job.config.profiles.aggregate, job.config.refine, device)
+    aggregate = job.config.profiles.aggregate
+    refiner, report = fit(
+        modalities, interactions.train, aggregate, job.config.refine, device, weights=interactions.weights
+    )
     save_refiner(refiner, job.work)
     LocalStorage(job.work).write("fit.json", json.dumps(report).encode())
 

@@ -15,6 +15,7 @@ from crane_core.model.crane import Crane
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
+from crane_core.training.head import choose_head
 from crane_core.training.share import choose_share
 from jobs.ml.nodes import Training
 from jobs.ml.training import lend_ranks, load_embeddings, save_embeddings, train
@@ -51,11 +52,13 @@ def run(job: Job) -> Result:
     interactions = load_interactions(job.input("etl.interactions"))
     chosen = choose_share(behaviour, (users, items), item_graph(job), interactions, job.config)
     logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
-    save_embeddings(job.out, *chosen.rows)
+    head = choose_head(chosen.rows, interactions, job.config)
+    if head is not None:
+        logger.info("head %s", " ".join(f"{name}={value}" for name, value in head.facts().items()))
+    save_embeddings(job.out, *(chosen.rows if head is None else head.rows))
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
-    return Result(
-        summary | {"trust": chosen.share, "validation": summary["validation"] | {"fused_recall@20": chosen.recall}}
-    )
+    validation = summary["validation"] | {"fused_recall@20": chosen.recall}
+    return Result(summary | {"trust": chosen.share, "head": head and head.facts(), "validation": validation})
 
 
 def lend(training: Training) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ import torch
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.dataset.modalities import Modality
 from crane_core.evaluation import baselines
-from crane_core.evaluation.baselines import content, item_knn, popular_for_strangers, popularity
+from crane_core.evaluation.baselines import (
+    choose_half_life,
+    content,
+    first_unseen,
+    item_knn,
+    popular_for_strangers,
+    popularity,
+    recent_popularity,
+)
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import Scorer, dot_product, rank_users
 from tests.worlds.planted import checkerboard
@@ -43,11 +52,50 @@ def test_popularity_counts_and_breaks_ties_by_row() -> None:
 def test_users_without_training_items_are_shown_what_is_popular() -> None:
     log = interactions([0], [], [0, 3], [], num_items=4)
     rows = torch.eye(4)
-    scores = popular_for_strangers(dot_product(rows, rows), log)(np.array([3, 2, 1]))
+    scores = popular_for_strangers(dot_product(rows, rows), log, None)(np.array([3, 2, 1]))
     assert scores[1].tolist() == [0, 0, 1, 0]
     assert all(scores[row].argsort(descending=True).tolist() == [0, 3, 1, 2] for row in (0, 2))
     score = dot_product(rows, rows)
-    assert popular_for_strangers(score, interactions([0], [3], num_items=4)) is score
+    assert popular_for_strangers(score, interactions([0], [3], num_items=4), None) is score
+
+
+def test_recent_popularity_forgets_with_age() -> None:
+    log = replace(interactions([0, 1], [0, 1], [0, 2], num_items=4), ages=np.float32([8, 0, 8, 2, 8, 0]))
+    nobody = np.array([0])
+    assert popularity(log)(nobody).argsort(descending=True).tolist() == [[0, 1, 2, 3]]
+    assert recent_popularity(log, 1.0)(nobody).argsort(descending=True).tolist() == [[1, 2, 0, 3]]
+    assert recent_popularity(log, None)(nobody).tolist() == popularity(log)(nobody).tolist()
+
+
+def test_the_half_life_is_the_one_that_finds_the_validation_items() -> None:
+    # Of 60 items, half were popular long ago and half are popular now; users go on with those of now.
+    generator = np.random.default_rng(0)
+    users = np.repeat(np.arange(40), 20)
+    old = np.concatenate([generator.choice(30, 12, replace=False) for _ in range(40)]).reshape(40, 12)
+    new = np.concatenate([generator.choice(np.arange(30, 60), 8, replace=False) for _ in range(40)]).reshape(40, 8)
+    items = np.sort(np.concatenate([old, new], axis=1), axis=1)
+    train = ItemLists.from_pairs(users, items.ravel(), 40)
+    left = np.array([np.setdiff1d(np.arange(30, 60), row)[:3] for row in items])
+    validation = ItemLists.from_pairs(np.repeat(np.arange(40), 3), left.ravel(), 40)
+    ages = np.where(train.items < 30, 100, 1).astype(np.float32)
+    log = Interactions(40, 60, train, validation, train, ages=ages)
+    assert choose_half_life(log, (None, 5.0)) == 5.0
+    assert choose_half_life(log, (5.0, None)) == 5.0
+    assert choose_half_life(replace(log, ages=None), (5.0,)) is None
+    longest = replace(log, ages=np.zeros_like(ages))
+    assert choose_half_life(longest, (1.0, 7.0, None)) is None
+
+
+@pytest.mark.parametrize("k", [1, 3, 25])
+def test_the_first_unseen_items_equal_a_plain_loop(k: int) -> None:
+    log = random_interactions()
+    order = np.random.default_rng(1).permutation(25)[:20]
+    users = np.array([7, 0, 29, 7])
+    found = first_unseen(order, log.train, users, k)
+    for user, row in zip(users, found, strict=True):
+        seen = set(log.train.items[log.train.indptr[user] : log.train.indptr[user + 1]].tolist())
+        expected = [item for item in order.tolist() if item not in seen][:k]
+        assert row.tolist() == expected + [-1] * (k - len(expected))
 
 
 def test_item_knn_by_hand() -> None:

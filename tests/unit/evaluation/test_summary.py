@@ -68,6 +68,6 @@ def test_unknown_users_are_counted_and_get_popular_items(tmp_path: Path) -> None
         "reason": ["unknown_user", "unknown_user", "unknown_user", "unknown_item", "unknown_user"],
     }
     pq.write_table(pa.table(rows), tmp_path / "cold.parquet")
-    found = summarise_unknown_users(tmp_path / "cold.parquet", INTERACTIONS, 1)
+    found = summarise_unknown_users(tmp_path / "cold.parquet", INTERACTIONS, None, 1)
     assert found["rows"] == {"unknown_user": 3, "unknown_item": 1} and found["unknown_users"] == 2
     assert found["popularity"]["recall@20"] == 1

@@ -17,7 +17,7 @@ from crane_core.experiments.references import Freedom, FreedomSettings, Mgcn, Mg
 from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import DirectedGraph, SymmetricGraph
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.model.views import Batch
 from crane_core.training.trainer import Trainer
 from tests.worlds.planted import checkerboard, planted_modalities
@@ -42,7 +42,7 @@ def build(
 def adjacency(interactions: Interactions) -> SymmetricGraph:
     log = interactions.train
     shards = Shards((interactions.num_users, interactions.num_items))
-    return SymmetricGraph(user_item_graph(log.users(), log.items, shards), CPU)
+    return SymmetricGraph(user_item_graph(Edges(log.users(), log.items), shards), CPU)
 
 
 def dense_graph(rows: np.ndarray, k: int, weighted: bool) -> Tensor:

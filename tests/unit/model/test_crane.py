@@ -18,7 +18,7 @@ from crane_core.model.lightgcn import POWERS
 from crane_core.model.losses import info_nce, sampled_softmax
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.model.views import Batch, Views
 from tests.worlds.settings import changed, model_config
 from tests.worlds.trainings import draw
@@ -43,7 +43,7 @@ SHARED = BATCH._replace(
 
 def graph() -> SymmetricGraph:
     users, items = np.array(PAIRS).T
-    return SymmetricGraph(user_item_graph(users, items, Shards((NUM_USERS, NUM_ITEMS))), CPU)
+    return SymmetricGraph(user_item_graph(Edges(users, items), Shards((NUM_USERS, NUM_ITEMS))), CPU)
 
 
 def item_matrix() -> np.ndarray:

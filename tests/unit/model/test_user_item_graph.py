@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import sampled_user_item_graph, user_item_graph
+from crane_core.model.user_item_graph import Edges, sampled_user_item_graph, user_item_graph
 
 
 def test_user_item_graph_by_hand() -> None:
-    graph = user_item_graph(np.array([0, 0, 1]), np.array([0, 1, 1]), Shards((2, 3))).toarray()
+    graph = user_item_graph(Edges(np.array([0, 0, 1]), np.array([0, 1, 1])), Shards((2, 3))).toarray()
     expected = np.zeros((5, 5))
     expected[0, 2] = expected[2, 0] = 1 / np.sqrt(2 * 1)
     expected[0, 3] = expected[3, 0] = 1 / np.sqrt(2 * 2)
@@ -25,8 +25,8 @@ def popular_edges() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.slow
 def test_a_sampled_graph_is_the_whole_one_on_average() -> None:
     shards, (users, items) = Shards((40, 30)), popular_edges()
-    whole = user_item_graph(users, items, shards).toarray()
-    drawn = [sampled_user_item_graph(users, items, shards, 2, np.random.default_rng(seed)) for seed in range(4000)]
+    whole = user_item_graph(Edges(users, items), shards).toarray()
+    drawn = [sampled_user_item_graph(Edges(users, items), shards, 2, np.random.default_rng(seed)) for seed in range(4000)]
     assert all((graph != graph.T).nnz == 0 and graph.has_sorted_indices for graph in drawn[:20])
     mean, kept = sum(graph.toarray() for graph in drawn) / 4000, sum(graph.toarray() > 0 for graph in drawn) / 4000
     degrees = np.maximum((whole > 0).sum(1), 1)
@@ -42,19 +42,19 @@ def test_a_sampled_graph_is_the_whole_one_on_average() -> None:
 
 def test_with_more_neighbours_than_there_are_the_graph_is_whole() -> None:
     shards, edges = Shards((40, 30)), popular_edges()
-    sampled = sampled_user_item_graph(*edges, shards, 40, np.random.default_rng(0))
-    assert (sampled != user_item_graph(*edges, shards)).nnz == 0
+    sampled = sampled_user_item_graph(Edges(*edges), shards, 40, np.random.default_rng(0))
+    assert (sampled != user_item_graph(Edges(*edges), shards)).nnz == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_rows_of_the_ranks_are_those_of_the_whole_graph(world_size: int) -> None:
     shards, edges = Shards((40, 30)), popular_edges()
-    whole, sampled = user_item_graph(*edges, shards), sampled_user_item_graph(*edges, shards, 2, seeded())
+    whole, sampled = user_item_graph(Edges(*edges), shards), sampled_user_item_graph(Edges(*edges), shards, 2, seeded())
     for rank in range(world_size):
         own = Shards((40, 30), rank, world_size)
         rows = np.concatenate([np.arange(part.start, part.stop) for part in own.parts()])
-        assert (user_item_graph(*edges, own) != whole[rows]).nnz == 0
-        assert (sampled_user_item_graph(*edges, own, 2, seeded()) != sampled[rows]).nnz == 0
+        assert (user_item_graph(Edges(*edges), own) != whole[rows]).nnz == 0
+        assert (sampled_user_item_graph(Edges(*edges), own, 2, seeded()) != sampled[rows]).nnz == 0
 
 
 def seeded() -> np.random.Generator:
@@ -65,7 +65,7 @@ def test_the_graph_does_not_depend_on_the_order_of_the_pairs() -> None:
     met = np.random.default_rng(2).random((30, 20)) < 0.2
     users, items = np.nonzero(met)
     order = np.random.default_rng(3).permutation(len(users))
-    sorted_graph, graph = (user_item_graph(users[rows], items[rows], Shards((30, 20))) for rows in (slice(None), order))
+    sorted_graph, graph = (user_item_graph(Edges(users[rows], items[rows]), Shards((30, 20))) for rows in (slice(None), order))
     assert graph.has_sorted_indices and graph.indices.dtype == graph.indptr.dtype == np.int32
     assert (graph != sorted_graph).nnz == 0 and (graph != graph.T).nnz == 0
     degrees = np.maximum(np.concatenate([met.sum(1), met.sum(0)]), 1)

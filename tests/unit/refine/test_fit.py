@@ -12,27 +12,36 @@ from crane_core.dataset.interactions import ItemLists
 from crane_core.dataset.modalities import Modality
 from crane_core.errors import DataError, TrainingError
 from crane_core.refine.catalog import refine_catalog
-from crane_core.refine.fit import fit, profiles_without
+from crane_core.refine.fit import Batch, fit, profiles_without
 from crane_core.refine.refiner import Refiner, profile_scales
 from tests.worlds.planted import REFINE, checkerboard, planted_modalities
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
-def test_the_target_leaves_the_profile(aggregate: str) -> None:
+@pytest.mark.parametrize(("weights", "rest"), [((1, 1), (1.0, 11.0)), ((3, 2), (3.0, 23.0))])
+def test_the_target_leaves_the_profile(aggregate: str, weights: tuple[int, int], rest: tuple[float, float]) -> None:
     items = np.array([[1.0], [10.0], [100.0]], dtype=np.float32)
-    total = np.array([[11.0]], dtype=np.float32)
-    profiles = total / 2 if aggregate == "mean" else total
+    profiles = np.array([[weights[0] + 10.0 * weights[1]]], dtype=np.float32)
+    left = rest
+    if aggregate == "mean":
+        profiles, left = profiles / sum(weights), (rest[0] / weights[0], rest[1] / sum(weights))
     modality = Modality("m", items, np.array([True, True, False]), profiles, np.array([2]))
-    refiner = Refiner([1], [1.0], REFINE)
-    rows, present = profiles_without([modality], np.array([0, 0]), np.array([1, 2]), aggregate, refiner)
-    assert rows[0].flatten().tolist() == [1.0, 5.5 if aggregate == "mean" else 11.0]
+    batch = batch_of([0, 0], [1, 2], [weights[1], 7])
+    totals = [np.array([float(sum(weights))])]
+    rows, present = profiles_without([modality], totals, batch, aggregate, Refiner([1], [1.0], REFINE))
+    assert rows[0].flatten().tolist() == pytest.approx(left)
     assert present[0].tolist() == [True, True]
 
 
 def test_a_profile_of_the_target_alone_is_missing() -> None:
     modality = Modality("m", np.ones((1, 1), np.float32), np.array([True]), np.ones((1, 1), np.float32), np.array([1]))
-    _, present = profiles_without([modality], np.array([0]), np.array([0]), "sum", Refiner([1], [1.0], REFINE))
+    totals, batch = [np.ones(1)], batch_of([0], [0], [1])
+    _, present = profiles_without([modality], totals, batch, "sum", Refiner([1], [1.0], REFINE))
     assert present[0].tolist() == [False]
+
+
+def batch_of(users: list[int], targets: list[int], weights: list[float]) -> Batch:
+    return Batch(np.array(users), np.array(targets), np.array(weights, dtype=np.float32), np.arange(1))
 
 
 def test_no_item_and_a_fit_that_diverges_are_typed_errors() -> None:

@@ -72,7 +72,7 @@ def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) ->
     ours = trainer(tmp_path, config=config, kind="crane")
     batch = ours.batches.batch(np.array([100, 3, 60, 61, 3]), np.random.default_rng(0))
     users, items = (sorted(set(column.tolist())) for column in (batch.users, batch.positives))
-    pairs = set(zip(ours.batches.users.tolist(), ours.batches.items.tolist(), strict=True))
+    pairs = set(zip(ours.batches.edges.users.tolist(), ours.batches.edges.items.tolist(), strict=True))
     assert batch.known is not None
     assert batch.known.tolist() == [[(user, item) in pairs for item in items] for user in users]
     assert ours.run()["num_epochs"] == 2

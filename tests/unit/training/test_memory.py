@@ -68,7 +68,7 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(tmp_path: Path, mon
 def test_ranks_on_one_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = trainer(tmp_path)
     dim = needed.config.lightgcn.embedding_dim
-    enough = edge_bytes(needed.model, len(needed.batches.items), CPU) + node_bytes(needed.model, dim)
+    enough = edge_bytes(needed.model, len(needed.batches.edges.items), CPU) + node_bytes(needed.model, dim)
     enough += batch_bytes(needed.model, needed.config.train.batch_size, dim)
     monkeypatch.setattr(training, "free_bytes", lambda _: 2 * enough)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

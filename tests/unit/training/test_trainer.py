@@ -39,11 +39,11 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     ours = trainer(tmp_path, interactions, config)
     before = ours.model.ids.detach().clone()
     picked, negatives = np.array([0, 5, 9]), np.array([31, 20, 11])
-    rows = (ours.batches.users[picked], ours.batches.items[picked], negatives)
+    rows = (ours.batches.edges.users[picked], ours.batches.edges.items[picked], negatives)
     ours.step(ours.graph, [Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows))], 3)
 
     adjacency = torch.from_numpy(
-        user_item_graph(interactions.train.users(), interactions.train.items, ours.shards).toarray()
+        user_item_graph(ours.batches.edges, ours.shards).toarray()
     )
     ids = before.clone().requires_grad_()
     final = (ids + adjacency @ ids + adjacency @ (adjacency @ ids)) / 3
@@ -65,7 +65,7 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
 def test_one_softmax_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     interactions = checkerboard()
     ours = trainer(tmp_path, interactions, kind="crane")
-    picked = np.arange(0, len(ours.batches.users), 9)
+    picked = np.arange(0, len(ours.batches.edges.users), 9)
     batch = ours.batches.batch(picked, np.random.default_rng(4))
     with torch.no_grad():
         final = ours.model(ours.graph).final.double().numpy()
