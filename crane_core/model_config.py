@@ -100,12 +100,28 @@ class CraneSettings(Section):
         return self.own_content or self.semantic_users == "profiles"
 
 
+class Choices(Section):
+    """What the validation split of a run has chosen. A training that is given them makes no choice and needs no
+    validation rows. `ml.refit` writes them; nobody sets them by hand."""
+
+    behaviour_epochs: int = Field(ge=1)
+    """Epochs that LightGCN is trained for."""
+    crane_epochs: int = Field(ge=1)
+    """Epochs that CRANE is trained for."""
+    crane_ranking: str
+    """Name of CRANE's way to rank."""
+    share: float = Field(ge=0, le=1)
+    """Share of CRANE's scores beside LightGCN's."""
+
+
 class ModelConfig(Section):
     """The sections that models and their training obey."""
 
     train: Train = Train()
     lightgcn: LightGCNSettings = LightGCNSettings()
     crane: CraneSettings = CraneSettings()
+    choices: Choices | None = None
+    """Given where a training makes no choice: in the refit run of a run."""
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the same with other values of some fields, `section.field` to value."""

@@ -1,8 +1,9 @@
 """Register the model of a run: `python -m jobs.ml.register --store URI --run RUN_ID`.
 
 Leaves a version in the model registry with its evidence and lineage, and the alias `candidate` unless the run is a
-backfill. The same model and evaluation, written by the same version of this stage, become one version, however often
-the job runs.
+backfill. What is served is the model of the refit run; the model of the run, which was evaluated, lies beside it as its
+twin. With `etl.refit=false` one model is both. The same models and evaluation, written by the same version of this
+stage, become one version, however often the job runs.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import logging
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from crane_core.config import RunConfig
+from crane_core.refit import refit_run
 from crane_core.release.registry import CANDIDATE, Registry, open_registry
-from crane_core.release.version import DatasetReference, Release, Version
+from crane_core.release.version import SHIPPED_TAG, DatasetReference, Release, Version
 from crane_core.schema import USER_ID
-from crane_core.serving.model_folder import load_recommender, write_model
+from crane_core.serving.model_folder import Recommender, load_recommender, write_model
 from crane_core.serving.probe import make_probe
 from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
@@ -35,26 +38,42 @@ logger = logging.getLogger(__name__)
 PROBED_USERS = 32
 
 
+@dataclass(frozen=True)
+class Made:
+    """The artifacts that a version is made of.
+
+    Attributes:
+        twin: those of the run, by stage.
+        shipped: those of its refit run, empty where there is none.
+    """
+
+    twin: dict[str, Artifact]
+    shipped: dict[str, Artifact]
+
+
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Make or find the version of a run and give it the alias."""
     inputs = _inputs(config, store, arguments.run)
+    shipped = _shipped(config, store, arguments.run)
     checksums = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
+    checksums += [artifact.manifest["content"] for artifact in shipped.values()]
     identity = [STAGES["ml.register"].version, *checksums]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
     if version is None:
-        for name in ("ml.train", "ml.evaluate"):
-            inputs[name].verify()
+        for artifact in (inputs["ml.train"], inputs["ml.evaluate"], *shipped.values()):
+            artifact.verify()
         base = scratch(store.storage.uri) / "ml.register"
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=base) as folder:
-            release = _release(Path(folder), fingerprint, arguments.run, config, store, inputs)
+            release = _release(Path(folder), fingerprint, arguments.run, config, store, Made(inputs, shipped))
             version, is_new = registry.register(release)
     alias = None if config.runtime.backfill else _make_candidate(registry, version)
     return {
         "status": "done" if is_new else "found",
         "version": version.number,
+        "shipped_run": version.shipped_run,
         "alias": alias,
         "model": registry.name,
         "registry": config.runtime.registry,
@@ -72,15 +91,17 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
 
 
 def _release(
-    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
+    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, made: Made
 ) -> Release:
-    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train", "ml.evaluate"))
-    recommender = load_recommender(source, trained)
+    inputs, evaluated, trained = made.twin, made.twin["ml.evaluate"], made.twin["ml.train"]
     window = config.window.model_dump(mode="json")
-    model = folder / config.runtime.model_name
-    model.mkdir()
-    write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
-    probe = make_probe(recommender, PROBED_USERS)
+    model, twin = folder / config.runtime.model_name, folder / "twin"
+    if made.shipped:
+        served = _write(model, made.shipped, {"run": refit_run(run_id), "window": window})
+        _write(twin, made.twin, {"run": run_id, "window": window})
+    else:
+        served = _write(model, made.twin, {"run": run_id, "window": window})
+    probe = make_probe(served, PROBED_USERS)
     probe_file = folder / "probe.json"
     probe_file.write_text(json.dumps(probe))
     metrics = json.loads(evaluated.file("metrics.json").read_text())
@@ -90,6 +111,7 @@ def _release(
         fingerprint=fingerprint,
         run_id=run_id,
         folder=model,
+        twin=twin if made.shipped else None,
         evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
         input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
         params=_flat(identity),
@@ -106,16 +128,33 @@ def _release(
                 f"{store.storage.uri}/{artifact.manifest['stage']}/{artifact.fingerprint}",
                 "evaluation" if name == "ml.evaluate" else "training",
             )
-            for name, artifact in inputs.items()
+            for name, artifact in [*inputs.items(), *made.shipped.items()]
         ],
         tags={
             "crane.window_start": window["start"],
             "crane.window_end": window["end"],
             "crane.config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             **{f"crane.artifact.{name}": artifact.fingerprint for name, artifact in inputs.items()},
+            **{f"crane.shipped.{name}": artifact.fingerprint for name, artifact in made.shipped.items()},
+            **({SHIPPED_TAG: refit_run(run_id)} if made.shipped else {}),
             **({"crane.git": git} if git else {}),
         },
     )
+
+
+def _write(folder: Path, inputs: Mapping[str, Artifact], facts: Mapping[str, Any]) -> Recommender:
+    """Write the model of a run into a new folder and return what it serves."""
+    recommender = load_recommender(inputs["etl.interactions"], inputs["ml.train"])
+    folder.mkdir()
+    write_model(folder, recommender, inputs["ml.train"].file("weights.safetensors"), facts)
+    return recommender
+
+
+def _shipped(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:
+    """Return the artifacts of the refit run that are served; empty where the evaluated model is."""
+    if not config.etl.refit:
+        return {}
+    return {stage: store.artifact(refit_run(run_id), stage) for stage in ("etl.interactions", "ml.train")}
 
 
 def _inputs(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:

@@ -27,7 +27,10 @@ from jobs.stores import open_store
 from tests.worlds.mlflow_tables import copy_tables
 
 NUM_USERS, NUM_ITEMS, NUM_COLD, DIM = 120, 90, 6, 8
-SETTINGS = ("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5")
+SETTINGS = (
+    *("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5"),
+    "etl.refit=false",
+)
 
 
 def flags(store: Path, run_id: str, window_end: str = "2026-03-01", *settings: str) -> list[str]:
