@@ -17,7 +17,7 @@ from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
 from crane_core.model_config import Choices
 from crane_core.refit import is_refit, refit_config, refit_run
-from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.entry_points import run_job
 
 logger = logging.getLogger(__name__)
@@ -30,24 +30,19 @@ def refit(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
     if not config.etl.refit:
         return {"status": "skipped", "reason": "etl.refit is false.", "refit_run": None}
     run = refit_run(arguments.run)
-    choices = choices_of(arguments.run, store)
+    choices = choices_of(*(store.artifact(arguments.run, stage) for stage in ("ml.behaviour", "ml.train")))
     store.restart_run(run, refit_config(config, choices, refit_base(config, store)))
     logger.info("refit run=%s %s", run, " ".join(f"{name}={value}" for name, value in choices))
     return {"status": "done", "refit_run": run, "choices": choices.model_dump(mode="json")}
 
 
-def choices_of(run_id: str, store: ArtifactStore) -> Choices:
-    """Return what the validation split of a run has chosen.
-
-    Raises:
-        ArtifactError: it is not trained.
-    """
-    behaviour, trained = (store.artifact(run_id, stage).facts for stage in ("ml.behaviour", "ml.train"))
+def choices_of(behaviour: Artifact, trained: Artifact) -> Choices:
+    """Return what the validation split of a run has chosen, from the artifacts of `ml.behaviour` and `ml.train`."""
     return Choices(
-        behaviour_epochs=behaviour["best_epoch"] + 1,
-        crane_epochs=trained["best_epoch"] + 1,
-        crane_ranking=trained["best_ranking"],
-        share=trained["trust"],
+        behaviour_epochs=behaviour.facts["best_epoch"] + 1,
+        crane_epochs=trained.facts["best_epoch"] + 1,
+        crane_ranking=trained.facts["best_ranking"],
+        share=trained.facts["trust"],
     )
 
 
