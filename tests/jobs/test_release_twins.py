@@ -11,7 +11,7 @@ import pytest
 from crane_core.config import Runtime
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import Registry, open_registry
-from jobs.ml import export, promote, register
+from jobs.ml import export, promote, register, report
 from jobs.stores import open_store
 from tests.worlds.mlflow_tables import copy_tables
 from tests.worlds.release_runs import make_run, ship, user_ids
@@ -89,6 +89,19 @@ def test_the_shipped_model_is_tested_and_exported(place: Place) -> None:
     lists = pq.read_table(store.artifact("run-1", "ml.export").file("recommendations")).to_pylist()
     assert {row["user_id"] for row in lists} == set(user_ids())
     assert not seen & {(row["user_id"], row["item_id"]) for row in lists}
+
+
+def test_the_page_says_which_model_its_figures_are_of(place: Place) -> None:
+    plain = make_run(place.root, "run-1", noise=0.5)
+    both = ship(make_run(place.root, "run-2", noise=0.3), noise=0.5)
+    pages = []
+    for argv in (plain, both):
+        for module in (register, promote, export):
+            place.job(module, argv)
+        pages.append(Path(place.job(report, argv)["report"]).read_text())
+    assert 'made by run <span class="mono">run-2.refit</span>' in pages[1] and "evaluation twin" not in pages[0]
+    assert pages[1].count('<td class="text">twin</td>') == 1 and ">shipped</td>" in pages[1]
+    assert "ml.train, shipped model" in pages[1] and "shipped model" not in pages[0]
 
 
 def test_a_damaged_twin_is_not_judged(place: Place) -> None:
