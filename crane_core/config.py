@@ -55,8 +55,12 @@ class Window(Section):
 
 
 class Etl(Section):
-    split: Literal["temporal", "leave_last", "label"] = "temporal"
-    """`temporal`: by global time. `leave_last`: each user's last two items. `label`: the column `label`."""
+    split: Literal["temporal", "leave_last", "label", "none"] = "temporal"
+    """`temporal`: by global time. `leave_last`: each user's last two items. `label`: the column `label`. `none`: every
+    event is training; only a refit run can be trained on it, since nothing can be chosen."""
+    refit: bool = True
+    """Serve a second model, which has learned from every event before `window.end` with the choices of the evaluated
+    one. Without it the evaluated model is served, which has not seen its validation and test periods."""
     validation_days: int = Field(7, ge=1)
     """Length of the validation period of a temporal split; it ends where the test period starts."""
     test_days: int = Field(7, ge=1)

@@ -47,6 +47,8 @@ def load_config(
         if not (sign and dot and section and field):
             raise ConfigError(f"--set {override!r} is not of the form section.field=value.", EXAMPLE)
         part = tree.setdefault(section, {})
+        if part is None:
+            part = tree[section] = {}
         if not isinstance(part, dict):
             raise ConfigError(
                 f"--set {override!r}: {section!r} is not a section.",

@@ -111,6 +111,26 @@ class HeadSettings(Section):
     that of a model that knows no times."""
 
 
+class Choices(Section):
+    """What the validation split of a run has chosen. A training that is given them makes no choice and needs no
+    validation rows. `ml.refit` writes them; nobody sets them by hand."""
+
+    behaviour_epochs: int = Field(ge=1)
+    """Epochs that LightGCN is trained for."""
+    crane_epochs: int = Field(ge=1)
+    """Epochs that CRANE is trained for."""
+    crane_ranking: str
+    """Name of CRANE's way to rank."""
+    share: float = Field(ge=0, le=1)
+    """Share of CRANE's scores beside LightGCN's."""
+    half_life: HalfLife = None
+    """Half-life of the popularity, days; null is no decay."""
+    history_half_life: HalfLife = None
+    """Half-life of a user's own history, days; null is no decay."""
+    weights: dict[str, float] | None = None
+    """Weights of popularity and channels in the score; null where the rows of the model stand alone."""
+
+
 class ModelConfig(Section):
     """The sections that models and their training obey."""
 
@@ -118,6 +138,8 @@ class ModelConfig(Section):
     lightgcn: LightGCNSettings = LightGCNSettings()
     crane: CraneSettings = CraneSettings()
     head: HeadSettings = HeadSettings()
+    choices: Choices | None = None
+    """Given where a training makes no choice: in the refit run of a run."""
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
         """Return the same with other values of some fields, `section.field` to value."""

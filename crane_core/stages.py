@@ -15,7 +15,7 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.config_file import MOVED
 from crane_core.errors import ConfigError
-from crane_core.model_config import CraneSettings, LightGCNSettings
+from crane_core.model_config import Choices, CraneSettings, LightGCNSettings
 from crane_core.raw.files import list_features, list_interactions, list_items, raw_root
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 
@@ -94,6 +94,10 @@ _NOTHING = _fixed()
 _ONE_PART = _fixed(WHOLE)
 
 
+def _chosen(config: RunConfig, *names: str) -> tuple[str, ...]:
+    return names if config.choices else ()
+
+
 def _joint(config: RunConfig, *names: str) -> tuple[str, ...]:
     return names if config.crane.mode == "joint" else ()
 
@@ -133,14 +137,19 @@ class Stage:
         return [self.label(part) for part in self.parts(config)]
 
     def settings(self, config: RunConfig) -> dict[str, dict[str, Any]]:
-        """Return the sections that it obeys, as JSON values; the fields that it ignores have their default."""
+        """Return the sections that it obeys, as JSON values.
+
+        The fields that it ignores have their default, and are left out if they have none.
+        """
         sections = self.obeys(config)
         settings = config.model_dump(mode="json", include=set(sections))
         for path in self.ignores(config):
             section, _, field = path.partition(".")
             if section in sections:
-                default = type(getattr(config, section)).model_fields[field].default
-                settings[section][field] = default
+                known = type(getattr(config, section)).model_fields[field]
+                settings[section].pop(field)
+                if not known.is_required():
+                    settings[section][field] = known.default
         return settings
 
 
@@ -149,6 +158,11 @@ _HOW_LISTS_ARE_FOUND = ("knn.num_shards", "knn.memory")
 _JUDGING_LISTS = ("knn.certificate_sample", "knn.min_recall")
 """Fields of `knn` that the certificate of the graph obeys."""
 _SEARCHING_LISTS = ("knn.mode", "knn.exact_items", "knn.num_lists", "knn.num_probes")
+_CHOOSING = ("train.num_epochs", "train.patience", "train.validation_users")
+"""Fields of `train` that nothing obeys where the choices are given."""
+_CHOICES_OF_CRANE = tuple(f"choices.{name}" for name in Choices.model_fields if name != "behaviour_epochs")
+"""Choices that LightGCN's training does not obey."""
+_CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives")
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -183,8 +197,11 @@ STAGES: dict[str, Stage] = {
             "ml.behaviour",
             2,
             _fixed("etl.interactions"),
-            _fixed("train", "lightgcn"),
-            ignores=_fixed("train.checkpoint_steps"),
+            lambda config: ("train", "lightgcn", *_chosen(config, "choices")),
+            ignores=lambda config: (
+                "train.checkpoint_steps",
+                *_chosen(config, *_CHOOSING, *_CHOICES_OF_CRANE),
+            ),
         ),
         Stage(
             "ml.train",
@@ -193,9 +210,14 @@ STAGES: dict[str, Stage] = {
                 *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
                 *_joint(config, "etl.features", "etl.profiles"),
             ),
-            lambda config: ("train", "lightgcn", "crane", "head", *_joint(config, "refine", "knn")),
+            lambda config: (
+                *("train", "lightgcn", "crane", "head"),
+                *_joint(config, "refine", "knn"),
+                *_chosen(config, "choices"),
+            ),
             ignores=lambda config: (
                 "train.checkpoint_steps",
+                *_chosen(config, *_CHOOSING, *_CHOOSING_HEAD, "choices.behaviour_epochs"),
                 *_staged(config, "crane.joint_start", "crane.graph_epochs"),
                 *_joint(config, *_HOW_LISTS_ARE_FOUND, *_JUDGING_LISTS, *_SEARCHING_LISTS),
             ),
@@ -211,6 +233,10 @@ STAGES: dict[str, Stage] = {
         Stage("ml.export", 3, _fixed("etl.interactions", "ml.train"), _fixed("export")),
     )
 }
+
+
+SHIPPED = tuple(STAGES)[: tuple(STAGES).index("ml.train") + 1]
+"""The stages of a refit run."""
 
 
 def list_settings(knn: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +265,12 @@ def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[s
 
 
 def _as_before(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the settings under the names of `MOVED`, so that artifacts of earlier versions are found."""
+    """Return the settings as earlier versions named them, so that their artifacts are found.
+
+    Fields of `MOVED` have their former names. `etl.refit` decides nothing that a stage makes.
+    """
+    if "etl" in settings:
+        settings = settings | {"etl": {name: value for name, value in settings["etl"].items() if name != "refit"}}
     if "train" not in settings:
         return settings
     defaults = {"lightgcn": LightGCNSettings(), "crane": CraneSettings()}

@@ -4,7 +4,10 @@ It runs daily at midnight UTC over the day that has ended, `[start, end)`. One D
 
 **What it does.** `resolve` sets the window, the run id and the flags. `plan` checks the configuration and returns the
 shards of the kNN search. The stages follow in order: `knn` has one mapped task per shard, and `behaviour` runs in
-parallel to the stages that prepare the content. Each stage finds its artifact in the store or makes it, so if you clear
+parallel to the stages that prepare the content. `evaluate` measures the model on rows that it has not seen. The group
+`ship` then makes the model that will be served: `refit` starts the run `RUN.refit` with the choices of the evaluated
+model, and the same stages bring it up to `train` with every row before `window.end`. `etl.refit=false` skips the group.
+Each stage finds its artifact in the store or makes it, so if you clear
 a task or the whole run, only missing artifacts are made. `register` registers the model version, gives it the alias
 `candidate` and sends an event of the asset `crane/candidate`, which starts `crane_promote`. `tidy` is the teardown of
 `plan`: however the run ends, it deletes what no job has used for `runtime.scratch_days` from the scratch folder.
@@ -31,7 +34,19 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from airflow.sdk import DAG, Asset, AssetAlias, Context, CronDataIntervalTimetable, Param, chain, task
+from airflow.sdk import (
+    DAG,
+    Asset,
+    AssetAlias,
+    BaseOperator,
+    Context,
+    CronDataIntervalTimetable,
+    Param,
+    TaskGroup,
+    XComArg,
+    chain,
+    task,
+)
 from airflow.sdk.exceptions import AirflowFailException
 from deployment import DEFAULT_ARGS, job, mapped_job
 from local_job import PROJECT, deployment_overrides, setting
@@ -51,6 +66,7 @@ CANDIDATE = Asset("crane/candidate")
 ANNOUNCEMENT = AssetAlias("crane/announcement")
 INSTANT: dict[str, Any] = {"type": ["null", "string"], "format": "date-time", "pattern": INSTANT_PATTERN}
 FLAGS = "{{ ti.xcom_pull(task_ids='resolve')['flags'] | tojson }}"
+SHIP_FLAGS = "{{ (ti.xcom_pull(task_ids='resolve')['flags'] + ['--refit']) | tojson }}"
 
 
 def announce(context: Context, registered: dict[str, Any]) -> None:
@@ -124,20 +140,38 @@ with DAG(
             "flags": flags,
         }
 
+    def trained(shards: XComArg, flags: str) -> tuple[BaseOperator, BaseOperator]:
+        """Return the first and the last task of a model: the stages from the raw data to `train`."""
+        chain(
+            interactions := job("etl.interactions", flags=flags),
+            job("etl.features", flags=flags),
+            job("etl.profiles", flags=flags),
+            job("ml.refine", flags=flags),
+            mapped_job("ml.knn", shards, flags=flags),
+            job("ml.graph", flags=flags),
+            train := job("ml.train", flags=flags),
+        )
+        # The behavioural view needs no content, so it trains in parallel to the stages that prepare the content.
+        chain(interactions, job("ml.behaviour", flags=flags), train)
+        return interactions, train
+
     plan = job("plan", flags=FLAGS, returns="ml.knn")
-    chain(
-        resolve(),
-        plan,
-        interactions := job("etl.interactions", flags=FLAGS),
-        job("etl.features", flags=FLAGS),
-        job("etl.profiles", flags=FLAGS),
-        job("ml.refine", flags=FLAGS),
-        mapped_job("ml.knn", plan.output, flags=FLAGS),
-        job("ml.graph", flags=FLAGS),
-        train := job("ml.train", flags=FLAGS),
-        job("ml.evaluate", flags=FLAGS),
-        job("ml.register", flags=FLAGS, outlets=[ANNOUNCEMENT], post_execute=announce),
-        job("tidy", flags=FLAGS).as_teardown(setups=plan),
+    interactions, train = trained(plan.output, FLAGS)
+    evaluate = job("ml.evaluate", flags=FLAGS)
+    # With `etl.refit=false` the group is skipped and the evaluated model is registered.
+    register = job(
+        "ml.register", flags=FLAGS, outlets=[ANNOUNCEMENT], post_execute=announce, trigger_rule="none_failed"
     )
-    # The behavioural view needs no content, so it trains in parallel to the stages that prepare the content.
-    chain(interactions, job("ml.behaviour", flags=FLAGS), train)
+    chain(resolve(), plan, interactions)
+    chain(train, evaluate, register, job("tidy", flags=FLAGS).as_teardown(setups=plan))
+    with TaskGroup("ship"):
+
+        @task.short_circuit(task_id="wanted", ignore_downstream_trigger_rules=False)
+        def wanted(refit: dict[str, Any]) -> bool:
+            """Skip the group if there is no refit run."""
+            return refit["refit_run"] is not None
+
+        refit = job("ml.refit", flags=FLAGS)
+        first, last = trained(plan.output, SHIP_FLAGS)
+        chain(evaluate, refit, wanted(refit.output), first)
+        chain(last, register)

@@ -81,8 +81,11 @@ def resolve_window(
 
 
 def crane_run_id(airflow_run_id: str) -> str:
-    """Make a run id a file name: `scheduled__2026-01-02T00:00:00+00:00` -> `scheduled__2026-01-02T00-00-00-00-00`."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", airflow_run_id).strip("-.")[:128]
+    """Make a run id a file name: `scheduled__2026-01-02T00:00:00+00:00` -> `scheduled__2026-01-02T00-00-00-00-00`.
+
+    It leaves room for the end of the id of a refit run.
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", airflow_run_id).strip("-.")[:122]
 
 
 def retrain_flags(

@@ -105,7 +105,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from jobs.commands.demo import run_id
-    from jobs.commands.local import PROMOTE, RETRAIN, run_stages
+    from jobs.commands.local import PROMOTE, retrain_steps, run_stages
     from jobs.commands.steps import Steps
 
     overrides = [
@@ -122,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
         flags += ["--config", arguments.config]
     for override in overrides:
         flags += ["--set", override]
-    names = [*RETRAIN, *(PROMOTE if arguments.promote else ())]
+    names = [*retrain_steps(config), *(PROMOTE if arguments.promote else ())]
     if arguments.until and arguments.until not in names:
         raise ConfigError(
             f"--until {arguments.until!r} is no stage of this run.", f"Give --until one of {', '.join(names)}."

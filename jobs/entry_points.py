@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from crane_core.config import PREVIOUS, RunConfig, Runtime
 from crane_core.config_file import load_config
-from crane_core.errors import EXIT_OK, ConfigError, error_of
+from crane_core.errors import EXIT_OK, ArtifactError, ConfigError, error_of
+from crane_core.refit import SUFFIX, is_refit, refit_run
 from crane_core.storage.artifacts import ArtifactStore, check_run_id
 from jobs.logs import shown, start_logging
 from jobs.stores import open_store
@@ -43,13 +44,12 @@ def run_job(
     """
 
     def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
-        check_run_id(arguments.run)
-        recorded = store.recorded_config(arguments.run)
-        config = load_config(arguments.config, arguments.set, recorded)
-        if config.etl.base_run == PREVIOUS:
-            before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
-            config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
-        store.start_run(arguments.run, config)
+        config = _start(arguments, store)
+        if arguments.refit:
+            if not config.etl.refit:
+                return {"run": arguments.run, "status": "skipped", "reason": "etl.refit is false."}
+            arguments.run = refit_run(arguments.run)
+            config = recorded_run(store, arguments.run, config.runtime)
         usage = Usage()
         entry = work(arguments, config, store)
         entry = usage.entry() | entry
@@ -60,10 +60,47 @@ def run_job(
     def all_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--run", required=True, help="run id: one window and one configuration")
         parser.add_argument("--part", default="", help="which part of a mapped stage")
+        parser.add_argument("--refit", action="store_true", help="work for the refit run of the run")
         if flags:
             flags(parser)
 
     return run_command(name, of_the_run, argv, all_flags)
+
+
+def _start(arguments: argparse.Namespace, store: ArtifactStore) -> RunConfig:
+    """Record the run of the flags, or check that it is the one that was recorded; return its configuration."""
+    check_run_id(arguments.run)
+    recorded = store.recorded_config(arguments.run)
+    config = load_config(arguments.config, arguments.set, recorded)
+    if is_refit(arguments.run):
+        _require(store, arguments.run)
+    elif config.etl.refit:
+        check_run_id(refit_run(arguments.run))
+    if config.etl.base_run == PREVIOUS:
+        before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
+        config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
+    store.start_run(arguments.run, config)
+    return config
+
+
+def recorded_run(store: ArtifactStore, run_id: str, runtime: Runtime) -> RunConfig:
+    """Return the configuration of a recorded run, with another `runtime`.
+
+    Raises:
+        ArtifactError: there is no such run.
+    """
+    if is_refit(run_id):
+        _require(store, run_id)
+    return RunConfig.model_validate({**store.run(run_id)["config"], "runtime": runtime.model_dump()})
+
+
+def _require(store: ArtifactStore, run_id: str) -> None:
+    """Refuse a refit run that has not been started."""
+    if store.recorded_config(run_id) is None:
+        raise ArtifactError(
+            f"There is no refit run {run_id!r} in {store.storage.uri}.",
+            f"Run python -m jobs.ml.refit --store {store.storage.uri} --run {run_id.removesuffix(SUFFIX)} first.",
+        )
 
 
 def run_command(

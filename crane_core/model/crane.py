@@ -60,6 +60,11 @@ class Crane(LightGCN):
         super().shard(shards)
         self.user_shards, self.item_shards = (Shards((size,), shards.rank, shards.world_size) for size in shards.sizes)
 
+    def chosen(self) -> tuple[int, str] | None:
+        """Return the epochs and the name of the ranking that are given; None where validation chooses them."""
+        choices = self.config.choices
+        return None if choices is None else (choices.crane_epochs, choices.crane_ranking)
+
     def start_epoch(self, epoch: int) -> None:
         """Let the content build its graph anew where that is due."""
         self.content.start_epoch(epoch)

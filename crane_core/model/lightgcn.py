@@ -58,6 +58,11 @@ class LightGCN(nn.Module):
         self.shards = shards
         self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
 
+    def chosen(self) -> tuple[int, str] | None:
+        """Return the epochs and the name of the ranking that are given; None where validation chooses them."""
+        choices = self.config.choices
+        return None if choices is None else (choices.behaviour_epochs, "dot")
+
     def start_epoch(self, epoch: int) -> None:
         """Prepare an epoch; called before its first step, the same on every rank.
 

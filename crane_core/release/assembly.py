@@ -6,15 +6,17 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.release.version import DatasetReference, Release
+from crane_core.refit import refit_run
+from crane_core.release.version import SHIPPED_TAG, DatasetReference, Release
 from crane_core.schema import USER_ID
-from crane_core.serving.model_folder import load_recommender, write_model
+from crane_core.serving.model_folder import Recommender, load_recommender, write_model
 from crane_core.serving.probe import make_probe
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 
@@ -22,10 +24,23 @@ PROBED_USERS = 32
 """Users whose lists the smoke test compares."""
 
 
+@dataclass(frozen=True)
+class Made:
+    """The artifacts that a version is made of.
+
+    Attributes:
+        twin: those of the run, by stage.
+        shipped: those of its refit run, empty where there is none.
+    """
+
+    twin: dict[str, Artifact]
+    shipped: dict[str, Artifact]
+
+
 def assemble(
-    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, inputs: dict[str, Artifact]
+    folder: Path, fingerprint: str, run_id: str, config: RunConfig, store: ArtifactStore, made: Made
 ) -> Release:
-    """Write the model folder and the probe of a run, and gather its evidence, figures and lineage.
+    """Write the model folders and the probe of a run, and gather its evidence, figures and lineage.
 
     Args:
         folder: empty folder for what is written.
@@ -33,15 +48,17 @@ def assemble(
         run_id: the pipeline's run.
         config: its configuration.
         store: holds the artifacts.
-        inputs: `etl.interactions`, `ml.train` and `ml.evaluate` of the run.
+        made: the artifacts.
     """
-    source, trained, evaluated = (inputs[name] for name in ("etl.interactions", "ml.train", "ml.evaluate"))
-    recommender = load_recommender(source, trained)
+    inputs, evaluated, trained = made.twin, made.twin["ml.evaluate"], made.twin["ml.train"]
     window = config.window.model_dump(mode="json")
-    model = folder / config.runtime.model_name
-    model.mkdir()
-    write_model(model, recommender, trained.file("weights.safetensors"), {"run": run_id, "window": window})
-    probe = make_probe(recommender, PROBED_USERS)
+    model, twin = folder / config.runtime.model_name, folder / "twin"
+    if made.shipped:
+        served = _write(model, made.shipped, {"run": refit_run(run_id), "window": window})
+        _write(twin, made.twin, {"run": run_id, "window": window})
+    else:
+        served = _write(model, made.twin, {"run": run_id, "window": window})
+    probe = make_probe(served, PROBED_USERS)
     probe_file = folder / "probe.json"
     probe_file.write_text(json.dumps(probe))
     metrics = json.loads(evaluated.file("metrics.json").read_text())
@@ -51,6 +68,7 @@ def assemble(
         fingerprint=fingerprint,
         run_id=run_id,
         folder=model,
+        twin=twin if made.shipped else None,
         evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
         input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
         params=_flat(identity),
@@ -67,16 +85,26 @@ def assemble(
                 f"{store.storage.uri}/{artifact.manifest['stage']}/{artifact.fingerprint}",
                 "evaluation" if name == "ml.evaluate" else "training",
             )
-            for name, artifact in inputs.items()
+            for name, artifact in [*inputs.items(), *made.shipped.items()]
         ],
         tags={
             "crane.window_start": window["start"],
             "crane.window_end": window["end"],
             "crane.config_hash": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             **{f"crane.artifact.{name}": artifact.fingerprint for name, artifact in inputs.items()},
+            **{f"crane.shipped.{name}": artifact.fingerprint for name, artifact in made.shipped.items()},
+            **({SHIPPED_TAG: refit_run(run_id)} if made.shipped else {}),
             **({"crane.git": git} if git else {}),
         },
     )
+
+
+def _write(folder: Path, inputs: Mapping[str, Artifact], facts: Mapping[str, Any]) -> Recommender:
+    """Write the model of a run into a new folder and return what it serves."""
+    recommender = load_recommender(inputs["etl.interactions"], inputs["ml.train"])
+    folder.mkdir()
+    write_model(folder, recommender, inputs["ml.train"].file("weights.safetensors"), facts)
+    return recommender
 
 
 def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Measure a challenger and the champion on the challenger's window, and ask the gate."""
+"""Measure a challenger and the champion on the challenger's window, and ask the gate.
+
+Measured are the evaluation twins, which have not seen the window's validation and test periods. What a promotion puts
+into service is the shipped model of the same version.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +58,19 @@ class Judge:
             champion: version to compare with, None when there is none.
         """
         challenger = self._challenger()
-        opponent = None if champion is None else self._measure(self._registry.version(champion))
+        holder = None if champion is None else self._registry.version(champion)
+        opponent = None if holder is None else self._measure(holder)
         baselines = {
             name: figures["recall@20"]["mean"] for name, figures in self._metrics["models"].items() if name != "crane"
         }
         decision = decide(challenger, opponent, baselines, self._config.promote, self._config.evaluate)
         measured = {
-            role: _summary(measurement)
-            for role, measurement in (("challenger", challenger), ("champion", opponent))
-            if measurement
+            role: _summary(measurement) | {"model": "twin" if version.has_twin else "shipped"}
+            for role, measurement, version in (
+                ("challenger", challenger, self.version),
+                ("champion", opponent, holder),
+            )
+            if measurement and version
         }
         # `standings` is the key of stored ledger entries.
         return decision, decision.as_dict() | {"standings": measured, "baselines": baselines}
@@ -83,7 +91,8 @@ class Judge:
 
     def _measure(self, version: Version) -> Measurement:
         if version.number not in self._measured:
-            model = load_model(self._registry.model_folder(version))
+            # The served model of an earlier champion has seen most of the window that is judged.
+            model = load_model(self._registry.twin_folder(version))
             window_end = datetime.fromisoformat(version.tags["crane.window_end"])
             measured = measure(model, version.number, window_end, self._window, self._config.evaluate.user_block)
             # As precise as the evidence, which is float32: rounding must not make one of two equal models better.

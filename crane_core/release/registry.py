@@ -23,14 +23,7 @@ import mlflow
 import mlflow.artifacts
 import mlflow.pyfunc
 from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    RunTag,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.pyfunc import PyFuncModel
@@ -57,6 +50,8 @@ _EVIDENCE_TAG = "crane.evidence."
 _TRAINING_TAG = "crane.training"
 _FINGERPRINT = "crane.fingerprint"
 _CHECKSUMS_TAG = "crane.checksums"
+_TWIN = "twin"
+_TWIN_TAG = "crane.twin_checksums"
 _PARAM_LENGTH = 500
 _TAG_LENGTH = 5000
 _BATCH = 1000
@@ -125,6 +120,7 @@ class Registry:
             "crane.run": release.run_id,
             _FINGERPRINT: release.fingerprint,
             _CHECKSUMS_TAG: sha256_file(release.folder / CHECKSUMS),
+            **({_TWIN_TAG: sha256_file(release.twin / CHECKSUMS)} if release.twin else {}),
         }
         run = self._client.create_run(self._experiment_id, run_name=release.run_id).info.run_id
         with mlflow.start_run(run_id=run):
@@ -138,6 +134,8 @@ class Registry:
             )
         for path in release.evidence:
             self._client.log_artifact(run, str(path), _EVIDENCE)
+        if release.twin:
+            self._client.log_artifacts(run, str(release.twin), _TWIN)
         self._log_figures(run, model.model_id, release, tags)
         version = self._client.create_model_version(
             self.name, model.model_uri, run, tags=_clipped(tags), model_id=model.model_id
@@ -153,8 +151,7 @@ class Registry:
 
     def find(self, fingerprint: str) -> Version | None:
         """Return the version with a fingerprint, None when there is none."""
-        versions = [version for version in self.versions() if version.tags.get(_FINGERPRINT) == fingerprint]
-        return versions[0] if versions else None
+        return next((version for version in self.versions() if version.tags.get(_FINGERPRINT) == fingerprint), None)
 
     def versions(self) -> list[Version]:
         """Return all versions, oldest first."""
@@ -225,12 +222,8 @@ class Registry:
         Raises:
             ArtifactError: it is missing, or not the file that was registered.
         """
-        expected = version.tags.get(f"{_EVIDENCE_TAG}{name}")
-        try:
-            path = download(run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri)
-        except (MlflowException, OSError) as error:
-            raise self._refused(version, f"its evidence {name} cannot be read ({error})") from error
-        if sha256_file(path) != expected:
+        path = self._read(version, f"its evidence {name}", **self._logged(version, f"{_EVIDENCE}/{name}"))
+        if sha256_file(path) != version.tags.get(f"{_EVIDENCE_TAG}{name}"):
             raise self._refused(version, f"its evidence {name} is not what was registered")
         return path
 
@@ -240,14 +233,28 @@ class Registry:
         Raises:
             ArtifactError: it is missing, or its checksums are not those that were registered.
         """
+        folder = self._read(version, "its files", artifact_uri=f"models:/{self.name}/{version.number}")
+        return self._checked(version, served_folder(folder), _CHECKSUMS_TAG)
+
+    def twin_folder(self, version: Version) -> Path:
+        """Return the same of the evaluated model; a version without a twin serves that model."""
+        if not version.has_twin:
+            return self.model_folder(version)
+        return self._checked(version, self._read(version, "its twin", **self._logged(version, _TWIN)), _TWIN_TAG)
+
+    def _logged(self, version: Version, path: str) -> dict[str, str]:
+        return {"run_id": version.mlflow_run, "artifact_path": path, "tracking_uri": self.uri}
+
+    def _read(self, version: Version, what: str, **source: str) -> Path:
         try:
-            folder = download(artifact_uri=f"models:/{self.name}/{version.number}")
+            return download(**source)
         except (MlflowException, OSError) as error:
-            raise self._refused(version, f"its files cannot be read ({error})") from error
-        data = served_folder(folder)
-        if not (data / CHECKSUMS).is_file() or sha256_file(data / CHECKSUMS) != version.tags.get(_CHECKSUMS_TAG):
+            raise self._refused(version, f"{what} cannot be read ({error})") from error
+
+    def _checked(self, version: Version, folder: Path, tag: str) -> Path:
+        if not (folder / CHECKSUMS).is_file() or sha256_file(folder / CHECKSUMS) != version.tags.get(tag):
             raise self._refused(version, "its checksums are not those that were registered")
-        return data
+        return folder
 
     def load(self, reference: str) -> PyFuncModel:
         """Load a version as a serving process would.

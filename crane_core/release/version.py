@@ -9,6 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+SHIPPED_TAG = "crane.shipped_run"
+"""Tag of a version whose served model is that of a refit run."""
+
 
 @dataclass(frozen=True)
 class DatasetReference:
@@ -34,7 +37,8 @@ class Release:
     Attributes:
         fingerprint: identity of model and evaluation; the same fingerprint is the same version.
         run_id: the pipeline's run.
-        folder: model folder as `serving.model_folder.write_model` leaves it.
+        folder: folder of the served model, as `serving.model_folder.write_model` leaves it.
+        twin: folder of the same form with the evaluated model; None where that is the served one.
         evidence: files that the gate reads again later.
         input_example: a request the model can answer.
         params: the flattened configuration.
@@ -47,6 +51,7 @@ class Release:
     fingerprint: str
     run_id: str
     folder: Path
+    twin: Path | None
     evidence: Sequence[Path]
     input_example: pd.DataFrame
     params: Mapping[str, Any]
@@ -74,5 +79,15 @@ class Version:
 
     @property
     def run_id(self) -> str:
-        """The pipeline's run that made it."""
+        """The pipeline's run that made it, whose model was evaluated."""
         return self.tags["crane.run"]
+
+    @property
+    def shipped_run(self) -> str:
+        """The run that made the served model: the refit run, or the run itself where there is none."""
+        return self.tags.get(SHIPPED_TAG, self.run_id)
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether the evaluated model is another one than the served one."""
+        return SHIPPED_TAG in self.tags

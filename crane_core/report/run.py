@@ -31,7 +31,7 @@ from crane_core.report.plots import (
     plot_slices,
 )
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
-from crane_core.stages import STAGES
+from crane_core.stages import SHIPPED, STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from crane_core.training.monitors import GRADIENT, OVERWHELMED
 
@@ -100,7 +100,8 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         window=config.window,
         chapters=chapters,
         headline=_headline(run, chapters),
-        settings=config.identity(),
+        settings={name: section for name, section in config.identity().items() if section is not None},
+        shipped_run=_shipped_run(run),
         lineage=_lineage(run),
         ledger=list(reversed(ledger))[:10],
         made_at=datetime.now(UTC),
@@ -162,6 +163,12 @@ def _headline(run: _Run, chapters: Mapping[str, Chapter]) -> dict[str, Any]:
         "differences": quality.get("differences", {}),
         "seconds": chapters["cost"].data.get("total_seconds"),
     }
+
+
+def _shipped_run(run: _Run) -> str | None:
+    """Return the refit run whose model is registered beside the evaluated one, None where there is none."""
+    shipped = (run.entry("ml.register") or {}).get("shipped_run")
+    return None if shipped == run.run_id else shipped
 
 
 def _decision(run: _Run, chapter: Chapter) -> None:
@@ -260,7 +267,9 @@ def _refine(run: _Run, chapter: Chapter) -> None:
 
 
 def _samples(run: _Run, chapter: Chapter) -> None:
-    export, source = run.artifact("ml.export"), run.artifact("etl.interactions")
+    export = run.artifact("ml.export")
+    # What the users have met before the window's end, where the shipped model knows it.
+    source = run.store.artifact(_shipped_run(run) or run.run_id, "etl.interactions")
     train = load_interactions(source).train
     user_ids, item_ids = load_ids(source, "users", USER_ID), load_ids(source, "items", ITEM_ID)
     titles = load_ids(source, "items", TITLE)
@@ -287,14 +296,19 @@ def _samples(run: _Run, chapter: Chapter) -> None:
             }
         )
     entry = run.entry("ml.export") or {}
-    chapter.data = {"users": users, "version": entry.get("version"), "champion_run": entry.get("champion_run")}
+    made_by = entry.get("shipped_run", entry.get("champion_run"))
+    chapter.data = {"users": users, "version": entry.get("version"), "made_by": made_by}
 
 
 def _cost(run: _Run, chapter: Chapter) -> None:
     rows: list[dict[str, Any]] = []
-    for stage, label in _labels(run.config):
-        entry = run.store.entry(run.run_id, label)
-        row: dict[str, Any] = {"name": _shown(stage, label), "status": None}
+    steps = [(run.run_id, *step) for step in _labels(run.config)]
+    if shipped := _shipped_run(run):
+        steps += [(shipped, stage, label) for stage in SHIPPED for label in STAGES[stage].labels(run.config)]
+    for run_id, stage, label in steps:
+        entry = run.store.entry(run_id, label)
+        name = _shown(stage, label) + ("" if run_id == run.run_id else ", shipped model")
+        row: dict[str, Any] = {"name": name, "status": None}
         row |= {"seconds": None, "peak_bytes": None}
         if entry:
             row |= {"status": entry["status"], "seconds": entry.get("seconds")}

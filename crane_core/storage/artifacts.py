@@ -20,6 +20,7 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.config_file import upgraded
 from crane_core.errors import ArtifactError, ConfigError
+from crane_core.refit import is_refit
 from crane_core.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -147,13 +148,18 @@ class ArtifactStore:
         identity = config.identity()
         if self.storage.create(f"runs/{run_id}/run.json", _encode({"run": run_id, "config": identity})):
             return
-        recorded = self.run(run_id)["config"]
+        # A run of an earlier version has no value of a field that is new since: it had the default.
+        recorded = RunConfig.model_validate(self.run(run_id)["config"]).identity()
         if recorded != identity:
             changes = "; ".join(_differences(recorded, identity))
             raise ConfigError(
                 f"Run {run_id!r} was started with another configuration: {changes}.",
                 "Give another --run, or leave out --config and the --set that differ: the run keeps its own.",
             )
+
+    def restart_run(self, run_id: str, config: RunConfig) -> None:
+        """Record a run that another one decides about, whatever was recorded under this id before."""
+        self.storage.write(f"runs/{run_id}/run.json", _encode({"run": run_id, "config": config.identity()}))
 
     def run(self, run_id: str) -> dict[str, Any]:
         """Return the record `run.json` of a run.
@@ -175,8 +181,12 @@ class ArtifactStore:
         return recorded and upgraded(recorded["config"])
 
     def previous_run(self, config: RunConfig) -> str | None:
-        """Return the run with an item graph whose window ends last before the end of this window, or None."""
-        ends = {run: datetime.fromisoformat(self.run(run)["config"]["window"]["end"]) for run in self.run_ids()}
+        """Return the run with an item graph whose window ends last before the end of this window, or None.
+
+        A refit run is none of them.
+        """
+        runs = [run for run in self.run_ids() if not is_refit(run)]
+        ends = {run: datetime.fromisoformat(self.run(run)["config"]["window"]["end"]) for run in runs}
         earlier = sorted((end, run) for run, end in ends.items() if end < config.window.end)
         return next((run for _, run in reversed(earlier) if self.entry(run, "ml.graph")), None)
 
@@ -329,8 +339,8 @@ def _damaged(artifact: Path, name: str, expected: str, found: str) -> ArtifactEr
 
 def _differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     return [
-        f"{section}.{field} was {old!r}, now {given[section].get(field)!r}"
-        for section, fields in recorded.items()
-        for field, old in fields.items()
-        if given[section].get(field) != old
+        f"{section}.{field} was {(recorded[section] or {}).get(field)!r}, now {(given[section] or {}).get(field)!r}"
+        for section in recorded
+        for field in {**(recorded[section] or {}), **(given[section] or {})}
+        if (recorded[section] or {}).get(field) != (given[section] or {}).get(field)
     ]

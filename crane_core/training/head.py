@@ -22,7 +22,7 @@ from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time, without
 from crane_core.model.graph_filter import filtered, item_axes
 from crane_core.model.views import Rows
-from crane_core.model_config import ModelConfig
+from crane_core.model_config import Choices, ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +208,9 @@ SETS = ((), (RECENT,), (MODEL, RECENT))
 def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) -> ChosenHead | None:
     """Choose how a model's rows, the users' recent items and the popularity of the moment are combined.
 
-    Of the sets of channels the one is taken whose weights, fitted on half of the validation users, find most items of
-    the other half; of equal ones the smallest. So what is personal must be worth something to enter.
+    With `config.choices` the weights and half-lives are theirs, and nothing is measured. Otherwise that set of
+    channels is taken whose weights, fitted on half of the validation users, find most items of the other half; of equal
+    ones the smallest. So what is personal must be worth something to enter.
 
     Args:
         model: the rows of a model that knows no times.
@@ -219,18 +220,20 @@ def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) ->
     Returns:
         None where the data have no times, or no half-life is given: then the model's rows stand alone.
     """
+    if config.choices is not None:
+        return _chosen_before(model, interactions, config, config.choices)
     users = interactions.validation_users(config.train.validation_users, config.train.seed)
     if interactions.ages is None or len(users) == 0 or not config.head.history_half_lives:
         return None
     half_life = choose_half_life(interactions, config.head.half_lives)
     popularity = log_popularity(interactions, half_life)
-    axes = item_axes(interactions, config.lightgcn.embedding_dim, config.train.seed)
+    axes = _axes(interactions, config)
     losses = {}
     for history in config.head.history_half_lives:
         recent = of_unit_spread(filtered(axes, interactions, history))
         losses[history] = fit_head({RECENT: recent}, popularity, interactions, users).loss
     history = min(losses, key=losses.__getitem__)
-    own = {MODEL: of_unit_spread(model), RECENT: of_unit_spread(filtered(axes, interactions, history))}
+    own = _channels(model, axes, interactions, history)
     recall = {
         names: _cross_fitted({name: own[name] for name in names}, popularity, interactions, users) for names in SETS
     }
@@ -239,6 +242,29 @@ def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) ->
     head = fit_head(channels, popularity, interactions, users) if channels else Head(1.0, {})
     found = {"+".join(names): value for names, value in recall.items()}
     return ChosenHead(half_life, history, head, found, head.rows(channels, popularity, interactions.num_users))
+
+
+def _chosen_before(
+    model: Rows, interactions: Interactions, config: ModelConfig, choices: Choices
+) -> ChosenHead | None:
+    """Return the head with weights and half-lives that were chosen on other interactions."""
+    if choices.weights is None:
+        return None
+    own = _channels(model, _axes(interactions, config), interactions, choices.history_half_life)
+    weights = dict(choices.weights)
+    head = Head(weights.pop("popularity"), weights)
+    popularity = log_popularity(interactions, choices.half_life)
+    rows = head.rows(own, popularity, interactions.num_users)
+    return ChosenHead(choices.half_life, choices.history_half_life, head, {}, rows)
+
+
+def _axes(interactions: Interactions, config: ModelConfig) -> Tensor:
+    return item_axes(interactions, config.lightgcn.embedding_dim, config.train.seed)
+
+
+def _channels(model: Rows, axes: Tensor, interactions: Interactions, half_life: float | None) -> dict[str, Rows]:
+    """Return the rows of all channels, of unit spread."""
+    return {MODEL: of_unit_spread(model), RECENT: of_unit_spread(filtered(axes, interactions, half_life))}
 
 
 def _cross_fitted(

@@ -53,6 +53,8 @@ def choose_share(
     LightGCN learns nothing about items without training interactions but that they are negatives. At any share above 0
     they take the mean of their neighbours' rows in LightGCN's view.
 
+    With `config.choices` the share is theirs, and nothing is measured: `recall` is 0 and `curve` is empty.
+
     Args:
         behaviour: rows of the behavioural view.
         crane: CRANE's rows.
@@ -60,6 +62,9 @@ def choose_share(
         interactions: training items are masked, validation items are looked for.
         config: size of the validation sample.
     """
+    if config.choices is not None:
+        share = config.choices.share
+        return ChosenShare(share, 0.0, [], rows_at(share, behaviour, crane, item_graph, interactions))
     users = interactions.validation_users(config.train.validation_users, config.train.seed)
     if len(users) == 0:
         return ChosenShare(0.0, 0.0, [(0.0, 0.0)], behaviour)
@@ -79,6 +84,14 @@ def choose_share(
     share = SHARES[chosen]
     curve = [(each, float(recall.mean())) for each, recall in zip(SHARES, recalls, strict=True)]
     return ChosenShare(share, curve[chosen][1], curve, fuse(known, crane, share) if share else behaviour)
+
+
+def rows_at(share: float, behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions) -> Rows:
+    """Return the rows to score by at a share; see `choose_share`."""
+    if not share:
+        return behaviour
+    is_warm = torch.from_numpy(interactions.item_counts() > 0)
+    return fuse((behaviour[0], fill_cold(behaviour[1], is_warm, item_graph)), crane, share)
 
 
 def _indistinct(lead: np.ndarray) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -69,7 +70,7 @@ class Hooks:
 
 
 class Trainer:
-    """Trains one model to its best validation recall and survives being killed.
+    """Trains one model to its best validation recall, or for a given number of epochs, and survives being killed.
 
     A resumed training ends with the same bits as an undisturbed one: every random choice has a generator of its own,
     by its purpose and place.
@@ -86,6 +87,7 @@ class Trainer:
         batches: of the training.
         gradients: of the model.
         validation: by which the best epoch is chosen.
+        chosen: epochs and ranking where they are given and not chosen.
         graph: the whole user-item graph, this rank's rows.
         progress: where the training stands.
 
@@ -119,6 +121,7 @@ class Trainer:
         self.batches = Batches(model, interactions, config, device)
         self.gradients = Gradients(model)
         self.validation = Validation(interactions, config.train, device)
+        self.chosen = model.chosen()
         self._known = torch.from_numpy(interactions.train.counts() > 0)
         # A GPU is one rank's own; the memory of a machine is shared by its ranks, not by those of other nodes.
         sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
@@ -129,20 +132,22 @@ class Trainer:
         self._clock = time.monotonic()
 
     def run(self) -> dict[str, Any]:
-        """Train until the validation recall has not risen for `patience` epochs.
+        """Train until the validation recall has not risen for `patience` epochs, or for the given number of epochs.
 
         Returns:
             `best_epoch`, `best_ranking`, `num_epochs` and `validation` metrics; `best_rows()` are what they are of.
+            With a given number of epochs the last one counts as the best, and there are no metrics.
             `users_without_negatives`, how many users were set aside because they have met every item.
 
         Raises:
             TrainingError: the loss is not finite, or no user has a validation item.
             TrainingStopped: `stopping` was set.
         """
-        self.validation.check()
+        if self.chosen is None:
+            self.validation.check()
         torch.use_deterministic_algorithms(True)
         self.resume()
-        progress, limits = self.progress, self.config.train
+        progress = self.progress
         exhausted = self.batches.sampler.exhausted
         num_exhausted = int(exhausted.sum())
         if num_exhausted and self.rank == 0:
@@ -152,13 +157,13 @@ class Trainer:
                 len(exhausted),
                 len(self.batches.edges.users) - len(self.batches.learned),
             )
-        while progress.epoch < limits.num_epochs and progress.epoch - progress.best_epoch <= limits.patience:
+        while self._goes_on():
             self.train_epoch()
         return {
             "best_epoch": progress.best_epoch,
             "best_ranking": progress.best_ranking,
             "num_epochs": progress.epoch,
-            "validation": progress.best,
+            "validation": progress.best if self.chosen is None else {},
             "users_without_negatives": num_exhausted,
             "seconds": round(progress.seconds, 1),
         }
@@ -187,6 +192,12 @@ class Trainer:
         self.model.eval()
         rankings = self.model.rankings(self.model(self.graph).collect(self.shards), self.graph)
         return {name: (users.cpu(), items.cpu()) for name, (users, items) in rankings.items()}
+
+    def _goes_on(self) -> bool:
+        progress, limits = self.progress, self.config.train
+        if self.chosen is not None:
+            return progress.epoch < self.chosen[0]
+        return progress.epoch < limits.num_epochs and progress.epoch - progress.best_epoch <= limits.patience
 
     def train_epoch(self) -> None:
         """Train what is left of an epoch, validate it, and keep its weights when they are the best so far."""
@@ -301,7 +312,7 @@ class Trainer:
 
     def _end_epoch(self, losses: dict[str, float], norms: dict[str, float]) -> None:
         progress, rankings = self.progress, self.rankings()
-        ranking, metrics = self.validation.best(rankings)
+        ranking, metrics, is_best = self._judge(rankings)
         # All rankings share the rows of the users.
         monitors = row_monitors(next(iter(rankings.values()))[0][self._known]) | norms
         loss = sum(losses.values())
@@ -311,20 +322,37 @@ class Trainer:
                 logger.warning(line)
         if self.hooks.watch is not None:
             self.hooks.watch(progress.curve[-1])
-        if metrics[STEERING_METRIC] > progress.best[STEERING_METRIC]:
+        if is_best:
             progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
             self.write_best()
         logger.info(
             "epoch=%d loss=%.4f recall@20=%.4f best=%.4f best_epoch=%d seconds=%.1f",
             progress.epoch,
             loss,
-            metrics[STEERING_METRIC],
-            progress.best[STEERING_METRIC],
+            metrics.get(STEERING_METRIC, math.nan),
+            progress.best.get(STEERING_METRIC, math.nan),
             progress.best_epoch,
             self._count_seconds(),
         )
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self.checkpoint()
+
+    def _judge(self, rankings: dict[str, Rows]) -> tuple[str, dict[str, float], bool]:
+        """Return the ranking to use, its validation metrics, and whether this epoch is the best so far.
+
+        Raises:
+            TrainingError: the model cannot rank in the given way.
+        """
+        if self.chosen is None:
+            ranking, metrics = self.validation.best(rankings)
+            return ranking, metrics, metrics[STEERING_METRIC] > self.progress.best[STEERING_METRIC]
+        num_epochs, ranking = self.chosen
+        if ranking not in rankings:
+            raise TrainingError(
+                f"The given ranking {ranking!r} is none of this model's.",
+                f"Give --set choices.crane_ranking, one of {', '.join(rankings)}.",
+            )
+        return ranking, {}, self.progress.epoch == num_epochs - 1
 
     def _count_seconds(self) -> float:
         now = time.monotonic()

@@ -1,6 +1,7 @@
 """Train, evaluate and register the last day of a backfill: `python -m jobs.backfill.train --part DAY ...`.
 
-With `runtime.backfill=true` among the flags the version gets no alias.
+It trains twice: the model that is evaluated, and, unless `etl.refit=false`, the one that would be served. With
+`runtime.backfill=true` among the flags the version gets no alias.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ STAGES = {
     "ml.behaviour": behaviour.run,
     "ml.train": train.run,
     "ml.evaluate": evaluate.run,
+    "ml.refit": None,
     "ml.register": None,
 }
 

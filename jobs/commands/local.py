@@ -14,12 +14,20 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_DATA, ArtifactError, ConfigError, CraneError, DataError
-from crane_core.stages import STAGES, WHOLE
+from crane_core.stages import SHIPPED, STAGES, WHOLE
 from jobs.commands.steps import Steps, ended, failure_in
 
-RETRAIN = tuple(name for name in STAGES if name != "ml.export")
+SHIP = "ship."
+"""Prefix of a stage that works for the refit run."""
 PROMOTE = ("ml.promote", "ml.export", "ml.report")
 ERRORS: dict[int, type[CraneError]] = {EXIT_CONFIG: ConfigError, EXIT_DATA: DataError, EXIT_ARTIFACT: ArtifactError}
+
+
+def retrain_steps(config: RunConfig) -> list[str]:
+    """Return the steps of a retraining in order: jobs, and after `SHIP` those that work for the refit run."""
+    names = [name for name in STAGES if name not in ("ml.register", "ml.export")]
+    refit = ["ml.refit", *(f"{SHIP}{name}" for name in SHIPPED)] if config.etl.refit else []
+    return [*names, *refit, "ml.register"]
 
 
 def run_stages(
@@ -28,7 +36,7 @@ def run_stages(
     """Run stages in order, every part of a mapped stage.
 
     Args:
-        names: stages, `<group>.<stage>`.
+        names: stages, `<group>.<stage>`, after `SHIP` those of the refit run.
         config: tells the parts of mapped stages; None where none of the names is a stage.
         flags: those of every job, and the jobs' own.
         log: file that gets everything the jobs say.
@@ -41,10 +49,11 @@ def run_stages(
         CraneError: a job failed; its own error, or one of the type its exit code stands for.
     """
     results: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for step in names:
+        name, refit = step.removeprefix(SHIP), ["--refit"] if step.startswith(SHIP) else []
         for part in STAGES[name].parts(config) if config and name in STAGES else (WHOLE,):
-            label = f"{name}.{part}" if part else name
-            results[label] = run_child(name, [*flags, *(["--part", part] if part else [])], log, steps, label)
+            label = f"{step}.{part}" if part else step
+            results[label] = run_child(name, [*flags, *refit, *(["--part", part] if part else [])], log, steps, label)
     return results
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig, Runtime
 from crane_core.errors import ArtifactError, ConfigError, DataError
+from crane_core.refit import is_refit
 from crane_core.release.handover import CHAMPION
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import STAGES
@@ -120,11 +121,10 @@ def example_users(served: Served) -> list[str]:
 
 
 def runs(store: ArtifactStore, runtime: Runtime) -> list[dict[str, Any]]:
-    """Return every run of the store, sorted by the end of its window."""
+    """Return every run of the store, sorted by the end of its window; a refit run is part of its run."""
     aliases = _aliases(store, runtime)
-    return sorted(
-        (_run(store, run_id, aliases) for run_id in store.run_ids()), key=lambda run: (run["end"], run["run"])
-    )
+    names = [run_id for run_id in store.run_ids() if not is_refit(run_id)]
+    return sorted((_run(store, run_id, aliases) for run_id in names), key=lambda run: (run["end"], run["run"]))
 
 
 def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
@@ -179,6 +179,7 @@ def _run(store: ArtifactStore, run_id: str, aliases: dict[str, list[str]]) -> di
         "end": window["end"],
         "stages": done,
         "num_stages": len(STAGES),
+        "shipped_run": registered.get("shipped_run"),
         "model_version": version,
         "aliases": aliases.get(version, []) if version else [],
         "recall@20": metrics["models"]["crane"]["recall@20"]["mean"] if metrics else None,

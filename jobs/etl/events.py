@@ -192,7 +192,7 @@ def mark_repeats(rows: DataFrame, config: RunConfig) -> DataFrame:
     marked = rows.withColumn(REASON, reason.cast("string"))
     if etl.repeats == "first":
         return marked
-    period = {"temporal": temporal_split(config), "label": F.col(LABEL), "leave_last": F.lit(TRAIN)}[etl.split]
+    period = {"temporal": temporal_split(config), "label": F.col(LABEL)}.get(etl.split, F.lit(TRAIN))
     counted = F.when(F.coalesce(F.col(REASON), F.lit("")) != "duplicate", F.col(WEIGHT).cast("double"))
     own = Window.partitionBy(USER_KEY, ITEM_KEY, period).orderBy(EVENT_TIME, F.desc(WEIGHT), LABEL, EVENT_CODE)
     # In the order of the events, so that the sum is the same to the last bit.
@@ -213,6 +213,8 @@ def assign_split(rows: DataFrame, config: RunConfig) -> DataFrame:
         split = F.col(LABEL)
     elif config.etl.split == "temporal":
         split = temporal_split(config)
+    elif config.etl.split == "none":
+        split = F.lit(TRAIN)
     else:
         backwards = Window.partitionBy(USER_KEY).orderBy(F.desc(EVENT_TIME), F.desc(ITEM_ID))
         place = F.row_number().over(backwards)

@@ -1,6 +1,8 @@
 """Write the champion's recommendations: `python -m jobs.ml.export --store URI --run RUN_ID`.
 
-The champion is looked up once and exported from its own run. The artifact is the contract with serving systems:
+The champion is looked up once and exported from the run of its shipped model: the refit run, if there is one. An item
+is unseen if that run's training holds no event of the user with it; a refit run's holds all before `window.end`. The
+artifact is the contract with serving systems:
 
     recommendations/*.parquet   user_id, rank (from 1), item_id, score; at most `export.k` unseen items per user
     similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
@@ -25,7 +27,7 @@ from crane_core.config import RunConfig
 from crane_core.release.champion_lock import lock_champion
 from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.entry_points import run_job
+from jobs.entry_points import recorded_run, run_job
 from jobs.runner import Job, Result, produce
 from jobs.usage import Usage
 
@@ -38,14 +40,14 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
     # Under the lock no other process can be between moving the alias and testing the model through it.
     with lock_champion(config.runtime, store, f"export run={arguments.run}") as lock:
         champion = lock.champion
-        run_id = lock.registry.version(champion).run_id if champion else None
-    if run_id is None:
+        version = lock.registry.version(champion) if champion else None
+    if version is None:
         logger.info("skipped reason=no_champion")
         return {"status": "skipped", "reason": "There is no champion.", "version": None}
-    recorded = store.run(run_id)["config"]
-    own = RunConfig.model_validate({**recorded, "runtime": config.runtime.model_dump()})
-    entry = usage.entry() | produce(STAGES["ml.export"], run_id, WHOLE, own, store, run)
-    entry |= {"version": champion, "champion_run": run_id}
+    run_id, shipped_run = version.run_id, version.shipped_run
+    own = recorded_run(store, shipped_run, config.runtime)
+    entry = usage.entry() | produce(STAGES["ml.export"], shipped_run, WHOLE, own, store, run)
+    entry |= {"version": champion, "champion_run": run_id, "shipped_run": shipped_run}
     if run_id != arguments.run:
         store.record(run_id, "ml.export", entry)
     return entry

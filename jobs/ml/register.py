@@ -1,8 +1,9 @@
 """Register the model of a run: `python -m jobs.ml.register --store URI --run RUN_ID`.
 
 Leaves a version in the model registry with its evidence and lineage, and the alias `candidate` unless the run is a
-backfill. The same model and evaluation, written by the same version of this stage, become one version, however often
-the job runs.
+backfill. What is served is the model of the refit run; the model of the run, which was evaluated, lies beside it as its
+twin. With `etl.refit=false` one model is both. The same models and evaluation, written by the same version of this
+stage, become one version, however often the job runs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.release.assembly import assemble
+from crane_core.refit import refit_run
+from crane_core.release.assembly import Made, assemble
 from crane_core.release.registry import CANDIDATE, Registry, open_registry
 from crane_core.release.version import Version
 from crane_core.stages import STAGES, input_labels
@@ -27,27 +29,29 @@ from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 
-
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Make or find the version of a run and give it the alias."""
     inputs = _inputs(config, store, arguments.run)
+    shipped = _shipped(config, store, arguments.run)
     checksums = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
+    checksums += [artifact.manifest["content"] for artifact in shipped.values()]
     identity = [STAGES["ml.register"].version, *checksums]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
     if version is None:
-        for name in ("ml.train", "ml.evaluate"):
-            inputs[name].verify()
+        for artifact in (inputs["ml.train"], inputs["ml.evaluate"], *shipped.values()):
+            artifact.verify()
         base = scratch(store.storage.uri) / "ml.register"
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=base) as folder:
-            release = assemble(Path(folder), fingerprint, arguments.run, config, store, inputs)
+            release = assemble(Path(folder), fingerprint, arguments.run, config, store, Made(inputs, shipped))
             version, is_new = registry.register(release)
     alias = None if config.runtime.backfill else _make_candidate(registry, version)
     return {
         "status": "done" if is_new else "found",
         "version": version.number,
+        "shipped_run": version.shipped_run,
         "alias": alias,
         "model": registry.name,
         "registry": config.runtime.registry,
@@ -62,6 +66,13 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
     if holder != version.number:
         registry.set_alias(CANDIDATE, version.number)
     return CANDIDATE
+
+
+def _shipped(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:
+    """Return the artifacts of the refit run that are served; empty where the evaluated model is."""
+    if not config.etl.refit:
+        return {}
+    return {stage: store.artifact(refit_run(run_id), stage) for stage in ("etl.interactions", "ml.train")}
 
 
 def _inputs(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:

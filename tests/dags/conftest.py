@@ -26,7 +26,7 @@ ALL_JOBS = (
     "plan",
     "tidy",
     *(f"etl.{stage}" for stage in ("interactions", "features", "profiles")),
-    *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "register")),
+    *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "refit", "register")),
     *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore", "rollback")),
     *(f"backfill.{stage}" for stage in ("plan", "etl", "content", "train", "check")),
 )
@@ -61,6 +61,7 @@ print(json.dumps({{"stage": name, **act.get("answer", {{}})}}))
 
 ANSWERS = {
     "plan": {"ml.knn": ["0", "1", "2"]},
+    "ml.refit": {"refit_run": "r1.refit"},
     "ml.register": {"alias": "candidate", "version": "7"},
     "ml.promote": {"decision": "refused", "numbers": {"a": 1}},
     "ml.rollback": {"champion": "3", "champion_run": "r3"},

@@ -30,6 +30,19 @@ RETRAIN_EDGES = {
     ("behaviour", "train"),
     ("train", "evaluate"),
     ("evaluate", "register"),
+    ("evaluate", "ship.refit"),
+    ("ship.refit", "ship.wanted"),
+    ("ship.wanted", "ship.interactions"),
+    ("plan", "ship.knn"),
+    ("ship.interactions", "ship.features"),
+    ("ship.features", "ship.profiles"),
+    ("ship.profiles", "ship.refine"),
+    ("ship.refine", "ship.knn"),
+    ("ship.knn", "ship.graph"),
+    ("ship.graph", "ship.train"),
+    ("ship.interactions", "ship.behaviour"),
+    ("ship.behaviour", "ship.train"),
+    ("ship.train", "register"),
     ("register", "tidy"),
     ("plan", "tidy"),
 }
@@ -158,7 +171,7 @@ def test_scarce_things_have_one_slot(dags):
     assert [key for key, pool in pools.items() if pool == "crane_backfill"] == [("crane_backfill", "etl")]
     # Nobody waits for a machine while a person thinks.
     assert {task for (_, task), pool in pools.items() if pool not in one_slot} == {"approve"}
-    on_gpu = {task for (_, task), pool in pools.items() if pool == "crane_gpu"}
+    on_gpu = {task.rpartition(".")[2] for (_, task), pool in pools.items() if pool == "crane_gpu"}
     assert on_gpu == {"behaviour", "refine", "knn", "train", "evaluate", "export", "content"}
 
 
@@ -231,13 +244,26 @@ def test_mapped_tasks(dags):
     }
     assert mapped == {
         ("crane_retrain", "knn"),
+        ("crane_retrain", "ship.knn"),
         *(("crane_backfill", task) for task in ("etl", "content", "train")),
     }
 
 
 def test_every_job_gets_the_same_flags(dags):
-    for dag_id in ("crane_retrain", "crane_promote", "crane_backfill"):
+    for dag_id in ("crane_promote", "crane_backfill"):
         assert len({attribute(task, "flags") for task in dags[dag_id].tasks if _is_job(task)}) == 1
+    flags = {task.task_id: attribute(task, "flags") for task in dags["crane_retrain"].tasks if _is_job(task)}
+    shipped = {task for task, value in flags.items() if "--refit" in value}
+    assert shipped == {task for task in flags if task.startswith("ship.")} - {"ship.refit"}
+    assert len(set(flags.values())) == 2
+
+
+def test_a_model_without_a_refit_is_registered_too(dags):
+    """The group is skipped then, and nothing else may be."""
+    dag = dags["crane_retrain"]
+    assert dag.get_task("register").trigger_rule.value == "none_failed"
+    assert dag.get_task("ship.wanted").ignore_downstream_trigger_rules is False
+    assert dag.get_task("register").upstream_task_ids == {"evaluate", "ship.train"}
 
 
 def _is_job(task):

@@ -94,7 +94,7 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
 
     assert answer[retrain]["state"] == "success"
     assert answer[retrain]["tasks"]["knn"] == ["success"] * 3
-    assert answer[retrain]["tasks"]["train"] == ["success"]
+    assert answer[retrain]["tasks"]["train"] == answer[retrain]["tasks"]["ship.train"] == ["success"]
     assert answer["events"] == [
         {
             "asset": "crane/candidate",
@@ -125,18 +125,23 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
     judged = [*identity, "--set", "runtime.device=cpu"]
     order = [call["job"] for call in calls]
     assert order.index("etl.interactions") < order.index("ml.behaviour") < order.index("ml.train")
-    order.remove("ml.behaviour")
-    assert order == [
-        *("plan", "etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn"),
-        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "tidy", "ml.promote", "ml.export", "ml.report"),
+    model = [
+        *("etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn", "ml.graph"),
+        "ml.train",
     ]
-    for call in calls:
+    assert [name for name in order if name != "ml.behaviour"] == [
+        *("plan", *model, "ml.evaluate", "ml.refit", *model),
+        *("ml.register", "tidy", "ml.promote", "ml.export", "ml.report"),
+    ]
+    refitted = range(order.index("ml.refit") + 1, order.index("ml.register"))
+    for place, call in enumerate(calls):
         argv = call["argv"]
         if call["job"] == "ml.knn":
             argv = argv[:-2]
-        assert argv == (judged if call["job"] in ("ml.promote", "ml.export", "ml.report") else expected), call["job"]
+        wanted = judged if call["job"] in ("ml.promote", "ml.export", "ml.report") else expected
+        assert argv == [*wanted, *(["--refit"] if place in refitted else [])], call["job"]
     parts = [call["argv"][-2:] for call in calls if call["job"] == "ml.knn"]
-    assert sorted(parts) == [["--part", part] for part in ("0", "1", "2")]
+    assert sorted(parts) == [["--part", part] for part in ("0", "0", "1", "1", "2", "2")]
 
 
 @pytest.mark.airflow
@@ -166,6 +171,24 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(run, tmp_path):
     assert answer[silent]["tasks"]["tidy"] == ["failed"]
     assert answer[silent]["state"] == "success"
     assert len(answer["events"]) == before
+
+
+@pytest.mark.airflow
+@pytest.mark.slow
+def test_without_a_refit_the_evaluated_model_is_registered(run, tmp_path):
+    play = Play(tmp_path)
+    play.act({"ml.refit": {"answer": {"refit_run": None}}})
+    plain, failed = "1998-05-04T00:00:00+00:00", "1998-05-05T00:00:00+00:00"
+    answer = run(play, ["crane_retrain", plain, RETRAIN])
+    tasks = answer[plain]["tasks"]
+    assert answer[plain]["state"] == "success" and tasks["register"] == ["success"]
+    ship = {task: states for task, states in tasks.items() if task.startswith("ship.")}
+    assert ship.pop("ship.refit") == ship.pop("ship.wanted") == ["success"]
+    assert {state for states in ship.values() for state in states} == {"skipped"}
+    # A failure in the group is no reason to serve the evaluated model.
+    play.act({"ml.refit": {"code": 3}})
+    answer = run(play, ["crane_retrain", failed, RETRAIN])
+    assert answer[failed]["state"] == "failed" and answer[failed]["tasks"]["register"] == ["upstream_failed"]
 
 
 @pytest.mark.airflow

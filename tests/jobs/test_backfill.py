@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
 from crane_core.stages import STAGES
-from jobs.backfill import check, content, etl, plan
+from jobs.backfill import check, content, etl, plan, train
 from jobs.etl import interactions
 from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
@@ -40,8 +41,8 @@ class Backfill:
             for step in range(13)
         ]
         write_log(raw, events)
-        write_items(raw, [(f"i{n}", f"Item {n}") for n in range(12)])
-        write_vectors(raw, "text", [(f"i{n}", [float(n % 4), 1.0, float(n)]) for n in range(12)])
+        write_items(raw, [(f"i{n}", f"Item {n}") for n in range(16)])
+        write_vectors(raw, "text", [(f"i{n}", [float(n % 4), 1.0, float(n)]) for n in range(16)])
         self.settings = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
 
     def flags(self, *stages: str) -> list[str]:
@@ -117,7 +118,8 @@ def test_what_a_dry_run_says_is_what_a_run_makes(spark: SparkSession, backfill: 
 
 def test_a_stage_brings_along_what_it_reads(backfill: Backfill) -> None:
     backfill.job(plan, [*backfill.flags("etl.profiles"), "--dry-run", "--train"])
-    stages = [(step["day"], step["stage"]) for step in backfill.planned]
+    refitted = [step["stage"] for step in backfill.planned if step["run"].endswith(".refit")]
+    stages = [(step["day"], step["stage"]) for step in backfill.planned if not step["run"].endswith(".refit")]
     daily = ["etl.interactions", "etl.features", "etl.profiles"]
     assert [stage for day, stage in stages if day == DAYS[0]] == daily
     # Training is for the last day alone.
@@ -125,6 +127,32 @@ def test_a_stage_brings_along_what_it_reads(backfill: Backfill) -> None:
         *daily,
         *("ml.refine", "ml.knn", "ml.knn", "ml.graph", "ml.behaviour", "ml.train", "ml.evaluate", "ml.register"),
     ]
+    assert refitted == [*daily, "ml.refine", "ml.knn", "ml.knn", "ml.graph", "ml.behaviour", "ml.train"]
+    backfill.job(plan, [*backfill.flags("etl.profiles"), "--dry-run", "--train", "--set", "etl.refit=false"])
+    assert not [step for step in backfill.planned if step["run"].endswith(".refit")]
+
+
+@pytest.mark.slow
+@pytest.mark.spark
+def test_a_trained_day_is_shipped_too(spark: SparkSession, backfill: Backfill) -> None:
+    fast = ("train.num_epochs=2", "lightgcn.embedding_dim=4", "evaluate.num_bootstrap=100", "runtime.backfill=true")
+    argv = [*backfill.flags(), "--train", *(word for setting in fast for word in ("--set", setting))]
+    assert backfill.job(plan, argv)["days"] == [DAYS[1]]
+    planned = backfill.planned
+    for module in (etl, content, train):
+        backfill.job(module, [*argv, "--part", DAYS[1]])
+    backfill.job(check, argv)
+    store = open_store(str(backfill.root))
+    (run,) = {step["run"] for step in planned if step["stage"] == "ml.register"}
+    registered = store.entry(run, "ml.register")
+    assert registered is not None and registered["alias"] is None and registered["shipped_run"] == f"{run}.refit"
+    config = load_config(None, [], store.recorded_config(f"{run}.refit"))
+    assert config.choices is not None and config.etl.split == "none"
+    # Nothing is made again, and the choices stay.
+    for module in (etl, content, train):
+        assert backfill.job(module, [*argv, "--part", DAYS[1]])["done"] == 0
+    assert load_config(None, [], store.recorded_config(f"{run}.refit")) == config
+    assert backfill.job(plan, argv)["make"] == 0
 
 
 def test_wrong_flags(backfill: Backfill) -> None:

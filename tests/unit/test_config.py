@@ -8,6 +8,7 @@ import pytest
 from crane_core.config import RunConfig
 from crane_core.config_file import load_config, preset_names
 from crane_core.errors import ConfigError
+from crane_core.model_config import Choices
 
 WINDOW = ["window.start=2026-01-05", "window.end=2026-01-06"]
 
@@ -32,7 +33,10 @@ def test_window_is_utc_however_it_is_written(text: str) -> None:
         (["train.learningrate=1"], "train.learningrate: Extra inputs are not permitted, found 1"),
         (["train.learning_rate=-1"], "train.learning_rate: Input should be greater than 0, found -1"),
         (["trains.k=1"], "trains: Extra inputs are not permitted"),
-        (["etl.split=random"], "etl.split: Input should be 'temporal', 'leave_last' or 'label', found 'random'"),
+        (
+            ["etl.split=random"],
+            "etl.split: Input should be 'temporal', 'leave_last', 'label' or 'none', found 'random'",
+        ),
         (["etl.time_zone=Mars/Base"], "etl.time_zone: Value error, not a time zone of the IANA database"),
         (["etl.event_weights={view: -1}"], "finite weights of 0 or more"),
         (["window.end=2026-01-05"], "must lie before window.end"),
@@ -111,7 +115,8 @@ def test_configuration_is_frozen_and_every_field_is_described() -> None:
     config = load_config(None, WINDOW)
     with pytest.raises(ValueError, match="frozen"):
         config.train.seed = 1
-    for name, field in RunConfig.model_fields.items():
-        assert field.annotation is not None
-        for inner, described in field.annotation.model_fields.items():
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()} | {"choices": Choices}
+    for name, section in sections.items():
+        assert section is not None
+        for inner, described in section.model_fields.items():
             assert described.description, f"{name}.{inner}"

@@ -9,6 +9,7 @@ import pytest
 
 from crane_core.config import RunConfig
 from crane_core.config_file import load_config
+from crane_core.model_config import Choices
 from crane_core.stages import STAGES, fingerprint_of, input_labels
 
 WINDOW = ["window.start=2026-01-01", "window.end=2026-02-01"]
@@ -64,6 +65,7 @@ RAISED = ("etl.interactions", "etl.features", "etl.profiles", "ml.behaviour", "m
 DECIDES = {
     "window": ["etl.interactions"],
     "etl": ["etl.interactions"],
+    "etl.refit": [],
     "features": ["etl.features"],
     "profiles": ["etl.profiles"],
     "refine": ["ml.refine"],
@@ -100,8 +102,18 @@ JOINT = {
 FIELDS = [
     f"{section}.{field}"
     for section, of in RunConfig.model_fields.items()
+    if section != "choices"
     for field in of.annotation.model_fields  # type: ignore[union-attr]
 ]
+CHOICES = Choices(behaviour_epochs=3, crane_epochs=4, crane_ranking="dot", share=0.5)
+CHOSEN = {
+    "choices.behaviour_epochs": ["ml.behaviour"],
+    **{f"choices.{field}": ["ml.train"] for field in Choices.model_fields if field != "behaviour_epochs"},
+    "train.num_epochs": [],
+    "train.patience": [],
+    "train.validation_users": [],
+}
+"""Stages whose output a field decides where the choices are given, and where that differs."""
 
 
 def configure(*overrides: str) -> RunConfig:
@@ -174,10 +186,24 @@ def test_a_field_changes_the_fingerprints_of_the_stages_whose_output_it_decides(
     assert changed_stages(configure("crane.mode=joint"), path) == joint
 
 
+@pytest.mark.parametrize("path", [*FIELDS, *CHOSEN])
+def test_a_refit_run_obeys_the_choices_and_what_led_to_none_of_them(path: str) -> None:
+    config = configure().model_copy(update={"choices": CHOICES})
+    section = path.partition(".")[0]
+    if path == "crane.mode":
+        return
+    assert changed_stages(config, path) == CHOSEN.get(path, DECIDES.get(path, DECIDES.get(section)))
+
+
+def test_choices_make_other_trainings_and_change_nothing_else() -> None:
+    before, after = (fingerprints(each) for each in (configure(), configure().model_copy(update={"choices": CHOICES})))
+    assert {label for label in before if before[label] != after[label]} == {"ml.behaviour", "ml.train"}
+
+
 def test_every_section_and_every_exception_is_one_of_the_configuration() -> None:
     known = {*RunConfig.model_fields, *FIELDS}
     assert {*DECIDES, *JOINT} <= known
-    assert set(RunConfig.model_fields) <= set(DECIDES)
+    assert set(RunConfig.model_fields) - {"choices"} <= set(DECIDES)
 
 
 

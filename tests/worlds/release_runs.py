@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from crane_core.config import RunConfig
 from crane_core.config_file import load_config
+from crane_core.refit import refit_config, refit_run
 from crane_core.schema import TEST, TRAIN
 from crane_core.storage.artifacts import Artifact
 from jobs.ml import evaluate, promote, register
@@ -27,7 +28,10 @@ from jobs.stores import open_store
 from tests.worlds.mlflow_tables import copy_tables
 
 NUM_USERS, NUM_ITEMS, NUM_COLD, DIM = 120, 90, 6, 8
-SETTINGS = ("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5")
+SETTINGS = (
+    *("evaluate.num_bootstrap=200", "promote.min_users=20", "export.k=10", "export.num_similar=5"),
+    "etl.refit=false",
+)
 
 
 def flags(store: Path, run_id: str, window_end: str = "2026-03-01", *settings: str) -> list[str]:
@@ -66,8 +70,7 @@ def make_run(
     config = load_config(None, argv[5::2])
     artifacts = open_store(str(store))
     artifacts.start_run(run_id, config)
-    world = np.random.default_rng(7)
-    users, items = world.normal(size=(NUM_USERS, DIM)), world.normal(size=(NUM_ITEMS, DIM))
+    users, items = _true_rows()
     _interactions(store, run_id, config, users, items, num_untrained)
     folder = _folder(store)
     np.save(folder / "fused_items.npy", items.astype(np.float32))
@@ -100,6 +103,34 @@ def make_run(
             facts |= {"trust": 0.5}
         _publish(store, run_id, stage, folder, facts)
     assert evaluate.main(argv) == 0
+    return argv
+
+
+def ship(argv: list[str], noise: float) -> list[str]:
+    """Publish what `ml.register` reads of the refit run of a run: every held-out item is training too.
+
+    Args:
+        argv: flags of the run, from `make_run`.
+        noise: standard deviation added to the true embeddings by the model that is served.
+
+    Returns:
+        Flags of the run's jobs, for a run with a refit run.
+    """
+    store, run_id = Path(argv[1]), argv[3]
+    argv = [word if word != "etl.refit=false" else "etl.refit=true" for word in argv]
+    config = load_config(None, argv[5::2])
+    artifacts = open_store(str(store))
+    artifacts.restart_run(run_id, config)
+    artifacts.start_run(refit_run(run_id), refit_config(config, None, None))
+    users, items = _true_rows()
+    _interactions(store, refit_run(run_id), config, users, items, 0, (TRAIN, TRAIN))
+    generator = np.random.default_rng(200)
+    folder = _folder(store)
+    rows = {"user_embeddings": users, "item_embeddings": items}
+    noisy = {name: (each + noise * generator.normal(size=each.shape)).astype(np.float32) for name, each in rows.items()}
+    save_file(noisy, folder / "embeddings.safetensors")
+    save_file({"scale": np.float32([noise])}, folder / "weights.safetensors")
+    _publish(store, refit_run(run_id), "ml.train", folder, {})
     return argv
 
 
@@ -167,8 +198,19 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _true_rows() -> tuple[np.ndarray, np.ndarray]:
+    world = np.random.default_rng(7)
+    return world.normal(size=(NUM_USERS, DIM)), world.normal(size=(NUM_ITEMS, DIM))
+
+
 def _interactions(
-    store: Path, run_id: str, config: RunConfig, users: np.ndarray, items: np.ndarray, num_untrained: int
+    store: Path,
+    run_id: str,
+    config: RunConfig,
+    users: np.ndarray,
+    items: np.ndarray,
+    num_untrained: int,
+    splits: tuple[int, int] = (TRAIN, TEST),
 ) -> None:
     world = np.random.default_rng(8)
     order = np.argsort(-(users @ items.T + 0.5 * world.gumbel(size=(NUM_USERS, NUM_ITEMS))), axis=1)
@@ -177,7 +219,8 @@ def _interactions(
         warm = [item for item in order[user] if item < NUM_ITEMS - NUM_COLD][:12]
         cold = [item for item in order[user][:12] if item >= NUM_ITEMS - NUM_COLD]
         trained = warm[::2] if user >= num_untrained else []
-        rows += [(user, item, TRAIN) for item in trained] + [(user, item, TEST) for item in warm[1::2] + cold]
+        rows += [(user, item, splits[0]) for item in trained]
+        rows += [(user, item, splits[1]) for item in warm[1::2] + cold]
     rows.sort()
     folder = _folder(store)
     columns = list(zip(*rows, strict=True))
@@ -211,14 +254,14 @@ def _interactions(
     for name, table in tables.items():
         (folder / name).mkdir()
         pq.write_table(pa.table(table), folder / name / "part-0.parquet")
-    splits = np.bincount(columns[2], minlength=3).tolist()
+    counts = np.bincount(columns[2], minlength=3).tolist()
     quality = {
         "num_users": NUM_USERS,
         "num_items": NUM_ITEMS,
         "num_rows_read": len(rows) + 4,
-        "num_train": splits[0],
-        "num_validation": splits[1],
-        "num_test": splits[2],
+        "num_train": counts[0],
+        "num_validation": counts[1],
+        "num_test": counts[2],
         "num_cold_rows": 1,
         "quarantine": {"null_user_id": 2, "duplicate_event": 1},
     }

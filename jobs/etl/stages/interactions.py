@@ -344,6 +344,8 @@ def _cutoffs(config: RunConfig) -> dict[str, str | None]:
     first: tuple[Any, Any] = (None, None)
     if config.etl.split == "temporal":
         first = config.etl.cutoffs(config.window)
+    elif config.etl.split == "none":
+        first = (config.window.end, config.window.end)
     names = ("validation", "test", "end")
     return {
         name: instant.isoformat() if instant else None

@@ -51,13 +51,15 @@ def run(job: Job) -> Result:
     behaviour = load_embeddings(job.input("ml.behaviour"))
     interactions = load_interactions(job.input("etl.interactions"))
     chosen = choose_share(behaviour, (users, items), item_graph(job), interactions, job.config)
-    logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
+    validation = summary["validation"]
+    if chosen.curve:
+        logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
+        validation |= {"fused_recall@20": chosen.recall}
     head = choose_head(chosen.rows, interactions, job.config)
     if head is not None:
         logger.info("head %s", " ".join(f"{name}={value}" for name, value in head.facts().items()))
     save_embeddings(job.out, *(chosen.rows if head is None else head.rows))
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
-    validation = summary["validation"] | {"fused_recall@20": chosen.recall}
     return Result(summary | {"trust": chosen.share, "head": head and head.facts(), "validation": validation})
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from crane_core.config_file import load_config
+from crane_core.errors import ConfigError
 from crane_core.release.ledger import Ledger
 from crane_core.release.mlmodel import served_folder
 from crane_core.serving.model_folder import load_model
@@ -56,7 +57,19 @@ def test_the_configuration_of_a_run_is_read(store):
     config = load_config(None, [], recorded)
     assert (config.knn.k, config.train.num_epochs, config.refine.embedding_dim) == (3, 3, 4)
     unchanged = {"window", "etl", "refine", "knn", "evaluate", "export", "promote"}
-    assert config.model_dump(mode="json", include=unchanged) == {name: recorded[name] for name in unchanged}
+    read = config.model_dump(mode="json", include=unchanged)
+    assert read["etl"].pop("refit") is True, "new since"
+    assert read == {name: recorded[name] for name in unchanged}
+
+
+def test_a_run_of_before_goes_on(store):
+    recorded = store.recorded_config("run-1")
+    store.start_run("run-1", load_config(None, [], recorded))
+    with pytest.raises(ConfigError, match=r"knn\.k was 3, now 4"):
+        store.start_run("run-1", load_config(None, ["knn.k=4"], recorded))
+    with pytest.raises(ConfigError, match=r"choices\.share was None, now 0\.5"):
+        chosen = ["behaviour_epochs=1", "crane_epochs=1", "crane_ranking=dot", "share=0.5"]
+        store.start_run("run-1", load_config(None, [f"choices.{each}" for each in chosen], recorded))
 
 
 def test_a_ledger_is_whole(store):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,8 @@ import yaml
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.release.registry import Registry, open_registry
-from crane_core.release.version import DatasetReference, Release
+from crane_core.release.version import SHIPPED_TAG, DatasetReference, Release
+from crane_core.serving.model_folder import verify_model
 from tests.worlds.mlflow_tables import copy_tables
 from tests.worlds.served import write
 
@@ -37,6 +39,7 @@ def release(tmp_path) -> Release:
         fingerprint="f1",
         run_id="run-1",
         folder=write(tmp_path / "crane"),
+        twin=None,
         evidence=[evidence],
         input_example=pd.DataFrame({"user_id": ["ann", "bob"]}),
         params={"train.learning_rate": 0.001, "knn.k": 10},
@@ -67,6 +70,28 @@ def test_what_is_registered(registry, release):
     assert info.signature.inputs.input_names() == ["user_id"]
     assert info.signature.outputs.input_names() == ["user_id", "item_ids", "scores", "fallback"]
     assert info.saved_input_example_info is not None
+
+
+def test_a_twin_lies_beside_the_served_model(registry, release, tmp_path, store):
+    alone, _ = registry.register(release)
+    assert not alone.has_twin and alone.shipped_run == "run-1"
+    assert registry.twin_folder(alone) == registry.model_folder(alone)
+    twin = write(tmp_path / "twin", seen={"ann": ["b"]})
+    tags = release.tags | {SHIPPED_TAG: "run-1.refit"}
+    both, _ = registry.register(replace(release, fingerprint="f2", twin=twin, tags=tags))
+    assert both.has_twin and (both.run_id, both.shipped_run) == ("run-1", "run-1.refit")
+    found = registry.twin_folder(both)
+    assert found != registry.model_folder(both)
+    assert (found / "checksums.json").read_bytes() == (twin / "checksums.json").read_bytes()
+    assert verify_model(found)["run"] == "run-1"
+    (stored,) = {path.parent for path in files(store) if path.parent.name == "twin"}
+    (stored / "checksums.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="its checksums are not those that were registered"):
+        registry.twin_folder(both)
+    shutil.rmtree(stored)
+    with pytest.raises(ArtifactError, match="its twin cannot be read"):
+        registry.twin_folder(both)
+    assert registry.model_folder(both)
 
 
 def test_the_same_fingerprint_is_the_same_version(registry, release):

@@ -1,0 +1,36 @@
+"""The refit run of a run: it makes the model that is shipped.
+
+A run is evaluated without the rows of its validation and test periods. Its refit run goes through the same stages, up
+to `ml.train`, with every event before `window.end` as training and the choices of the run. The model of the run is its
+evaluation twin.
+"""
+
+from __future__ import annotations
+
+from crane_core.config import RunConfig
+from crane_core.model_config import Choices
+
+SUFFIX = ".refit"
+"""End of the id of a refit run; no other run may have such an id."""
+
+
+def refit_run(run_id: str) -> str:
+    """Return the id of the refit run of a run."""
+    return f"{run_id}{SUFFIX}"
+
+
+def is_refit(run_id: str) -> bool:
+    """Return whether an id is that of a refit run."""
+    return run_id.endswith(SUFFIX)
+
+
+def refit_config(config: RunConfig, choices: Choices | None, base_run: str | None) -> RunConfig:
+    """Return the configuration of the refit run of a run.
+
+    Args:
+        config: of the run.
+        choices: of its validation split; None before they are made, for the stages before the trainings.
+        base_run: run whose ids are kept.
+    """
+    etl = config.etl.model_copy(update={"split": "none", "base_run": base_run})
+    return config.model_copy(update={"etl": etl, "choices": choices})
