@@ -1,9 +1,9 @@
 """A linear low-pass filter of the user-item graph: what users met lately, carried over to similar items.
 
-The axes are the leading singular vectors of the normalised matrix of users and items, the ideal low-pass filter of GF-CF
-(Shen et al., CIKM 2021). A user's row is a sum over the history, so nothing of a user is learned: a history of any length
-and age has a row. Degrees are enlarged by a constant. Otherwise a user and an item that met each other alone would be
-an axis of their own.
+The axes are the leading singular vectors of the normalised matrix of users and items, the ideal low-pass filter of
+GF-CF (Shen et al., CIKM 2021). A user's row is a sum over the history, so nothing of a user is learned: a history of
+any length and age has a row. Degrees are enlarged by a constant. Otherwise a user and an item that met each other alone
+would be an axis of their own.
 """
 
 from __future__ import annotations

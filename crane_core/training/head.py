@@ -244,9 +244,7 @@ def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) ->
     return ChosenHead(half_life, history, head, found, head.rows(channels, popularity, interactions.num_users))
 
 
-def _chosen_before(
-    model: Rows, interactions: Interactions, config: ModelConfig, choices: Choices
-) -> ChosenHead | None:
+def _chosen_before(model: Rows, interactions: Interactions, config: ModelConfig, choices: Choices) -> ChosenHead | None:
     """Return the head with weights and half-lives that were chosen on other interactions."""
     if choices.weights is None:
         return None
@@ -276,7 +274,8 @@ def _cross_fitted(
     values = []
     for fitted, judged in (halves, halves[::-1]):
         if channels and len(fitted):
-            rows = fit_head(channels, popularity, interactions, fitted).rows(channels, popularity, interactions.num_users)
+            head = fit_head(channels, popularity, interactions, fitted)
+            rows = head.rows(channels, popularity, interactions.num_users)
             score = without(dot_product(*rows), interactions.tombstones)
             ranked = rank_users(score, interactions.train, judged, 20, users_at_a_time(interactions.num_items))
         else:

@@ -29,6 +29,7 @@ from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
 
+
 def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Make or find the version of a run and give it the alias."""
     inputs = _inputs(config, store, arguments.run)

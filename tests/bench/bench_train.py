@@ -164,7 +164,9 @@ def check(interactions: Interactions, config: ModelConfig, folder: Path, device:
     single = changed(config, batch_size=PEER_BATCH, batches_per_step=1)
     trainer = make_trainer(interactions, single, folder, device)
     peer = Peer(interactions, single, device)
-    batch = trainer.batches.batch(np.arange(min(PEER_BATCH, len(trainer.batches.edges.users))), np.random.default_rng(0))
+    batch = trainer.batches.batch(
+        np.arange(min(PEER_BATCH, len(trainer.batches.edges.users))), np.random.default_rng(0)
+    )
     peer.loss(batch.users, batch.positives, batch.negatives).backward()
     views = trainer.model(trainer.graph)
     torch.stack(list(trainer.model.losses(views, batch).values())).sum().backward()

@@ -60,10 +60,14 @@ def events() -> list[Event]:
 def trained(folder: Path, events: Sequence[Event], weights: str) -> ArtifactStore:
     """Run the stages over the events with `etl.event_weights`."""
     for day in range(NUM_DAYS):
-        rows = [(user, item, at("2026-01-01") + timedelta(days=t), kind) for user, item, t, kind in events if int(t) == day]
+        rows = [
+            (user, item, at("2026-01-01") + timedelta(days=t), kind) for user, item, t, kind in events if int(t) == day
+        ]
         columns = [pa.array(column) for column in zip(*rows, strict=True)]
         columns[2] = columns[2].cast(pa.timestamp("us", "UTC"))
-        path = folder / "raw" / "interactions" / f"dt={at('2026-01-01') + timedelta(days=day):%Y-%m-%d}" / "part-0.parquet"
+        path = (
+            folder / "raw" / "interactions" / f"dt={at('2026-01-01') + timedelta(days=day):%Y-%m-%d}" / "part-0.parquet"
+        )
         path.parent.mkdir(parents=True)
         pq.write_table(pa.table(columns, names=["user_id", "item_id", "event_time", "event_type"]), path)
     vectors = [(f"i{number}", [float(number % 2), 1.0, number / NUM_ITEMS]) for number in range(NUM_ITEMS)]

@@ -214,7 +214,10 @@ def stale_users(train: DataFrame, before: DataFrame, changed: NDArray[np.bool_])
     """
     sides = []
     for name, rows in (("now", train), ("then", before)):
-        hashes = [F.sum(F.xxhash64(F.lit(seed), F.col(ITEM_IDX), F.col(WEIGHT)).bitwiseAND(F.lit(2**40 - 1))) for seed in range(3)]
+        hashes = [
+            F.sum(F.xxhash64(F.lit(seed), F.col(ITEM_IDX), F.col(WEIGHT)).bitwiseAND(F.lit(2**40 - 1)))
+            for seed in range(3)
+        ]
         marks = F.struct(F.count(F.lit(1)), *hashes).alias(name)
         sides.append(rows.groupBy(USER_IDX).agg(marks))
     both = sides[0].join(sides[1], USER_IDX, "full")

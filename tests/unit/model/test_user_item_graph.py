@@ -26,7 +26,9 @@ def popular_edges() -> tuple[np.ndarray, np.ndarray]:
 def test_a_sampled_graph_is_the_whole_one_on_average() -> None:
     shards, (users, items) = Shards((40, 30)), popular_edges()
     whole = user_item_graph(Edges(users, items), shards).toarray()
-    drawn = [sampled_user_item_graph(Edges(users, items), shards, 2, np.random.default_rng(seed)) for seed in range(4000)]
+    drawn = [
+        sampled_user_item_graph(Edges(users, items), shards, 2, np.random.default_rng(seed)) for seed in range(4000)
+    ]
     assert all((graph != graph.T).nnz == 0 and graph.has_sorted_indices for graph in drawn[:20])
     mean, kept = sum(graph.toarray() for graph in drawn) / 4000, sum(graph.toarray() > 0 for graph in drawn) / 4000
     degrees = np.maximum((whole > 0).sum(1), 1)
@@ -65,7 +67,9 @@ def test_the_graph_does_not_depend_on_the_order_of_the_pairs() -> None:
     met = np.random.default_rng(2).random((30, 20)) < 0.2
     users, items = np.nonzero(met)
     order = np.random.default_rng(3).permutation(len(users))
-    sorted_graph, graph = (user_item_graph(Edges(users[rows], items[rows]), Shards((30, 20))) for rows in (slice(None), order))
+    sorted_graph, graph = (
+        user_item_graph(Edges(users[rows], items[rows]), Shards((30, 20))) for rows in (slice(None), order)
+    )
     assert graph.has_sorted_indices and graph.indices.dtype == graph.indptr.dtype == np.int32
     assert (graph != sorted_graph).nnz == 0 and (graph != graph.T).nnz == 0
     degrees = np.maximum(np.concatenate([met.sum(1), met.sum(0)]), 1)

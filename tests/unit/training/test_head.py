@@ -37,7 +37,7 @@ def planted(popularity: float, personal: float, seed: int = 0) -> tuple[Interact
     )
     sizes, ages, appeal = [8, 12], [], [generator.zipf(1.6, NUM_ITEMS).clip(max=400) for _ in range(2)]
     parts = []
-    for user in range(NUM_USERS):
+    for _ in range(NUM_USERS):
         met = np.full(NUM_ITEMS, np.inf)
         for of_period, size, (youngest, oldest) in zip(appeal, sizes, ((50, 90), (0, 3)), strict=True):
             free = np.flatnonzero(np.isinf(met))
@@ -48,9 +48,7 @@ def planted(popularity: float, personal: float, seed: int = 0) -> tuple[Interact
         ages.append(met[items])
     train = ItemLists.from_pairs(np.repeat(np.arange(NUM_USERS), sum(sizes)), np.concatenate(parts), NUM_USERS)
     nothing = ItemLists(np.zeros(NUM_USERS + 1, dtype=np.int64), np.empty(0, dtype=np.int32))
-    log = Interactions(
-        NUM_USERS, NUM_ITEMS, train, nothing, nothing, ages=np.concatenate(ages).astype(np.float32)
-    )
+    log = Interactions(NUM_USERS, NUM_ITEMS, train, nothing, nothing, ages=np.concatenate(ages).astype(np.float32))
     logits = popularity * log_popularity(log, 2.0) + personal * rows[0] @ rows[1].T
     gumbel = torch.from_numpy(generator.gumbel(size=logits.shape))
     drawn = logits + gumbel

@@ -42,9 +42,7 @@ def test_one_step_equals_the_step_by_hand(tmp_path: Path) -> None:
     rows = (ours.batches.edges.users[picked], ours.batches.edges.items[picked], negatives)
     ours.step(ours.graph, [Batch(*(torch.from_numpy(row.astype(np.int64)) for row in rows))], 3)
 
-    adjacency = torch.from_numpy(
-        user_item_graph(ours.batches.edges, ours.shards).toarray()
-    )
+    adjacency = torch.from_numpy(user_item_graph(ours.batches.edges, ours.shards).toarray())
     ids = before.clone().requires_grad_()
     final = (ids + adjacency @ ids + adjacency @ (adjacency @ ids)) / 3
     loss = torch.zeros(())
