@@ -147,6 +147,7 @@ def other_value(config: RunConfig, path: str) -> Any:
         "evaluate.ks": [20],
         "promote.beats": ["popularity"],
         "head.half_lives": [3],
+        "choices.weights": {"popularity": 0.5},
         "head.history_half_lives": [3],
     }
     if path in special:
