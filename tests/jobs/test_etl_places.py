@@ -142,7 +142,7 @@ def test_raw_data_and_artifacts_on_s3_that_fails_at_times(
     bucket, client = s3_uri.split("/")[2], boto3.client("s3")
     for path in sorted(raw.rglob("*.parquet")):
         client.upload_file(str(path), bucket, f"raw/{path.relative_to(raw)}")
-    proxy = FaultyProxy(s3_endpoint, lambda method, path, count: "error" if count % 20 == 5 else None)
+    proxy = FaultyProxy(s3_endpoint, lambda method, path, count: "error" if count % 7 == 5 else None)
     with proxy.running():
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         run(flags(s3_uri, f"s3://{bucket}/raw", runtime__spark_master="local[2]"), tmp_path / "log")
