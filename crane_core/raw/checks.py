@@ -177,13 +177,23 @@ def read_ids(footer: Footer, column: str = ITEM_ID) -> Iterator[pa.Array]:
             return
         with open_parquet(path) as parquet:
             for batch in parquet.iter_batches(columns=[column]):
-                yield batch.column(0).cast(pa.string())
+                yield _readable(batch.column(0).cast(pa.string()))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} ({footer.file.size} bytes, row count unknown) has an intact footer but its pages cannot be read: "
             f"{error}.",
             "The file is damaged or was removed meanwhile: deliver it again, or remove it for good.",
         ) from error
+
+
+def _readable(ids: pa.Array) -> pa.Array:
+    """Return text in which bytes that are no UTF-8 are replaced; the ETL sets such rows aside later."""
+    try:
+        ids.validate(full=True)
+        return ids
+    except pa.ArrowInvalid:
+        told = [None if each is None else each.decode(errors="replace") for each in ids.cast(pa.binary()).to_pylist()]
+        return pa.array(told, pa.string())
 
 
 def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:

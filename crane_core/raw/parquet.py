@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +48,18 @@ def int96_instants(parquet: pq.ParquetFile) -> set[str]:
     """Return the columns of INT96 times that are instants, although they are read without a zone.
 
     Spark and Impala write instants so. Pyarrow writes times without a zone so, too, and says it in its Arrow schema.
+
+    Raises:
+        pa.ArrowInvalid: that schema cannot be read.
     """
     metadata = parquet.metadata
-    hint = (metadata.metadata or {}).get(_NO_HINT)
-    told = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(hint))) if hint else pa.schema([])
     columns = (metadata.schema.column(index) for index in range(metadata.num_columns))
     names = {column.path for column in columns if column.physical_type == "INT96"}
+    hint = (metadata.metadata or {}).get(_NO_HINT)
+    if not names or not hint:
+        return names
+    try:
+        told = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(hint)))
+    except binascii.Error as error:
+        raise pa.ArrowInvalid(f"the Arrow schema in its footer is damaged: {error}") from error
     return {name for name in names if name not in told.names or getattr(told.field(name).type, "tz", None) is not None}

@@ -25,13 +25,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
 from crane_core.dataset.interactions import ItemLists, load_ids, load_interactions
 from crane_core.errors import ArtifactError, DataError
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.storage.artifacts import Artifact, check_files, sha256_file
-from crane_core.storage.tensors import load_arrays, tensor_shapes
+from crane_core.storage.tensors import load_arrays, save_arrays, tensor_shapes
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
@@ -58,7 +57,7 @@ class Recommender:
 
     def save_embeddings(self, path: Path) -> None:
         """Write the embeddings as safetensors."""
-        save_file({"user_embeddings": self.user_embeddings, "item_embeddings": self.item_embeddings}, path)
+        save_arrays({"user_embeddings": self.user_embeddings, "item_embeddings": self.item_embeddings}, path)
 
     def write_ids(self, folder: Path) -> None:
         """Write `users.parquet` and `items.parquet`; the row number is that of the embeddings."""
@@ -96,7 +95,7 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
     recommender.save_embeddings(folder / "embeddings.safetensors")
     shutil.copyfile(weights, folder / "weights.safetensors")
     seen = recommender.seen
-    save_file({"indptr": seen.indptr, "items": seen.items}, folder / "seen.safetensors")
+    save_arrays({"indptr": seen.indptr, "items": seen.items}, folder / "seen.safetensors")
     recommender.write_ids(folder)
     sizes = {
         "num_users": len(recommender.user_ids),

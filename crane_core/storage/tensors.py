@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,15 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except SafetensorError as error:
         raise _refused(path, f"cannot be read ({error})") from error
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write NumPy arrays, in any layout, as tensors.
+
+    The NumPy side of safetensors 0.8 writes the memory of an array as it lies: a transposed array would be read as
+    another one.
+    """
+    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
 def _refused(path: Path, found: str) -> ArtifactError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -422,3 +423,27 @@ def test_tables_are_sorted_across_files(spark: SparkSession, tmp_path: Path) -> 
     assert files == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     read = [value for name in files for value in pa.parquet.read_table(tmp_path / "table" / name)["key"].to_pylist()]
     assert read == list(range(1000))
+
+
+def test_weights_stay_finite(spark: SparkSession) -> None:
+    """A product beyond float32 is set aside; a sum stops at the largest float32."""
+    config = configure(repeats="sum", event_weights={"buy": 10, "view": 1})
+    rows = [
+        ("a", "x", "2026-01-10", 3e38, 0, "2026-01-10", "buy"),
+        ("a", "x", "2026-01-10 11:00", 3e38, 0, "2026-01-10", "view"),
+        ("a", "x", "2026-01-10 12:00", 3e38, 0, "2026-01-10", "view"),
+    ]
+    marked = mark_bad(events(spark, rows), config.window, config.etl)
+    assert [row["reason"] for row in marked.collect()] == ["non_finite_weight", None, None]
+    merged = kept_events(mark_repeats(coded(spark, rows[1:], config), config)).collect()
+    assert [row["weight"] for row in merged] == [pytest.approx(3.4028234663852886e38)]
+
+
+def test_old_timestamps_of_spark_are_read_as_the_instants_they_are(spark: SparkSession, tmp_path: Path) -> None:
+    path = write_day(tmp_path, "2026-01-10", [("a", "x", at("2026-01-10 12:00"), 1.0, 0)])
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(table, path, use_deprecated_int96_timestamps=True, store_schema=False)
+    config = configure()
+    files = list_interactions(tmp_path, config.window, config.etl)
+    rows = read_interactions(spark, check_interactions(files, configure("2026-01-10").window, config.etl)).collect()
+    assert [row["event_time"].timestamp() for row in rows] == [at("2026-01-10 12:00").timestamp()]

@@ -23,7 +23,7 @@ from pyspark.sql import SparkSession
 
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_CONFIG, EXIT_DATA, EXIT_OK
-from crane_core.raw.importers import import_mmrec
+from crane_core.raw.importers import import_mapped, import_mmrec
 from crane_core.schema import INTERACTIONS
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact
@@ -505,6 +505,30 @@ def test_items_without_a_vector_are_missing_and_counted(
     stopped = {"features__min_trained_coverage": "0.9"}
     assert etl(reference, raw, ("interactions", "features"), run="stopped", **stopped) == EXIT_DATA
     assert "features.min_trained_coverage is 0.9" in capsys.readouterr().err
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_days_of_an_import_are_days_of_the_run(
+    spark: SparkSession, tmp_path: Path, zone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hours = [f"u{n % 5},i{n % 7},2026-01-{10 + n // 24:02} {n % 24:02}:30" for n in range(240)]
+    (tmp_path / "ev.csv").write_text("\n".join(["u,i,t", "u0,i0,0001-01-05", *hours]))
+    (tmp_path / "m.yaml").write_text(
+        "dataset: d\ninteractions:\n  files: [ev.csv]\n  columns: {user_id: u, item_id: i, event_time: t}\n"
+        f"  zone: {zone}\n"
+    )
+    imported = import_mapped(tmp_path / "m.yaml", tmp_path / "raw")
+    assert (str(imported.start), imported.time_zone) == ("2026-01-19", zone)
+    start, end = imported.instants()
+    window = {"window__start": start, "window__end": end}
+    store = tmp_path / "store"
+    assert etl(store, tmp_path / "raw", ("interactions",), run="other", **window) == EXIT_CONFIG
+    assert f"Give --set etl.time_zone={zone}" in capsys.readouterr().err
+    assert etl(store, tmp_path / "raw", ("interactions",), etl__time_zone=zone, **window) == EXIT_OK
+    found = artifact(store, "interactions")
+    assert set(found.facts["quarantine"]) <= {"repeat", "duplicate"} and found.facts["num_rows_read"] == 241
+    assert json.loads(found.file("quality.json").read_text())["before_1990"] == 1
 
 
 @pytest.mark.parametrize("what", ["items", "features/text"])

@@ -159,7 +159,7 @@ def read_mapping(path: Path) -> Mapping:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(
             f"The mapping {path}: {problems}.",
-            f"{remedy_of(error, Mapping, '{field}: VALUE in the mapping')} All settings: {SETTINGS}.",
+            f"{remedy_of(error, Mapping, '{field}: VALUE in the mapping')} What each setting may hold: {SETTINGS}.",
         ) from error
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(

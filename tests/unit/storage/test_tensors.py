@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from crane_core.errors import ArtifactError
-from crane_core.storage.tensors import load_arrays, load_tensors
+from crane_core.storage.tensors import load_arrays, load_tensors, save_arrays
 from tests.worlds.hostile_tensors import HOSTILE_TENSORS
 
 
@@ -29,3 +29,14 @@ def test_a_sound_tensor_file_is_read(tmp_path: Path) -> None:
     save_file({"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((0, 4), np.int64)}, path)
     assert load_arrays(path)["b"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert load_tensors(path)["a"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "layout", [np.asfortranarray, np.transpose, lambda rows: rows[:, ::-1], lambda rows: rows[::2]]
+)
+def test_arrays_in_any_layout_are_written_as_they_are(
+    tmp_path: Path, layout: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    rows = layout(np.arange(12, dtype=np.float32).reshape(3, 4))
+    save_arrays({"rows": rows}, tmp_path / "rows.safetensors")
+    assert load_arrays(tmp_path / "rows.safetensors")["rows"].tolist() == rows.tolist()
