@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -325,15 +324,11 @@ class Trainer:
         if is_best:
             progress.best, progress.best_epoch, progress.best_ranking = metrics, progress.epoch, ranking
             self.write_best()
-        logger.info(
-            "epoch=%d loss=%.4f recall@20=%.4f best=%.4f best_epoch=%d seconds=%.1f",
-            progress.epoch,
-            loss,
-            metrics.get(STEERING_METRIC, math.nan),
-            progress.best.get(STEERING_METRIC, math.nan),
-            progress.best_epoch,
-            self._count_seconds(),
-        )
+        measured = ""
+        if metrics:
+            best = progress.best[STEERING_METRIC]
+            measured = f" recall@20={metrics[STEERING_METRIC]:.4f} best={best:.4f} best_epoch={progress.best_epoch}"
+        logger.info("epoch=%d loss=%.4f%s seconds=%.1f", progress.epoch, loss, measured, self._count_seconds())
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self.checkpoint()
 

@@ -46,7 +46,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         seconds = stage["epoch_core_seconds"]
         spent = "" if seconds is None else f"{seconds:,.0f} an epoch"
         rows.append(f"{name:<18} {amount(stage['memory_bytes']):>10} {amount(stage['storage_bytes']):>10} {spent:>22}")
-    rows += ["", f"storage of a run   {amount(found['storage_bytes'])}, raw data and registry beside it"]
+    rows += [
+        "",
+        f"storage of a run   {amount(found['storage_bytes'])}, as much again for its refit run",
+    ]
     choice = found["recommended"]
     settings = " ".join(f"--set {name}={value}" for name, value in choice["settings"].items())
     rows += [

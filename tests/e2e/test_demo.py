@@ -6,12 +6,23 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from crane_core.errors import EXIT_ARTIFACT, EXIT_DATA, EXIT_OK
 from crane_core.stages import STAGES
 from jobs.stores import open_store
-from tests.e2e.conftest import NUM_GROUPS, NUM_ITEMS, NUM_USERS, World, ask, crane, demo
+from tests.e2e.conftest import (
+    HELD_PER_USER,
+    NUM_GROUPS,
+    NUM_ITEMS,
+    NUM_USERS,
+    TRAIN_PER_USER,
+    World,
+    ask,
+    crane,
+    demo,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.spark]
 
@@ -42,7 +53,7 @@ def test_it_shows_three_users_by_title(world: World) -> None:
 
 
 def test_it_shows_its_steps(world: World) -> None:
-    for task in ("resolve", "interactions", "knn[1]", "train", "register", "promote", "report"):
+    for task in ("resolve", "interactions", "knn[1]", "train", "ship.knn[1]", "register", "promote", "report"):
         assert f"  {task} " in world.first.err, task
     assert "success seconds=" in world.first.err
     assert "Traceback" not in world.first.err
@@ -73,8 +84,19 @@ def test_recommendations_are_of_the_users_group(world: World) -> None:
         assert groups.count(user % NUM_GROUPS) >= 4
         item = answer["items"][0]
         assert item["title"] == f"piece {item['item_id']} of group {int(item['item_id']) % NUM_GROUPS}"
-        trained = _training_items(world, user)
-        assert trained.isdisjoint(item["item_id"] for item in answer["items"])
+        met = _met_items(world, user)
+        assert met.isdisjoint(item["item_id"] for item in answer["items"])
+
+
+def test_what_is_served_has_learned_from_every_event(world: World) -> None:
+    store = open_store(str(world.store))
+    facts = store.artifact(f"{world.run}.refit", "etl.interactions").facts
+    total = NUM_USERS * (TRAIN_PER_USER + 2 * HELD_PER_USER)
+    assert (facts["num_train"], facts["num_validation"], facts["num_test"]) == (total, 0, 0)
+    registered = store.entry(world.run, "ml.register")
+    assert registered is not None and registered["shipped_run"] == f"{world.run}.refit"
+    lists = pq.read_table(store.artifact(world.run, "ml.export").file("recommendations"))
+    assert len(set(lists["user_id"].to_pylist())) == NUM_USERS
 
 
 def test_recommendations_for_a_person(world: World) -> None:
@@ -160,6 +182,7 @@ def test_bad_data_is_named_before_airflow_starts(world: World, tmp_path: Path, s
     assert message in ended.err and "Remedy:" in ended.err
 
 
-def _training_items(world: World, user: int) -> set[str]:
+def _met_items(world: World, user: int) -> set[str]:
+    """Items that a user has met, whatever they are to the evaluation: held-out ones too."""
     rows = (line.split("\t") for line in (world.data / "planted.inter").read_text().splitlines()[1:])
-    return {item for owner, item, label in rows if int(owner) == user and label == "0"}
+    return {item for owner, item, _ in rows if int(owner) == user}

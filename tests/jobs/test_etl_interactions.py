@@ -269,6 +269,15 @@ def test_leave_last_tests_on_the_last_item_and_breaks_ties_by_item(spark: SparkS
     }
 
 
+@pytest.mark.parametrize("repeats", ["first", "sum"])
+def test_no_split_is_all_training(spark: SparkSession, repeats: str) -> None:
+    """Up to the last second before the window's end; the weights of a pair add up over all of it."""
+    config = configure(split="none", repeats=repeats)
+    rows = coded(spark, [("a", "1", "2026-01-01", 2.0), ("a", "1", "2026-01-11 23:59:59", 3.0)], config)
+    (row,) = assign_split(kept_events(mark_repeats(rows, config)), config).collect()
+    assert (row["split"], row["weight"]) == (0, 5.0 if repeats == "sum" else 2.0)
+
+
 def test_label_split_is_the_label(spark: SparkSession) -> None:
     config = configure(split="label")
     rows = coded(spark, [("a", str(label), "2026-01-10", 1.0, label) for label in (0, 1, 2)], config)

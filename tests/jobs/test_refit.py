@@ -15,13 +15,14 @@ from pyspark.sql import SparkSession
 from crane_core.config import Runtime
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
-from crane_core.refit import refit_run
+from crane_core.refit import refit_config, refit_run
 from crane_core.release.registry import open_registry
 from crane_core.serving.model_folder import load_model
-from crane_core.stages import SHIPPED, STAGES
+from crane_core.stages import SHIPPED, STAGES, base_interactions
 from crane_core.storage.artifacts import Artifact
 from jobs.commands.local import SHIP, retrain_steps
 from jobs.ml import refit, register
+from jobs.ml.refit import refit_base
 from jobs.stores import open_store
 from tests.worlds.raw_data import at, write_items, write_log, write_vectors
 
@@ -181,6 +182,16 @@ def test_all_is_found_the_second_time(shipped: Run, capsys: pytest.CaptureFixtur
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["status"] for line in lines} == {"found"}
     assert len(lines) == len(TWIN) + len(SHIPPED) + 3
+
+
+def test_a_refit_run_goes_on_from_a_refit_run(shipped: Run) -> None:
+    later = [f"window.end={END[:-2]}22", "etl.base_run=r"]
+    config = load_config(None, [*SETTINGS, *later])
+    assert refit_base(config, shipped.store) == "r.refit"
+    base = base_interactions(refit_config(config, None, "r.refit"), shipped.store)
+    assert base is not None and base.fingerprint == shipped.artifact("etl.interactions", refit=True).fingerprint
+    for none in (config.etl.going_on_from("never-refitted"), config.etl.going_on_from(None)):
+        assert refit_base(config.model_copy(update={"etl": none}), shipped.store) is None
 
 
 def test_a_refit_run_begins_with_its_run(shipped: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from crane_core.dataset.interactions import ItemLists
 from crane_core.serving.export import (
@@ -11,7 +12,8 @@ from crane_core.serving.export import (
     write_recommendations,
     write_similar,
 )
-from crane_core.serving.model_folder import Recommender
+from crane_core.serving.model_folder import Recommender, load_recommender
+from crane_core.storage.artifacts import Artifact
 
 NUM_USERS, NUM_ITEMS, DIM, K = 40, 30, 6, 8
 
@@ -93,3 +95,44 @@ def test_popular_items_by_count_then_index(tmp_path):
     write_popular(tmp_path / "p.parquet", served(np.ones((3, 2)), np.ones((4, 2)), seen, ids[:3], ids), 3)
     rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "p.parquet").to_pylist()]
     assert rows == [(1, "c", 2.0), (2, "a", 1.0), (3, "b", 1.0)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nobody_is_offered_what_they_have_met(seed, tmp_path):
+    """Random logs of a refit run: every event is training, ids are in any order, and some items are tombstones."""
+    world = np.random.default_rng(seed)
+    num_users, num_items, dim = (int(world.integers(*bounds)) for bounds in ((1, 60), (2, 80), (1, 6)))
+    met = world.random((num_users, num_items)) < world.choice([0.02, 0.2, 0.95])
+    dead = world.random(num_items) < 0.2
+    met[:, dead] = False
+    users, items = np.nonzero(met)
+    order = world.permutation(len(users))
+    names = [
+        world.permutation([f"{kind}{n}" for n in range(size)]) for kind, size in (("u", num_users), ("i", num_items))
+    ]
+    state = np.where(dead, "tombstone", np.where(met.any(0), "trained", "cold"))
+    tables = {
+        "interactions": {"user_idx": users[order], "item_idx": items[order], "split": np.zeros(len(users), np.int8)},
+        "users": {"user_idx": np.arange(num_users), "user_id": names[0]},
+        "items": {"item_idx": np.arange(num_items), "item_id": names[1], "title": names[1], "state": state},
+    }
+    for name, columns in tables.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(
+            pa.table({column: pa.array(values) for column, values in columns.items()}), tmp_path / name / "0"
+        )
+    rows = {"user_embeddings": (num_users, dim), "item_embeddings": (num_items, dim)}
+    # Few distinct values: ties are frequent.
+    save_file(
+        {name: world.integers(-2, 3, shape).astype(np.float32) for name, shape in rows.items()},
+        tmp_path / "embeddings.safetensors",
+    )
+    facts = {"num_users": num_users, "num_items": num_items, "num_tombstones": {"items": int(dead.sum())}}
+    artifact = Artifact(tmp_path, {"facts": facts, "files": dict.fromkeys([*tables, "embeddings.safetensors"])})
+    write_recommendations(tmp_path / "lists", load_recommender(artifact, artifact), K, score_bytes=4 * num_items * 3)
+    exported = {(row["user_id"], row["item_id"]) for row in pq.read_table(tmp_path / "lists").to_pylist()}
+    assert exported.isdisjoint((names[0][user], names[1][item]) for user, item in zip(users, items, strict=True))
+    # Everybody with an event gets all that is left of the catalog, up to k items; nobody else gets a list.
+    left = (~met & ~dead).sum(1)
+    assert len(exported) == sum(min(K, left[user]) for user in range(num_users) if met[user].any())
+    assert {user for user, _ in exported} == {names[0][n] for n in range(num_users) if met[n].any() and left[n]}

@@ -11,6 +11,7 @@ from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users
 from crane_core.model.propagation import SymmetricGraph
+from crane_core.model_config import Choices
 from crane_core.training import share as fusion
 from crane_core.training.share import SHARES, choose_share, fuse, score_spread
 from tests.worlds.settings import model_config
@@ -118,3 +119,18 @@ def test_shares_within_one_standard_error_are_one_choice(
     monkeypatch.setattr(fusion, "user_metrics", measured)
     behaviour, crane = rows(3), rows(4)
     assert choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config()).share == expected
+
+
+def test_a_given_share_is_taken_as_it_is() -> None:
+    behaviour, crane = rows(3), rows(4)
+    interactions, config = wanted(behaviour, crane, 0.6), model_config()
+    chosen = choose_share(behaviour, crane, CHAIN, interactions, config)
+    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 61)
+    unseen = dataclasses.replace(interactions, validation=nothing)
+    for share in (0.0, chosen.share):
+        choices = Choices(behaviour_epochs=1, crane_epochs=1, crane_ranking="dot", share=share)
+        given = choose_share(behaviour, crane, CHAIN, unseen, config.model_copy(update={"choices": choices}))
+        assert (given.share, given.curve) == (share, [])
+        expected = chosen.rows if share else behaviour
+        assert all(torch.equal(*pair) for pair in zip(given.rows, expected, strict=True))
+    assert chosen.share > 0

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from crane_core.model.crane import Crane
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.user_item_graph import user_item_graph
 from crane_core.model.views import Batch
+from crane_core.model_config import Choices
 from crane_core.training.trainer import Trainer
 from tests.worlds.planted import checkerboard
 from tests.worlds.processes import PRELOADED, on_ranks
@@ -353,4 +355,33 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
     ours = trainer(tmp_path)
     ours.model.ids.data[0] = torch.nan
     with pytest.raises(TrainingError, match="not finite in epoch 0"):
+        ours.run()
+
+
+@both_kinds
+def test_given_choices_train_as_the_chosen_ones_did(tmp_path: Path, kind: Kind) -> None:
+    """Validation only watches: the same epochs without it end with the same bits, also after a stop within them."""
+    twin = trainer(tmp_path / "twin", kind=kind)
+    found = twin.run()
+    epochs = {"behaviour_epochs": 1, "crane_epochs": 1} | {
+        "behaviour_epochs" if kind == "lightgcn" else "crane_epochs": found["best_epoch"] + 1
+    }
+    choices = Choices(**epochs, crane_ranking=found["best_ranking"], share=0.5)
+    config = SMALL.model_copy(update={"choices": choices})
+    planted = checkerboard()
+    nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), planted.num_users)
+    unseen = replace(planted, validation=nothing, test=nothing)
+    ours = trainer(tmp_path / "given", unseen, config, kind)
+    ours.train_epoch()
+    ours = trainer(tmp_path / "given", unseen, config, kind)
+    given = ours.run()
+    assert (given["num_epochs"], given["best_epoch"]) == (found["best_epoch"] + 1, found["best_epoch"])
+    assert given["best_ranking"] == found["best_ranking"] and given["validation"] == {}
+    assert all(torch.equal(*pair) for pair in zip(ours.best_rows(), twin.best_rows(), strict=True))
+
+
+def test_a_ranking_that_the_model_does_not_have_is_named(tmp_path: Path) -> None:
+    choices = Choices(behaviour_epochs=1, crane_epochs=1, crane_ranking="length^3", share=0.5)
+    ours = trainer(tmp_path, config=SMALL.model_copy(update={"choices": choices}), kind="crane")
+    with pytest.raises(TrainingError, match="'length\\^3' is none"):
         ours.run()
