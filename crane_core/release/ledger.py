@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 FOLDER = "ledger"
 GENESIS = "0" * 64
 ANCHOR_TAG = "crane.ledger."
-Action = Literal["promote", "refuse", "rollback", "restore"]
+Action = Literal["promote", "refuse", "pass", "rollback", "restore"]
+MOVES = ("promote", "rollback", "restore")
+"""Actions that set the champion."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Draft:
     """A decision before it is written into the ledger.
 
     Attributes:
-        action: `promote` and `rollback` make `version` champion; `refuse` changes nothing; `restore` takes back a
-            promotion or rollback whose smoke test, or a step that had to follow it, failed.
+        action: `promote` and `rollback` make `version` champion; `refuse` changes nothing, and so does `pass`: a newer
+            candidate was judged before anybody judged `version`; `restore` takes back a promotion or rollback whose
+            smoke test, or a step that had to follow it, failed.
         version: the version the decision is about.
         champion: champion from now on, None when there is none.
         run_id: run that asked for it.
@@ -147,8 +150,8 @@ class Ledger:
         return [entry for entry in self.entries() if entry.model == self.model]
 
     def moves(self) -> list[Entry]:
-        """Return the entries of this model that set the champion: all but refusals, oldest first."""
-        return [entry for entry in self.history() if entry.action != "refuse"]
+        """Return the entries of this model that set the champion, oldest first."""
+        return [entry for entry in self.history() if entry.action in MOVES]
 
     def champion(self) -> str | None:
         """Return the version that the alias has to point to."""

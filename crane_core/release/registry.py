@@ -50,6 +50,8 @@ from crane_core.storage.lock import locked
 logger = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
+CANDIDATE_TAG = "crane.candidate"
+"""Tag of a version that has been candidate: when it became one, ISO 8601 UTC."""
 
 _MODEL = "model"
 _EVIDENCE = "evidence"

@@ -14,13 +14,14 @@ import logging
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.release.registry import CANDIDATE, Registry, open_registry
+from crane_core.release.registry import CANDIDATE, CANDIDATE_TAG, Registry, open_registry
 from crane_core.release.version import DatasetReference, Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import load_recommender, write_model
@@ -66,6 +67,8 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
     holder = registry.holder(CANDIDATE)
     if holder is not None and int(holder) > int(version.number):
         return None
+    if CANDIDATE_TAG not in version.tags:
+        registry.tag(version.number, {CANDIDATE_TAG: datetime.now(UTC).isoformat(timespec="seconds")})
     if holder != version.number:
         registry.set_alias(CANDIDATE, version.number)
     return CANDIDATE
