@@ -1,6 +1,7 @@
 """### crane_retrain: from raw data to a registered candidate
 
-It runs daily at midnight UTC over the day that has ended, `[start, end)`. One DAG run is active at a time.
+It runs daily at midnight UTC over the day that has ended, `[start, end)`. One DAG run is active at a time; the runs of
+backfills come beside it.
 
 **What it does.** `resolve` sets the window, the run id and the flags. `plan` checks the configuration and returns the
 shards of the kNN search. The stages follow in order: `knn` has one mapped task per shard, and `behaviour` runs in
@@ -15,8 +16,23 @@ sets the run id, `config` names a preset or a file, `overrides` sets single fiel
 **Day on day.** With `etl.base_run=previous` and `refine.max_drift=0.05` in the configuration, a run keeps the ids of
 the run before it and refines and searches only new and changed items.
 
-**Backfill.** `airflow backfill create --dag-id crane_retrain --from-date ... --to-date ...`. A backfill run registers
-its model. It moves no alias and sends no event.
+**Missed days.** A run that lasts over several midnights, or a paused DAG, leaves days without a run. The next scheduled
+run says so in the log of `resolve`, calls the notifiers with the occasion `missed`, and names the days in its report.
+Its own model has learned from these days too, since it reads the history. To make them up, create a backfill. With
+the environment variable `CRANE_CATCHUP_FROM=YYYY-MM-DD` of the DAG processor Airflow makes up every day since then by
+itself, one after the other.
+
+**Backfill.** Type
+
+    airflow backfill create --dag-id crane_retrain --from-date 2026-01-01 --to-date 2026-01-05 --max-active-runs 1
+
+for the days 2026-01-01 to 2026-01-04: `--to-date` means 00:00 of that day. A backfill run registers its model. It moves
+no alias and sends no event. Its jobs wait, without a slot, for the backfill runs of earlier days and for any other run
+of this DAG that is at work. So its days are built oldest first, and the daily run waits for one stage at most. Without
+`--max-active-runs 1` the order is the same, but ten runs wait at once. With `etl.base_run=previous` a backfill run goes
+on from the run that ends where its own window begins. Where there is none, it is refused: backfill the day before
+first, or begin a new numbering with `--dag-run-conf '{"overrides": ["etl.base_run=null"]}'`. If you cancel a backfill,
+set its runs that do not end to failed: later ones wait for them.
 
 **When it fails.** Airflow does not retry a task that ends with a configuration, data or artifact error. The last line
 of its log says what was found and what to do. Airflow retries all other failures with growing pauses; a training goes
@@ -28,23 +44,37 @@ on from its last checkpoint. Mend the cause, then clear the failed task.
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from airflow.sdk import DAG, Asset, AssetAlias, Context, CronDataIntervalTimetable, Param, chain, task
+from airflow.sdk import (
+    DAG,
+    Asset,
+    AssetAlias,
+    Context,
+    CronDataIntervalTimetable,
+    Param,
+    chain,
+    task,
+)
 from airflow.sdk.exceptions import AirflowFailException
-from deployment import DEFAULT_ARGS, job, mapped_job
+from deployment import CATCHUP_FROM, DEFAULT_ARGS, job, mapped_job
 from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
+from other_runs import last_interval_end
 from windows import (
     INSTANT_PATTERN,
     OVERRIDE_PATTERN,
     RUN_ID_PATTERN,
     crane_run_id,
+    missed_interval,
     resolve_window,
     retrain_flags,
     runtime_only,
 )
+
+logger = logging.getLogger(__name__)
 
 CANDIDATE = Asset("crane/candidate")
 # The outlet is an alias, so the asset gets an event only if `announce` adds one.
@@ -67,13 +97,20 @@ def announce(context: Context, registered: dict[str, Any]) -> None:
     context["outlet_events"][ANNOUNCEMENT].add(CANDIDATE, extra=extra)
 
 
+def tell_missed(context: Context) -> None:
+    """Call the notifiers if there was no run for the time before this run's interval."""
+    missed = context["ti"].xcom_pull(task_ids="resolve")["missed"]
+    if missed:
+        Notice("missed")({**context, "missed": missed})
+
+
 with DAG(
     dag_id="crane_retrain",
     description="Raw interactions and item features to a registered candidate model",
     doc_md=__doc__,
     schedule=CronDataIntervalTimetable("0 0 * * *", timezone="UTC"),
-    start_date=datetime(1997, 1, 1, tzinfo=UTC),
-    catchup=False,
+    start_date=CATCHUP_FROM or datetime(1997, 1, 1, tzinfo=UTC),
+    catchup=CATCHUP_FROM is not None,
     max_active_runs=1,
     default_args=DEFAULT_ARGS,
     on_failure_callback=Notice("failure"),
@@ -94,7 +131,7 @@ with DAG(
     },
 ) as dag:
 
-    @task(task_id="resolve")
+    @task(task_id="resolve", on_success_callback=tell_missed)
     def resolve(params: dict[str, Any], dag_run: Any) -> dict[str, Any]:
         """Return the window, run id and flags of this run."""
         interval = (dag_run.data_interval_start, dag_run.data_interval_end)
@@ -109,6 +146,9 @@ with DAG(
             )
         except ValueError as error:
             raise AirflowFailException(str(error)) from error
+        missed = missed_interval(last_interval_end(dag_run), window[0]) if run_type == "scheduled" else ""
+        if missed:
+            logger.warning("missed interval=%s: no run was made for it", missed)
         store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
         config = params["config"] or setting("config", "") or None
         run = params["run"] or crane_run_id(dag_run.run_id)
@@ -120,6 +160,7 @@ with DAG(
             "store": store,
             "run": run,
             "run_type": run_type,
+            "missed": missed,
             "overrides": runtime_only(overrides),
             "flags": flags,
         }

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.sdk import BaseOperator, XComArg
@@ -107,6 +107,12 @@ PROFILES: dict[str, Callable[[str, str], tuple[type[BaseOperator], dict[str, Any
     "kubernetes": _kubernetes,
 }
 PROFILE = os.environ.get("CRANE_PROFILE", "local")
+CATCHUP_FROM = (
+    datetime.fromisoformat(os.environ["CRANE_CATCHUP_FROM"]).replace(tzinfo=UTC)
+    if os.environ.get("CRANE_CATCHUP_FROM")
+    else None
+)
+"""First day whose scheduled run Airflow makes up where it is missing; None where missed days are only named."""
 
 
 def job(name: str, **options: Any) -> BaseOperator:

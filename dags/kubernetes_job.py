@@ -20,6 +20,7 @@ from job_output import failure, last_object, returned
 from kubernetes.client import V1Pod
 from kubernetes.client.exceptions import ApiException
 from local_job import command
+from other_runs import wait_for_turn
 
 NAMESPACE = "crane"
 TRAINER = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
@@ -91,6 +92,7 @@ class PodJobOperator(KubernetesPodOperator):
         return super().build_pod_request_obj(context, dry_run=dry_run)
 
     def execute(self, context: Context) -> Any:
+        wait_for_turn(context)
         super().execute(context)
         return self._returned()
 
@@ -161,6 +163,7 @@ class TrainJobOperator(BaseOperator):
         }
 
     def execute(self, context: Context) -> Any:
+        wait_for_turn(context)
         instance = context["ti"]
         identity = f"{instance.dag_id}/{instance.run_id}/{instance.task_id}"
         name = f"{_name(self.job)}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"

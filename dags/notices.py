@@ -4,8 +4,13 @@
       "on": ["failure"],
       "arguments": {"to": "team@example.org", "subject": "{{ dag.dag_id }} {{ dag_run.run_id }} failed"}}]
 
-Any notifier of Airflow will do. `on` lists the occasions: `failure` of a run, `decision` of a promotion or rollback;
-without it the notifier is called on both. `arguments` are those of the notifier. Airflow renders the arguments that the
+Any notifier of Airflow will do. `on` lists the occasions; without it the notifier is called on all:
+
+- `failure` of a run;
+- `decision` of a promotion or rollback;
+- `missed`: there was no run for the time `{{ missed }}` between the last interval and this one.
+
+`arguments` are those of the notifier. Airflow renders the arguments that the
 notifier declares as templates with the context of the run.
 """
 
@@ -22,7 +27,7 @@ class Notice(BaseNotifier):
     """A callback that calls the configured notifiers, if there are any.
 
     Args:
-        occasion: `failure` or `decision`.
+        occasion: `failure`, `decision` or `missed`.
     """
 
     def __init__(self, occasion: str) -> None:

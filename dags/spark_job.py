@@ -11,6 +11,7 @@ from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException
 from job_output import failure
 from local_job import PROJECT, command, job_environment, jobs_python, setting
+from other_runs import wait_for_turn
 
 
 class SparkJobOperator(SparkSubmitOperator):
@@ -39,6 +40,7 @@ class SparkJobOperator(SparkSubmitOperator):
         self.part = part
 
     def execute(self, context: Context) -> None:
+        wait_for_turn(context)
         project = Path(setting("project", str(PROJECT)))
         python = Path(setting("jobs_python", str(jobs_python(project))))
         environment = job_environment(python.parent)

@@ -145,6 +145,19 @@ def rollback_flags(*, store: str, to: str, request: str, overrides: Sequence[str
     return ["--store", store, *_settings(runtime_only(overrides)), "--to", to, "--request", request]
 
 
+def missed_interval(previous_end: datetime | None, start: datetime) -> str:
+    """Return the time between the end of the last interval and the start of this one in words, "" where there is none.
+
+    Args:
+        previous_end: end of the interval of the run before, None where there was none.
+        start: start of this run's interval.
+    """
+    if previous_end is None or previous_end >= start:
+        return ""
+    first, last = (bound.astimezone(UTC) for bound in (previous_end, start))
+    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+
+
 def promote_flags(*, store: str, run: str, overrides: Sequence[str]) -> list[str]:
     """Return the flags of the jobs that judge and serve a run. They read its configuration from the store."""
     return [*_identity(store, run), *_settings(runtime_only(overrides))]
@@ -155,16 +168,18 @@ def runtime_only(overrides: Iterable[str]) -> list[str]:
     return [override for override in overrides if override.startswith("runtime.")]
 
 
-def newest_candidate(events: Iterable[Any]) -> Mapping[str, Any] | None:
+def newest_candidate(events: Iterable[Any], store: str | None = None) -> Mapping[str, Any] | None:
     """Return `extra` of the newest asset event that announces a candidate, None if only backfills sent events.
 
     Args:
-        events: Airflow asset events with `timestamp`, `source_run_id` and `extra`.
+        events: Airflow asset events with `timestamp`, `source_run_id` and `extra`, in any order.
+        store: only candidates of this store count; those of every store when None.
     """
     announced = [
         event
         for event in events
         if event.extra.get("run")
+        and store in (None, event.extra.get("store"))
         and event.extra.get("run_type") != BACKFILL
         and not (event.source_run_id or "").startswith(f"{BACKFILL}__")
     ]

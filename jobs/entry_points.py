@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 from crane_core.config import PREVIOUS, RunConfig, Runtime
@@ -47,7 +48,7 @@ def run_job(
         recorded = store.recorded_config(arguments.run)
         config = load_config(arguments.config, arguments.set, recorded)
         if config.etl.base_run == PREVIOUS:
-            before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
+            before = recorded["etl"]["base_run"] if recorded else _run_before(config, store)
             config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
         store.start_run(arguments.run, config)
         usage = Usage()
@@ -64,6 +65,27 @@ def run_job(
             flags(parser)
 
     return run_command(name, of_the_run, argv, all_flags)
+
+
+def _run_before(config: RunConfig, store: ArtifactStore) -> str | None:
+    """Return the run that `etl.base_run=previous` stands for.
+
+    Raises:
+        ConfigError: the run is one of a backfill, and the run found does not end where its window begins. Days that are
+            built side by side would all go on from one run.
+    """
+    before = store.previous_run(config)
+    end = datetime.fromisoformat(store.run(before)["config"]["window"]["end"]) if before else None
+    if config.runtime.backfill and end != config.window.start:
+        found = (
+            f"the last one before it, {before}, ends at {end:%Y-%m-%d %H:%M}" if before else "there is none before it"
+        )
+        raise ConfigError(
+            f"etl.base_run=previous: no run with an item graph ends at {config.window.start:%Y-%m-%d %H:%M} UTC, where "
+            f"the window of this backfill begins; {found}.",
+            "Backfill the day before first, or begin a new numbering with --set etl.base_run=null.",
+        )
+    return before
 
 
 def run_command(

@@ -10,6 +10,7 @@ from windows import (
     backfill_flags,
     backfill_windows,
     crane_run_id,
+    missed_interval,
     newest_candidate,
     promote_flags,
     resolve_window,
@@ -166,6 +167,28 @@ def test_backfills_are_ignored():
     named = event(6, "named", source="backfill__2026-01-01")
     assert newest_candidate([event(1, "a"), told, named])["run"] == "a"
     assert newest_candidate([told, named]) is None
+
+
+def test_candidates_of_another_store_do_not_hide_those_of_this_one():
+    here, there = event(1, "here"), event(2, "there")
+    here.extra["store"], there.extra["store"] = "/a", "/b"
+    assert newest_candidate([here, there], store="/a")["run"] == "here"
+    assert newest_candidate([here, there])["run"] == "there"
+    assert newest_candidate([here, there], store="/c") is None
+
+
+@pytest.mark.parametrize(
+    ("previous_end", "missed"),
+    [
+        (None, ""),
+        (INTERVAL[0], ""),
+        (INTERVAL[1], ""),
+        (INTERVAL[0] - 2 * DAY, "2026-02-27 00:00 to 2026-03-01 00:00 UTC"),
+        (INTERVAL[0] - timedelta(minutes=4), "2026-02-28 23:56 to 2026-03-01 00:00 UTC"),
+    ],
+)
+def test_time_without_a_run_is_named(previous_end, missed):
+    assert missed_interval(previous_end, INTERVAL[0]) == missed
 
 
 def test_foreign_events_are_ignored():

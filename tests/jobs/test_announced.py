@@ -16,7 +16,10 @@ from tests.worlds.release_runs import copy_registered
 
 def lines(store: Path) -> list[tuple[str, str, str | None]]:
     """Action, version and champion of every entry."""
-    return [(entry.action, entry.version, entry.champion) for entry in Ledger(open_store(str(store)).storage, "crane").history()]
+    return [
+        (entry.action, entry.version, entry.champion)
+        for entry in Ledger(open_store(str(store)).storage, "crane").history()
+    ]
 
 
 @pytest.fixture
