@@ -255,6 +255,13 @@ class Promote(Section):
     """Largest loss of the recall of cold items."""
     beats: tuple[Literal["lightgcn", "popularity"], ...] = ("lightgcn", "popularity")
     """Baselines a first champion must reach or exceed in Recall@20."""
+    keep_versions: int = Field(5, ge=1)
+    """Newest champions, the one in service included, whose runs `crane prune` keeps so that one can roll back to
+    them."""
+
+    def rule(self) -> dict[str, Any]:
+        """Return what decides about a challenger, as JSON values."""
+        return self.model_dump(mode="json", exclude={"keep_versions"})
 
 
 class Export(Section):
@@ -287,6 +294,9 @@ class Runtime(Section):
     """Days after which `jobs.tidy` clears what nobody has used from the scratch folder; longer than a job may take."""
     backfill: bool = False
     """A backfill registers its model but moves no alias."""
+    keep_days: int | None = Field(None, ge=1)
+    """The daily run removes runs whose window ended more than so many days before the newest one's, and the artifacts
+    that nothing else needs (`crane prune`); nothing is removed when absent."""
 
 
 class RunConfig(ModelConfig):

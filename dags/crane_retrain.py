@@ -8,7 +8,9 @@ shards of the kNN search. The stages follow in order: `knn` has one mapped task 
 parallel to the stages that prepare the content. Each stage finds its artifact in the store or makes it, so if you clear
 a task or the whole run, only missing artifacts are made. `register` registers the model version, gives it the alias
 `candidate` and sends an event of the asset `crane/candidate`, which starts `crane_promote`. `tidy` is the teardown of
-`plan`: however the run ends, it deletes what no job has used for `runtime.scratch_days` from the scratch folder.
+`plan`: however the run ends, it deletes what no job has used for `runtime.scratch_days` from the scratch folder. Then
+`prune` removes the runs and artifacts that nothing needs, if `runtime.keep_days` is set (`jobs/prune.py` says what is
+kept).
 
 **By hand.** Trigger it with `window_end` to build another window; without `window_start` the window is one day. `run`
 sets the run id, `config` names a preset or a file, `overrides` sets single fields (`train.num_epochs=20`).
@@ -179,6 +181,7 @@ with DAG(
         job("ml.evaluate", flags=FLAGS),
         job("ml.register", flags=FLAGS, outlets=[ANNOUNCEMENT], post_execute=announce),
         job("tidy", flags=FLAGS).as_teardown(setups=plan),
+        job("prune", flags=FLAGS).as_teardown(setups=plan),
     )
     # The behavioural view needs no content, so it trains in parallel to the stages that prepare the content.
     chain(interactions, job("ml.behaviour", flags=FLAGS), train)

@@ -41,6 +41,7 @@ class Job:
 JOBS = {
     "plan": Job("cpu", "crane_compute", 0.25),
     "tidy": Job("cpu", "crane_compute", 0.5),
+    "prune": Job("cpu", "crane_compute", 1),
     "etl.interactions": Job("spark", "crane_compute", 4),
     "etl.features": Job("spark", "crane_compute", 4),
     "etl.profiles": Job("spark", "crane_compute", 2),

@@ -45,11 +45,14 @@ def run_job(
 
     def of_the_run(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, Any]:
         check_run_id(arguments.run)
+        store.claims.claim(arguments.run)
         recorded = store.recorded_config(arguments.run)
         config = load_config(arguments.config, arguments.set, recorded)
         if config.etl.base_run == PREVIOUS:
             before = recorded["etl"]["base_run"] if recorded else _run_before(config, store)
             config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
+        if config.etl.base_run:
+            store.claims.claim(config.etl.base_run)
         store.start_run(arguments.run, config)
         usage = Usage()
         entry = work(arguments, config, store)
@@ -75,6 +78,12 @@ def _run_before(config: RunConfig, store: ArtifactStore) -> str | None:
             built side by side would all go on from one run.
     """
     before = store.previous_run(config)
+    while before is not None:
+        store.claims.claim(before)
+        # It may have been removed before it was claimed.
+        if store.recorded_config(before) is not None:
+            break
+        before = store.previous_run(config)
     end = datetime.fromisoformat(store.run(before)["config"]["window"]["end"]) if before else None
     if config.runtime.backfill and end != config.window.start:
         found = (
@@ -114,7 +123,11 @@ def run_command(
             flags(parser)
         arguments = parser.parse_args(argv)
         store = open_store(arguments.store)
-        print(json.dumps({"stage": name, **work(arguments, store)}))
+        try:
+            result = work(arguments, store)
+        finally:
+            store.claims.release()
+        print(json.dumps({"stage": name, **result}))
         return EXIT_OK
     except Exception as exception:
         return _fail(name, exception)
@@ -122,8 +135,13 @@ def run_command(
 
 def load_runtime(arguments: argparse.Namespace) -> Runtime:
     """Return the `runtime` of a job's flags, for a job that is about no run in particular."""
+    return load_general(arguments).runtime
+
+
+def load_general(arguments: argparse.Namespace) -> RunConfig:
+    """Return the configuration of a job's flags, for a job that is about no run; its window means nothing."""
     no_window = ["window.start=1970-01-01", "window.end=1970-01-02"]
-    return load_config(arguments.config, [*no_window, *arguments.set]).runtime
+    return load_config(arguments.config, [*no_window, *arguments.set])
 
 
 def _fail(name: str, exception: Exception) -> int:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
 from crane_core.release.handover import CHAMPION, hand_over, is_confirmed, recover, restore
-from crane_core.release.lease import HeldLease, Lease
 from crane_core.release.ledger import Draft, Entry, Ledger
 from crane_core.release.registry import Registry, open_registry
 from crane_core.serving.probe import smoke_test
 from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.lease import HeldLease, Lease
 
 logger = logging.getLogger(__name__)
 

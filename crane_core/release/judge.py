@@ -40,7 +40,7 @@ class Judge:
         self._config = config
         self._registry = registry
         self.version = version = registry.version(_registered(store, run_id))
-        self.rule = config.promote.model_dump(mode="json")
+        self.rule = config.promote.rule()
         self._metrics = json.loads(registry.evidence(version, "metrics.json").read_text())
         self._per_user = pq.read_table(registry.evidence(version, "per_user.parquet"))
         users = self._per_user.column(USER_IDX).to_numpy()

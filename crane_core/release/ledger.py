@@ -3,7 +3,7 @@
 One object per entry, `{store}/ledger/{seq:08d}.json`, made only if it does not exist, and chained: each entry
 carries the hash of the one before and its own. The ledger decides who is champion: an entry is written first and the
 alias is moved second. After a crash in between, the alias is set to what the ledger says. The writer holds the lease of
-the store (`crane_core.release.lease`). An entry carries the token of its lease, and no entry follows one with a higher
+the store (`crane_core.storage.lease`). An entry carries the token of its lease, and no entry follows one with a higher
 token.
 """
 
@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from crane_core.errors import ArtifactError
-from crane_core.release.lease import lost
 from crane_core.storage import Storage
+from crane_core.storage.lease import lost
 
 logger = logging.getLogger(__name__)
 FOLDER = "ledger"

@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 CANDIDATE_TAG = "crane.candidate"
 """Tag of a version that has been candidate: when it became one, ISO 8601 UTC."""
+PRUNED_TAG = "crane.pruned"
+"""Tag of a version whose run was removed from the store: when, ISO 8601 UTC; empty once the run was made again."""
 
 _MODEL = "model"
 _EVIDENCE = "evidence"
@@ -207,6 +209,21 @@ class Registry:
         """Write tags on a version."""
         for key, value in _clipped(tags).items():
             self._client.set_model_version_tag(self.name, number, key, value)
+
+    def aliased_runs(self) -> set[str]:
+        """Return the pipeline's runs of all versions that carry an alias, of every model of the server."""
+        found = set()
+        token = None
+        while True:
+            page = self._client.search_registered_models(max_results=_BATCH, page_token=token)
+            for model in page:
+                for number in set(model.aliases.values()):
+                    with contextlib.suppress(MlflowException):
+                        # An alias may point to a version that was deleted.
+                        found.add(self._client.get_model_version(model.name, number).tags.get("crane.run"))
+            token = page.token
+            if not token:
+                return {run for run in found if run}
 
     def tag_of(self, number: str, tag: str) -> str | None:
         """Return the value of a tag of a version."""

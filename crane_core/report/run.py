@@ -100,6 +100,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         window=config.window,
         chapters=chapters,
         headline=_headline(run, chapters),
+        missed=_missed(run),
         settings=config.identity(),
         lineage=_lineage(run),
         ledger=list(reversed(ledger))[:10],
@@ -108,6 +109,16 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         overwhelmed=OVERWHELMED,
         profile_spread=PROFILE_SPREAD,
     )
+
+
+def _missed(run: _Run) -> tuple[datetime, datetime] | None:
+    """Return the time before the run's window that no earlier run of the store covers; None where there is none."""
+    start = run.config.window.start
+    recorded = (run.store.recorded_config(run_id) for run_id in run.store.run_ids())
+    windows = [config["window"] for config in recorded if config]
+    ends = [datetime.fromisoformat(each["end"]) for each in windows if datetime.fromisoformat(each["start"]) < start]
+    last = max(ends, default=start)
+    return (last, start) if last < start else None
 
 
 class _Run:

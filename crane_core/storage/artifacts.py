@@ -21,6 +21,7 @@ from crane_core.config import RunConfig
 from crane_core.config_file import upgraded
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.storage import Storage
+from crane_core.storage.claims import Claims
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -85,6 +86,7 @@ class ArtifactStore:
     def __init__(self, storage: Storage, cache: Path) -> None:
         self.storage = storage
         self.cache = cache
+        self.claims = Claims(storage)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the published artifact, or None.
@@ -147,7 +149,8 @@ class ArtifactStore:
         identity = config.identity()
         if self.storage.create(f"runs/{run_id}/run.json", _encode({"run": run_id, "config": identity})):
             return
-        recorded = self.run(run_id)["config"]
+        # A field that is newer than the run has its default there.
+        recorded = RunConfig.model_validate(self.run(run_id)["config"]).identity()
         if recorded != identity:
             changes = "; ".join(_differences(recorded, identity))
             raise ConfigError(

@@ -153,6 +153,7 @@ def rebuild(name: str, jobs: Mapping[str, Work | None], argv: Sequence[str] | No
                 f"Give --part YYYY-MM-DD, the first day of one of {', '.join(arguments.windows)}.",
             )
         (day,) = chosen
+        store.claims.keep(day.run)
         store.start_run(day.run, day.config)
         done = found = 0
         for stage in day.stages:

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.release.registry import CANDIDATE, CANDIDATE_TAG, Registry, open_registry
+from crane_core.release.registry import CANDIDATE, CANDIDATE_TAG, PRUNED_TAG, Registry, open_registry
 from crane_core.release.version import DatasetReference, Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import load_recommender, write_model
@@ -52,6 +52,8 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         with tempfile.TemporaryDirectory(dir=base) as folder:
             release = _release(Path(folder), fingerprint, arguments.run, config, store, inputs)
             version, is_new = registry.register(release)
+    if version.tags.get(PRUNED_TAG):
+        registry.tag(version.number, {PRUNED_TAG: ""})
     alias = None if config.runtime.backfill else _make_candidate(registry, version)
     return {
         "status": "done" if is_new else "found",

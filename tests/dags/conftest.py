@@ -25,6 +25,7 @@ import pytest  # noqa: E402
 ALL_JOBS = (
     "plan",
     "tidy",
+    "prune",
     *(f"etl.{stage}" for stage in ("interactions", "features", "profiles")),
     *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "register")),
     *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore", "rollback")),

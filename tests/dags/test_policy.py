@@ -32,6 +32,8 @@ RETRAIN_EDGES = {
     ("evaluate", "register"),
     ("register", "tidy"),
     ("plan", "tidy"),
+    ("tidy", "prune"),
+    ("plan", "prune"),
 }
 PROMOTE_EDGES = {
     ("resolve", "ask"),
@@ -173,13 +175,15 @@ def test_a_retraining_tidies_up_however_it_ends(dags):
     """A setup, a teardown of it, and everything that works in between."""
     dag = dags["crane_retrain"]
     assert {task.task_id for task in dag.tasks if task.is_setup} == {"plan"}
-    assert {task.task_id for task in dag.tasks if task.is_teardown} == {"tidy"}
+    teardowns = {task.task_id for task in dag.tasks if task.is_teardown}
+    assert teardowns == {"tidy", "prune"}
+    for each in teardowns:
+        assert dag.get_task(each).trigger_rule.value == "all_done_setup_success"
+        # What cannot be cleared today is cleared tomorrow: it says nothing of the model.
+        assert dag.get_task(each).on_failure_fail_dagrun is False
     tidy = dag.get_task("tidy")
-    assert tidy.trigger_rule.value == "all_done_setup_success"
-    # What cannot be cleared today is cleared tomorrow: it says nothing of the model.
-    assert tidy.on_failure_fail_dagrun is False
-    between = {task.task_id for task in dag.get_task("plan").get_flat_relatives(upstream=False)} - {"tidy"}
-    assert between == set(dag.task_ids) - {"resolve", "plan", "tidy"}
+    between = {task.task_id for task in dag.get_task("plan").get_flat_relatives(upstream=False)} - teardowns
+    assert between == set(dag.task_ids) - {"resolve", "plan"} - teardowns
     assert between <= {task.task_id for task in tidy.get_flat_relatives(upstream=True)}
     for other in set(dags) - {"crane_retrain"}:
         assert not [task.task_id for task in dags[other].tasks if task.is_setup or task.is_teardown]

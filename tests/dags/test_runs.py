@@ -128,7 +128,17 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
     order.remove("ml.behaviour")
     assert order == [
         *("plan", "etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn"),
-        *("ml.graph", "ml.train", "ml.evaluate", "ml.register", "tidy", "ml.promote", "ml.export", "ml.report"),
+        *(
+            "ml.graph",
+            "ml.train",
+            "ml.evaluate",
+            "ml.register",
+            "tidy",
+            "prune",
+            "ml.promote",
+            "ml.export",
+            "ml.report",
+        ),
     ]
     for call in calls:
         argv = call["argv"]
@@ -151,8 +161,8 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(run, tmp_path):
     assert answer[failed]["tasks"]["features"] == ["failed"]
     assert answer[failed]["tasks"]["profiles"] == ["upstream_failed"]
     assert [call["job"] for call in play.calls()].count("etl.features") == 1
-    assert answer[failed]["tasks"]["tidy"] == ["success"]
-    assert play.calls()[-1]["job"] == "tidy"
+    assert answer[failed]["tasks"]["tidy"] == answer[failed]["tasks"]["prune"] == ["success"]
+    assert [call["job"] for call in play.calls()][-2:] == ["tidy", "prune"]
 
     # Registered elsewhere than in the store: whoever judges must be told where.
     told = "1998-05-03T00:00:00+00:00"
