@@ -153,7 +153,7 @@ _SEARCHING_LISTS = ("knn.mode", "knn.exact_items", "knn.num_lists", "knn.num_pro
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("etl.interactions", 2, _fixed(), _fixed("window", "etl"), source=_interactions_source),
+        Stage("etl.interactions", 3, _fixed(), _fixed("window", "etl"), source=_interactions_source),
         Stage("etl.features", 1, _fixed("etl.interactions"), _fixed("features"), source=_features_source),
         Stage("etl.profiles", 1, _fixed("etl.interactions", "etl.features"), _fixed("profiles")),
         Stage(

@@ -38,9 +38,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk import DAG, Asset, Param, chain, task
+from airflow.sdk import DAG, Asset, Param, PartitionedAssetTimetable, chain, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
-from deployment import DEFAULT_ARGS, job
+from deployment import DEFAULT_ARGS, SCHEDULE, job
 from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
 from windows import OVERRIDE_PATTERN, RUN_ID_PATTERN, newest_candidate, promote_flags
@@ -55,7 +55,8 @@ with DAG(
     dag_id="crane_promote",
     description="Gate, alias, export and report of a candidate",
     doc_md=__doc__,
-    schedule=[CANDIDATE],
+    # The events of a run with a partition key carry the key, and start only a DAG that listens for keys.
+    schedule=PartitionedAssetTimetable(assets=CANDIDATE) if SCHEDULE == "delivery" else [CANDIDATE],
     start_date=datetime(1997, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,

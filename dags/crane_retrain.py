@@ -1,16 +1,34 @@
 """### crane_retrain: from raw data to a registered candidate
 
-It runs daily at midnight UTC over the day that has ended, `[start, end)`. One DAG run is active at a time; the runs of
-backfills come beside it.
+It runs daily at midnight UTC over the day that has ended, `[start, end)`. With the environment variable
+`CRANE_SCHEDULE=delivery` of the DAG processor the producer of the data starts it instead. One DAG run is active at a
+time; the runs of backfills come beside it.
 
 **What it does.** `resolve` sets the window, the run id and the flags. `plan` checks the configuration and returns the
-shards of the kNN search. The stages follow in order: `knn` has one mapped task per shard, and `behaviour` runs in
-parallel to the stages that prepare the content. Each stage finds its artifact in the store or makes it, so if you clear
-a task or the whole run, only missing artifacts are made. `register` registers the model version, gives it the alias
-`candidate` and sends an event of the asset `crane/candidate`, which starts `crane_promote`. `tidy` is the teardown of
-`plan`: however the run ends, it deletes what no job has used for `runtime.scratch_days` from the scratch folder. Then
-`prune` removes the runs and artifacts that nothing needs, if `runtime.keep_days` is set (`jobs/prune.py` says what is
-kept).
+shards of the kNN search. `deliveries` waits for the data. The stages follow in order: `knn` has one mapped task per
+shard, and `behaviour` runs in parallel to the stages that prepare the content. Each stage finds its artifact in the
+store or makes it, so if you clear a task or the whole run, only missing artifacts are made. `register` registers the
+model version, gives it the alias `candidate` and sends an event of the asset `crane/candidate`, which starts
+`crane_promote`. `tidy` is the teardown of `plan`: however the run ends, it deletes what no job has used for
+`runtime.scratch_days` from the scratch folder. Then `prune` removes the runs and artifacts that nothing needs, if
+`runtime.keep_days` is set (`jobs/prune.py` says what is kept).
+
+**Deliveries.** A scheduled run waits until the partition `dt=` of each day that ends within its window is complete: its
+files have not changed for `runtime.delivery_quiet_minutes`, or, with `runtime.delivery=marker`, it holds the file
+`_SUCCESS` (`runtime.delivery_marker`). The task looks once a minute and takes no slot in between. It fails
+`runtime.delivery_deadline_hours` after the window's end with the name of what is missing, and calls the notifiers with
+the occasion `undelivered`. Deliver it, then clear the task; or go on without it, by a run by hand. A run by hand does
+not wait, unless an override sets `runtime.delivery`; a backfill run looks, and fails at once if a day is missing.
+`interactions` stops where the last day has far fewer events than a day of its kind (`etl.completeness_stop`).
+
+**Started by the delivery.** With `CRANE_SCHEDULE=delivery` an event of the asset `crane/delivery` with the partition
+key `2026-01-31` starts the run for that day, UTC. No key is lost while a run is active. Announce a day with
+
+    curl -X POST .../api/v2/assets/events -d '{"asset_id": N, "partition_key": "2026-01-31", "extra": {}}'
+
+or with a task of the producer's DAG (`outlet_events[Asset("crane/delivery")].add_partitions(["2026-01-31"])`).
+`crane_promote` then follows keyed candidates only: after a retraining by hand, start it by hand. Native backfills do
+not work on such a DAG: announce the days, or use `crane_backfill`.
 
 **By hand.** Trigger it with `window_end` to build another window; without `window_start` the window is one day. `run`
 sets the run id, `config` names a preset or a file, `overrides` sets single fields (`train.num_epochs=20`).
@@ -28,13 +46,13 @@ itself, one after the other.
 
     airflow backfill create --dag-id crane_retrain --from-date 2026-01-01 --to-date 2026-01-05 --max-active-runs 1
 
-for the days 2026-01-01 to 2026-01-04: `--to-date` means 00:00 of that day. A backfill run registers its model. It moves
-no alias and sends no event. Its jobs wait, without a slot, for the backfill runs of earlier days and for any other run
-of this DAG that is at work. So its days are built oldest first, and the daily run waits for one stage at most. Without
-`--max-active-runs 1` the order is the same, but ten runs wait at once. With `etl.base_run=previous` a backfill run goes
-on from the run that ends where its own window begins. Where there is none, it is refused: backfill the day before
-first, or begin a new numbering with `--dag-run-conf '{"overrides": ["etl.base_run=null"]}'`. If you cancel a backfill,
-set its runs that do not end to failed: later ones wait for them.
+for the days 2026-01-01 to 2026-01-05. A backfill run registers its model. It moves no alias and sends no event. Its
+jobs wait, without a slot, for the backfill runs of earlier days and for any other run of this DAG that is at work. So
+its days are built oldest first, and the daily run waits for one stage at most. Without `--max-active-runs 1` the order
+is the same, but ten runs wait at once. With `etl.base_run=previous` a backfill run goes on from the run that ends where
+its own window begins. Where there is none, it is refused: backfill the day before first, or begin a new numbering with
+`--dag-run-conf '{"overrides": ["etl.base_run=null"]}'`. If you cancel a backfill, set its runs that do not end to
+failed: later ones wait for them.
 
 **When it fails.** Airflow does not retry a task that ends with a configuration, data or artifact error. The last line
 of its log says what was found and what to do. Airflow retries all other failures with growing pauses; a training goes
@@ -47,7 +65,7 @@ on from its last checkpoint. Mend the cause, then clear the failed task.
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.sdk import (
@@ -57,11 +75,12 @@ from airflow.sdk import (
     Context,
     CronDataIntervalTimetable,
     Param,
+    PartitionedAssetTimetable,
     chain,
     task,
 )
-from airflow.sdk.exceptions import AirflowFailException
-from deployment import CATCHUP_FROM, DEFAULT_ARGS, job, mapped_job
+from airflow.sdk.exceptions import AirflowFailException, AirflowRescheduleException
+from deployment import CATCHUP_FROM, DEFAULT_ARGS, SCHEDULE, job, mapped_job
 from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
 from other_runs import last_interval_end
@@ -79,6 +98,13 @@ from windows import (
 logger = logging.getLogger(__name__)
 
 CANDIDATE = Asset("crane/candidate")
+# The producer of the data announces a day by an event with the partition key YYYY-MM-DD.
+DELIVERY = Asset("crane/delivery")
+SCHEDULES = {
+    "clock": lambda: CronDataIntervalTimetable("0 0 * * *", timezone="UTC"),
+    "delivery": lambda: PartitionedAssetTimetable(assets=DELIVERY),
+}
+DELIVERY_POLL = timedelta(minutes=1)
 # The outlet is an alias, so the asset gets an event only if `announce` adds one.
 ANNOUNCEMENT = AssetAlias("crane/announcement")
 INSTANT: dict[str, Any] = {"type": ["null", "string"], "format": "date-time", "pattern": INSTANT_PATTERN}
@@ -99,6 +125,17 @@ def announce(context: Context, registered: dict[str, Any]) -> None:
     context["outlet_events"][ANNOUNCEMENT].add(CANDIDATE, extra=extra)
 
 
+def wait_for_data(context: Context, found: dict[str, Any]) -> None:
+    """Let the task `deliveries` look again after `DELIVERY_POLL`, without a slot meanwhile, until all is there.
+
+    Raises:
+        AirflowRescheduleException: something is still missing, and the deadline has not passed.
+    """
+    if not found["complete"]:
+        logger.info("waiting for=%s until=%s", found["lacking"], found["deadline"])
+        raise AirflowRescheduleException(datetime.now(UTC) + DELIVERY_POLL)
+
+
 def tell_missed(context: Context) -> None:
     """Call the notifiers if there was no run for the time before this run's interval."""
     missed = context["ti"].xcom_pull(task_ids="resolve")["missed"]
@@ -110,7 +147,7 @@ with DAG(
     dag_id="crane_retrain",
     description="Raw interactions and item features to a registered candidate model",
     doc_md=__doc__,
-    schedule=CronDataIntervalTimetable("0 0 * * *", timezone="UTC"),
+    schedule=SCHEDULES[SCHEDULE](),
     start_date=CATCHUP_FROM or datetime(1997, 1, 1, tzinfo=UTC),
     catchup=CATCHUP_FROM is not None,
     max_active_runs=1,
@@ -145,6 +182,7 @@ with DAG(
                 interval if None not in interval else None,
                 params["window_start"],
                 params["window_end"],
+                dag_run.partition_key,
             )
         except ValueError as error:
             raise AirflowFailException(str(error)) from error
@@ -171,6 +209,7 @@ with DAG(
     chain(
         resolve(),
         plan,
+        job("deliveries", flags=FLAGS, post_execute=wait_for_data, on_failure_callback=Notice("undelivered")),
         interactions := job("etl.interactions", flags=FLAGS),
         job("etl.features", flags=FLAGS),
         job("etl.profiles", flags=FLAGS),

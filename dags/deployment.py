@@ -42,6 +42,7 @@ JOBS = {
     "plan": Job("cpu", "crane_compute", 0.25),
     "tidy": Job("cpu", "crane_compute", 0.5),
     "prune": Job("cpu", "crane_compute", 1),
+    "deliveries": Job("cpu", "crane_waiting", 0.25),
     "etl.interactions": Job("spark", "crane_compute", 4),
     "etl.features": Job("spark", "crane_compute", 4),
     "etl.profiles": Job("spark", "crane_compute", 2),
@@ -108,6 +109,8 @@ PROFILES: dict[str, Callable[[str, str], tuple[type[BaseOperator], dict[str, Any
     "kubernetes": _kubernetes,
 }
 PROFILE = os.environ.get("CRANE_PROFILE", "local")
+SCHEDULE = os.environ.get("CRANE_SCHEDULE", "clock")
+"""What starts `crane_retrain`: `clock`, or `delivery` for the asset that the producer of the data announces."""
 CATCHUP_FROM = (
     datetime.fromisoformat(os.environ["CRANE_CATCHUP_FROM"]).replace(tzinfo=UTC)
     if os.environ.get("CRANE_CATCHUP_FROM")

@@ -8,6 +8,7 @@ Any notifier of Airflow will do. `on` lists the occasions; without it the notifi
 
 - `failure` of a run;
 - `decision` of a promotion or rollback;
+- `undelivered`: data of the run's window were missing at the deadline; `{{ exception }}` says which;
 - `missed`: there was no run for the time `{{ missed }}` between the last interval and this one.
 
 `arguments` are those of the notifier. Airflow renders the arguments that the
@@ -27,7 +28,7 @@ class Notice(BaseNotifier):
     """A callback that calls the configured notifiers, if there are any.
 
     Args:
-        occasion: `failure`, `decision` or `missed`.
+        occasion: `failure`, `decision`, `undelivered` or `missed`.
     """
 
     def __init__(self, occasion: str) -> None:

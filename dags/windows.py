@@ -42,12 +42,13 @@ def resolve_window(
     data_interval: tuple[datetime, datetime] | None = None,
     start: str | None = None,
     end: str | None = None,
+    partition_key: str | None = None,
 ) -> tuple[datetime, datetime]:
     """Return the window `[start, end)` of a run, UTC.
 
     A scheduled or backfill run covers its data interval. A manual or asset-triggered run covers the given bounds;
     without bounds, its data interval; without either, the last whole day before `run_after`. A missing start is one day
-    before the end.
+    before the end. A run with a partition key covers the day that the key names.
 
     Args:
         run_type: Airflow's run type: `scheduled`, `backfill`, `manual`, `asset_triggered`, ...
@@ -55,11 +56,19 @@ def resolve_window(
         data_interval: the run's interval. Asset-triggered runs, and manual runs without a logical date, have none.
         start: ISO 8601 bound given by a person; UTC unless it names a zone.
         end: ISO 8601 bound given by a person.
+        partition_key: `YYYY-MM-DD`, of a run that a delivery has started.
 
     Raises:
         ValueError: the bounds do not fit the run type, the start has no end, the window is empty, or a scheduled or
             backfill run has no interval.
     """
+    if partition_key is not None:
+        if start or end:
+            raise ValueError(
+                f"A run with the partition key {partition_key!r} covers that day: leave both bounds empty."
+            )
+        first = datetime.combine(date.fromisoformat(partition_key), time(), UTC)
+        return first, first + DAY
     if run_type in ("scheduled", BACKFILL):
         if start or end:
             raise ValueError(f"A {run_type} run takes its window from its data interval: leave both bounds empty.")
@@ -105,7 +114,9 @@ def retrain_flags(
         run_type: Airflow's run type; the jobs of a backfill move no alias.
     """
     first, last = window
-    settings = [*overrides, f"window.start={first.isoformat()}", f"window.end={last.isoformat()}"]
+    # What a person starts works with what there is.
+    settings = ["runtime.delivery=none"] if run_type == "manual" else []
+    settings += [*overrides, f"window.start={first.isoformat()}", f"window.end={last.isoformat()}"]
     if run_type == BACKFILL:
         settings.append("runtime.backfill=true")
     return [*_identity(store, run), *(["--config", config] if config else []), *_settings(settings)]

@@ -238,13 +238,25 @@ def _training(run: _Run, chapter: Chapter) -> None:
 
 def _data(run: _Run, chapter: Chapter) -> None:
     quality = run.json("etl.interactions", "quality.json")
-    chapter.data = {"quality": quality, "modalities": {}}
+    chapter.data = {"quality": quality, "modalities": {}, "late": _late(run)}
     if run.entry("etl.features"):
         facts = run.artifact("etl.features").facts
         chapter.data |= {"modalities": facts.get("modalities", {})}
     days = quality.get("events_per_day", {})
     if len(days) > 1:
         chapter.plots["days"] = svg(plot_days(days, quality.get("cutoffs")))
+
+
+def _late(run: _Run) -> dict[str, int]:
+    """Return the rows that came after the run before this one had read their partition, by arrival day."""
+    previous = run.store.previous_run(run.config)
+    if previous is None:
+        return {}
+    window = run.store.run(previous)["config"]["window"]
+    before = run.store.artifact(previous, "etl.interactions").facts.get("partitions", {})
+    now = run.artifact("etl.interactions").facts.get("partitions", {})
+    read = [day for day in now if before and min(before) <= day < window["end"][:10]]
+    return {day: now[day] - before.get(day, 0) for day in read if now[day] > before.get(day, 0)}
 
 
 def _graph(run: _Run, chapter: Chapter) -> None:

@@ -18,7 +18,8 @@ from notices import Notice
 
 RETRAIN_EDGES = {
     ("resolve", "plan"),
-    ("plan", "interactions"),
+    ("plan", "deliveries"),
+    ("deliveries", "interactions"),
     ("plan", "knn"),
     ("interactions", "features"),
     ("features", "profiles"),
@@ -159,7 +160,7 @@ def test_scarce_things_have_one_slot(dags):
     }
     assert [key for key, pool in pools.items() if pool == "crane_backfill"] == [("crane_backfill", "etl")]
     # Nobody waits for a machine while a person thinks.
-    assert {task for (_, task), pool in pools.items() if pool not in one_slot} == {"approve"}
+    assert {task for (_, task), pool in pools.items() if pool not in one_slot} == {"approve", "deliveries"}
     on_gpu = {task for (_, task), pool in pools.items() if pool == "crane_gpu"}
     assert on_gpu == {"behaviour", "refine", "knn", "train", "evaluate", "export", "content"}
 

@@ -120,14 +120,28 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
 
     calls = play.calls()
     identity = ["--store", "/data/a store", "--run", "r1"]
-    settings = [word for setting in ["train.seed=1", "runtime.device=cpu", *window] for word in ("--set", setting)]
+    settings = [
+        word
+        for setting in ["runtime.delivery=none", "train.seed=1", "runtime.device=cpu", *window]
+        for word in ("--set", setting)
+    ]
     expected = [*identity, "--config", "demo", *settings]
     judged = [*identity, "--set", "runtime.device=cpu"]
     order = [call["job"] for call in calls]
     assert order.index("etl.interactions") < order.index("ml.behaviour") < order.index("ml.train")
     order.remove("ml.behaviour")
     assert order == [
-        *("plan", "etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn"),
+        *(
+            "plan",
+            "deliveries",
+            "etl.interactions",
+            "etl.features",
+            "etl.profiles",
+            "ml.refine",
+            "ml.knn",
+            "ml.knn",
+            "ml.knn",
+        ),
         *(
             "ml.graph",
             "ml.train",

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.drills.conftest import HEARING
-from tests.worlds.services import Airflow, Postgres, until
+from tests.worlds.services import until
+from tests.worlds.stand_ins import Stage, stand_ins
 
 INTERVAL_MINUTES = 3
-JOBS = (
-    *("plan", "tidy", "prune", "delivery", "etl.interactions", "etl.features", "etl.profiles"),
-    *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "register")),
-    *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore")),
-)
-JOB = '''
-"""A job that notes when it ran, waits as it is told, and answers as the real one would."""
-import json, pathlib, sys, time
-
-name, here, begun = "{name}", pathlib.Path(__file__).parents[{depth}], time.time()
-run = sys.argv[sys.argv.index("--run") + 1]
-waits = json.loads((here / "waits.json").read_text())
-time.sleep(waits.get(run + "/" + name, waits.get(name, 0)))
-answer = {{"plan": {{"ml.knn": ["0", "1"]}}, "ml.promote": {{"decision": "refused"}}}}.get(name, {{}})
-if name == "delivery":
-    answer = {{"complete": True, "missing": ""}}
-if name == "ml.register":
-    answer = {{"version": "1", "alias": None if "runtime.backfill=true" in sys.argv else "candidate"}}
-if name == "ml.judge":
-    answer = {{"version": "1", "reason": "because"}}
-line = {{"job": name, "run": run, "argv": sys.argv[1:], "begun": begun, "ended": time.time()}}
-with (here / "called.jsonl").open("a") as handle:
-    handle.write(json.dumps(line) + "\\n")
-print(json.dumps({{"stage": name, **answer}}))
-'''
 POLICY = '''
 """Intervals of a few minutes in place of days."""
 
@@ -57,94 +26,10 @@ def dag_policy(dag):
 '''
 
 
-@dataclass
-class Stage:
-    """An Airflow whose jobs are stand-ins.
-
-    Attributes:
-        folder: project of the jobs.
-        airflow: the services.
-    """
-
-    folder: Path
-    airflow: Airflow
-
-    def wait(self, waits: dict[str, float]) -> None:
-        """Set how many seconds a job takes, by `job` or `run/job`."""
-        (self.folder / "waits.json").write_text(json.dumps(waits))
-
-    def calls(self, job: str | None = None) -> list[dict[str, Any]]:
-        """What has run, in the order of its end."""
-        path = self.folder / "called.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line for line in lines if job in (None, line["job"])]
-
-    def heard(self) -> list[str]:
-        path = self.folder / "heard.txt"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def pause(self, dag_id: str) -> None:
-        assert self.airflow.ask("PATCH", f"/dags/{dag_id}", {"is_paused": True})[0] == 200
-
-
 @pytest.fixture(scope="module")
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    root = Path(tempfile.mkdtemp(prefix="crane-order-"))
-    root.chmod(0o755)
-    folder = root / "project"
-    for name in JOBS:
-        path = folder / "jobs" / f"{name.replace('.', '/')}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "__init__.py").touch()
-        path.write_text(JOB.format(name=name, depth=name.count(".") + 1))
-    (folder / "waits.json").write_text("{}")
-    postgres = Postgres(root / "postgres")
-    postgres.start()
-    stops = [postgres.stop]
-    try:
-        postgres.create("airflow")
-        notifier = {
-            "class": "hearing.Hearing",
-            "on": ["missed", "undelivered"],
-            "arguments": {"message": "{{ dag_run.run_id }} {{ missed }}", "path": str(folder / "heard.txt")},
-        }
-        settings = {
-            "AIRFLOW_VAR_CRANE_PROJECT": str(folder),
-            "AIRFLOW_VAR_CRANE_JOBS_PYTHON": sys.executable,
-            "AIRFLOW_VAR_CRANE_STORE": str(root / "store"),
-            "AIRFLOW_VAR_CRANE_NOTIFIERS": json.dumps([notifier]),
-        }
-        airflow = Airflow(root / "airflow", postgres.uri("airflow", "psycopg"), settings)
-        (airflow.home / "config").mkdir()
-        (airflow.home / "config" / "airflow_local_settings.py").write_text(POLICY.format(minutes=INTERVAL_MINUTES))
-        (airflow.home / "config" / "hearing.py").write_text(HEARING)
-        airflow.prepare()
-        stops.append(airflow.stop)
-        airflow.start()
-        yield Stage(folder, airflow)
-    finally:
-        for stop in reversed(stops):
-            stop()
-        if request.session.testsfailed:
-            print(f"kept for inspection: {root}")
-        else:
-            shutil.rmtree(root, ignore_errors=True)
-
-
-def approve(stage: Stage, run_id: str) -> None:
-    """Give a person's word."""
-    path = f"/dags/crane_promote/dagRuns/{run_id.replace('+', '%2B')}/taskInstances/approve/-1/hitlDetails"
-    status, answer = stage.airflow.ask("PATCH", path, {"chosen_options": ["Approve"], "params_input": {}})
-    assert status == 200, answer
-
-
-def announce(stage: Stage, run: str) -> None:
-    """Send the event that a retraining sends at its end."""
-    assets = stage.airflow.get("/assets?limit=100")["assets"]
-    (asset,) = (each["id"] for each in assets if each["name"] == "crane/candidate")
-    extra = {"store": "s", "run": run, "run_type": "scheduled", "overrides": [], "version": run[1:]}
-    status, answer = stage.airflow.ask("POST", "/assets/events", {"asset_id": asset, "extra": extra})
-    assert status == 200, answer
+def stage() -> Iterator[Stage]:
+    with stand_ins(POLICY.format(minutes=INTERVAL_MINUTES)) as made:
+        yield made
 
 
 def test_the_newest_candidate_is_judged_after_a_wait(stage: Stage) -> None:
@@ -153,17 +38,21 @@ def test_the_newest_candidate_is_judged_after_a_wait(stage: Stage) -> None:
     airflow.unpause("crane_promote")
     status, answer = airflow.ask("POST", "/variables", {"key": "crane_approval", "value": "true"})
     assert status == 201, answer
-    announce(stage, "r1")
+
+    def announce(run: str) -> None:
+        extra = {"store": "s", "run": run, "run_type": "scheduled", "overrides": [], "version": run[1:]}
+        stage.announce("crane/candidate", extra=extra)
+
+    announce("r1")
     first = until("promotion of r1", lambda: airflow.runs("crane_promote"))[0]["dag_run_id"]
     airflow.wait_for_task("crane_promote", first, "approve", ["awaiting_input", "deferred"])
     for run in ("r2", "r3", "r4"):
-        announce(stage, run)
+        announce(run)
         time.sleep(3)
-    approve(stage, first)
+    stage.approve(first)
     assert airflow.wait("crane_promote", first) == "success"
     second = until("the next run", lambda: airflow.runs("crane_promote")[1:], patience=120)[0]["dag_run_id"]
-    airflow.wait_for_task("crane_promote", second, "approve", ["awaiting_input", "deferred"])
-    approve(stage, second)
+    stage.approve(second)
     assert airflow.wait("crane_promote", second) == "success"
     judged = [(call["run"], "--announced" in call["argv"]) for call in stage.calls("ml.promote")]
     assert judged == [("r1", True), ("r4", True)]

@@ -21,14 +21,14 @@ from jobs.runner import Job, Result, produce
 from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
 
-FIRST = datetime(2026, 1, 10, tzinfo=UTC)
+FIRST = datetime(2020, 1, 10, tzinfo=UTC)
 CHAIN = ("etl.interactions", "etl.features", "etl.profiles")
 NUM_BYTES = 2000
 
 
 def write_raw(raw: Path) -> None:
     """Write the least that the stages' fingerprints look at."""
-    write_log(raw, [("u", "i", "2026-01-05 10:00")])
+    write_log(raw, [("u", "i", "2020-01-05 10:00")])
     write_items(raw, [("i", "Item")])
     write_vectors(raw, "text", [("i", [1.0, 2.0])])
 
