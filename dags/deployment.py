@@ -20,6 +20,8 @@ from typing import Any
 
 from airflow.sdk import BaseOperator, XComArg
 from airflow.sdk.definitions.mappedoperator import MappedOperator
+from airflow.sdk.definitions.retry_policy import ExceptionRetryPolicy, RetryAction, RetryRule
+from job_output import FinalJobError
 from local_job import LocalJobOperator
 
 
@@ -70,6 +72,10 @@ JOBS = {
 DEFAULT_ARGS: dict[str, Any] = {
     "owner": "crane",
     "retries": 2,
+    # Everything else is tried again, a time limit that was exceeded too.
+    "retry_policy": ExceptionRetryPolicy(
+        [RetryRule(FinalJobError, RetryAction.FAIL, reason="every further try would end with the same error")]
+    ),
     "retry_delay": timedelta(seconds=30),
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(minutes=15),

@@ -41,8 +41,8 @@ class PodJobOperator(KubernetesPodOperator):
         returns: name of the one value of the job's JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4, or no such template. Airflow does not try again, since the same try
-            would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
+        AirflowFailException: no such template.
         AirflowException: any other failure.
     """
 
@@ -132,7 +132,7 @@ class TrainJobOperator(BaseOperator):
         returns: name of the one value of the job's JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
         AirflowException: any other failure.
     """
 

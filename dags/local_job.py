@@ -53,7 +53,7 @@ class LocalJobOperator(BaseOperator):
         returns: name of the one value of the JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
         AirflowException: any other exit code, or a signal.
     """
 

@@ -27,7 +27,7 @@ class SparkJobOperator(SparkSubmitOperator):
         part: part of a mapped stage, None for a whole stage.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
         AirflowException: any other exit code.
     """
 

@@ -275,6 +275,8 @@ def _move(
 def _ledger(arguments: argparse.Namespace) -> int:
     from jobs.commands.query import verify_ledger
 
+    if arguments.what == "repair":
+        return _move(arguments, ("ml.repair",), None, [], "repair")
     answer = verify_ledger(_store(arguments), _runtime(arguments))
     _result(arguments, answer, [f"{key:<9} {value}" for key, value in answer.items()])
     return EXIT_OK

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig
 from crane_core.errors import ArtifactError
+from crane_core.release.damage import damage_of
 from crane_core.release.gate import PRIMARY, Decision, decide
 from crane_core.release.measure import JudgedWindow, Measurement, measure
 from crane_core.release.registry import Registry
@@ -51,10 +52,11 @@ class Judge:
         """Return the decision of the gate, and its numbers for the ledger.
 
         Args:
-            champion: version to compare with, None when there is none.
+            champion: version to compare with, None when there is none. If it was removed or changed in the registry,
+                the challenger is judged as a first champion is.
         """
         challenger = self._challenger()
-        opponent = None if champion is None else self._measure(self._registry.version(champion))
+        opponent, lost = self._opponent(champion)
         baselines = {
             name: figures["recall@20"]["mean"] for name, figures in self._metrics["models"].items() if name != "crane"
         }
@@ -64,8 +66,22 @@ class Judge:
             for role, measurement in (("challenger", challenger), ("champion", opponent))
             if measurement
         }
+        if lost:
+            decision = replace(decision, reason=f"{decision.reason} There was no champion to compare with: {lost}.")
         # `standings` is the key of stored ledger entries.
-        return decision, decision.as_dict() | {"standings": measured, "baselines": baselines}
+        return decision, decision.as_dict() | {"standings": measured, "baselines": baselines, "lost": lost}
+
+    def _opponent(self, champion: str | None) -> tuple[Measurement | None, str]:
+        """Measure the champion; a champion that cannot be served any more is none, and the reason says why."""
+        if champion is None:
+            return None, ""
+        try:
+            return self._measure(self._registry.version(champion)), ""
+        except ArtifactError:
+            lost = damage_of(self._registry, champion)
+            if not lost:
+                raise
+            return None, lost
 
     def _challenger(self) -> Measurement:
         """Return the registered metrics of each user, after checking that the registered model reproduces them."""

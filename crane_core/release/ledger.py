@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "ledger"
 GENESIS = "0" * 64
 ANCHOR_TAG = "crane.ledger."
-Action = Literal["promote", "refuse", "pass", "rollback", "restore"]
-MOVES = ("promote", "rollback", "restore")
+Action = Literal["promote", "refuse", "pass", "rollback", "restore", "repair"]
+MOVES = ("promote", "rollback", "restore", "repair")
 """Actions that set the champion."""
 
 
@@ -37,7 +37,8 @@ class Draft:
     Attributes:
         action: `promote` and `rollback` make `version` champion; `refuse` changes nothing, and so does `pass`: a newer
             candidate was judged before anybody judged `version`; `restore` takes back a promotion or rollback whose
-            smoke test, or a step that had to follow it, failed.
+            smoke test, or a step that had to follow it, failed; `repair` ends the time of a champion that cannot be
+            served any more and that has no successor among the earlier ones.
         version: the version the decision is about.
         champion: champion from now on, None when there is none.
         run_id: run that asked for it.

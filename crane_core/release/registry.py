@@ -1,14 +1,10 @@
-"""The model registry: versions, their evidence and their aliases. The only module that imports mlflow."""
+"""The model registry: versions, their evidence and their aliases."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +16,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow
-import mlflow.artifacts
 import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -39,9 +34,10 @@ from mlflow.types.schema import Array
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
+from crane_core.release.downloads import download
 from crane_core.release.ledger import ANCHOR_TAG
 from crane_core.release.mlmodel import LOADER, served_folder
-from crane_core.release.version import Release, Version
+from crane_core.release.version import EVIDENCE_TAG, Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import CHECKSUMS, DEFAULT_K
 from crane_core.storage.artifacts import sha256_file
@@ -57,7 +53,6 @@ PRUNED_TAG = "crane.pruned"
 
 _MODEL = "model"
 _EVIDENCE = "evidence"
-_EVIDENCE_TAG = "crane.evidence."
 _TRAINING_TAG = "crane.training"
 _FINGERPRINT = "crane.fingerprint"
 _CHECKSUMS_TAG = "crane.checksums"
@@ -122,7 +117,7 @@ class Registry:
         if found:
             return found, False
         started = time.monotonic()
-        evidence_tags = {f"{_EVIDENCE_TAG}{path.name}": sha256_file(path) for path in release.evidence}
+        evidence_tags = {f"{EVIDENCE_TAG}{path.name}": sha256_file(path) for path in release.evidence}
         tags = {
             **release.tags,
             **evidence_tags,
@@ -189,9 +184,14 @@ class Registry:
         if number not in versions:
             raise ArtifactError(
                 f"Model {self.name!r} has no version {number!r}.",
-                f"Give one of the known versions: {', '.join(versions) or 'none, register a run first'}.",
+                f"Give one of the known versions: {', '.join(versions) or 'none'}. One that was removed comes back "
+                "as a new one: python -m jobs.ml.register --store STORE --run RUN.",
             )
         return versions[number]
+
+    def exists(self, number: str) -> bool:
+        """Return whether there is a version with a number."""
+        return number in {version.number for version in self.versions()}
 
     def holder(self, alias: str) -> str | None:
         """Return the number of the version an alias points to, None when there is no such alias."""
@@ -244,7 +244,7 @@ class Registry:
         Raises:
             ArtifactError: it is missing, or not the file that was registered.
         """
-        expected = version.tags.get(f"{_EVIDENCE_TAG}{name}")
+        expected = version.tags.get(f"{EVIDENCE_TAG}{name}")
         try:
             path = download(run_id=version.mlflow_run, artifact_path=f"{_EVIDENCE}/{name}", tracking_uri=self.uri)
         except (MlflowException, OSError) as error:
@@ -383,24 +383,6 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
     # Two processes that create the tables of one SQLite file at the same time would both fail.
     with locked(root / ".mlflow.lock"):
         return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
-
-
-def download(**what: str) -> Path:
-    """Return a local path of files of a registry: in place if it is local, else a copy that is removed at exit."""
-    before = tempfile.tempdir
-    tempfile.tempdir = _copies()
-    try:
-        return Path(mlflow.artifacts.download_artifacts(**what))
-    finally:
-        tempfile.tempdir = before
-
-
-@functools.cache
-def _copies() -> str:
-    """Make the folder of this process's downloads; in the temporary folder itself MLflow would never remove them."""
-    folder = tempfile.mkdtemp(prefix="crane-registry-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _metric_name(name: str) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+EVIDENCE_TAG = "crane.evidence."
+"""Prefix of the tags that hold the checksum of each file of the evidence."""
+
 
 @dataclass(frozen=True)
 class DatasetReference:
@@ -76,3 +79,8 @@ class Version:
     def run_id(self) -> str:
         """The pipeline's run that made it."""
         return self.tags["crane.run"]
+
+    @property
+    def evidence(self) -> list[str]:
+        """Names of the files of its evidence."""
+        return [tag.removeprefix(EVIDENCE_TAG) for tag in self.tags if tag.startswith(EVIDENCE_TAG)]

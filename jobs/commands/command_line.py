@@ -66,8 +66,10 @@ def command_line(work: Mapping[str, Command]) -> FlagParser:
     rollback = command("rollback", "Make an earlier version champion again.", stored)
     rollback.add_argument("--to", default="previous", metavar="VERSION|previous")
 
-    ledger = command("ledger", "Check the ledger of promotions against itself and the registry.", stored)
-    ledger.add_argument("what", choices=("verify",))
+    ledger = command("ledger", "Check the ledger of promotions against itself and the registry, or repair.", stored)
+    ledger.add_argument(
+        "what", choices=("verify", "repair"), help="repair: go back to a champion that can be served, by a new line"
+    )
 
     prune = command("prune", "Remove the runs and artifacts of a store that nothing needs.", stored)
     prune.add_argument(

@@ -46,7 +46,7 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
         if entry:
             status = "found"
         else:
-            champion = lock.champion
+            champion = lock.ledger.champion()
             decision, numbers = judge.decide(champion)
             if decision.promoted:
                 draft = Draft("promote", number, number, arguments.run, decision.reason, numbers)
@@ -94,7 +94,7 @@ def _pass_over(lock: ChampionLock, judged: str) -> list[str]:
     ]
     for version in older:
         reason = f"Passed over: version {judged} was announced before anybody judged version {version.number}."
-        draft = Draft("pass", version.number, lock.champion, version.run_id, reason, {"judged": judged})
+        draft = Draft("pass", version.number, lock.ledger.champion(), version.run_id, reason, {"judged": judged})
         _tag(lock, lock.write(draft), version.number, "passed over")
         logger.info("passed_over version=%s run=%s", version.number, version.run_id)
     return [version.number for version in older]

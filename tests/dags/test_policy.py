@@ -9,11 +9,13 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import Asset, CronDataIntervalTimetable, CronTriggerTimetable
 from airflow.sdk.definitions.mappedoperator import MappedOperator
+from airflow.sdk.definitions.retry_policy import RetryAction
 from airflow.sdk.definitions.timetables.assets import AssetTriggeredTimetable
 from airflow.sdk.definitions.timetables.simple import NullTimetable
-from airflow.sdk.exceptions import ParamValidationError
+from airflow.sdk.exceptions import AirflowTaskTimeout, ParamValidationError
 from conftest import DAGS, PROJECT
 from deployment import JOBS, PROFILES, job
+from job_output import FinalJobError
 from notices import Notice
 
 RETRAIN_EDGES = {
@@ -99,12 +101,21 @@ def violations(dag):
             f"owner of {task.task_id}": task.owner == "crane",
             f"retries of {task.task_id}": (attribute(task, "retries") or 0) >= 1,
             f"retry delay of {task.task_id}": delay >= timedelta(seconds=10),
+            f"retry policy of {task.task_id}": _ends(attribute(task, "retry_policy")),
             f"backoff of {task.task_id}": attribute(task, "retry_exponential_backoff") > 1,
             f"timeout of {task.task_id}": timeout and timedelta(minutes=1) <= timeout <= timedelta(days=1),
             f"pool of {task.task_id}": attribute(task, "pool") in POOLS,
             f"past of {task.task_id}": not task.depends_on_past,
         }
     return [name for name, holds in rules.items() if not holds]
+
+
+def _ends(policy):
+    """Whether a policy ends a task at an error of the user, and leaves everything else to the retries."""
+    if policy is None:
+        return False
+    found = [policy.evaluate(error, 1, 2).action for error in (FinalJobError("x"), AirflowTaskTimeout(), OSError())]
+    return found == [RetryAction.FAIL, RetryAction.DEFAULT, RetryAction.DEFAULT]
 
 
 def _list(value):
@@ -130,6 +141,7 @@ def test_policy(dags, dag_id):
         ("owner of etl", "etl", "owner", "airflow"),
         ("retries of etl", "etl", "retries", 0),
         ("retry delay of etl", "etl", "retry_delay", timedelta(seconds=1)),
+        ("retry policy of etl", "etl", "retry_policy", None),
         ("backoff of etl", "etl", "retry_exponential_backoff", 0),
         ("timeout of etl", "etl", "execution_timeout", None),
         ("pool of etl", "etl", "pool", "default_pool"),
