@@ -11,6 +11,8 @@ Any notifier of Airflow will do. `on` lists the occasions; without it the notifi
 - `undelivered`: data of the run's window were missing at the deadline; `{{ exception }}` says which;
 - `missed`: there was no run for the time `{{ missed }}` between the last interval and this one.
 
+On other occasions `missed`, and `exception` where there is none, are empty.
+
 `arguments` are those of the notifier. Airflow renders the arguments that the
 notifier declares as templates with the context of the run.
 """
@@ -40,5 +42,6 @@ class Notice(BaseNotifier):
             if self.occasion in entry.get("on", [self.occasion]):
                 module, _, name = entry["class"].rpartition(".")
                 notifier = getattr(import_module(module), name)(**entry.get("arguments", {}))
-                notifier(context)
+                # Airflow refuses a template that names what the context lacks.
+                notifier({"missed": "", "exception": "", **context})
                 self.log.info("notified occasion=%s class=%s", self.occasion, entry["class"])

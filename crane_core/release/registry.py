@@ -225,6 +225,10 @@ class Registry:
             if not token:
                 return {run for run in found if run}
 
+    def describe(self, number: str, text: str) -> None:
+        """Write the description of a version, Markdown."""
+        self._client.update_model_version(self.name, number, text)
+
     def tag_of(self, number: str, tag: str) -> str | None:
         """Return the value of a tag of a version."""
         return self.version(number).tags.get(tag)

@@ -21,11 +21,13 @@ from typing import Any
 from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
 from crane_core.release.champion_lock import ChampionLock, lock_champion
+from crane_core.release.description import describe
 from crane_core.release.judge import Judge
 from crane_core.release.ledger import ANCHOR_TAG, MOVES, Draft, Entry
 from crane_core.release.registry import CANDIDATE_TAG, open_registry
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
+from jobs.ml.report import report_uri
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,9 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
         if promoted:
             lock.carry_out(entry)
         _tag(lock, entry, number, "promoted" if promoted else "refused")
+        if status == "done":
+            report = report_uri(store, arguments.run)
+            lock.registry.describe(number, describe(judge.version, entry.numbers, entry.reason, report))
         passed_over = _pass_over(lock, number) if arguments.announced else []
     logger.info("%s version=%s reason=%s", "promoted" if promoted else "refused", number, entry.reason)
     return {

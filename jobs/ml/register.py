@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
+from crane_core.release.description import describe
 from crane_core.release.registry import CANDIDATE, CANDIDATE_TAG, PRUNED_TAG, Registry, open_registry
 from crane_core.release.version import DatasetReference, Release, Version
 from crane_core.schema import USER_ID
@@ -29,6 +30,7 @@ from crane_core.serving.probe import make_probe
 from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.entry_points import run_job
+from jobs.ml.report import report_uri
 from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
             version, is_new = registry.register(release)
     if version.tags.get(PRUNED_TAG):
         registry.tag(version.number, {PRUNED_TAG: ""})
+    if is_new:
+        decision = "Not judged yet." if not config.runtime.backfill else "Not judged: a backfill moves no alias."
+        registry.describe(version.number, describe(version, {}, decision, report_uri(store, arguments.run)))
     alias = None if config.runtime.backfill else _make_candidate(registry, version)
     return {
         "status": "done" if is_new else "found",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from crane_core.config import Runtime
 from crane_core.release.ledger import Ledger
@@ -35,6 +36,10 @@ def test_older_candidates_that_nobody_judged_get_a_line(store: Path) -> None:
     assert registry.version("2").tags["crane.decision"] == "passed over"
     assert "version 4" in registry.version("3").tags["crane.decision_reason"]
     assert registry.holder("champion") == "4"
+    client = MlflowClient(registry.uri, registry.uri)
+    judged, waiting = (client.get_model_version("crane", number).description for number in ("4", "3"))
+    assert "**Decision.** Promoted: better than champion 1" in judged and "| champion (version 1) | 0." in judged
+    assert "reports/run-4.html" in judged and "Not judged yet." in waiting
     Ledger(open_store(str(store)).storage, "crane").verify(registry.ledger_anchors())
     # A second announcement of the same candidate writes nothing, and rolling back goes past the lines.
     assert promote.main([*runs[3], "--announced"]) == 0

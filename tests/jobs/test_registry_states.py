@@ -73,7 +73,10 @@ class Hands:
         self.client.delete_run(self.registry.version(number).mlflow_run)
 
     def _evidence(self, number: str) -> Path:
-        return self.registry.evidence(self.registry.version(number), "probe.json")
+        (path,) = self.store.glob(
+            f"mlartifacts/**/{self.registry.version(number).mlflow_run}/artifacts/evidence/probe.json"
+        )
+        return path
 
     def _files(self, number: str) -> Path:
         return self.registry.model_folder(self.registry.version(number)).parent
