@@ -25,9 +25,9 @@ version that was rolled back is promoted again only by hand.
 **When it refuses.** The run is green, because a refusal is a result. The report, the ledger and the tags of the version
 give the reason. The DAG ignores asset events of backfill runs.
 
-**When the champion is gone.** If its version was removed in MLflow, `promote` first makes the last earlier champion that
-is whole champion again, by a line in the ledger. If its files or evidence were removed or changed, the candidate is
-judged as a first champion is, against the baselines, and the line says why.
+**When the champion is gone.** If its version was removed in MLflow, `promote` first makes the last earlier champion
+that is whole champion again, by a line in the ledger. If its files or evidence were removed or changed, the candidate
+is judged as a first champion is, against the baselines, and the line says why.
 
 **When it fails.** Clear the failed task. A task whose work is already done does nothing. After `restore`, mend the
 cause, then clear `promote` and the tasks after it.

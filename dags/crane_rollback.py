@@ -14,8 +14,8 @@ does not: it finishes what it has begun.
 
 **When it fails.** The last line of the log of `rollback` says what was found: no earlier champion, no such version, a
 version whose run was pruned, or files that differ from the registered ones. In these cases the champion is the same as
-before. `crane ledger verify` names what else somebody has changed in MLflow, and `crane ledger repair` mends it. If `export` fails, clear it: the alias
-has already moved.
+before. `crane ledger verify` names what else somebody has changed in MLflow, and `crane ledger repair` mends it. If
+`export` fails, clear it: the alias has already moved.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`, `crane_registry`,
 `crane_notifiers` (`notices.py`).
