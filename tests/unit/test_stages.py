@@ -194,6 +194,8 @@ def test_every_section_and_every_exception_is_one_of_the_configuration() -> None
 )
 def test_artifacts_of_earlier_versions_are_found(name: str, overrides: tuple[str, ...]) -> None:
     found, before = fingerprints(configure(*overrides)), dict(BEFORE_THE_ROOMS[name])
+    # Its version has been raised since.
+    assert found.pop("etl.interactions") != before.pop("etl.interactions")
     if name != "default":
         # It obeyed CRANE's settings then, so a change of those trained LightGCN anew.
         assert found.pop("ml.behaviour") != before.pop("ml.behaviour")
