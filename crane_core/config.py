@@ -100,6 +100,14 @@ class Etl(Section):
     """A population stability index above this is a warning in the log and in `quality.json`."""
     drift_stop: float | None = Field(None, gt=0)
     """The run stops when one is above this."""
+    completeness_warn: float = Field(0.5, ge=0)
+    """The last day has as many events as a day of its kind has (`completeness` in `quality.json`), or fewer. A share
+    below this is a warning in the log and in the report. A day of its kind has the median of the same weekdays of
+    eight weeks; where there are fewer than three of them, that of the days of four weeks."""
+    completeness_stop: float | None = Field(0.2, ge=0)
+    """The run stops when the share is below this; never when null."""
+    completeness_min_rows: int = Field(1000, ge=1)
+    """Where a day of its kind has fewer events, nothing is judged."""
 
     def going_on_from(self, run: str | None) -> Etl:
         """Return the same with another `base_run`."""
@@ -265,6 +273,13 @@ class Promote(Section):
         "recent_popularity",
     )
     """Baselines a first champion must reach or exceed in Recall@20."""
+    keep_versions: int = Field(5, ge=1)
+    """Newest champions, the one in service included, whose runs `crane prune` keeps so that one can roll back to
+    them."""
+
+    def rule(self) -> dict[str, Any]:
+        """Return what decides about a challenger, as JSON values."""
+        return self.model_dump(mode="json", exclude={"keep_versions"})
 
 
 class Export(Section):
@@ -297,6 +312,18 @@ class Runtime(Section):
     """Days after which `jobs.tidy` clears what nobody has used from the scratch folder; longer than a job may take."""
     backfill: bool = False
     """A backfill registers its model but moves no alias."""
+    keep_days: int | None = Field(None, ge=1)
+    """The daily run removes runs whose window ended more than so many days before the newest one's, and the artifacts
+    that nothing else needs (`crane prune`); nothing is removed when absent."""
+    delivery: Literal["quiet", "marker", "none"] = "quiet"
+    """What makes a daily partition complete, for which a scheduled run waits: its files have stopped changing, or it
+    holds a marker; `none`: the run does not wait."""
+    delivery_marker: str = Field("_SUCCESS", pattern=r"^[^/\x00]+$")
+    """Name of the file that the producer writes last into a partition."""
+    delivery_quiet_minutes: float = Field(5, ge=0)
+    """Minutes without a change after which the files of a partition are complete."""
+    delivery_deadline_hours: float = Field(6, ge=0)
+    """Hours after the end of the window at which the run fails if a partition is missing."""
 
 
 class RunConfig(ModelConfig):

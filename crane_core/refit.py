@@ -24,6 +24,12 @@ def is_refit(run_id: str) -> bool:
     return run_id.endswith(SUFFIX)
 
 
+def both_runs(run_id: str) -> set[str]:
+    """Return the ids of a run and its refit run, given either."""
+    run = run_id.removesuffix(SUFFIX)
+    return {run, refit_run(run)}
+
+
 def refit_config(config: RunConfig, choices: Choices | None, base_run: str | None) -> RunConfig:
     """Return the configuration of the refit run of a run.
 

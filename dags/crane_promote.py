@@ -1,9 +1,9 @@
 """### crane_promote: judge the candidate, move the alias, serve
 
-The asset `crane/candidate` starts it. You can also start it by hand with the `run` to judge. One DAG run is active at a
-time. The alias moves only under a lock in the store, so one process at a time changes it, whether it belongs to this
-Airflow, to another one or to a person at a terminal. The tasks that move it share the pool `crane_promotion`, which has
-one slot.
+The asset `crane/candidate` starts it, and it judges the newest candidate, whichever started it. You can also start it
+by hand with the `run` to judge. One DAG run is active at a time. The alias moves only under a lock in the store, so one
+process at a time changes it, whether it belongs to this Airflow, to another one or to a person at a terminal. The tasks
+that move it share the pool `crane_promotion`, which has one slot.
 
 **What it does.** `promote` reads the evidence from the registry again and applies the gate: a paired bootstrap against
 the champion (against the baselines if there is no champion), and the guardrails. It writes one line to the ledger,
@@ -17,8 +17,17 @@ failed and has no retry left. `report` writes the HTML page of the run, whether 
 page *Required Actions*. No answer counts as a refusal: nothing is promoted, and you can judge the candidate again. An
 approval does not overrule the gate.
 
+**When several candidates wait.** While a run is active, for example because it waits for an approval, further
+candidates start one run together. That run judges the newest of them. The ledger gets a line of the action `pass` for
+each older candidate that nobody has judged. To judge such a candidate all the same, start this DAG with its `run`. A
+version that was rolled back is promoted again only by hand.
+
 **When it refuses.** The run is green, because a refusal is a result. The report, the ledger and the tags of the version
 give the reason. The DAG ignores asset events of backfill runs.
+
+**When the champion is gone.** If its version was removed in MLflow, `promote` first makes the last earlier champion
+that is whole champion again, by a line in the ledger. If its files or evidence were removed or changed, the candidate
+is judged as a first champion is, against the baselines, and the line says why.
 
 **When it fails.** Clear the failed task. A task whose work is already done does nothing. After `restore`, mend the
 cause, then clear `promote` and the tasks after it.
@@ -33,22 +42,25 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
-from airflow.sdk import DAG, Asset, Param, chain, task
+from airflow.sdk import DAG, Asset, Param, PartitionedAssetTimetable, chain, task
 from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
-from deployment import DEFAULT_ARGS, job
+from deployment import DEFAULT_ARGS, SCHEDULE, job
 from local_job import PROJECT, deployment_overrides, setting
 from notices import Notice
 from windows import OVERRIDE_PATTERN, RUN_ID_PATTERN, newest_candidate, promote_flags
 
 CANDIDATE = Asset("crane/candidate")
 FLAGS = "{{ ti.xcom_pull(task_ids='resolve')['flags'] | tojson }}"
+MAX_EVENTS = 100
+"""Newest announcements to look at: so many stores at most share one Airflow."""
 
 
 with DAG(
     dag_id="crane_promote",
     description="Gate, alias, export and report of a candidate",
     doc_md=__doc__,
-    schedule=[CANDIDATE],
+    # The events of a run with a partition key carry the key, and start only a DAG that listens for keys.
+    schedule=PartitionedAssetTimetable(assets=CANDIDATE) if SCHEDULE == "delivery" else [CANDIDATE],
     start_date=datetime(1997, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
@@ -71,23 +83,28 @@ with DAG(
     },
 ) as dag:
 
-    @task(task_id="resolve")
-    def resolve(params: dict[str, Any], triggering_asset_events: Any) -> dict[str, Any]:
+    @task(task_id="resolve", inlets=[CANDIDATE])
+    def resolve(params: dict[str, Any], triggering_asset_events: Any, inlet_events: Any) -> dict[str, Any]:
         """Return the flags of the given run, else of the newest candidate that is not from a backfill."""
         if params["run"]:
             store = params["store"] or setting("store", str(PROJECT / ".crane" / "store"))
             overrides = [*deployment_overrides(), *params["overrides"]]
-            return {"flags": promote_flags(store=store, run=params["run"], overrides=overrides)}
+            flags = promote_flags(store=store, run=params["run"], overrides=overrides)
+            return {"flags": flags, "promote": flags}
         events = [event for announced in triggering_asset_events.values() for event in announced]
         if not events:
             raise AirflowFailException(
                 "No asset event started this: set the parameter run to the id of the run to judge."
             )
-        candidate = newest_candidate(events)
-        if candidate is None:
+        started_by = newest_candidate(events)
+        if started_by is None:
             raise AirflowSkipException("All asset events are from backfill runs: nothing to judge.")
+        # Airflow hands over the events up to the first one that waited; newer ones start no run of their own.
+        announced = inlet_events[CANDIDATE].ascending(False).limit(MAX_EVENTS)
+        candidate = newest_candidate([*events, *announced], store=started_by["store"]) or started_by
         overrides = [*candidate["overrides"], *params["overrides"]]
-        return {"flags": promote_flags(store=candidate["store"], run=candidate["run"], overrides=overrides)}
+        flags = promote_flags(store=candidate["store"], run=candidate["run"], overrides=overrides)
+        return {"flags": flags, "promote": [*flags, "--announced"]}
 
     @task.branch(task_id="ask")
     def ask(params: dict[str, Any]) -> str:
@@ -109,7 +126,7 @@ with DAG(
     )
     promote = job(
         "ml.promote",
-        flags=FLAGS,
+        flags=FLAGS.replace("flags", "promote"),
         trigger_rule="none_failed_min_one_success",
         on_success_callback=Notice("decision"),
     )

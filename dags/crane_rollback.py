@@ -10,9 +10,12 @@ artifact.
 **A second run.** Another run with `previous` goes back one more champion. A cleared or retried task of the same run
 does not: it finishes what it has begun.
 
-**When it fails.** The last line of the log of `rollback` says what was found: no earlier champion, no such version, or
-files that differ from the registered ones. In these cases nothing has changed. If `export` fails, clear it: the alias
-has already moved.
+`previous` passes over champions that were removed from the registry, or whose run was pruned.
+
+**When it fails.** The last line of the log of `rollback` says what was found: no earlier champion, no such version, a
+version whose run was pruned, or files that differ from the registered ones. In these cases the champion is the same as
+before. `crane ledger verify` names what else somebody has changed in MLflow, and `crane ledger repair` mends it. If
+`export` fails, clear it: the alias has already moved.
 
 **Settings** (Airflow Variables, all optional): `crane_store`, `crane_project`, `crane_jobs_python`, `crane_registry`,
 `crane_notifiers` (`notices.py`).

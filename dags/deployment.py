@@ -15,11 +15,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from airflow.sdk import BaseOperator, XComArg
 from airflow.sdk.definitions.mappedoperator import MappedOperator
+from airflow.sdk.definitions.retry_policy import ExceptionRetryPolicy, RetryAction, RetryRule
+from job_output import FinalJobError
 from local_job import LocalJobOperator
 
 
@@ -41,6 +43,8 @@ class Job:
 JOBS = {
     "plan": Job("cpu", "crane_compute", 0.25),
     "tidy": Job("cpu", "crane_compute", 0.5),
+    "prune": Job("cpu", "crane_compute", 1),
+    "deliveries": Job("cpu", "crane_waiting", 0.25),
     "etl.interactions": Job("spark", "crane_compute", 4),
     "etl.features": Job("spark", "crane_compute", 4),
     "etl.profiles": Job("spark", "crane_compute", 2),
@@ -69,6 +73,10 @@ JOBS = {
 DEFAULT_ARGS: dict[str, Any] = {
     "owner": "crane",
     "retries": 2,
+    # Everything else is tried again, a time limit that was exceeded too.
+    "retry_policy": ExceptionRetryPolicy(
+        [RetryRule(FinalJobError, RetryAction.FAIL, reason="every further try would end with the same error")]
+    ),
     "retry_delay": timedelta(seconds=30),
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(minutes=15),
@@ -108,6 +116,14 @@ PROFILES: dict[str, Callable[[str, str], tuple[type[BaseOperator], dict[str, Any
     "kubernetes": _kubernetes,
 }
 PROFILE = os.environ.get("CRANE_PROFILE", "local")
+SCHEDULE = os.environ.get("CRANE_SCHEDULE", "clock")
+"""What starts `crane_retrain`: `clock`, or `delivery` for the asset that the producer of the data announces."""
+CATCHUP_FROM = (
+    datetime.fromisoformat(os.environ["CRANE_CATCHUP_FROM"]).replace(tzinfo=UTC)
+    if os.environ.get("CRANE_CATCHUP_FROM")
+    else None
+)
+"""First day whose scheduled run Airflow makes up where it is missing; None where missed days are only named."""
 
 
 def job(name: str, **options: Any) -> BaseOperator:

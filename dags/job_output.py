@@ -11,10 +11,14 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException
 
 FINAL_EXIT_CODES = {2: "configuration", 3: "data", 4: "artifact"}
 ERROR_KEYS = ("stage", "error", "found", "remedy")
+
+
+class FinalJobError(AirflowException):
+    """A job ended with a configuration, data or artifact error, with which every further try would end too."""
 
 
 def last_object(lines: Sequence[str], *keys: str) -> dict[str, Any] | None:
@@ -49,7 +53,7 @@ def failure(job: str, code: int, lines: Sequence[str]) -> AirflowException:
         lines: what the job has written, in order.
 
     Returns:
-        An `AirflowFailException` where the same try would fail again: exit code 2, 3 or 4.
+        A `FinalJobError` where the same try would fail again: exit code 2, 3 or 4.
     """
     error = last_object(lines, *ERROR_KEYS)
     if error:
@@ -58,6 +62,6 @@ def failure(job: str, code: int, lines: Sequence[str]) -> AirflowException:
         written = [line.strip() for line in lines if line.strip()]
         reason = f"the last line is {written[-1]!r}" if written else "it wrote nothing"
     if code in FINAL_EXIT_CODES:
-        return AirflowFailException(f"jobs.{job} ended with a {FINAL_EXIT_CODES[code]} error: {reason}")
+        return FinalJobError(f"jobs.{job} ended with a {FINAL_EXIT_CODES[code]} error: {reason}")
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return AirflowException(f"jobs.{job} {ended}: {reason}")

@@ -20,6 +20,7 @@ from job_output import failure, last_object, returned
 from kubernetes.client import V1Pod
 from kubernetes.client.exceptions import ApiException
 from local_job import command
+from other_runs import wait_for_turn
 
 NAMESPACE = "crane"
 TRAINER = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
@@ -40,8 +41,8 @@ class PodJobOperator(KubernetesPodOperator):
         returns: name of the one value of the job's JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4, or no such template. Airflow does not try again, since the same try
-            would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
+        AirflowFailException: no such template.
         AirflowException: any other failure.
     """
 
@@ -91,6 +92,7 @@ class PodJobOperator(KubernetesPodOperator):
         return super().build_pod_request_obj(context, dry_run=dry_run)
 
     def execute(self, context: Context) -> Any:
+        wait_for_turn(context)
         super().execute(context)
         return self._returned()
 
@@ -130,7 +132,7 @@ class TrainJobOperator(BaseOperator):
         returns: name of the one value of the job's JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
         AirflowException: any other failure.
     """
 
@@ -161,6 +163,7 @@ class TrainJobOperator(BaseOperator):
         }
 
     def execute(self, context: Context) -> Any:
+        wait_for_turn(context)
         instance = context["ti"]
         identity = f"{instance.dag_id}/{instance.run_id}/{instance.task_id}"
         name = f"{_name(self.job)}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"

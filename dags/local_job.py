@@ -16,6 +16,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Context, Variable
 from airflow.sdk.exceptions import AirflowException
 from job_output import failure, returned
+from other_runs import wait_for_turn
 
 PROJECT = Path(__file__).resolve().parent.parent
 TERMINATION_SECONDS = 15.0
@@ -52,7 +53,7 @@ class LocalJobOperator(BaseOperator):
         returns: name of the one value of the JSON object to return instead, of any type.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
         AirflowException: any other exit code, or a signal.
     """
 
@@ -71,6 +72,7 @@ class LocalJobOperator(BaseOperator):
         self.result: dict[str, Any] = {}
 
     def execute(self, context: Context) -> Any:
+        wait_for_turn(context)
         project = Path(setting("project", str(PROJECT)))
         python = setting("jobs_python", str(jobs_python(project)))
         argv = [python, *command(self.job, self.flags, self.part)]

@@ -11,6 +11,7 @@ from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException
 from job_output import failure
 from local_job import PROJECT, command, job_environment, jobs_python, setting
+from other_runs import wait_for_turn
 
 
 class SparkJobOperator(SparkSubmitOperator):
@@ -26,7 +27,7 @@ class SparkJobOperator(SparkSubmitOperator):
         part: part of a mapped stage, None for a whole stage.
 
     Raises:
-        AirflowFailException: exit code 2, 3 or 4. Airflow does not try again, since the same try would fail again.
+        FinalJobError: exit code 2, 3 or 4, with which Airflow does not try again.
         AirflowException: any other exit code.
     """
 
@@ -39,6 +40,7 @@ class SparkJobOperator(SparkSubmitOperator):
         self.part = part
 
     def execute(self, context: Context) -> None:
+        wait_for_turn(context)
         project = Path(setting("project", str(PROJECT)))
         python = Path(setting("jobs_python", str(jobs_python(project))))
         environment = job_environment(python.parent)

@@ -42,12 +42,13 @@ def resolve_window(
     data_interval: tuple[datetime, datetime] | None = None,
     start: str | None = None,
     end: str | None = None,
+    partition_key: str | None = None,
 ) -> tuple[datetime, datetime]:
     """Return the window `[start, end)` of a run, UTC.
 
     A scheduled or backfill run covers its data interval. A manual or asset-triggered run covers the given bounds;
     without bounds, its data interval; without either, the last whole day before `run_after`. A missing start is one day
-    before the end.
+    before the end. A run with a partition key covers the day that the key names.
 
     Args:
         run_type: Airflow's run type: `scheduled`, `backfill`, `manual`, `asset_triggered`, ...
@@ -55,11 +56,19 @@ def resolve_window(
         data_interval: the run's interval. Asset-triggered runs, and manual runs without a logical date, have none.
         start: ISO 8601 bound given by a person; UTC unless it names a zone.
         end: ISO 8601 bound given by a person.
+        partition_key: `YYYY-MM-DD`, of a run that a delivery has started.
 
     Raises:
         ValueError: the bounds do not fit the run type, the start has no end, the window is empty, or a scheduled or
             backfill run has no interval.
     """
+    if partition_key is not None:
+        if start or end:
+            raise ValueError(
+                f"A run with the partition key {partition_key!r} covers that day: leave both bounds empty."
+            )
+        first = datetime.combine(date.fromisoformat(partition_key), time(), UTC)
+        return first, first + DAY
     if run_type in ("scheduled", BACKFILL):
         if start or end:
             raise ValueError(f"A {run_type} run takes its window from its data interval: leave both bounds empty.")
@@ -108,7 +117,9 @@ def retrain_flags(
         run_type: Airflow's run type; the jobs of a backfill move no alias.
     """
     first, last = window
-    settings = [*overrides, f"window.start={first.isoformat()}", f"window.end={last.isoformat()}"]
+    # What a person starts works with what there is.
+    settings = ["runtime.delivery=none"] if run_type == "manual" else []
+    settings += [*overrides, f"window.start={first.isoformat()}", f"window.end={last.isoformat()}"]
     if run_type == BACKFILL:
         settings.append("runtime.backfill=true")
     return [*_identity(store, run), *(["--config", config] if config else []), *_settings(settings)]
@@ -148,6 +159,19 @@ def rollback_flags(*, store: str, to: str, request: str, overrides: Sequence[str
     return ["--store", store, *_settings(runtime_only(overrides)), "--to", to, "--request", request]
 
 
+def missed_interval(previous_end: datetime | None, start: datetime) -> str:
+    """Return the time between the end of the last interval and the start of this one in words, "" where there is none.
+
+    Args:
+        previous_end: end of the interval of the run before, None where there was none.
+        start: start of this run's interval.
+    """
+    if previous_end is None or previous_end >= start:
+        return ""
+    first, last = (bound.astimezone(UTC) for bound in (previous_end, start))
+    return f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC"
+
+
 def promote_flags(*, store: str, run: str, overrides: Sequence[str]) -> list[str]:
     """Return the flags of the jobs that judge and serve a run. They read its configuration from the store."""
     return [*_identity(store, run), *_settings(runtime_only(overrides))]
@@ -158,16 +182,18 @@ def runtime_only(overrides: Iterable[str]) -> list[str]:
     return [override for override in overrides if override.startswith("runtime.")]
 
 
-def newest_candidate(events: Iterable[Any]) -> Mapping[str, Any] | None:
+def newest_candidate(events: Iterable[Any], store: str | None = None) -> Mapping[str, Any] | None:
     """Return `extra` of the newest asset event that announces a candidate, None if only backfills sent events.
 
     Args:
-        events: Airflow asset events with `timestamp`, `source_run_id` and `extra`.
+        events: Airflow asset events with `timestamp`, `source_run_id` and `extra`, in any order.
+        store: only candidates of this store count; those of every store when None.
     """
     announced = [
         event
         for event in events
         if event.extra.get("run")
+        and store in (None, event.extra.get("store"))
         and event.extra.get("run_type") != BACKFILL
         and not (event.source_run_id or "").startswith(f"{BACKFILL}__")
     ]

@@ -87,6 +87,7 @@ def _commands() -> dict[str, Command]:
         "promote": _promote,
         "rollback": _rollback,
         "ledger": _ledger,
+        "prune": _prune,
         "doctor": _doctor,
         "plan": _plan,
         "experiments": _experiments,
@@ -305,8 +306,26 @@ def _move(
 def _ledger(arguments: argparse.Namespace) -> int:
     from jobs.commands.query import verify_ledger
 
+    if arguments.what == "repair":
+        return _move(arguments, ("ml.repair",), None, [], "repair")
     answer = verify_ledger(_store(arguments), _runtime(arguments))
     _result(arguments, answer, [f"{key:<9} {value}" for key, value in answer.items()])
+    return EXIT_OK
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from jobs.prune import prune
+
+    overrides = ["window.start=1970-01-01", "window.end=1970-01-02", f"promote.keep_versions={arguments.keep_versions}"]
+    if arguments.registry:
+        overrides.append(f"runtime.registry={arguments.registry}")
+    answer = prune(_store(arguments), load_config(None, overrides), arguments.keep_days, arguments.dry_run)
+    lines = [
+        f"{answer['status']}: {len(answer['runs'])} runs, {answer['num_artifacts']} artifacts, "
+        f"{answer['bytes']} bytes; {answer['num_kept']} runs are kept",
+        *(f"{stage:<18} {num_bytes:>15} bytes" for stage, num_bytes in answer["stages"].items()),
+    ]
+    _result(arguments, answer, lines)
     return EXIT_OK
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 from crane_core.config import PREVIOUS, RunConfig, Runtime
@@ -70,6 +71,7 @@ def run_job(
 def _start(arguments: argparse.Namespace, store: ArtifactStore) -> RunConfig:
     """Record the run of the flags, or check that it is the one that was recorded; return its configuration."""
     check_run_id(arguments.run)
+    store.claims.claim(arguments.run)
     recorded = store.recorded_config(arguments.run)
     config = load_config(arguments.config, arguments.set, recorded)
     if is_refit(arguments.run):
@@ -77,8 +79,10 @@ def _start(arguments: argparse.Namespace, store: ArtifactStore) -> RunConfig:
     elif config.etl.refit:
         check_run_id(refit_run(arguments.run))
     if config.etl.base_run == PREVIOUS:
-        before = recorded["etl"]["base_run"] if recorded else store.previous_run(config)
+        before = recorded["etl"]["base_run"] if recorded else _run_before(config, store)
         config = config.model_copy(update={"etl": config.etl.going_on_from(before)})
+    if config.etl.base_run:
+        store.claims.claim(config.etl.base_run)
     store.start_run(arguments.run, config)
     return config
 
@@ -101,6 +105,33 @@ def _require(store: ArtifactStore, run_id: str) -> None:
             f"There is no refit run {run_id!r} in {store.storage.uri}.",
             f"Run python -m jobs.ml.refit --store {store.storage.uri} --run {run_id.removesuffix(SUFFIX)} first.",
         )
+
+
+def _run_before(config: RunConfig, store: ArtifactStore) -> str | None:
+    """Return the run that `etl.base_run=previous` stands for.
+
+    Raises:
+        ConfigError: the run is one of a backfill, and the run found does not end where its window begins. Days that are
+            built side by side would all go on from one run.
+    """
+    before = store.previous_run(config)
+    while before is not None:
+        store.claims.claim(before)
+        # It may have been removed before it was claimed.
+        if store.recorded_config(before) is not None:
+            break
+        before = store.previous_run(config)
+    end = datetime.fromisoformat(store.run(before)["config"]["window"]["end"]) if before else None
+    if config.runtime.backfill and end != config.window.start:
+        found = (
+            f"the last one before it, {before}, ends at {end:%Y-%m-%d %H:%M}" if before else "there is none before it"
+        )
+        raise ConfigError(
+            f"etl.base_run=previous: no run with an item graph ends at {config.window.start:%Y-%m-%d %H:%M} UTC, where "
+            f"the window of this backfill begins; {found}.",
+            "Backfill the day before first, or begin a new numbering with --set etl.base_run=null.",
+        )
+    return before
 
 
 def run_command(
@@ -129,7 +160,11 @@ def run_command(
             flags(parser)
         arguments = parser.parse_args(argv)
         store = open_store(arguments.store)
-        print(json.dumps({"stage": name, **work(arguments, store)}))
+        try:
+            result = work(arguments, store)
+        finally:
+            store.claims.release()
+        print(json.dumps({"stage": name, **result}))
         return EXIT_OK
     except Exception as exception:
         return _fail(name, exception)
@@ -137,8 +172,13 @@ def run_command(
 
 def load_runtime(arguments: argparse.Namespace) -> Runtime:
     """Return the `runtime` of a job's flags, for a job that is about no run in particular."""
+    return load_general(arguments).runtime
+
+
+def load_general(arguments: argparse.Namespace) -> RunConfig:
+    """Return the configuration of a job's flags, for a job that is about no run; its window means nothing."""
     no_window = ["window.start=1970-01-01", "window.end=1970-01-02"]
-    return load_config(arguments.config, [*no_window, *arguments.set]).runtime
+    return load_config(arguments.config, [*no_window, *arguments.set])
 
 
 def _fail(name: str, exception: Exception) -> int:

@@ -17,6 +17,8 @@ from jobs.entry_points import run_job
 
 def plan(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Return each mapped stage with the names of its parts."""
+    # Its jobs come one after the other; in between, only this says that the run is under way.
+    store.claims.keep(arguments.run)
     return {name: list(parts) for name, stage in STAGES.items() if (parts := stage.parts(config)) != (WHOLE,)}
 
 

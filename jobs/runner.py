@@ -126,6 +126,7 @@ def produce(
         ArtifactError: an input is missing or damaged.
     """
     inputs, fingerprint = identify(stage, run_id, part, config, store)
+    store.claims.claim(run_id, fingerprint)
     base = scratch(store.storage.uri) / stage.name
     # A second runner waits, then finds the result.
     with locked(base / f"{fingerprint}.lock"):

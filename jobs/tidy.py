@@ -27,6 +27,9 @@ DAY_SECONDS = 86400.0
 
 def tidy(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
     """Remove the old folders; return their number and their bytes."""
+    if not config.runtime.backfill:
+        # What a backfill has made of old days would be removed at once; the claim lapses by itself.
+        store.claims.drop(arguments.run)
     unused_since = time.time() - config.runtime.scratch_days * DAY_SECONDS
     num_removed = num_bytes = 0
     for folder in _folders(scratch(store.storage.uri), store.cache):

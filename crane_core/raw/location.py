@@ -76,6 +76,10 @@ class Location:
     def is_dir(self) -> bool:
         return self._ask(fs.FileSystem.get_file_info, str(self.path)).type == fs.FileType.Directory
 
+    def exists(self) -> bool:
+        """Return whether there is a file or folder here, a hidden one too."""
+        return self._ask(fs.FileSystem.get_file_info, str(self.path)).type != fs.FileType.NotFound
+
     def children(self) -> list[Location]:
         """List the entries directly below, by name, without hidden ones; nothing if this is not a folder."""
         return self._list(recursive=False)

@@ -110,7 +110,7 @@ def decide(
         num_users=num_users,
         differences=differences,
         checks=tuple(checks),
-        rule=rule.model_dump(mode="json"),
+        rule=rule.rule(),
     )
 
 

@@ -31,12 +31,15 @@ class Aliases(Protocol):
     def tag_of(self, number: str, tag: str) -> str | None:
         """Return the value of a tag of a version."""
 
+    def exists(self, number: str) -> bool:
+        """Return whether there is a version with a number."""
+
 
 def settle(ledger: Ledger, aliases: Aliases) -> str | None:
     """Set the alias to the champion of the ledger. Both are read again after every change, in case of a crash or race.
 
     Returns:
-        The champion, to which the alias points now.
+        The champion, to which the alias points now; None where there is none, or where the registry has lost it.
 
     Raises:
         ArtifactError: the registry has a champion and the ledger no entry, the chain is broken, or another process
@@ -54,6 +57,9 @@ def settle(ledger: Ledger, aliases: Aliases) -> str | None:
                 )
             return None
         champion = history[-1].champion
+        if champion is not None and not aliases.exists(champion):
+            logger.warning("lost version=%s: it is champion, and the registry does not have it", champion)
+            champion = None
         if holder == champion:
             return champion
         logger.info("alias %s from=%s to=%s ledger_seq=%d", CHAMPION, holder, champion, history[-1].seq)
@@ -92,8 +98,13 @@ def recover(ledger: Ledger, aliases: Aliases, smoke: Callable[[Entry], object], 
 
 
 def is_confirmed(entry: Entry, aliases: Aliases) -> bool:
-    """Return whether the smoke test of an entry has passed; a restored version passed it when it was promoted."""
-    return entry.action == "restore" or aliases.tag_of(entry.version, SMOKE_TAG) == str(entry.seq)
+    """Return whether the smoke test of an entry has passed; a restored version passed it when it was promoted.
+
+    Of a version that the registry has lost nobody knows; taking its promotion back would be no help either way.
+    """
+    if entry.action in ("restore", "repair") or not aliases.exists(entry.version):
+        return True
+    return aliases.tag_of(entry.version, SMOKE_TAG) == str(entry.seq)
 
 
 def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[], object], fence: int) -> None:
@@ -109,7 +120,7 @@ def hand_over(ledger: Ledger, aliases: Aliases, entry: Entry, smoke: Callable[[]
     Raises:
         ArtifactError: the smoke test failed. The alias is back where it was, and the ledger has an entry for it.
     """
-    aliases.tag(entry.version, {f"{ANCHOR_TAG}{entry.seq}": entry.hash})
+    anchor(aliases, entry)
     settle(ledger, aliases)
     try:
         smoke()
@@ -139,5 +150,11 @@ def restore(ledger: Ledger, aliases: Aliases, entry: Entry, why: str, fence: int
     draft = Draft("restore", entry.version, before, entry.run_id, reason, {"restores": entry.seq})
     restored = ledger.append(ledger.size(), draft, fence)
     settle(ledger, aliases)
-    aliases.tag(entry.version, {f"{ANCHOR_TAG}{restored.seq}": restored.hash})
+    anchor(aliases, restored)
     return restored
+
+
+def anchor(aliases: Aliases, entry: Entry) -> None:
+    """Let the version of an entry remember the entry's hash, if the registry still has the version."""
+    if aliases.exists(entry.version):
+        aliases.tag(entry.version, {f"{ANCHOR_TAG}{entry.seq}": entry.hash})

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from crane_core.config import RunConfig
 from crane_core.errors import ArtifactError
+from crane_core.release.damage import damage_of
 from crane_core.release.gate import PRIMARY, Decision, decide
 from crane_core.release.measure import JudgedWindow, Measurement, measure
 from crane_core.release.registry import Registry
@@ -44,7 +45,7 @@ class Judge:
         self._config = config
         self._registry = registry
         self.version = version = registry.version(_registered(store, run_id))
-        self.rule = config.promote.model_dump(mode="json")
+        self.rule = config.promote.rule()
         self._metrics = json.loads(registry.evidence(version, "metrics.json").read_text())
         self._per_user = pq.read_table(registry.evidence(version, "per_user.parquet"))
         users = self._per_user.column(USER_IDX).to_numpy()
@@ -55,11 +56,11 @@ class Judge:
         """Return the decision of the gate, and its numbers for the ledger.
 
         Args:
-            champion: version to compare with, None when there is none.
+            champion: version to compare with, None when there is none. If it was removed or changed in the registry,
+                the challenger is judged as a first champion is.
         """
         challenger = self._challenger()
-        holder = None if champion is None else self._registry.version(champion)
-        opponent = None if holder is None else self._measure(holder)
+        holder, opponent, lost = self._opponent(champion)
         baselines = {
             name: figures["recall@20"]["mean"] for name, figures in self._metrics["models"].items() if name != "crane"
         }
@@ -72,8 +73,23 @@ class Judge:
             )
             if measurement and version
         }
+        if lost:
+            decision = replace(decision, reason=f"{decision.reason} There was no champion to compare with: {lost}.")
         # `standings` is the key of stored ledger entries.
-        return decision, decision.as_dict() | {"standings": measured, "baselines": baselines}
+        return decision, decision.as_dict() | {"standings": measured, "baselines": baselines, "lost": lost}
+
+    def _opponent(self, champion: str | None) -> tuple[Version | None, Measurement | None, str]:
+        """Find and measure the champion; one whose evidence or files are gone is none, and the reason says why."""
+        if champion is None:
+            return None, None, ""
+        try:
+            holder = self._registry.version(champion)
+            return holder, self._measure(holder), ""
+        except ArtifactError:
+            lost = damage_of(self._registry, champion)
+            if not lost:
+                raise
+            return None, None, lost
 
     def _challenger(self) -> Measurement:
         """Return the registered metrics of each user, after checking that the registered model reproduces them."""

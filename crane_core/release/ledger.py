@@ -3,7 +3,7 @@
 One object per entry, `{store}/ledger/{seq:08d}.json`, made only if it does not exist, and chained: each entry
 carries the hash of the one before and its own. The ledger decides who is champion: an entry is written first and the
 alias is moved second. After a crash in between, the alias is set to what the ledger says. The writer holds the lease of
-the store (`crane_core.release.lease`). An entry carries the token of its lease, and no entry follows one with a higher
+the store (`crane_core.storage.lease`). An entry carries the token of its lease, and no entry follows one with a higher
 token.
 """
 
@@ -18,14 +18,16 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from crane_core.errors import ArtifactError
-from crane_core.release.lease import lost
 from crane_core.storage import Storage
+from crane_core.storage.lease import lost
 
 logger = logging.getLogger(__name__)
 FOLDER = "ledger"
 GENESIS = "0" * 64
 ANCHOR_TAG = "crane.ledger."
-Action = Literal["promote", "refuse", "rollback", "restore"]
+Action = Literal["promote", "refuse", "pass", "rollback", "restore", "repair"]
+MOVES = ("promote", "rollback", "restore", "repair")
+"""Actions that set the champion."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Draft:
     """A decision before it is written into the ledger.
 
     Attributes:
-        action: `promote` and `rollback` make `version` champion; `refuse` changes nothing; `restore` takes back a
-            promotion or rollback whose smoke test, or a step that had to follow it, failed.
+        action: `promote` and `rollback` make `version` champion; `refuse` changes nothing, and so does `pass`: a newer
+            candidate was judged before anybody judged `version`; `restore` takes back a promotion or rollback whose
+            smoke test, or a step that had to follow it, failed; `repair` ends the time of a champion that cannot be
+            served any more and that has no successor among the earlier ones.
         version: the version the decision is about.
         champion: champion from now on, None when there is none.
         run_id: run that asked for it.
@@ -147,8 +151,8 @@ class Ledger:
         return [entry for entry in self.entries() if entry.model == self.model]
 
     def moves(self) -> list[Entry]:
-        """Return the entries of this model that set the champion: all but refusals, oldest first."""
-        return [entry for entry in self.history() if entry.action != "refuse"]
+        """Return the entries of this model that set the champion, oldest first."""
+        return [entry for entry in self.history() if entry.action in MOVES]
 
     def champion(self) -> str | None:
         """Return the version that the alias has to point to."""

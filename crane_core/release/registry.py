@@ -1,15 +1,12 @@
-"""The model registry: versions, their evidence and their aliases. The only module that imports mlflow."""
+"""The model registry: versions, their evidence and their aliases."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import logging
 import os
-import shutil
-import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +17,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 import mlflow
-import mlflow.artifacts
 import mlflow.pyfunc
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -32,9 +28,10 @@ from mlflow.types.schema import Array
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
+from crane_core.release.downloads import download
 from crane_core.release.ledger import ANCHOR_TAG
 from crane_core.release.mlmodel import LOADER, served_folder
-from crane_core.release.version import Release, Version
+from crane_core.release.version import EVIDENCE_TAG, Release, Version
 from crane_core.schema import USER_ID
 from crane_core.serving.model_folder import CHECKSUMS, DEFAULT_K
 from crane_core.storage.artifacts import sha256_file
@@ -43,10 +40,13 @@ from crane_core.storage.lock import locked
 logger = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
+CANDIDATE_TAG = "crane.candidate"
+"""Tag of a version that has been candidate: when it became one, ISO 8601 UTC."""
+PRUNED_TAG = "crane.pruned"
+"""Tag of a version whose run was removed from the store: when, ISO 8601 UTC; empty once the run was made again."""
 
 _MODEL = "model"
 _EVIDENCE = "evidence"
-_EVIDENCE_TAG = "crane.evidence."
 _TRAINING_TAG = "crane.training"
 _FINGERPRINT = "crane.fingerprint"
 _CHECKSUMS_TAG = "crane.checksums"
@@ -113,7 +113,7 @@ class Registry:
         if found:
             return found, False
         started = time.monotonic()
-        evidence_tags = {f"{_EVIDENCE_TAG}{path.name}": sha256_file(path) for path in release.evidence}
+        evidence_tags = {f"{EVIDENCE_TAG}{path.name}": sha256_file(path) for path in release.evidence}
         tags = {
             **release.tags,
             **evidence_tags,
@@ -155,19 +155,14 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """Return all versions, oldest first."""
-        aliases: dict[str, list[str]] = {}
+        named: dict[str, list[str]] = defaultdict(list)
         for alias, number in self._client.get_registered_model(self.name).aliases.items():
-            aliases.setdefault(str(number), []).append(alias)
+            named[str(number)].append(alias)
         found: list[Version] = []
         token = None
         while True:
             page = self._client.search_model_versions(f"name = '{self.name}'", max_results=_BATCH, page_token=token)
-            found += [
-                Version(
-                    str(each.version), each.run_id or "", dict(each.tags), tuple(aliases.get(str(each.version), ()))
-                )
-                for each in page
-            ]
+            found += [Version(str(v.version), v.run_id or "", dict(v.tags), tuple(named[str(v.version)])) for v in page]
             token = page.token
             if not token:
                 return sorted(found, key=lambda version: int(version.number))
@@ -182,9 +177,14 @@ class Registry:
         if number not in versions:
             raise ArtifactError(
                 f"Model {self.name!r} has no version {number!r}.",
-                f"Give one of the known versions: {', '.join(versions) or 'none, register a run first'}.",
+                f"Give one of the known versions: {', '.join(versions) or 'none'}. One that was removed comes back "
+                "as a new one: python -m jobs.ml.register --store STORE --run RUN.",
             )
         return versions[number]
+
+    def exists(self, number: str) -> bool:
+        """Return whether there is a version with a number."""
+        return number in {version.number for version in self.versions()}
 
     def holder(self, alias: str) -> str | None:
         """Return the number of the version an alias points to, None when there is no such alias."""
@@ -202,6 +202,25 @@ class Registry:
         """Write tags on a version."""
         for key, value in _clipped(tags).items():
             self._client.set_model_version_tag(self.name, number, key, value)
+
+    def aliased_runs(self) -> set[str]:
+        """Return the pipeline's runs of all versions that carry an alias, of every model of the server."""
+        found = set()
+        token = None
+        while True:
+            page = self._client.search_registered_models(max_results=_BATCH, page_token=token)
+            for model in page:
+                for number in set(model.aliases.values()):
+                    with contextlib.suppress(MlflowException):
+                        # An alias may point to a version that was deleted.
+                        found.add(self._client.get_model_version(model.name, number).tags.get("crane.run"))
+            token = page.token
+            if not token:
+                return {run for run in found if run}
+
+    def describe(self, number: str, text: str) -> None:
+        """Write the description of a version, Markdown."""
+        self._client.update_model_version(self.name, number, text)
 
     def tag_of(self, number: str, tag: str) -> str | None:
         """Return the value of a tag of a version."""
@@ -223,7 +242,7 @@ class Registry:
             ArtifactError: it is missing, or not the file that was registered.
         """
         path = self._read(version, f"its evidence {name}", **self._logged(version, f"{_EVIDENCE}/{name}"))
-        if sha256_file(path) != version.tags.get(f"{_EVIDENCE_TAG}{name}"):
+        if sha256_file(path) != version.tags.get(f"{EVIDENCE_TAG}{name}"):
             raise self._refused(version, f"its evidence {name} is not what was registered")
         return path
 
@@ -371,24 +390,6 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
     # Two processes that create the tables of one SQLite file at the same time would both fail.
     with locked(root / ".mlflow.lock"):
         return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
-
-
-def download(**what: str) -> Path:
-    """Return a local path of files of a registry: in place if it is local, else a copy that is removed at exit."""
-    before = tempfile.tempdir
-    tempfile.tempdir = _copies()
-    try:
-        return Path(mlflow.artifacts.download_artifacts(**what))
-    finally:
-        tempfile.tempdir = before
-
-
-@functools.cache
-def _copies() -> str:
-    """Make the folder of this process's downloads; in the temporary folder itself MLflow would never remove them."""
-    folder = tempfile.mkdtemp(prefix="crane-registry-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _metric_name(name: str) -> str:

@@ -12,6 +12,9 @@ import pandas as pd
 SHIPPED_TAG = "crane.shipped_run"
 """Tag of a version whose served model is that of a refit run."""
 
+EVIDENCE_TAG = "crane.evidence."
+"""Prefix of the tags that hold the checksum of each file of the evidence."""
+
 
 @dataclass(frozen=True)
 class DatasetReference:
@@ -91,3 +94,8 @@ class Version:
     def has_twin(self) -> bool:
         """Whether the evaluated model is another one than the served one."""
         return SHIPPED_TAG in self.tags
+
+    @property
+    def evidence(self) -> list[str]:
+        """Names of the files of its evidence."""
+        return [tag.removeprefix(EVIDENCE_TAG) for tag in self.tags if tag.startswith(EVIDENCE_TAG)]

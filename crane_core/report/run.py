@@ -100,6 +100,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         window=config.window,
         chapters=chapters,
         headline=_headline(run, chapters),
+        missed=_missed(run),
         settings={name: section for name, section in config.identity().items() if section is not None},
         shipped_run=_shipped_run(run),
         lineage=_lineage(run),
@@ -109,6 +110,16 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
         overwhelmed=OVERWHELMED,
         profile_spread=PROFILE_SPREAD,
     )
+
+
+def _missed(run: _Run) -> tuple[datetime, datetime] | None:
+    """Return the time before the run's window that no earlier run of the store covers; None where there is none."""
+    start = run.config.window.start
+    recorded = (run.store.recorded_config(run_id) for run_id in run.store.run_ids())
+    windows = [config["window"] for config in recorded if config]
+    ends = [datetime.fromisoformat(each["end"]) for each in windows if datetime.fromisoformat(each["start"]) < start]
+    last = max(ends, default=start)
+    return (last, start) if last < start else None
 
 
 class _Run:
@@ -234,13 +245,25 @@ def _training(run: _Run, chapter: Chapter) -> None:
 
 def _data(run: _Run, chapter: Chapter) -> None:
     quality = run.json("etl.interactions", "quality.json")
-    chapter.data = {"quality": quality, "modalities": {}}
+    chapter.data = {"quality": quality, "modalities": {}, "late": _late(run)}
     if run.entry("etl.features"):
         facts = run.artifact("etl.features").facts
         chapter.data |= {"modalities": facts.get("modalities", {})}
     days = quality.get("events_per_day", {})
     if len(days) > 1:
         chapter.plots["days"] = svg(plot_days(days, quality.get("cutoffs")))
+
+
+def _late(run: _Run) -> dict[str, int]:
+    """Return the rows that came after the run before this one had read their partition, by arrival day."""
+    previous = run.store.previous_run(run.config)
+    if previous is None:
+        return {}
+    window = run.store.run(previous)["config"]["window"]
+    before = run.store.artifact(previous, "etl.interactions").facts.get("partitions", {})
+    now = run.artifact("etl.interactions").facts.get("partitions", {})
+    read = [day for day in now if before and min(before) <= day < window["end"][:10]]
+    return {day: now[day] - before.get(day, 0) for day in read if now[day] > before.get(day, 0)}
 
 
 def _graph(run: _Run, chapter: Chapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -31,6 +32,21 @@ class Storage(Protocol):
 
     def fetch(self, key: str, cache: Path) -> Path:
         """Return a local folder with the files of the published folder `key`."""
+
+    def delete(self, key: str) -> None:
+        """Remove the bytes at `key`, if there are any."""
+
+    def size(self, key: str) -> int:
+        """Return the bytes of everything below the folder `key`."""
+
+    def withdraw(self, key: str) -> list[str]:
+        """Make the folder `key` absent at once; return what `discard` has to remove of it."""
+
+    def leftovers(self, prefix: str) -> dict[str, list[str]]:
+        """Return what killed processes have left below the folder `prefix`: name of a folder to what to discard."""
+
+    def discard(self, rest: Sequence[str]) -> None:
+        """Remove what is left of withdrawn folders."""
 
 
 def open_storage(uri: str) -> Storage:

@@ -22,6 +22,7 @@ from crane_core.config_file import upgraded
 from crane_core.errors import ArtifactError, ConfigError
 from crane_core.refit import is_refit
 from crane_core.storage import Storage
+from crane_core.storage.claims import Claims
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -86,6 +87,7 @@ class ArtifactStore:
     def __init__(self, storage: Storage, cache: Path) -> None:
         self.storage = storage
         self.cache = cache
+        self.claims = Claims(storage)
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """Return the published artifact, or None.

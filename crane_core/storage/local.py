@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+
+ATTEMPT = re.compile(r"[0-9a-f]{32}")
 
 
 class LocalStorage:
@@ -62,6 +66,38 @@ class LocalStorage:
 
     def fetch(self, key: str, cache: Path) -> Path:
         return self.root / key
+
+    def delete(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def size(self, key: str) -> int:
+        return sum(path.lstat().st_size for path in (self.root / key).rglob("*") if not path.is_dir())
+
+    def withdraw(self, key: str) -> list[str]:
+        folder = self.root / key
+        hidden = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+        try:
+            folder.rename(hidden)
+        except FileNotFoundError:
+            return []
+        return [hidden.relative_to(self.root).as_posix()]
+
+    def leftovers(self, prefix: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        folder = self.root / prefix
+        for path in folder.iterdir() if folder.is_dir() else ():
+            name, _, attempt = path.name.removeprefix(".").rpartition(".")
+            if path.name.startswith(".") and name and ATTEMPT.fullmatch(attempt):
+                found.setdefault(name, []).append(path.relative_to(self.root).as_posix())
+        return found
+
+    def discard(self, rest: Sequence[str]) -> None:
+        for key in rest:
+            path = self.root / key
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _spool(self, key: str, data: bytes) -> Path:
         target = self.root / key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import boto3
@@ -14,6 +15,8 @@ from botocore.exceptions import ClientError
 from crane_core.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+PER_REQUEST = 1000
+"""Most objects that one request removes."""
 RETRIES = Config(retries={"max_attempts": 8, "mode": "standard"})
 
 
@@ -103,6 +106,41 @@ class S3Storage:
                 raise
             shutil.rmtree(hidden)
         return target
+
+    def delete(self, key: str) -> None:
+        self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+
+    def size(self, key: str) -> int:
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=f"{self.prefix}{key}/"
+        )
+        return sum(item["Size"] for page in pages for item in page.get("Contents", []))
+
+    def withdraw(self, key: str) -> list[str]:
+        items = self._objects(f"{self.prefix}{key}/")
+        manifest = f"{self.prefix}{key}/{MANIFEST}"
+        if manifest in items:
+            self._client.delete_object(Bucket=self.bucket, Key=manifest)
+        rest = [item for item in items if item != manifest]
+        if any(f"{self.prefix}{key}/.data/" in item for item in rest):
+            return rest
+        # The few objects of a run record go in one request.
+        self.discard(rest)
+        return []
+
+    def leftovers(self, prefix: str) -> dict[str, list[str]]:
+        # A folder without a manifest is listed by `names`, and `withdraw` finds what is left of it.
+        return {}
+
+    def discard(self, rest: Sequence[str]) -> None:
+        for start in range(0, len(rest), PER_REQUEST):
+            objects = [{"Key": key} for key in rest[start : start + PER_REQUEST]]
+            answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": objects, "Quiet": True})
+            for failed in answer.get("Errors", []):
+                raise ArtifactError(
+                    f"s3://{self.bucket}/{failed['Key']} cannot be removed ({failed.get('Code')}).",
+                    "Allow s3:DeleteObject on the bucket, then run crane prune again.",
+                )
 
     def _objects(self, prefix: str) -> list[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)

@@ -48,7 +48,8 @@ resource "aws_s3_bucket_lifecycle_configuration" "artifacts" {
   bucket     = aws_s3_bucket.artifacts.id
   depends_on = [aws_s3_bucket_versioning.artifacts]
 
-  # The ledger and the registry are kept: the rules below name what may move or go.
+  # Nothing below store/ or of the registry expires by age: the champion's artifacts may be old. `crane prune` removes
+  # what nothing needs; the rule old-versions then frees its bytes.
   rule {
     id     = "unfinished-uploads"
     status = "Enabled"

@@ -179,6 +179,7 @@ def rebuild(name: str, jobs: Mapping[str, Work | None], argv: Sequence[str] | No
                 f"Give --part YYYY-MM-DD, the first day of one of {', '.join(arguments.windows)}.",
             )
         (day,) = chosen
+        store.claims.keep(day.run)
         _record(day, store)
         done = found = 0
         for run, stage in day.work():

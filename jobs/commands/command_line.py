@@ -66,8 +66,19 @@ def command_line(work: Mapping[str, Command]) -> FlagParser:
     rollback = command("rollback", "Make an earlier version champion again.", stored)
     rollback.add_argument("--to", default="previous", metavar="VERSION|previous")
 
-    ledger = command("ledger", "Check the ledger of promotions against itself and the registry.", stored)
-    ledger.add_argument("what", choices=("verify",))
+    ledger = command("ledger", "Check the ledger of promotions against itself and the registry, or repair.", stored)
+    ledger.add_argument(
+        "what", choices=("verify", "repair"), help="repair: go back to a champion that can be served, by a new line"
+    )
+
+    prune = command("prune", "Remove the runs and artifacts of a store that nothing needs.", stored)
+    prune.add_argument(
+        "--keep-days", type=int, required=True, metavar="N", help="keep windows that ended within N days of the newest"
+    )
+    prune.add_argument(
+        "--keep-versions", type=int, default=5, metavar="N", help="champions to keep (default: %(default)s)"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
 
     doctor = command("doctor", "What works on this machine, and how to mend the rest.", stored)
     doctor.add_argument("--deep", action="store_true", help="also start Spark")

@@ -128,11 +128,13 @@ def runs(store: ArtifactStore, runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
-    """Check the entries of the ledger, their chain, their copies in the registry, and the holder of the alias.
+    """Check the entries of the ledger, their chain, their copies in the registry, the alias, and the champion's files.
 
     Raises:
-        ArtifactError: the ledger was tampered with, or the alias is not where it puts it.
+        ArtifactError: the ledger was tampered with, the alias is not where it puts it, or the champion was removed or
+            changed in the registry.
     """
+    from crane_core.release.damage import damage_of
     from crane_core.release.handover import CHAMPION
     from crane_core.release.ledger import Ledger
     from crane_core.release.registry import open_registry
@@ -142,10 +144,16 @@ def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
     anchors = registry.ledger_anchors()
     num_entries = ledger.verify(anchors)
     champion, holder = ledger.champion(), registry.holder(CHAMPION)
+    damage = damage_of(registry, champion) if champion is not None else ""
+    if damage:
+        raise ArtifactError(
+            f"The champion cannot be served: {damage}.",
+            "Run crane ledger repair, which goes back to the last champion that can be, or crane promote --run RUN.",
+        )
     if holder != champion:
         raise ArtifactError(
             f"The alias {CHAMPION!r} points to version {holder}, the ledger says {champion}.",
-            "Run crane promote or crane rollback: it puts the alias where the ledger says.",
+            "Run crane ledger repair: it puts the alias where the ledger says.",
         )
     last = ledger.entries()[-1].hash if num_entries else None
     return {"status": "whole", "entries": num_entries, "anchored": len(anchors), "champion": champion, "last": last}

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from statistics import median
 from typing import Any
 
 from pyspark.sql import DataFrame
@@ -15,6 +16,7 @@ from crane_core.config import Etl
 from crane_core.config import Window as RunWindow
 from crane_core.errors import DataError
 from crane_core.numerics.stability import population_stability_index
+from crane_core.raw.checks import Footer
 from crane_core.schema import EVENT_TIME, WEIGHT
 from jobs.etl.events import EVENT_CODE, ITEM_KEY, USER_KEY
 
@@ -23,6 +25,11 @@ logger = logging.getLogger(__name__)
 FIRST_DAY = "1990-01-01"
 """Events before this day are taken for wrong, and counted."""
 ITEM_GROUPS = 16
+COMPLETENESS_DAYS = 56
+RECENT_DAYS = 28
+MIN_WEEKDAYS = 3
+NUM_PARTITIONS = 60
+"""Daily partitions whose rows the manifest keeps."""
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
@@ -109,6 +116,86 @@ def measure_drift(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, A
     status = "ok" if worst <= etl.drift_warn else "warn"
     status = "stop" if etl.drift_stop is not None and worst > etl.drift_stop else status
     return {**result, "volume": round(found * days / reference, 4), "index": indices, "status": status}
+
+
+def compare_last_day(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, Any]:
+    """Return `drift` and `completeness` of the last day before `window.end`."""
+    return {
+        "drift": measure_drift(events, window, etl),
+        "completeness": measure_completeness(events, window, etl),
+    }
+
+
+def stop_on_last_day(compared: dict[str, Any], etl: Etl) -> None:
+    """Warn of a last day that is unlike those before, or stop.
+
+    Raises:
+        DataError: it has too few events, or they have drifted.
+    """
+    stop_on_missing(compared["completeness"], etl)
+    stop_on_drift(compared["drift"], etl)
+
+
+def rows_per_partition(log: Sequence[Footer]) -> dict[str, int]:
+    """Return the rows of the newest daily partitions, by arrival day: what a later run finds beyond them came late."""
+    rows: Counter[str] = Counter()
+    for footer in log:
+        rows[str(footer.file.day)] += footer.num_rows
+    return dict(sorted(rows.items())[-NUM_PARTITIONS:])
+
+
+def measure_completeness(events: DataFrame, window: RunWindow, etl: Etl) -> dict[str, Any]:
+    """Compare the number of events of the last day before `window.end` with that of a day of its kind.
+
+    A day is 24 hours that end at the hour of `window.end`.
+
+    Args:
+        events: usable events, repeats included.
+        window: its end is the end of the day.
+        etl: thresholds.
+
+    Returns:
+        `rows` of the day; `weekday_median` over the same weekdays of the eight weeks before, and `days_median` over the
+        days of four weeks, each null where there is none; `share`, of the first of these that rests on enough days; and
+        `status`: `ok`, `warn`, `stop`, or `unknown` where it has too few events.
+    """
+    begin = window.end - timedelta(days=COMPLETENESS_DAYS + 1)
+    place = F.floor((F.unix_micros(F.lit(window.end)) - 1 - F.unix_micros(EVENT_TIME)) / 86_400_000_000)
+    counted = events.where(F.col(EVENT_TIME) >= F.lit(begin)).groupBy(place.alias("place")).count().collect()
+    counts = {row["place"]: row["count"] for row in counted}
+    # Days before the first event are no days without traffic.
+    oldest = max(counts, default=0)
+    days = [counts.get(day, 0) for day in range(1, min(oldest, RECENT_DAYS) + 1)]
+    weekdays = [counts.get(day, 0) for day in range(7, oldest + 1, 7)]
+    weekday_median, days_median = (median(found) if found else None for found in (weekdays, days))
+    expected = weekday_median if len(weekdays) >= MIN_WEEKDAYS else days_median
+    result = {"rows": counts.get(0, 0), "weekday_median": weekday_median, "days_median": days_median}
+    if expected is None or expected < etl.completeness_min_rows:
+        return {**result, "share": None, "status": "unknown"}
+    share = round(result["rows"] / expected, 4)
+    status = "ok" if share >= etl.completeness_warn else "warn"
+    status = "stop" if etl.completeness_stop is not None and share < etl.completeness_stop else status
+    return {**result, "share": share, "status": status}
+
+
+def stop_on_missing(completeness: dict[str, Any], etl: Etl) -> None:
+    """Warn of a last day with fewer events than a day of its kind has, or stop.
+
+    Raises:
+        DataError: the share is below `etl.completeness_stop`.
+    """
+    told = (
+        f"{completeness['rows']} events, {completeness['share']} of what such a day has (median of the same weekdays "
+        f"{completeness['weekday_median']}, of the days before {completeness['days_median']})"
+    )
+    if completeness["status"] == "stop":
+        raise DataError(
+            f"The last day has {told}; etl.completeness_stop is {etl.completeness_stop}.",
+            "Deliver the rest of the day and clear the task; if the day is right, lower etl.completeness_stop or set it"
+            " to null.",
+        )
+    if completeness["status"] == "warn":
+        logger.warning("incomplete status=warn threshold=%s: the last day has %s", etl.completeness_warn, told)
 
 
 def stop_on_drift(drift: dict[str, Any], etl: Etl) -> None:

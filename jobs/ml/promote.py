@@ -4,6 +4,10 @@ Reads the evidence again from the registry, measures the champion on the same us
 moves the alias `champion` and tests the model through it. All of this happens under the champion lock, so promotions
 from any number of machines run one after the other. A refusal is a result and not an error: exit code 0. After a failed
 smoke test the former champion is back, and the exit code is 4.
+
+With `--announced` nobody has chosen the version: a schedule judges the newest candidate. Each older candidate that was
+never judged then gets a line in the ledger which says that it was passed over. A version that was champion and is not
+any more stays where it is: whoever rolled it back has judged it.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
-from crane_core.release.champion_lock import lock_champion
+from crane_core.release.champion_lock import ChampionLock, lock_champion
+from crane_core.release.description import describe
 from crane_core.release.judge import Judge
-from crane_core.release.ledger import ANCHOR_TAG, Draft, Entry
-from crane_core.release.registry import open_registry
+from crane_core.release.ledger import ANCHOR_TAG, MOVES, Draft, Entry
+from crane_core.release.registry import CANDIDATE_TAG, open_registry
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
+from jobs.ml.report import report_uri
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +41,28 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
     judge = Judge(config, store, arguments.run, open_registry(config.runtime, store.storage.uri))
     number, status = judge.version.number, "done"
     with lock_champion(config.runtime, store, f"promote run={arguments.run} version={number}") as lock:
-        entry = _earlier_decision(lock.ledger.history(), number, judge.rule)
+        history = lock.ledger.history()
+        entry = _earlier_decision(history, number, judge.rule)
+        if entry is None and arguments.announced:
+            entry = _taken_out(history, number)
         if entry:
             status = "found"
         else:
-            champion = lock.champion
+            champion = lock.ledger.champion()
             decision, numbers = judge.decide(champion)
             if decision.promoted:
                 draft = Draft("promote", number, number, arguments.run, decision.reason, numbers)
             else:
                 draft = Draft("refuse", number, champion, arguments.run, decision.reason, numbers)
             entry = lock.write(draft)
-        promoted = entry.action != "refuse"
+        promoted = entry.champion == number
         if promoted:
             lock.carry_out(entry)
-        lock.registry.tag(
-            number,
-            {
-                f"{ANCHOR_TAG}{entry.seq}": entry.hash,
-                "crane.decision": "promoted" if promoted else "refused",
-                "crane.decision_reason": entry.reason,
-                "crane.decision_numbers": json.dumps(entry.numbers),
-            },
-        )
+        _tag(lock, entry, number, "promoted" if promoted else "refused")
+        if status == "done":
+            report = report_uri(store, arguments.run)
+            lock.registry.describe(number, describe(judge.version, entry.numbers, entry.reason, report))
+        passed_over = _pass_over(lock, number) if arguments.announced else []
     logger.info("%s version=%s reason=%s", "promoted" if promoted else "refused", number, entry.reason)
     return {
         "status": status,
@@ -67,7 +72,49 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
         "champion": entry.champion,
         "previous": entry.champion_before,
         "ledger": entry.seq,
+        "passed_over": passed_over,
     }
+
+
+def _tag(lock: ChampionLock, entry: Entry, number: str, decision: str) -> None:
+    """Write a decision on its version."""
+    lock.registry.tag(
+        number,
+        {
+            f"{ANCHOR_TAG}{entry.seq}": entry.hash,
+            "crane.decision": decision,
+            "crane.decision_reason": entry.reason,
+            "crane.decision_numbers": json.dumps(entry.numbers),
+        },
+    )
+
+
+def _pass_over(lock: ChampionLock, judged: str) -> list[str]:
+    """Write a line for every candidate older than a version that nobody has judged; return their numbers."""
+    known = {entry.version for entry in lock.ledger.history()}
+    older = [
+        version
+        for version in lock.registry.versions()
+        if CANDIDATE_TAG in version.tags and version.number not in known and int(version.number) < int(judged)
+    ]
+    for version in older:
+        reason = f"Passed over: version {judged} was announced before anybody judged version {version.number}."
+        draft = Draft("pass", version.number, lock.ledger.champion(), version.run_id, reason, {"judged": judged})
+        _tag(lock, lock.write(draft), version.number, "passed over")
+        logger.info("passed_over version=%s run=%s", version.number, version.run_id)
+    return [version.number for version in older]
+
+
+def _taken_out(history: list[Entry], number: str) -> Entry | None:
+    """Return the entry by which a version ceased to be champion in favour of another, None if there is none.
+
+    A restore is none: it takes back a promotion that was not finished, and a new attempt judges it again.
+    """
+    made = next((place for place, e in enumerate(history) if e.champion == number and e.action in MOVES), None)
+    last = next((e for e in reversed(history) if e.version == number), None)
+    if made is None or last is None or last.action == "restore":
+        return None
+    return next((e for e in history[made:] if e.champion != number and e.action in MOVES), None)
 
 
 def _earlier_decision(history: list[Entry], number: str, rule: dict[str, Any]) -> Entry | None:
@@ -83,8 +130,14 @@ def _earlier_decision(history: list[Entry], number: str, rule: dict[str, Any]) -
     return None
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--announced", action="store_true", help="a schedule asks, for the newest candidate; older ones are passed over"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_job("ml.promote", promote, argv)
+    return run_job("ml.promote", promote, argv, flags=add_flags)
 
 
 if __name__ == "__main__":

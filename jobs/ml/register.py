@@ -14,17 +14,20 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.refit import refit_run
 from crane_core.release.assembly import Made, assemble
-from crane_core.release.registry import CANDIDATE, Registry, open_registry
+from crane_core.release.description import describe
+from crane_core.release.registry import CANDIDATE, CANDIDATE_TAG, PRUNED_TAG, Registry, open_registry
 from crane_core.release.version import Version
 from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.entry_points import run_job
+from jobs.ml.report import report_uri
 from jobs.stores import scratch
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,11 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
         with tempfile.TemporaryDirectory(dir=base) as folder:
             release = assemble(Path(folder), fingerprint, arguments.run, config, store, Made(inputs, shipped))
             version, is_new = registry.register(release)
+    if version.tags.get(PRUNED_TAG):
+        registry.tag(version.number, {PRUNED_TAG: ""})
+    if is_new:
+        decision = "Not judged yet." if not config.runtime.backfill else "Not judged: a backfill moves no alias."
+        registry.describe(version.number, describe(version, {}, decision, report_uri(store, arguments.run)))
     alias = None if config.runtime.backfill else _make_candidate(registry, version)
     return {
         "status": "done" if is_new else "found",
@@ -64,6 +72,8 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
     holder = registry.holder(CANDIDATE)
     if holder is not None and int(holder) > int(version.number):
         return None
+    if CANDIDATE_TAG not in version.tags:
+        registry.tag(version.number, {CANDIDATE_TAG: datetime.now(UTC).isoformat(timespec="seconds")})
     if holder != version.number:
         registry.set_alias(CANDIDATE, version.number)
     return CANDIDATE

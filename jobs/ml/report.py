@@ -23,15 +23,19 @@ def report(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
     """Render the page and replace an earlier one atomically."""
     entries = Ledger(store.storage, config.runtime.model_name).history()
     page = render(store, arguments.run, config, entries).encode()
-    key = f"reports/{arguments.run}.html"
-    store.storage.write(key, page)
-    uri = f"{store.storage.uri}/{key}"
+    store.storage.write(f"reports/{arguments.run}.html", page)
+    uri = report_uri(store, arguments.run)
     logger.info("report bytes=%d uri=%s", len(page), uri)
     return {
         "status": "done",
         "report": uri,
         "bytes": len(page),
     }
+
+
+def report_uri(store: ArtifactStore, run_id: str) -> str:
+    """Return where the page of a run lies once it is written."""
+    return f"{store.storage.uri}/reports/{run_id}.html"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,10 @@ from typing import Any
 
 from crane_core.errors import ArtifactError
 from crane_core.release.champion_lock import ChampionLock, lock_champion
-from crane_core.release.ledger import Draft, Entry, Ledger
+from crane_core.release.damage import run_lost
+from crane_core.release.ledger import Draft, Entry
+from crane_core.release.registry import PRUNED_TAG
+from crane_core.release.version import Version
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import load_runtime, run_command
 from jobs.usage import Usage
@@ -29,12 +32,13 @@ def rollback(arguments: argparse.Namespace, store: ArtifactStore) -> dict[str, A
     with lock_champion(load_runtime(arguments), store, f"rollback to={arguments.to}") as lock:
         entry, status = _done_before(lock, arguments.to, arguments.request), "found"
         if entry is None:
-            version = lock.registry.version(_target(lock.ledger, arguments.to))
+            version = lock.registry.version(_target(lock, store, arguments.to))
             if version.number == lock.champion:
                 entry = lock.ledger.moves()[-1]
             else:
+                _check_run(store, version)
                 reason = (
-                    f"Rolled back from version {lock.champion} to version {version.number}, "
+                    f"Rolled back from version {lock.ledger.champion()} to version {version.number}, "
                     f"asked for as {arguments.to!r}."
                 )
                 request = {"to": arguments.to, "request": arguments.request}
@@ -67,16 +71,37 @@ def _done_before(lock: ChampionLock, to: str, request: str) -> Entry | None:
     return mine[-1] if mine and mine[-1].seq not in taken_back else None
 
 
-def _target(ledger: Ledger, to: str) -> str:
+def _target(lock: ChampionLock, store: ArtifactStore, to: str) -> str:
+    """Return the version to go back to: of the champions before, the last one that the registry and the store have."""
     if to != PREVIOUS:
         return to
+    ledger, known = lock.ledger, {version.number: version for version in lock.registry.versions()}
     earlier = ledger.earlier_champions()
-    if not earlier:
+    for number in reversed(earlier):
+        if number in known and run_lost(store, known[number]) is None:
+            return number
+        logger.warning("passed_over version=%s: it was removed from the registry, or its run from the store", number)
+    gone = f" that is still there (version {', '.join(earlier)} was removed)" if earlier else ""
+    raise ArtifactError(
+        f"Model {ledger.model!r} has no champion before {ledger.champion() or 'the first'}{gone}.",
+        "Give --to VERSION, the number of a version in the registry (crane runs lists them), or promote another run: "
+        "crane promote --run RUN.",
+    )
+
+
+def _check_run(store: ArtifactStore, version: Version) -> None:
+    """Refuse a version whose recommendations could not be written.
+
+    Raises:
+        ArtifactError: its run was removed from the store.
+    """
+    if lost := run_lost(store, version):
+        since = version.tags.get(PRUNED_TAG)
         raise ArtifactError(
-            f"Model {ledger.model!r} has no champion before {ledger.champion() or 'the first'}.",
-            "Give --to VERSION, the number of a version in the registry (crane runs lists them).",
+            f"The run {lost!r} of version {version.number} is not in {store.storage.uri} any more"
+            + (f": it was pruned at {since}." if since else "."),
+            "Give --to a version whose run crane runs lists; promote.keep_versions says how many champions stay.",
         )
-    return earlier[-1]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

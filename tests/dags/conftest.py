@@ -25,6 +25,8 @@ import pytest  # noqa: E402
 ALL_JOBS = (
     "plan",
     "tidy",
+    "prune",
+    "deliveries",
     *(f"etl.{stage}" for stage in ("interactions", "features", "profiles")),
     *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "refit", "register")),
     *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore", "rollback")),
@@ -62,6 +64,7 @@ print(json.dumps({{"stage": name, **act.get("answer", {{}})}}))
 ANSWERS = {
     "plan": {"ml.knn": ["0", "1", "2"]},
     "ml.refit": {"refit_run": "r1.refit"},
+    "deliveries": {"complete": True, "lacking": "", "deadline": "2026-03-02T06:00:00+00:00"},
     "ml.register": {"alias": "candidate", "version": "7"},
     "ml.promote": {"decision": "refused", "numbers": {"a": 1}},
     "ml.rollback": {"champion": "3", "champion_run": "r3"},

@@ -13,6 +13,7 @@ from airflow.sdk.definitions.mappedoperator import MappedOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, TaskDeferred
 from cluster import Cluster, applied
 from conftest import BAD_ROW, DAGS, PROJECT
+from job_output import FinalJobError
 from kubernetes_job import PodJobOperator, TrainJobOperator
 
 
@@ -35,9 +36,9 @@ def task(name, **options):
     return made
 
 
-def context(run="r1"):
+def context(run="r1", try_number=1):
     instance = SimpleNamespace(
-        dag_id="crane_retrain", task_id="t", run_id=run, map_index=-1, try_number=1, xcom_push=lambda **_: None
+        dag_id="crane_retrain", task_id="t", run_id=run, map_index=-1, try_number=try_number, xcom_push=lambda **_: None
     )
     return {"ti": instance, "run_id": run, "dag": SimpleNamespace(parent_dag=None)}
 
@@ -209,7 +210,7 @@ def test_a_task_waits_for_its_pod_in_the_triggerer(cluster):
 @pytest.mark.parametrize(("name", "code"), [("etl.features", 2), ("ml.train", 3), ("ml.refine", 4)])
 def test_errors_of_the_user_are_final(cluster, play, name, code):
     play.act({name: {"code": code, "error": BAD_ROW}})
-    with pytest.raises(AirflowFailException, match=rf"jobs\.{name} .* error: DataError: .*bad row\. Remedy: Deliver"):
+    with pytest.raises(FinalJobError, match=rf"jobs\.{name} .* error: DataError: .*bad row\. Remedy: Deliver"):
         task(name).execute(context())
     assert cluster.deleted
 
@@ -219,7 +220,7 @@ def test_other_errors_are_retried(cluster, play, name):
     play.act({name: {"code": 137}})
     with pytest.raises(AirflowException, match="exit code 137: the last line is 'shutting down'") as caught:
         task(name).execute(context())
-    assert not isinstance(caught.value, AirflowFailException)
+    assert not isinstance(caught.value, FinalJobError)
     play.act({})
     assert task(name).execute(context()) == {"stage": name}
 
@@ -247,6 +248,16 @@ def test_a_second_worker_finds_the_training_that_runs(cluster, play):
     assert len(play.calls()) == 1
     task("ml.train").execute(context("r2"))
     assert len(play.calls()) == 2
+
+
+def test_a_retry_joins_the_pod_that_still_runs(cluster, play):
+    """The worker of the first try is gone, its pod is not."""
+    play.act({"etl.features": {"child": "import time; time.sleep(3)"}})
+    first = task("etl.features")
+    pod = first.build_pod_request_obj(context())
+    cluster.start_pod(first.client.api_client.sanitize_for_serialization(pod))
+    assert task("etl.features").execute(context(try_number=2)) == {"stage": "etl.features"}
+    assert len(play.calls()) == len(cluster.created) == 1
 
 
 def test_a_killed_training_is_deleted(cluster):

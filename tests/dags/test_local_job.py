@@ -11,8 +11,9 @@ import time
 
 import local_job
 import pytest
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException
 from conftest import BAD_ROW
+from job_output import FinalJobError
 from local_job import LocalJobOperator
 
 WAIT = "import time; time.sleep(60)"
@@ -66,7 +67,7 @@ def test_it_returns_one_value_whole(play):
 @pytest.mark.parametrize(("code", "kind"), [(2, "configuration"), (3, "data"), (4, "artifact")])
 def test_errors_of_the_user_are_final(play, code, kind):
     play.act({"etl.features": {"code": code, "error": BAD_ROW}})
-    with pytest.raises(AirflowFailException) as caught:
+    with pytest.raises(FinalJobError) as caught:
         operator().execute({})
     assert str(caught.value) == (
         f"jobs.etl.features ended with a {kind} error: "
@@ -79,19 +80,19 @@ def test_other_errors_are_retried(play, code):
     play.act({"etl.features": {"code": code, "error": BAD_ROW}})
     with pytest.raises(AirflowException, match=f"exit code {code}: DataError: .*bad row") as caught:
         operator().execute({})
-    assert not isinstance(caught.value, AirflowFailException)
+    assert not isinstance(caught.value, FinalJobError)
 
 
 def test_a_killed_job_is_retried(play):
     play.act({"etl.features": {"signal": signal.SIGKILL}})
     with pytest.raises(AirflowException, match=r"SIGKILL: the last line is '.* start stage=etl\.features'") as caught:
         operator().execute({})
-    assert not isinstance(caught.value, AirflowFailException)
+    assert not isinstance(caught.value, FinalJobError)
 
 
 def test_without_an_error_as_data_the_last_line_of_the_log_is_named(play):
     play.act({"etl.features": {"code": 3}})
-    with pytest.raises(AirflowFailException, match="data error: the last line is 'shutting down'"):
+    with pytest.raises(FinalJobError, match="data error: the last line is 'shutting down'"):
         operator().execute({})
 
 
@@ -99,7 +100,7 @@ def test_the_error_of_a_job_is_in_the_log_of_its_task(play, monkeypatch):
     seen = []
     monkeypatch.setattr(LocalJobOperator, "log", property(lambda self: _Log(seen)))
     play.act({"etl.features": {"code": 3, "error": BAD_ROW}})
-    with pytest.raises(AirflowFailException):
+    with pytest.raises(FinalJobError):
         operator().execute({})
     assert json.loads(seen[-1]) == {"stage": "etl.features", **BAD_ROW}
 

@@ -53,6 +53,14 @@ def test_each_occasion_reaches_those_who_asked_for_it(monkeypatch):
     assert Noting.heard == ["any", "r1 failed", "any", "decided"]
 
 
+def test_one_template_serves_every_occasion(monkeypatch):
+    configure(monkeypatch, entry("{{ run }} {{ missed }}{{ exception }}"))
+    Notice("failure")({"run": "r1", "exception": "bad row"})
+    Notice("missed")({"run": "r2", "missed": "a day"})
+    Notice("decision")({"run": "r3"})
+    assert Noting.heard == ["r1 bad row", "r2 a day", "r3 "]
+
+
 def test_a_notifier_that_does_not_exist_is_an_error(monkeypatch):
     configure(monkeypatch, {"class": "nowhere.Nobody"})
     with pytest.raises(ModuleNotFoundError):

@@ -9,16 +9,19 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import Asset, CronDataIntervalTimetable, CronTriggerTimetable
 from airflow.sdk.definitions.mappedoperator import MappedOperator
+from airflow.sdk.definitions.retry_policy import RetryAction
 from airflow.sdk.definitions.timetables.assets import AssetTriggeredTimetable
 from airflow.sdk.definitions.timetables.simple import NullTimetable
-from airflow.sdk.exceptions import ParamValidationError
+from airflow.sdk.exceptions import AirflowTaskTimeout, ParamValidationError
 from conftest import DAGS, PROJECT
 from deployment import JOBS, PROFILES, job
+from job_output import FinalJobError
 from notices import Notice
 
 RETRAIN_EDGES = {
     ("resolve", "plan"),
-    ("plan", "interactions"),
+    ("plan", "deliveries"),
+    ("deliveries", "interactions"),
     ("plan", "knn"),
     ("interactions", "features"),
     ("features", "profiles"),
@@ -45,6 +48,8 @@ RETRAIN_EDGES = {
     ("ship.train", "register"),
     ("register", "tidy"),
     ("plan", "tidy"),
+    ("tidy", "prune"),
+    ("plan", "prune"),
 }
 PROMOTE_EDGES = {
     ("resolve", "ask"),
@@ -109,12 +114,21 @@ def violations(dag):
             f"owner of {task.task_id}": task.owner == "crane",
             f"retries of {task.task_id}": (attribute(task, "retries") or 0) >= 1,
             f"retry delay of {task.task_id}": delay >= timedelta(seconds=10),
+            f"retry policy of {task.task_id}": _ends(attribute(task, "retry_policy")),
             f"backoff of {task.task_id}": attribute(task, "retry_exponential_backoff") > 1,
             f"timeout of {task.task_id}": timeout and timedelta(minutes=1) <= timeout <= timedelta(days=1),
             f"pool of {task.task_id}": attribute(task, "pool") in POOLS,
             f"past of {task.task_id}": not task.depends_on_past,
         }
     return [name for name, holds in rules.items() if not holds]
+
+
+def _ends(policy):
+    """Whether a policy ends a task at an error of the user, and leaves everything else to the retries."""
+    if policy is None:
+        return False
+    found = [policy.evaluate(error, 1, 2).action for error in (FinalJobError("x"), AirflowTaskTimeout(), OSError())]
+    return found == [RetryAction.FAIL, RetryAction.DEFAULT, RetryAction.DEFAULT]
 
 
 def _list(value):
@@ -140,6 +154,7 @@ def test_policy(dags, dag_id):
         ("owner of etl", "etl", "owner", "airflow"),
         ("retries of etl", "etl", "retries", 0),
         ("retry delay of etl", "etl", "retry_delay", timedelta(seconds=1)),
+        ("retry policy of etl", "etl", "retry_policy", None),
         ("backoff of etl", "etl", "retry_exponential_backoff", 0),
         ("timeout of etl", "etl", "execution_timeout", None),
         ("pool of etl", "etl", "pool", "default_pool"),
@@ -170,7 +185,7 @@ def test_scarce_things_have_one_slot(dags):
     }
     assert [key for key, pool in pools.items() if pool == "crane_backfill"] == [("crane_backfill", "etl")]
     # Nobody waits for a machine while a person thinks.
-    assert {task for (_, task), pool in pools.items() if pool not in one_slot} == {"approve"}
+    assert {task for (_, task), pool in pools.items() if pool not in one_slot} == {"approve", "deliveries"}
     on_gpu = {task.rpartition(".")[2] for (_, task), pool in pools.items() if pool == "crane_gpu"}
     assert on_gpu == {"behaviour", "refine", "knn", "train", "evaluate", "export", "content"}
 
@@ -186,13 +201,15 @@ def test_a_retraining_tidies_up_however_it_ends(dags):
     """A setup, a teardown of it, and everything that works in between."""
     dag = dags["crane_retrain"]
     assert {task.task_id for task in dag.tasks if task.is_setup} == {"plan"}
-    assert {task.task_id for task in dag.tasks if task.is_teardown} == {"tidy"}
+    teardowns = {task.task_id for task in dag.tasks if task.is_teardown}
+    assert teardowns == {"tidy", "prune"}
+    for each in teardowns:
+        assert dag.get_task(each).trigger_rule.value == "all_done_setup_success"
+        # What cannot be cleared today is cleared tomorrow: it says nothing of the model.
+        assert dag.get_task(each).on_failure_fail_dagrun is False
     tidy = dag.get_task("tidy")
-    assert tidy.trigger_rule.value == "all_done_setup_success"
-    # What cannot be cleared today is cleared tomorrow: it says nothing of the model.
-    assert tidy.on_failure_fail_dagrun is False
-    between = {task.task_id for task in dag.get_task("plan").get_flat_relatives(upstream=False)} - {"tidy"}
-    assert between == set(dag.task_ids) - {"resolve", "plan", "tidy"}
+    between = {task.task_id for task in dag.get_task("plan").get_flat_relatives(upstream=False)} - teardowns
+    assert between == set(dag.task_ids) - {"resolve", "plan"} - teardowns
     assert between <= {task.task_id for task in tidy.get_flat_relatives(upstream=True)}
     for other in set(dags) - {"crane_retrain"}:
         assert not [task.task_id for task in dags[other].tasks if task.is_setup or task.is_teardown]
@@ -250,8 +267,11 @@ def test_mapped_tasks(dags):
 
 
 def test_every_job_gets_the_same_flags(dags):
-    for dag_id in ("crane_promote", "crane_backfill"):
-        assert len({attribute(task, "flags") for task in dags[dag_id].tasks if _is_job(task)}) == 1
+    flags = {task.task_id: attribute(task, "flags") for task in dags["crane_promote"].tasks if _is_job(task)}
+    # It alone is told that a schedule asks.
+    assert "['promote']" in flags.pop("promote")
+    assert len(set(flags.values())) == 1
+    assert len({attribute(task, "flags") for task in dags["crane_backfill"].tasks if _is_job(task)}) == 1
     flags = {task.task_id: attribute(task, "flags") for task in dags["crane_retrain"].tasks if _is_job(task)}
     shipped = {task for task, value in flags.items() if "--refit" in value}
     assert shipped == {task for task in flags if task.startswith("ship.")} - {"ship.refit"}

@@ -120,7 +120,11 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
 
     calls = play.calls()
     identity = ["--store", "/data/a store", "--run", "r1"]
-    settings = [word for setting in ["train.seed=1", "runtime.device=cpu", *window] for word in ("--set", setting)]
+    settings = [
+        word
+        for setting in ["runtime.delivery=none", "train.seed=1", "runtime.device=cpu", *window]
+        for word in ("--set", setting)
+    ]
     expected = [*identity, "--config", "demo", *settings]
     judged = [*identity, "--set", "runtime.device=cpu"]
     order = [call["job"] for call in calls]
@@ -130,8 +134,8 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
         "ml.train",
     ]
     assert [name for name in order if name != "ml.behaviour"] == [
-        *("plan", *model, "ml.evaluate", "ml.refit", *model),
-        *("ml.register", "tidy", "ml.promote", "ml.export", "ml.report"),
+        *("plan", "deliveries", *model, "ml.evaluate", "ml.refit", *model),
+        *("ml.register", "tidy", "prune", "ml.promote", "ml.export", "ml.report"),
     ]
     refitted = range(order.index("ml.refit") + 1, order.index("ml.register"))
     for place, call in enumerate(calls):
@@ -156,8 +160,8 @@ def test_a_data_error_stops_the_run_and_no_alias_means_no_event(run, tmp_path):
     assert answer[failed]["tasks"]["features"] == ["failed"]
     assert answer[failed]["tasks"]["profiles"] == ["upstream_failed"]
     assert [call["job"] for call in play.calls()].count("etl.features") == 1
-    assert answer[failed]["tasks"]["tidy"] == ["success"]
-    assert play.calls()[-1]["job"] == "tidy"
+    assert answer[failed]["tasks"]["tidy"] == answer[failed]["tasks"]["prune"] == ["success"]
+    assert [call["job"] for call in play.calls()][-2:] == ["tidy", "prune"]
 
     # Registered elsewhere than in the store: whoever judges must be told where.
     told = "1998-05-03T00:00:00+00:00"

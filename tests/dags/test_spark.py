@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import deployment
 import pytest
-from airflow.sdk.exceptions import AirflowFailException
 from conftest import BAD_ROW, PROJECT
+from job_output import FinalJobError
 from local_job import LocalJobOperator
 from spark_job import SparkJobOperator
 
@@ -63,7 +63,7 @@ def test_errors_of_the_user_are_final_and_airflows_secrets_stay(master, play, mo
     monkeypatch.setenv("AIRFLOW_VAR_CRANE_JOBS_PYTHON", str(PYTHON))
     monkeypatch.chdir(play.folder)
     play.act({"etl.features": {"code": 3, "error": BAD_ROW}})
-    with pytest.raises(AirflowFailException, match=r"etl\.features ended with a data error: DataError: .*bad row"):
+    with pytest.raises(FinalJobError, match=r"etl\.features ended with a data error: DataError: .*bad row"):
         task("etl.features", flags='["--run", "r 1"]').execute(context())
     (call,) = play.calls()
     assert call["argv"] == ["--run", "r 1", "--set", "runtime.spark_master=local[1]"]

@@ -10,6 +10,7 @@ from windows import (
     backfill_flags,
     backfill_windows,
     crane_run_id,
+    missed_interval,
     newest_candidate,
     promote_flags,
     resolve_window,
@@ -105,6 +106,30 @@ def test_flags():
     assert "--config" not in retrain_flags(**arguments, config=None, run_type="manual")
 
 
+def test_a_person_waits_for_no_delivery_unless_asked():
+    arguments = {"store": "s", "run": "r", "window": INTERVAL, "config": None}
+    plain = retrain_flags(**arguments, overrides=[], run_type="manual")
+    asked = retrain_flags(**arguments, overrides=["runtime.delivery=marker"], run_type="manual")
+    assert "runtime.delivery=none" in plain
+    # The last one wins.
+    assert asked.index("runtime.delivery=none") < asked.index("runtime.delivery=marker")
+    for run_type in ("scheduled", "backfill", "asset_triggered"):
+        assert "runtime.delivery=none" not in retrain_flags(**arguments, overrides=[], run_type=run_type)
+
+
+def test_a_partition_key_names_the_day():
+    assert resolve_window("asset_triggered", AFTER, partition_key="2024-02-29") == (
+        datetime(2024, 2, 29, tzinfo=UTC),
+        datetime(2024, 3, 1, tzinfo=UTC),
+    )
+    # Not what a run without an interval would cover, and not what the interval says.
+    assert resolve_window("scheduled", AFTER, INTERVAL, partition_key="2026-02-01")[0].day == 1
+    with pytest.raises(ValueError, match="leave both bounds empty"):
+        resolve_window("asset_triggered", AFTER, end="2026-03-02", partition_key="2026-03-01")
+    with pytest.raises(ValueError, match="isoformat"):
+        resolve_window("asset_triggered", AFTER, partition_key="yesterday")
+
+
 def test_only_a_backfill_says_so():
     arguments = {"store": "s", "run": "r", "window": INTERVAL, "overrides": ["runtime.backfill=false"], "config": None}
     for run_type in ("scheduled", "manual", "asset_triggered"):
@@ -166,6 +191,28 @@ def test_backfills_are_ignored():
     named = event(6, "named", source="backfill__2026-01-01")
     assert newest_candidate([event(1, "a"), told, named])["run"] == "a"
     assert newest_candidate([told, named]) is None
+
+
+def test_candidates_of_another_store_do_not_hide_those_of_this_one():
+    here, there = event(1, "here"), event(2, "there")
+    here.extra["store"], there.extra["store"] = "/a", "/b"
+    assert newest_candidate([here, there], store="/a")["run"] == "here"
+    assert newest_candidate([here, there])["run"] == "there"
+    assert newest_candidate([here, there], store="/c") is None
+
+
+@pytest.mark.parametrize(
+    ("previous_end", "missed"),
+    [
+        (None, ""),
+        (INTERVAL[0], ""),
+        (INTERVAL[1], ""),
+        (INTERVAL[0] - 2 * DAY, "2026-02-27 00:00 to 2026-03-01 00:00 UTC"),
+        (INTERVAL[0] - timedelta(minutes=4), "2026-02-28 23:56 to 2026-03-01 00:00 UTC"),
+    ],
+)
+def test_time_without_a_run_is_named(previous_end, missed):
+    assert missed_interval(previous_end, INTERVAL[0]) == missed
 
 
 def test_foreign_events_are_ignored():

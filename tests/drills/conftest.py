@@ -206,6 +206,7 @@ def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
             "registry": proxy.uri,
             "spark_master": "local[2]",
             "num_threads": 1,
+            "delivery_quiet_minutes": 0,
         }
         (root / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"runtime": runtime}))
         airflow = Airflow(

@@ -42,13 +42,16 @@ def test_three_scheduled_days(deployment: Deployment) -> None:
     assert [version.number for version in deployment.registry.versions()] == ["1", "2", "3"]
     assert deployment.registry.holder("candidate") == "3"
 
-    # Each candidate announced itself; events that meet are judged together, the newest of them.
+    # Each candidate announced itself. Airflow starts one run for those that meet; it judges the newest of them.
     promotions = ended(deployment, "crane_promote", 1)
     assert {run["state"] for run in promotions} == {"success"}
     assert {run["run_type"] for run in promotions} == {"asset_triggered"}
     judged = until("ruling on version 3", lambda: {e.version for e in deployment.ledger.history()} & {"3"})
     assert judged
     ended(deployment, "crane_promote", len(promotions))
+    # Those that were not judged have a line that says so.
+    lines = {entry.version: entry.action for entry in deployment.ledger.history()}
+    assert set(lines) == {"1", "2", "3"} and lines["3"] != "pass"
     champion = deployment.registry.holder("champion")
     assert champion is not None
     served = deployment.store.artifact(deployment.registry.version(champion).run_id, "ml.export")

@@ -15,7 +15,7 @@ import torch
 
 from crane_core.config_file import load_config
 from crane_core.dataset.modalities import Modality
-from crane_core.errors import EXIT_OK, EXIT_UNEXPECTED
+from crane_core.errors import EXIT_CONFIG, EXIT_OK, EXIT_UNEXPECTED
 from crane_core.graph.exact import search
 from crane_core.refine.fitted import load_refiner
 from crane_core.refine.refiner import project_items
@@ -290,3 +290,26 @@ def test_previous_is_the_run_of_the_latest_earlier_window(tmp_path: Path, capsys
     assert plan.main(flags(path, "first", 1, "etl.base_run=previous")) == EXIT_OK
     assert store.recorded_config("first")["etl"]["base_run"] is None
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["stage"] == "plan"
+
+
+def test_a_backfill_goes_on_from_the_day_before_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "store"
+    store = open_store(str(path))
+    backfill = ("etl.base_run=previous", "runtime.backfill=true")
+    assert plan.main(flags(path, "lonely", 5, *backfill)) == EXIT_CONFIG
+    assert "there is none before it" in capsys.readouterr().out
+    for run, day in (("a", 3), ("b", 4)):
+        assert plan.main(flags(path, run, day)) == EXIT_OK
+        store.record(run, "ml.graph", {"fingerprint": "x"})
+    assert plan.main(flags(path, "fifth", 5, *backfill)) == EXIT_OK
+    assert store.recorded_config("fifth")["etl"]["base_run"] == "b"
+    capsys.readouterr()
+    assert plan.main(flags(path, "sixth", 6, *backfill)) == EXIT_CONFIG
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "b, ends at" in error["found"] and "Backfill the day before" in error["remedy"]
+    assert store.recorded_config("sixth") is None
+    # The daily run goes on from the last day there is.
+    assert plan.main(flags(path, "sixth", 6, "etl.base_run=previous")) == EXIT_OK
+    assert store.recorded_config("sixth")["etl"]["base_run"] == "b"

@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError
 from crane_core.release import champion_lock
-from crane_core.release.lease import Lease
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import Registry, open_registry
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.lease import Lease
 from jobs.commands.query import verify_ledger
 from jobs.ml import export, judge, promote, register, report, restore, rollback
 from jobs.stores import open_store

@@ -13,6 +13,10 @@ class MemoryAliases:
     def __init__(self) -> None:
         self.champion: str | None = None
         self.tags: dict[str, dict[str, str]] = {}
+        self.removed: set[str] = set()
+
+    def exists(self, number: str) -> bool:
+        return number not in self.removed
 
     def holder(self, alias: str) -> str | None:
         return self.champion

@@ -70,7 +70,13 @@ from jobs.etl.events import (
     with_codes,
 )
 from jobs.etl.ids import ITEMS, USERS, Catalog, Seen, first_seen, number_ids, trained_keys
-from jobs.etl.quality import count_early, distributions, measure_drift, stop_on_drift
+from jobs.etl.quality import (
+    compare_last_day,
+    count_early,
+    distributions,
+    rows_per_partition,
+    stop_on_last_day,
+)
 from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
 from jobs.etl.tables import Counted, Tally, lookup, tallies, write_balanced, write_parts, write_table
@@ -154,8 +160,8 @@ def run(job: Job) -> Result:
         bad = write_parts(readable_text(marked.where(F.col(REASON).isNotNull())), job.work / "bad")
         _stop_if_malformed(bad, delivered, config)
         log = _shuffle(marked.where(F.col(REASON).isNull()), config, delivered.num_read)
-        drift = measure_drift(log.events, config.window, etl)
-    stop_on_drift(drift, etl)
+        last_day = compare_last_day(log.events, config.window, etl)
+    stop_on_last_day(last_day, etl)
     kept, set_aside = _select(log, config)
     trained_users, trained_items = trained_keys(kept.where(F.col(SPLIT) == TRAIN))
     if trained_users.isEmpty():
@@ -175,8 +181,9 @@ def run(job: Job) -> Result:
         "quarantine": _write_quarantine(job, log, bad, set_aside),
         "quarantine_items": write_table(catalog.bad, job.out / "quarantine_items", delivered.num_read),
     }
-    result = _report(job, tables, delivered.num_read, catalog.num_read, drift)
+    result = _report(job, tables, delivered.num_read, catalog.num_read, last_day)
     result.facts |= {"base": base and base.fingerprint, "ignored_columns": delivered.ignored}
+    result.facts |= {"partitions": rows_per_partition(delivered.log)}
     log.events.unpersist()
     return result
 
@@ -262,7 +269,9 @@ def _base_ids(spark: SparkSession, base: Artifact | None, table: str) -> DataFra
     return None if base is None else spark.read.parquet(str(base.file(table))).drop(STATE)
 
 
-def _report(job: Job, tables: dict[str, DataFrame], num_read: int, num_catalog: int, drift: dict[str, Any]) -> Result:
+def _report(
+    job: Job, tables: dict[str, DataFrame], num_read: int, num_catalog: int, last_day: dict[str, Any]
+) -> Result:
     """Read back what was written, check that every row read is somewhere, and describe it in `quality.json`."""
     found = _tally(tables, job.config.etl.time_zone)
     splits, quarantine = found["interactions"].by(0), found["quarantine"].by(0)
@@ -299,8 +308,8 @@ def _report(job: Job, tables: dict[str, DataFrame], num_read: int, num_catalog: 
         "interactions_per_item": per_item,
         "density": num_train / max(1, per_user["count"] * per_item["count"]),
         "cold_per_split": cold_splits,
-        "drift": drift,
         "before_1990": count_early(days),
+        **last_day,
     }
     (job.out / "quality.json").write_text(json.dumps(quality, indent=1))
     logger.info(

@@ -2,9 +2,9 @@ import pytest
 
 from crane_core.config import Runtime
 from crane_core.release.champion_lock import lock_champion
-from crane_core.release.lease import Lease
 from crane_core.release.ledger import Draft
 from crane_core.storage.artifacts import ArtifactStore
+from crane_core.storage.lease import Lease
 from crane_core.storage.local import LocalStorage
 from tests.worlds.mlflow_tables import copy_tables
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from crane_core.errors import ArtifactError
-from crane_core.release.lease import LeaseLost
 from crane_core.release.ledger import FOLDER, Ledger
+from crane_core.storage.lease import LeaseLost
 from crane_core.storage.local import LocalStorage
 from tests.worlds.ledgers import draft, promote
 
@@ -130,7 +130,7 @@ def test_a_disk_without_room_leaves_the_ledger_as_it_was(ledger):
 
 def test_processes_that_race_end_in_one_order(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from crane_core.release.lease import LeaseLost\n"
+        "import sys; from pathlib import Path; from crane_core.storage.lease import LeaseLost\n"
         "from crane_core.release.ledger import Draft, Ledger; from crane_core.storage.local import LocalStorage\n"
         "ledger, me, lost = Ledger(LocalStorage(Path(sys.argv[1])), 'crane'), sys.argv[2], 0\n"
         "for number in range(8):\n"

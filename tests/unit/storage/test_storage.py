@@ -69,3 +69,35 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_storage((tmp_path / "store").as_uri()).uri == str(tmp_path / "store")
     with pytest.raises(ConfigError, match="unknown scheme 'gs'"):
         open_storage("gs://bucket")
+
+
+def test_a_withdrawn_folder_is_absent_and_can_be_published_again(storage: Storage, tmp_path: Path) -> None:
+    assert storage.publish(folder(tmp_path / "one", "one"), "stage/f")
+    assert storage.size("stage/f") > 0
+    rest = storage.withdraw("stage/f")
+    assert rest and storage.read("stage/f/manifest.json") is None
+    assert storage.publish(folder(tmp_path / "two", "two"), "stage/f")
+    storage.discard(rest)
+    storage.discard(rest)
+    assert (storage.fetch("stage/f", tmp_path / "cache") / "table" / "part-0").read_text() == "two"
+    assert storage.withdraw("stage/unknown") == []
+
+
+def test_what_a_killed_removal_left_is_found_again(storage: Storage, tmp_path: Path) -> None:
+    storage.publish(folder(tmp_path / "one", "one"), "stage/f")
+    storage.withdraw("stage/f")
+    # Killed before `discard`: found beside the folder, or under its own name.
+    rest = [*storage.leftovers("stage").get("f", []), *storage.withdraw("stage/f")]
+    assert rest
+    storage.discard(rest)
+    assert storage.leftovers("stage") == {} and storage.names("stage") == [] and storage.size("stage/f") == 0
+
+
+def test_a_record_goes_at_once_and_bytes_by_their_key(storage: Storage) -> None:
+    for key in ("runs/a/run.json", "runs/a/etl.x.json", "runs/ab/run.json"):
+        storage.write(key, b"{}")
+    storage.discard(storage.withdraw("runs/a"))
+    assert storage.names("runs") == ["ab"]
+    storage.delete("runs/ab/run.json")
+    storage.delete("runs/ab/run.json")
+    assert storage.read("runs/ab/run.json") is None

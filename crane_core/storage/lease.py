@@ -1,10 +1,11 @@
-"""A lock in the store so that one process at a time changes the alias `champion`. After a crash it expires within 60 s.
+"""A lock in the store: one process at a time changes the alias `champion`, or removes what nothing needs.
 
-Every term of the lease is an object of its own, `{store}/lease/{token:08d}.json`. It is made only if it does not exist,
-so one of several processes wins. Its number is the fencing token that the ledger writes into its entries. Only the
-holder rewrites its term, to prolong or to end it. A term that is neither ended nor prolonged expires, and another
-process takes the next token; the ledger then refuses entries with the older one. The clocks of the machines that
-promote may differ by seconds, but not by the length of a term.
+After a crash it expires within 60 s. Every term of the lease is an object of its own,
+`{store}/{folder}/{token:08d}.json`. It is made only if it does not exist, so one of several processes wins. Its number
+is the fencing token that the ledger writes into its entries. Only the holder rewrites its term, to prolong or to end
+it. A term that is neither ended nor prolonged expires, and another process takes the next token; the ledger then
+refuses entries with the older one. The clocks of the machines that promote may differ by seconds, but not by the length
+of a term.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ class Term:
     released: bool = False
 
     @property
-    def key(self) -> str:
-        return f"{FOLDER}/{self.token:08d}.json"
+    def name(self) -> str:
+        return f"{self.token:08d}.json"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the owner has ended it, or it has expired."""
+        return self.released or self.expires_at <= time.time()
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -65,11 +71,13 @@ class Lease:
     Args:
         storage: holds the terms.
         seconds: length of a term; after a crash the others wait that long at most.
+        folder: of the terms in the store; each folder is a lock of its own.
     """
 
-    def __init__(self, storage: Storage, seconds: float = SECONDS) -> None:
+    def __init__(self, storage: Storage, seconds: float = SECONDS, folder: str = FOLDER) -> None:
         self.storage = storage
         self.seconds = seconds
+        self.folder = folder
 
     @contextlib.contextmanager
     def hold(self, purpose: str) -> Iterator[HeldLease]:
@@ -84,8 +92,8 @@ class Lease:
 
     def newest(self) -> Term | None:
         """Return the last term, whatever its state; None before the first."""
-        names = self.storage.names(FOLDER)
-        text = self.storage.read(f"{FOLDER}/{names[-1]}") if names else None
+        names = self.storage.names(self.folder)
+        text = self.storage.read(f"{self.folder}/{names[-1]}") if names else None
         return Term(**json.loads(text)) if text else None
 
     def acquire(self, owner: str) -> Term:
@@ -97,9 +105,9 @@ class Lease:
         told = 0.0
         while True:
             last = self.newest()
-            if last is None or last.released or last.expires_at <= time.time():
+            if last is None or last.is_over:
                 term = Term(last.token + 1 if last else 1, owner, time.time() + self.seconds)
-                if self.storage.create(term.key, term.encode()):
+                if self.storage.create(f"{self.folder}/{term.name}", term.encode()):
                     logger.info("lease token=%d owner=%s", term.token, owner)
                     return term
             elif time.monotonic() - told > NOTICE_SECONDS:
@@ -148,13 +156,16 @@ class HeldLease:
         self._keeper.join()
         # The work is done or has failed already. If this write fails too, the term expires by itself.
         with contextlib.suppress(OSError):
-            self._lease.storage.write(self._term.key, replace(self._term, released=True).encode())
+            self._write(replace(self._term, released=True))
+
+    def _write(self, term: Term) -> None:
+        self._lease.storage.write(f"{self._lease.folder}/{term.name}", term.encode())
 
     def _keep(self) -> None:
         while not self._over.wait(self._lease.seconds / 4):
             self._term = replace(self._term, expires_at=time.time() + self._lease.seconds)
             try:
-                self._lease.storage.write(self._term.key, self._term.encode())
+                self._write(self._term)
             except Exception as error:
                 logger.warning("lease token=%d not prolonged: %s", self.token, error)
 

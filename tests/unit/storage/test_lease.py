@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from crane_core.release.lease import FOLDER, HeldLease, Lease, LeaseLost
 from crane_core.storage import open_storage
+from crane_core.storage.lease import FOLDER, HeldLease, Lease, LeaseLost
 from crane_core.storage.local import LocalStorage
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from crane_core.release.lease import Lease
+from crane_core.storage.lease import Lease
 from crane_core.storage.local import LocalStorage
 with Lease(LocalStorage(Path(sys.argv[1])), seconds=float(sys.argv[2])).hold("test") as held:
     print(held.token, flush=True)
@@ -24,7 +24,7 @@ with Lease(LocalStorage(Path(sys.argv[1])), seconds=float(sys.argv[2])).hold("te
 COUNTER = """
 import sys
 from pathlib import Path
-from crane_core.release.lease import Lease
+from crane_core.storage.lease import Lease
 from crane_core.storage.local import LocalStorage
 root = Path(sys.argv[1])
 for _ in range(5):
