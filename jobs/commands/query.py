@@ -147,7 +147,7 @@ def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
     damage = damage_of(registry, champion) if champion is not None else ""
     if damage:
         raise ArtifactError(
-            f"The champion cannot be served: {damage}.",
+            f"The champion cannot be served or judged: {damage}.",
             "Run crane ledger repair, which goes back to the last champion that can be, or crane promote --run RUN.",
         )
     if holder != champion:

@@ -17,7 +17,18 @@ from jobs.stores import open_store
 from tests.worlds.jobs import last_line
 from tests.worlds.mlflow_tables import copy_tables
 from tests.worlds.processes import JobProcess
-from tests.worlds.retention import CHAIN, assert_whole, crown, flags, main, name, register, the_registry, write_raw
+from tests.worlds.retention import (
+    CHAIN,
+    assert_whole,
+    crown,
+    flags,
+    main,
+    name,
+    register,
+    the_registry,
+    with_refit,
+    write_raw,
+)
 
 
 @pytest.fixture
@@ -100,6 +111,34 @@ def test_a_dry_run_says_what_would_go_and_touches_nothing(
         key: planned[key] for key in ("runs", "bytes", "stages")
     }
     assert before - size(store) == done["bytes"]
+
+
+def test_a_run_is_kept_with_its_refit_run(store: str, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The refit run made the model that is served; its own base is the refit run of the run's base."""
+    for day in range(4):
+        with_refit(flags(store, raw, day, "etl.base_run=previous"))
+    crown(store, register(store, name(1)))
+    # Not even the registry says so any more: the ledger alone names the champion.
+    the_registry(store).set_alias("champion", None)
+    with_refit(flags(store, raw, 25))
+    assert open_store(store).run(f"{name(1)}.refit")["config"]["etl"]["base_run"] == f"{name(0)}.refit"
+    old = [name(2), f"{name(2)}.refit", name(3), f"{name(3)}.refit"]
+    assert removed(store, capsys)["runs"] == old
+    kept = [name(day) for day in (0, 1, 25)]
+    assert assert_whole(store) == sorted([*kept, *(f"{run}.refit" for run in kept)])
+
+
+@pytest.mark.parametrize("claimed", [name(0), f"{name(0)}.refit"])
+def test_a_claim_on_a_run_or_its_refit_run_keeps_both(
+    store: str, raw: Path, capsys: pytest.CaptureFixture[str], claimed: str
+) -> None:
+    for day in (0, 30):
+        with_refit(flags(store, raw, day))
+    claims = Claims(open_store(store).storage)
+    claims.claim(claimed)
+    assert removed(store, capsys)["runs"] == []
+    claims.release()
+    assert removed(store, capsys)["runs"] == [name(0), f"{name(0)}.refit"]
 
 
 def test_only_a_number_of_champions_is_kept(store: str, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

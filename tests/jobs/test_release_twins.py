@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 
 from crane_core.config import Runtime
+from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Ledger
 from crane_core.release.registry import Registry, open_registry
-from jobs.ml import export, promote, register, report
+from jobs.commands.query import verify_ledger
+from jobs.ml import export, promote, register, repair, report, rollback
 from jobs.stores import open_store
 from tests.worlds.mlflow_tables import copy_tables
-from tests.worlds.release_runs import make_run, ship, user_ids
+from tests.worlds.release_runs import damage, make_run, ship, user_ids
 
 
 class Place:
@@ -110,3 +114,66 @@ def test_a_damaged_twin_is_not_judged(place: Place) -> None:
     (stored,) = (path for path in (place.root / "mlartifacts").rglob("checksums.json") if path.parent.name == "twin")
     stored.write_text("{}")
     assert "its checksums are not those that were registered" in place.job(promote, argv, code=4)["found"]
+
+
+def twin_of(place: Place, number: str) -> Path:
+    """The stored twin of a version."""
+    registry = place.registry
+    return registry.twin_folder(registry.version(number))
+
+
+def champions(place: Place) -> list[list[str]]:
+    """Make version 2 champion after version 1, both with twins; return the flags of their runs."""
+    made = [
+        ship(make_run(place.root, f"run-{number}", noise, window_end=f"2026-03-0{number}"), noise=0.3)
+        for number, noise in ((1, 0.8), (2, 0.3))
+    ]
+    for argv in made:
+        place.job(register, argv)
+        assert place.job(promote, argv)["decision"] == "promoted"
+    return made
+
+
+def test_the_page_in_mlflow_names_the_served_run_and_the_twin(place: Place) -> None:
+    champions(place)
+    page = MlflowClient(place.registry.uri).get_model_version("crane", "2").description
+    assert "Served is the model of run `run-2.refit`" in page
+    assert "| challenger (version 2, evaluation twin) |" in page and "| champion (version 1, evaluation twin) |" in page
+
+
+@pytest.mark.parametrize("harm", ["changed", "removed", "without_a_file"])
+def test_a_champion_whose_twin_is_gone_is_found_and_replaced(place: Place, harm: str) -> None:
+    """It could not be compared with any challenger."""
+    champions(place)
+    assert verify_ledger(open_store(str(place.root)), Runtime())["champion"] == "2"
+    twin = twin_of(place, "2")
+    if harm == "changed":
+        damage(twin / "items.parquet")
+    elif harm == "removed":
+        shutil.rmtree(twin)
+    else:
+        (twin / "items.parquet").unlink()
+    with pytest.raises(ArtifactError, match="The champion cannot be served or judged"):
+        verify_ledger(open_store(str(place.root)), Runtime())
+    repaired = place.job(repair, ["--store", str(place.root)])
+    assert (repaired["status"], repaired["champion"]) == ("repaired", "1")
+    assert verify_ledger(open_store(str(place.root)), Runtime())["champion"] == "1"
+
+
+def test_a_challenger_of_a_champion_without_its_twin_is_judged_as_the_first_one(place: Place) -> None:
+    champions(place)
+    shutil.rmtree(twin_of(place, "2"))
+    argv = ship(make_run(place.root, "run-3", noise=0.1, window_end="2026-03-03"), noise=0.3)
+    place.job(register, argv)
+    assert place.job(promote, argv)["decision"] == "promoted"
+    assert set(place.numbers()["standings"]) == {"challenger"} and "its twin" in place.numbers()["lost"]
+
+
+def test_a_version_whose_refit_run_was_removed_is_no_way_back(place: Place) -> None:
+    champions(place)
+    shutil.rmtree(place.root / "runs" / "run-1.refit")
+    store = ["--store", str(place.root)]
+    assert "'run-1.refit'" in place.job(rollback, [*store, "--to", "1"], code=4)["found"]
+    place.job(rollback, store, code=4)
+    shutil.rmtree(twin_of(place, "2"))
+    assert place.job(repair, store)["champion"] is None

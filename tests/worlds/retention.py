@@ -12,11 +12,14 @@ from typing import Any
 from mlflow import MlflowClient
 
 from crane_core.config import RunConfig, Runtime
+from crane_core.model_config import Choices
+from crane_core.refit import refit_config, refit_run
 from crane_core.release.ledger import Draft, Ledger
 from crane_core.release.registry import Registry, open_registry
 from crane_core.stages import STAGES, WHOLE
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
+from jobs.ml.refit import refit_base
 from jobs.runner import Job, Result, produce
 from jobs.stores import open_store
 from tests.worlds.raw_data import write_items, write_log, write_vectors
@@ -38,6 +41,22 @@ def flags(store: str, raw: Path, day: int, *settings: str, run: str = "") -> lis
     start = FIRST + timedelta(days=day)
     pairs = (f"runtime.raw={raw}", f"window.start={start}", f"window.end={start + timedelta(days=1)}", *settings)
     return ["--store", store, "--run", run or name(day), *(word for pair in pairs for word in ("--set", pair))]
+
+
+def with_refit(argv: Sequence[str]) -> None:
+    """Run such a retraining, and the same stages of its refit run."""
+    assert main(argv) == 0 and refit_main(argv) == 0 and main([*argv, "--refit"]) == 0
+
+
+def refit_main(argv: Sequence[str]) -> int:
+    """Record the refit run of a run, with choices that nobody has made."""
+    return run_job("refit", _start_refit, argv)
+
+
+def _start_refit(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore) -> dict[str, Any]:
+    choices = Choices(behaviour_epochs=1, crane_epochs=1, crane_ranking="dot", share=0.5)
+    store.restart_run(refit_run(arguments.run), refit_config(config, choices, refit_base(config, store)))
+    return {"status": "done"}
 
 
 def name(day: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crane_core.release.description import describe
-from crane_core.release.version import Version
+from crane_core.release.version import SHIPPED_TAG, Version
 
 TAGS = {
     "crane.run": "daily",
@@ -38,3 +38,13 @@ def test_it_says_what_the_version_is_how_good_and_what_was_decided() -> None:
 
 def test_before_a_decision_there_is_no_table() -> None:
     assert "|" not in describe(Version("7", "m", TAGS, ()), {}, "Not judged yet.", "/r.html")
+
+
+def test_a_version_with_a_twin_says_whose_figures_these_are() -> None:
+    figures = {"standings": {"challenger": FIGURES["standings"]["challenger"] | {"model": "twin"}}, "baselines": {}}
+    figures["standings"]["champion"] = FIGURES["standings"]["champion"] | {"model": "shipped"}
+    text = describe(Version("7", "m", TAGS | {SHIPPED_TAG: "daily.refit"}, ()), figures, "Promoted.", "/r.html")
+    assert "Served is the model of run `daily.refit`" in text and "its evaluation twin" in text
+    assert "| challenger (version 7, evaluation twin) |" in text and "| champion (version 6) |" in text
+    before = describe(Version("7", "m", TAGS | {SHIPPED_TAG: "daily.refit"}, ()), {}, "Not judged yet.", "/r.html")
+    assert "Served is the model of run `daily.refit`" in before
