@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +34,10 @@ def world():
 
 def served(users, items, seen, user_ids, item_ids) -> Recommender:
     titles = pa.chunked_array([item_ids])
-    return Recommender(pa.chunked_array([user_ids]), pa.chunked_array([item_ids]), titles, users, items, seen)
+    popularity = np.bincount(seen.items, minlength=len(item_ids)).astype(np.float32)
+    return Recommender(
+        pa.chunked_array([user_ids]), pa.chunked_array([item_ids]), titles, users, items, seen, popularity
+    )
 
 
 def test_recommendations_equal_brute_force(world, tmp_path):
@@ -95,6 +100,16 @@ def test_popular_items_by_count_then_index(tmp_path):
     write_popular(tmp_path / "p.parquet", served(np.ones((3, 2)), np.ones((4, 2)), seen, ids[:3], ids), 3)
     rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "p.parquet").to_pylist()]
     assert rows == [(1, "c", 2.0), (2, "a", 1.0), (3, "b", 1.0)]
+
+
+def test_the_popularity_of_the_moment_decides_what_is_popular(tmp_path):
+    seen = ItemLists.from_pairs(np.array([0, 1, 2, 2]), np.array([2, 2, 0, 1]), 3)
+    ids = np.array(["a", "b", "c"], dtype=object)
+    recommender = served(np.ones((3, 2)), np.ones((3, 2)), seen, ids, ids)
+    now = dataclasses.replace(recommender, popularity=np.float32([0.5, 0.25, 0.125]))
+    write_popular(tmp_path / "p.parquet", now, 2)
+    rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "p.parquet").to_pylist()]
+    assert rows == [(1, "a", 0.5), (2, "b", 0.25)]
 
 
 @pytest.mark.parametrize("seed", range(12))

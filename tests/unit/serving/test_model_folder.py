@@ -60,6 +60,7 @@ def test_blocks_do_not_matter(folder, monkeypatch):
         "embeddings.safetensors",
         "weights.safetensors",
         "seen.safetensors",
+        "popularity.safetensors",
         "users.parquet",
         "items.parquet",
         "model.json",
