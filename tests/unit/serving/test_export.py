@@ -127,7 +127,13 @@ def test_nobody_is_offered_what_they_have_met(seed, tmp_path):
     ]
     state = np.where(dead, "tombstone", np.where(met.any(0), "trained", "cold"))
     tables = {
-        "interactions": {"user_idx": users[order], "item_idx": items[order], "split": np.zeros(len(users), np.int8)},
+        "interactions": {
+            "user_idx": users[order],
+            "item_idx": items[order],
+            "split": np.zeros(len(users), np.int8),
+            "weight": np.ones(len(users), np.float32),
+            "event_time": np.full(len(users), np.datetime64("2026-01-05", "us")),
+        },
         "users": {"user_idx": np.arange(num_users), "user_id": names[0]},
         "items": {"item_idx": np.arange(num_items), "item_id": names[1], "title": names[1], "state": state},
     }
