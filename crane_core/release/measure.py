@@ -126,7 +126,7 @@ def _popularity(model: ServedModel, rows: np.ndarray) -> np.ndarray:
 
     The score is the rank and not the count: many counts are equal, and the evaluation sorts equal scores by row.
     """
-    counts = np.where(rows >= 0, model.popularity()[rows], -np.inf)
+    counts = np.where(rows >= 0, model.popularity[rows], -np.inf)
     scores = np.empty(len(rows), dtype=np.float32)
     scores[np.argsort(-counts, kind="stable")] = -np.arange(len(rows))
     scores[rows < 0] = -np.inf

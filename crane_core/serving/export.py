@@ -129,9 +129,8 @@ def write_similar(
 
 
 def write_popular(path: Path, recommender: Recommender, k: int) -> None:
-    """Write the k items with most training interactions, for users without recommendations of their own."""
-    item_ids = recommender.item_ids.to_numpy()
-    counts = np.bincount(recommender.seen.items, minlength=len(item_ids))
+    """Write the k items that are most popular now, for users without recommendations of their own."""
+    item_ids, counts = recommender.item_ids.to_numpy(), recommender.popularity
     top = np.lexsort((np.arange(len(counts)), -counts))[:k]
     ranks = np.arange(1, len(top) + 1, dtype=np.int32)
     pq.write_table(pa.table({"rank": ranks, ITEM_ID: item_ids[top], "score": counts[top].astype(np.float32)}), path)

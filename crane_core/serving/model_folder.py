@@ -2,6 +2,7 @@
 
     embeddings.safetensors   user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d]
     seen.safetensors         indptr i64 [num_users + 1], items i32 [num_pairs]: training items of each user
+    popularity.safetensors   popularity f32 [num_items]: (decayed) weight of the training interactions of each item
     weights.safetensors      the trained weights behind the embeddings
     users.parquet            user_id in the order of the rows
     items.parquet            item_id and title in the order of the rows
@@ -34,6 +35,7 @@ from crane_core.storage.tensors import load_arrays, save_arrays, tensor_shapes
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
+_POPULARITY = "popularity.safetensors"
 DEFAULT_K = 20
 USER_BLOCK = 256
 
@@ -46,6 +48,7 @@ class Recommender:
         user_ids, item_ids, titles: external ids and titles in row order.
         user_embeddings, item_embeddings: float32 [num_users, d] and [num_items, d]; the score is the dot product.
         seen: training items of each user, never recommended to them.
+        popularity: float32 [num_items], (decayed) weight of the training interactions; orders the list of the unknown.
     """
 
     user_ids: pa.ChunkedArray
@@ -54,6 +57,7 @@ class Recommender:
     user_embeddings: np.ndarray
     item_embeddings: np.ndarray
     seen: ItemLists
+    popularity: np.ndarray
 
     def save_embeddings(self, path: Path) -> None:
         """Write the embeddings as safetensors."""
@@ -80,7 +84,13 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
         rows["user_embeddings"][users],
         rows["item_embeddings"][items],
         ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen),
+        known.popularity(_half_life(trained))[items].astype(np.float32),
     )
+
+
+def _half_life(trained: Artifact) -> float | None:
+    """Return the half-life of popularity that a training chose; None for no decay, as in models without times."""
+    return (trained.facts.get("head") or {}).get("half_life")
 
 
 def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Mapping[str, Any]) -> None:
@@ -96,6 +106,7 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
     shutil.copyfile(weights, folder / "weights.safetensors")
     seen = recommender.seen
     save_arrays({"indptr": seen.indptr, "items": seen.items}, folder / "seen.safetensors")
+    save_arrays({"popularity": recommender.popularity}, folder / _POPULARITY)
     recommender.write_ids(folder)
     sizes = {
         "num_users": len(recommender.user_ids),
@@ -150,6 +161,7 @@ class ServedModel:
         user_embeddings: float32 [num_users, d].
         item_embeddings: float32 [num_items, d].
         seen: training items of each user.
+        popularity: float32 [num_items], orders the list of unknown users.
         facts: content of `model.json`.
     """
 
@@ -158,17 +170,14 @@ class ServedModel:
     user_embeddings: np.ndarray
     item_embeddings: np.ndarray
     seen: ItemLists
+    popularity: np.ndarray
     facts: dict[str, Any]
-
-    def popularity(self) -> np.ndarray:
-        """Return the number of training interactions of each item: float32 [num_items]."""
-        return np.bincount(self.seen.items, minlength=len(self.item_ids)).astype(np.float32)
 
     def recommend(self, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the best unseen items of some users.
 
         Args:
-            users: int [n] rows; -1 is an unknown user, who gets the most popular items.
+            users: int [n] rows; -1 is an unknown user, who gets the items that are most popular now.
             k: list length; at most the size of the catalog is used.
 
         Returns:
@@ -177,12 +186,11 @@ class ServedModel:
         k = min(k, len(self.item_ids))
         items = np.empty((len(users), k), dtype=np.int64)
         scores = np.empty((len(users), k), dtype=np.float32)
-        popularity = self.popularity()
         for start in range(0, len(users), USER_BLOCK):
             block = users[start : start + USER_BLOCK]
             known = block >= 0
             table = np.empty((len(block), len(self.item_ids)), dtype=np.float32)
-            table[~known] = popularity
+            table[~known] = self.popularity
             table[known] = self.user_embeddings[block[known]] @ self.item_embeddings.T
             rows, masked = self.seen.rows(block[known])
             table[np.flatnonzero(known)[rows], masked] = -np.inf
@@ -240,11 +248,16 @@ def load_model(folder: Path) -> ServedModel:
     shapes = tensor_shapes(folder / "embeddings.safetensors")
     dim = shapes.get("user_embeddings", (0,))[-1]
     shapes |= tensor_shapes(folder / "seen.safetensors")
+    # A model of an earlier version counts the training interactions instead.
+    is_older = not (folder / _POPULARITY).exists()
+    if not is_older:
+        shapes |= tensor_shapes(folder / _POPULARITY)
     expected = {
         "user_embeddings": (num_users, dim),
         "item_embeddings": (num_items, dim),
         "indptr": (num_users + 1,),
         "items": (num_seen,),
+        **({} if is_older else {"popularity": (num_items,)}),
     }
     if shapes != expected:
         raise _refused(folder, f"tensor shapes {shapes} found, {expected} expected")
@@ -262,6 +275,9 @@ def load_model(folder: Path) -> ServedModel:
         embeddings["user_embeddings"],
         embeddings["item_embeddings"],
         ItemLists(seen["indptr"], seen["items"]),
+        np.bincount(seen["items"], minlength=num_items).astype(np.float32)
+        if is_older
+        else load_arrays(folder / _POPULARITY)["popularity"],
         facts,
     )
 

@@ -6,7 +6,7 @@ artifact is the contract with serving systems:
 
     recommendations/*.parquet   user_id, rank (from 1), item_id, score; at most `export.k` unseen items per user
     similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
-    popular.parquet             rank, item_id, score (training interactions): for users without recommendations
+    popular.parquet             rank, item_id, score (popularity at `window.end`): for users without recommendations
     embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
                                 score = dot product
     users.parquet, items.parquet  external ids (and titles); row number = row of the embeddings

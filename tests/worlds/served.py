@@ -26,6 +26,7 @@ def make_model(users: Rows, items: Rows, seen: dict[str, list[str]]) -> ServedMo
         np.array(list(users.values()), dtype=np.float32),
         np.array(list(items.values()), dtype=np.float32),
         _lists(users, items, seen),
+        popularity(users, items, seen),
         {},
     )
 
@@ -39,7 +40,13 @@ def recommender(users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[s
         np.array(list(users.values()), dtype=np.float32),
         np.array(list(items.values()), dtype=np.float32),
         _lists(users, items, seen),
+        popularity(users, items, seen),
     )
+
+
+def popularity(users: Rows, items: Rows, seen: dict[str, list[str]]) -> np.ndarray:
+    """Count the training interactions of each item: float32 [num_items]."""
+    return np.bincount(_lists(users, items, seen).items, minlength=len(items)).astype(np.float32)
 
 
 def write(folder: Path, users: Rows = USERS, items: Rows = ITEMS, seen: dict[str, list[str]] = SEEN) -> Path:

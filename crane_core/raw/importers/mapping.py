@@ -154,7 +154,7 @@ def read_mapping(path: Path) -> Mapping:
         ConfigError: it cannot be read, or a field is unknown, missing or not valid.
     """
     try:
-        return Mapping.model_validate(yaml.load(path.read_text(encoding="utf-8-sig"), _Loader))
+        return Mapping.model_validate(_Loader(path.read_text(encoding="utf-8-sig")).get_single_data())
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(

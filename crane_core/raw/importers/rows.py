@@ -288,7 +288,7 @@ def _without(path: Path, first: list[str], missing: list[Any], layout: Layout, a
     """Return the error of a file that lacks columns."""
     shown = ", ".join(map(repr, first[:20]))
     other = next((each for each in ";\t|," if len(first) == 1 and each in first[0]), None)
-    ways = [account.way(f"set {{}}.separator: {other!r}")] if other else []
+    ways = [account.way(f"set {{}}.separator: {json.dumps(other)}")] if other else []
     ways += [account.way("set {}.encoding: utf-16-le")] if "\0" in "".join(first) else []
     ways.append(account.way(f"name in {{}}.columns columns that it has, or positions from 1 to {len(first)}"))
     if layout.header:

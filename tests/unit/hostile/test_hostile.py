@@ -207,6 +207,7 @@ def rewrite(folder: Path, name: str, data: bytes) -> None:
         ("embeddings.safetensors", HOSTILE_TENSORS["ten gigabytes in one kilobyte"]),
         ("embeddings.safetensors", header()),
         ("seen.safetensors", header()),
+        ("popularity.safetensors", header()),
         ("model.json", b"[]"),
         ("model.json", b'{"format": 1}'),
         ("model.json", b'{"format": 1, "num_users": 1e400, "num_items": 1, "num_seen": 1}'),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from crane_core.config_file import load_config
-from crane_core.release.assembly import PROBED_USERS, assemble
+from crane_core.release.assembly import PROBED_USERS, Made, assemble
 from crane_core.serving.model_folder import load_model
 from jobs.stores import open_store
 from tests.worlds.release_runs import make_run
@@ -22,7 +22,7 @@ def test_a_release_says_what_the_run_has_made(tmp_path: Path) -> None:
     inputs = {name: store.artifact("run-1", name) for name in INPUTS}
     config = load_config(None, [], store.run("run-1")["config"])
     (tmp_path / "made").mkdir()
-    release = assemble(tmp_path / "made", "f1", "run-1", config, store, inputs)
+    release = assemble(tmp_path / "made", "f1", "run-1", config, store, Made(inputs, {}))
 
     model = load_model(release.folder)
     assert (release.folder.name, release.fingerprint, release.run_id) == ("crane", "f1", "run-1")

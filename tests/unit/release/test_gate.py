@@ -11,7 +11,7 @@ from crane_core.release.measure import Measurement
 
 RULE = Promote(min_users=50)
 BOOTSTRAP = Evaluate(num_bootstrap=500)
-BASELINES = {"lightgcn": 0.30, "popularity": 0.10}
+BASELINES = {"lightgcn": 0.30, "popularity": 0.10, "recent_popularity": 0.25}
 
 
 def measured(version: str, recall: np.ndarray, ndcg: np.ndarray | None = None, **changes) -> Measurement:
@@ -107,7 +107,7 @@ def test_an_older_window_is_refused_without_a_look_at_the_champion(recall):
 
 def test_the_first_champion_must_reach_every_baseline():
     first = judge(measured("1", np.full(60, 0.30)), None)
-    assert first.promoted and "reaches its baselines (lightgcn 0.3000, popularity 0.1000)" in first.reason
+    assert first.promoted and "reaches its baselines (lightgcn 0.3000, popularity 0.1000, recent_popularity 0.2500)" in first.reason
     decision = judge(measured("1", np.full(60, 0.2999)), None)
     assert failed(decision) == ["recall@20 against lightgcn"]
     only_popularity = RULE.model_copy(update={"beats": ("popularity",)})
@@ -116,7 +116,15 @@ def test_the_first_champion_must_reach_every_baseline():
 
 def test_a_baseline_without_evidence_is_not_beaten():
     decision = decide(measured("1", np.full(60, 0.9)), None, {"popularity": 0.1}, RULE, BOOTSTRAP)
-    assert failed(decision) == ["recall@20 against lightgcn"]
+    assert failed(decision) == ["recall@20 against lightgcn", "recall@20 against recent_popularity"]
+
+
+def test_a_first_champion_below_what_was_popular_last_week_is_refused_by_name():
+    """MovieLens 100K: a model that knows no times beats LightGCN and all-time popularity, and not last week's list."""
+    stored = {"lightgcn": 0.1155, "popularity": 0.0876, "recent_popularity": 0.1745}
+    decision = decide(measured("1", np.full(77, 0.1250)), None, stored, RULE, BOOTSTRAP)
+    assert failed(decision) == ["recall@20 against recent_popularity"]
+    assert "recall@20 against recent_popularity" in decision.reason and "0.1745" in decision.reason
 
 
 def test_the_margin_is_the_configured_one(recall):

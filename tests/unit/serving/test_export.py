@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,7 +34,10 @@ def world():
 
 def served(users, items, seen, user_ids, item_ids) -> Recommender:
     titles = pa.chunked_array([item_ids])
-    return Recommender(pa.chunked_array([user_ids]), pa.chunked_array([item_ids]), titles, users, items, seen)
+    popularity = np.bincount(seen.items, minlength=len(item_ids)).astype(np.float32)
+    return Recommender(
+        pa.chunked_array([user_ids]), pa.chunked_array([item_ids]), titles, users, items, seen, popularity
+    )
 
 
 def test_recommendations_equal_brute_force(world, tmp_path):
@@ -97,6 +102,16 @@ def test_popular_items_by_count_then_index(tmp_path):
     assert rows == [(1, "c", 2.0), (2, "a", 1.0), (3, "b", 1.0)]
 
 
+def test_the_popularity_of_the_moment_decides_what_is_popular(tmp_path):
+    seen = ItemLists.from_pairs(np.array([0, 1, 2, 2]), np.array([2, 2, 0, 1]), 3)
+    ids = np.array(["a", "b", "c"], dtype=object)
+    recommender = served(np.ones((3, 2)), np.ones((3, 2)), seen, ids, ids)
+    now = dataclasses.replace(recommender, popularity=np.float32([0.5, 0.25, 0.125]))
+    write_popular(tmp_path / "p.parquet", now, 2)
+    rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "p.parquet").to_pylist()]
+    assert rows == [(1, "a", 0.5), (2, "b", 0.25)]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_nobody_is_offered_what_they_have_met(seed, tmp_path):
     """Random logs of a refit run: every event is training, ids are in any order, and some items are tombstones."""
@@ -112,7 +127,13 @@ def test_nobody_is_offered_what_they_have_met(seed, tmp_path):
     ]
     state = np.where(dead, "tombstone", np.where(met.any(0), "trained", "cold"))
     tables = {
-        "interactions": {"user_idx": users[order], "item_idx": items[order], "split": np.zeros(len(users), np.int8)},
+        "interactions": {
+            "user_idx": users[order],
+            "item_idx": items[order],
+            "split": np.zeros(len(users), np.int8),
+            "weight": np.ones(len(users), np.float32),
+            "event_time": np.full(len(users), np.datetime64("2026-01-05", "us")),
+        },
         "users": {"user_idx": np.arange(num_users), "user_id": names[0]},
         "items": {"item_idx": np.arange(num_items), "item_id": names[1], "title": names[1], "state": state},
     }

@@ -1,4 +1,5 @@
 import json
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,7 @@ def test_blocks_do_not_matter(folder, monkeypatch):
         "embeddings.safetensors",
         "weights.safetensors",
         "seen.safetensors",
+        "popularity.safetensors",
         "users.parquet",
         "items.parquet",
         "model.json",
@@ -125,6 +127,7 @@ def test_tombstones_and_users_without_training_items_stay_in_the_pipeline(tmp_pa
         (tmp_path / table).mkdir()
     met = [(0, 3, 0), (0, 1, 0), (2, 4, 0), (1, 4, 2), (3, 1, 1)]
     columns = dict(zip(("user_idx", "item_idx", "split"), zip(*met, strict=True), strict=True))
+    columns |= {"weight": [1.0] * len(met), "event_time": [datetime(2026, 1, 5)] * len(met)}
     pq.write_table(pa.table(columns), tmp_path / "interactions" / "0.parquet")
     pq.write_table(pa.table({"user_idx": range(4), "user_id": list("abcd")}), tmp_path / "users" / "0.parquet")
     states = ["cold", "trained", "tombstone", "trained", "trained"]
@@ -141,3 +144,4 @@ def test_tombstones_and_users_without_training_items_stay_in_the_pipeline(tmp_pa
     np.testing.assert_array_equal(found.user_embeddings, rows["user_embeddings"][[0, 2]])
     np.testing.assert_array_equal(found.item_embeddings, rows["item_embeddings"][[0, 1, 3, 4]])
     assert found.seen.indptr.tolist() == [0, 2, 3] and found.seen.items.tolist() == [1, 2, 3]
+    assert found.popularity.tolist() == [0, 1, 1, 1]
