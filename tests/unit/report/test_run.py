@@ -126,3 +126,16 @@ def test_the_same_run_renders_the_same_plots(store):
     publish(store, "ml.refine", {"fit.json": {"curve": [], "mean_cosine": [0.1, 0.2]}}, {"modalities": ["text"]})
     left, right = (render(store, "run-1", CONFIG, []).split("<footer>")[0] for _ in range(2))
     assert left == right
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_day_with_few_events_and_days_without_a_run_are_named(store, earlier):
+    quality = {"num_rows_read": 10, "quarantine": {}, "num_users": 1, "num_items": 1}
+    quality |= dict.fromkeys(("num_train", "num_validation", "num_test", "num_cold_rows"), 1)
+    found = {"rows": 12, "weekday_median": 100, "days_median": 90, "share": 0.12, "status": "warn"}
+    publish(store, "etl.interactions", {"quality.json": quality | ({} if earlier else {"completeness": found})})
+    assert "Missed." not in render(store, "run-1", CONFIG, [])
+    store.start_run("before", load_config(None, ["window.start=2026-02-24", "window.end=2026-02-25"]))
+    page = render(store, "run-1", CONFIG, [])
+    assert ("The last day has 12 events" in page and "Incomplete?" in page) is not earlier
+    assert "No run covers 2026-02-25 00:00 to 2026-02-28 00:00 UTC" in page
