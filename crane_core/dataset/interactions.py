@@ -207,7 +207,8 @@ def _end_of_training(artifact: Artifact) -> datetime | None:
 def _days_before(end: datetime, times: np.ndarray) -> np.ndarray:
     """Return the days from each time, datetime64 in UTC, to the end: float32, 0 for later ones."""
     naive = np.datetime64(end.astimezone(UTC).replace(tzinfo=None), "us")
-    return np.maximum((naive - times.astype("datetime64[us]")) / np.timedelta64(1, "D"), 0).astype(np.float32)
+    microseconds = naive.astype(np.int64) - times.astype("datetime64[us]").astype(np.int64)
+    return np.maximum(microseconds / 86_400_000_000, 0).astype(np.float32)
 
 
 class _OpenLists:

@@ -159,10 +159,10 @@ def _most_likely(
         def step(optimiser: torch.optim.LBFGS = optimiser, loss: Callable[[], Tensor] = loss) -> Tensor:
             optimiser.zero_grad()
             value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
-        optimiser.step(step)  # type: ignore[no-untyped-call]
+        optimiser.step(step)
         found = dict(zip(active, values.detach().tolist(), strict=True))
         # A channel that repels is noise: the fit is made again without it.
         if all(value >= 0 for value in found.values()):
@@ -201,7 +201,7 @@ class ChosenHead:
 
 MODEL, RECENT = "model", "recent"
 """Channels: the rows of the model, and what the user met lately."""
-SETS = ((), (RECENT,), (MODEL, RECENT))
+SETS: tuple[tuple[str, ...], ...] = ((), (RECENT,), (MODEL, RECENT))
 """Sets of channels that validation chooses from."""
 
 

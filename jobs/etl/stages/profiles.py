@@ -63,6 +63,10 @@ class Met(NamedTuple):
     items: NDArray[np.int32]
     weights: NDArray[np.float32]
 
+    def part(self, rows: slice) -> Met:
+        """Return some rows."""
+        return Met(self.users[rows], self.items[rows], self.weights[rows])
+
 
 def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[Met]:
     """Regroup sorted rows so that no user straddles two groups.
@@ -78,8 +82,8 @@ def whole_users(batches: Iterator[pa.RecordBatch]) -> Iterator[Met]:
             continue
         cut = int(np.searchsorted(held.users, held.users[-1]))
         if cut:
-            yield Met(*(column[:cut] for column in held))
-            held = Met(*(column[cut:] for column in held))
+            yield held.part(slice(0, cut))
+            held = held.part(slice(cut, None))
     if len(held.users):
         yield held
 
