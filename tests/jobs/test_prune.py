@@ -196,7 +196,7 @@ def test_without_days_nothing_is_removed(store: str, capsys: pytest.CaptureFixtu
     assert prune.main(["--store", store, "--keep-days", "0"]) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_kills_at_random_moments_lose_nothing(
     store: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +229,7 @@ def test_kills_at_random_moments_lose_nothing(
     assert hidden == []
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_beside_running_jobs_nothing_they_need_is_lost(
     store: str, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
