@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.refine.attention import Correlation, ListedKeys
 from crane_core.refine.kernels import FusedAttention, Group, attend_groups
 from tests.bench.gpu.plan import Plan, Row, distance, median_seconds, skipped, timed
@@ -205,7 +205,7 @@ def products(plan: Plan) -> Iterator[Row]:
     """Time a product of the user-item graph with rows of 64: the embedding bag in use, and torch's CSR product."""
     interactions = world(plan)
     train, sizes = interactions.train, (interactions.num_users, interactions.num_items)
-    matrix = user_item_graph(train.users(), train.items, Shards(sizes))
+    matrix = user_item_graph(Edges(train.users(), train.items), Shards(sizes))
     graph, rows = SymmetricGraph(matrix, plan.device), plan.normal(1, matrix.shape[0], 64).to(plan.device)
     arrays = [torch.from_numpy(array).to(plan.device) for array in (matrix.indptr, matrix.indices, matrix.data)]
     floor: dict[str, Any] = plan.floor(2.0 * matrix.nnz * 64, "float32", matrix.nnz * (8 + 256.0) + 512.0 * len(rows))

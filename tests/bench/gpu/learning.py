@@ -20,7 +20,7 @@ from crane_core.model.content import JointContent
 from crane_core.model.crane import Crane
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
-from crane_core.model.user_item_graph import user_item_graph
+from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.model_config import ModelConfig
 from crane_core.refine.catalog import refine_to_files, refined_files
 from crane_core.refine.fit import fit
@@ -71,7 +71,7 @@ def propagation(plan: Plan) -> Iterator[Row]:
     users = np.concatenate([users, np.arange(num_users - 5)])
     items = np.concatenate([items, np.zeros(num_users - 5, dtype=np.int64)])
     users, items = np.unique(np.stack([users, items]), axis=1).astype(np.int32)
-    matrix = user_item_graph(users, items, Shards((num_users, num_items)))
+    matrix = user_item_graph(Edges(users, items), Shards((num_users, num_items)))
     rows, incoming = (plan.normal(salt, matrix.shape[0], 64) for salt in (1, 2))
     exact = matrix.astype(np.float64)
     errors = {}
