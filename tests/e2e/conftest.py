@@ -35,7 +35,7 @@ SETTINGS = (
     'promote.beats=["popularity"]',
     "runtime.num_threads=1",
 )
-SECONDS = 480
+SECONDS = 900
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def test_the_store_of_the_last_demo_is_the_default(home: Path, capsys: pytest.Ca
         "end": "2026-03-02T00:00:00Z",
         "stages": [],
         "num_stages": run["num_stages"],
+        "shipped_run": None,
         "model_version": None,
         "aliases": [],
         "recall@20": None,

@@ -107,7 +107,10 @@ def test_an_older_window_is_refused_without_a_look_at_the_champion(recall):
 
 def test_the_first_champion_must_reach_every_baseline():
     first = judge(measured("1", np.full(60, 0.30)), None)
-    assert first.promoted and "reaches its baselines (lightgcn 0.3000, popularity 0.1000, recent_popularity 0.2500)" in first.reason
+    assert (
+        first.promoted
+        and "reaches its baselines (lightgcn 0.3000, popularity 0.1000, recent_popularity 0.2500)" in first.reason
+    )
     decision = judge(measured("1", np.full(60, 0.2999)), None)
     assert failed(decision) == ["recall@20 against lightgcn"]
     only_popularity = RULE.model_copy(update={"beats": ("popularity",)})
