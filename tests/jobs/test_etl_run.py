@@ -535,7 +535,7 @@ def test_days_of_an_import_are_days_of_the_run(
 def test_ids_that_match_nothing_stop_the_run_before_spark_starts(
     raw: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interactions, "open_session", lambda *_: pytest.fail("Spark starts"))
+    monkeypatch.setattr("jobs.etl.stages.interactions.open_session", lambda *_: pytest.fail("Spark starts"))
     if what == "items":
         write_items(raw, [("I1", "One"), ("I2", "Two")])
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -78,11 +79,14 @@ def plant(store_path: Path, scratch: Path, run: str, content: list[Modality], ba
     pairs = np.array([(user, (7 * user + step) % NUM_ITEMS) for user in range(num_users) for step in range(5)])
     splits = np.tile([0, 0, 0, 1, 2], num_users)
     columns = {"user_idx": pairs[:, 0], "item_idx": pairs[:, 1]}
-    table = pa.table({name: pa.array(values, pa.int32()) for name, values in columns.items()})
+    table = {name: pa.array(values, pa.int32()) for name, values in columns.items()}
+    table |= {
+        "split": pa.array(splits, pa.int8()),
+        "weight": pa.array(np.ones(len(splits)), pa.float32()),
+        "event_time": pa.array([datetime(2026, 1, 1)] * len(splits), pa.timestamp("us", "UTC")),
+    }
     (interactions / "interactions").mkdir(parents=True)
-    pq.write_table(
-        table.append_column("split", pa.array(splits, pa.int8())), interactions / "interactions" / "0.parquet"
-    )
+    pq.write_table(pa.table(table), interactions / "interactions" / "0.parquet")
     for kind, size in (("user", num_users), ("item", num_items)):
         (interactions / f"{kind}s").mkdir()
         ids = {f"{kind}_idx": pa.array(range(size), pa.int32()), f"{kind}_id": [f"{kind}{n}" for n in range(size)]}

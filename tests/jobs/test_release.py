@@ -363,7 +363,7 @@ def test_a_promoter_that_is_killed_is_finished_by_the_next(place, tmp_path):
     held = Lease(place.store.storage).newest()
     assert held.token == 2 and not held.released
     # Nobody waits a minute here.
-    place.store.storage.write(held.key, replace(held, expires_at=time.time()).encode())
+    place.store.storage.write(f"lease/{held.name}", replace(held, expires_at=time.time()).encode())
     done = place.job(promote, third)
     assert (done["decision"], done["champion"], done["previous"]) == ("refused", "2", "2")
     assert place.registry.version("2").tags["crane.smoke"] == "2"
