@@ -112,12 +112,12 @@ def encode(root: Path, modality: str, spec: EncoderSpec, batch_size: int = 64, d
         DataError: there is no catalog, no such column or no such folder.
     """
     folder = root / FEATURES_FOLDER / modality
-    check_modality(modality, folder)
     if Path(modality).name != modality or modality[0] in "._":
         raise ConfigError(
             f"{modality!r} is no name of a folder that etl.features reads.",
             "Give --modality a name without '/' that does not begin with '.' or '_'.",
         )
+    check_modality(modality, folder)
     if batch_size < 1:
         raise ConfigError(f"A batch of {batch_size} items.", "Give --batch-size 1 or more, for example 64.")
     catalog = _catalog(root, spec)
