@@ -20,3 +20,8 @@ def scratch(store_uri: str) -> Path:
     if "://" not in store_uri:
         return Path(store_uri) / ".scratch"
     return Path(tempfile.gettempdir()) / "crane" / store_uri.replace("://", "-").replace("/", "-")
+
+
+def report_uri(store: ArtifactStore, run_id: str) -> str:
+    """Return where the page of a run lies once it is written."""
+    return f"{store.storage.uri}/reports/{run_id}.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+# Triton reads this at its import, and decides there whether kernels are compiled or interpreted.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A second thread costs more than it saves on the small tensors of tests. torch and faiss read this at their import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

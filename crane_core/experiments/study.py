@@ -325,6 +325,7 @@ class Study:
             differences = {
                 f"{section}.{name}": value
                 for section, fields in tree.items()
+                if fields
                 for name, value in fields.items()
                 if value != base[section][name]
             }

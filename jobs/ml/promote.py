@@ -27,7 +27,7 @@ from crane_core.release.ledger import ANCHOR_TAG, MOVES, Draft, Entry
 from crane_core.release.registry import CANDIDATE_TAG, open_registry
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
-from jobs.ml.report import report_uri
+from jobs.stores import report_uri
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,7 @@ from crane_core.release.version import Version
 from crane_core.stages import STAGES, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.entry_points import run_job
-from jobs.ml.report import report_uri
-from jobs.stores import scratch
+from jobs.stores import report_uri, scratch
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from crane_core.release.ledger import Ledger
 from crane_core.report.run import render
 from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
+from jobs.stores import report_uri
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,6 @@ def report(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
         "report": uri,
         "bytes": len(page),
     }
-
-
-def report_uri(store: ArtifactStore, run_id: str) -> str:
-    """Return where the page of a run lies once it is written."""
-    return f"{store.storage.uri}/reports/{run_id}.html"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,5 +62,6 @@ def test_a_mapping_file_is_told_in_its_own_form(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_mapping(mapping)
     assert "each key one of user_id, item_id, event_time" in caught.value.remedy
-    assert "Give interactions.time: VALUE in the mapping, one of iso, s, ms, us" in caught.value.remedy
+    assert "Give interactions.time: VALUE in the mapping, text" in caught.value.remedy
+    assert "interactions.time: Value error, none of iso, s, ms, us, ns and no format" in str(caught.value)
     assert "Give items.columns: VALUE in the mapping" in caught.value.remedy
