@@ -15,6 +15,9 @@ import pyarrow.parquet as pq
 from crane_core.raw.location import Location
 
 _MAGIC = b"PAR1"
+_END = 1 << 16
+"""Bytes read first. A few would do, but pyarrow asks S3 no second time where the body of an error is longer than what
+was asked for."""
 _HINT, _NO_HINT = b"ARROW:schema", b"arrow_schema"
 
 
@@ -33,15 +36,21 @@ def open_parquet(path: Location | Path) -> Iterator[pq.ParquetFile]:
     location = Location.at(path)
     with location.filesystem.open_input_file(str(location.path)) as file:
         size = file.size()
-        file.seek(max(0, size - 8))
-        tail = file.read(8)
-        length = int.from_bytes(tail[:4], "little")
-        if tail[4:] != _MAGIC or length > size - 12:
+        end = _last(file, size, _END)
+        length = int.from_bytes(end[-8:-4], "little")
+        if end[-4:] != _MAGIC or length > size - 12:
             raise pa.ArrowInvalid(f"{size} bytes that end in no footer of Parquet")
-        file.seek(size - 8 - length)
-        footer = file.read(length).replace(_HINT, _NO_HINT)
-        metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + tail))
+        if length + 8 > len(end):
+            end = _last(file, size, length + 8)
+        footer = end[-8 - length : -8].replace(_HINT, _NO_HINT)
+        metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + end[-8:]))
         yield pq.ParquetFile(file, metadata=metadata, coerce_int96_timestamp_unit="us")
+
+
+def _last(file: pa.NativeFile, size: int, num_bytes: int) -> bytes:
+    """Read the last bytes of a file of a size; all of a smaller file."""
+    file.seek(max(0, size - num_bytes))
+    return file.read(num_bytes)
 
 
 def int96_instants(parquet: pq.ParquetFile) -> set[str]:
