@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-PARTS = ("infra", "docker", ".ci", "crane_core/presets", ".yamllint.yaml", "pyproject.toml")
+PARTS = ("infra", "docker", ".ci", "crane_core/presets", "tests/bench/gpu.sh", ".yamllint.yaml", "pyproject.toml")
 
 
 @pytest.fixture
