@@ -19,7 +19,7 @@ from crane_core.raw.importers.cells import Cells, Values, ids
 from crane_core.raw.importers.instants import Clock
 from crane_core.raw.importers.mapping import MATRIX, MappedItems, MappedLog, MappedModality
 from crane_core.raw.importers.matrix import load_matrix
-from crane_core.raw.importers.rows import Chunk, Layout, read_chunks
+from crane_core.raw.importers.rows import Chunk, Layout, plain, read_chunks
 from crane_core.raw.importers.tables import Wanted, check_clock, fitting
 from crane_core.raw.overlap import examples, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
@@ -70,7 +70,7 @@ class CheckedColumn:
         if pt.is_nested(cells.values.type):
             self._add_lists(cells.values, found)
         for value in values[: 100 if len(self.examples) < NUM_EXAMPLES else 0]:
-            text = str(value.as_py() if isinstance(value, pa.Scalar) else value)
+            text = str(plain(value))
             shown = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
             if shown not in self.examples and len(self.examples) < NUM_EXAMPLES:
                 self.examples.append(shown)

@@ -240,11 +240,15 @@ def _word_lists(values: Values, entry: MappedModality) -> Cells:
         told: list[list[str | None]] = [[text] for text in found.values.to_pylist()]
         bad = found.bad
     else:
-        rows: Sequence[Any] = values.to_pylist() if isinstance(values, pa.Array) else values
-        members = [each if isinstance(each, list) else [each] for each in rows]
-        flat = [str(each) if isinstance(each, bool) else each for row in members for each in row]
-        found = cells.ids(flat)
-        text, ends = found.values.to_pylist(), np.cumsum([0, *map(len, members)])
+        if isinstance(values, pa.Array) and pt.is_list(values.type):
+            lengths = pc.fill_null(pc.list_value_length(values), 0).to_pylist()
+            found = cells.ids(values.flatten())
+        else:
+            rows: Sequence[Any] = values.to_pylist() if isinstance(values, pa.Array) else values
+            members = [each if isinstance(each, list) else [each] for each in rows]
+            lengths = list(map(len, members))
+            found = cells.ids([str(each) if isinstance(each, bool) else each for row in members for each in row])
+        text, ends = found.values.to_pylist(), np.cumsum([0, *lengths])
         spans = [slice(first, end) for first, end in itertools.pairwise(ends)]
         told = [text[span] for span in spans]
         bad = np.array([found.bad[span].any() for span in spans], dtype=bool)

@@ -123,9 +123,16 @@ class Chunk:
 
     def place(self, row: int, column: str | int) -> str:
         """Return where a value is, and the value."""
-        value = self.columns[column][row]
-        value = value.as_py() if isinstance(value, pa.Scalar) else value
-        return place(self.path, self.lines[row], str(column), value, self.unit)
+        return place(self.path, self.lines[row], str(column), plain(self.columns[column][row]), self.unit)
+
+
+def plain(value: Any) -> Any:
+    """Return a value of a column as Python shows it; bytes that are no UTF-8 as replacement characters."""
+    try:
+        return value.as_py() if isinstance(value, pa.Scalar) else value
+    except UnicodeDecodeError:
+        is_text = isinstance(value, pa.StringScalar)
+        return value.as_buffer().to_pybytes().decode(errors="replace") if is_text else "text that is not UTF-8"
 
 
 def read_chunks(

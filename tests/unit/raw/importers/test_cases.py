@@ -377,3 +377,10 @@ def test_damaged_files_are_typed_errors(tmp_path: Path, name: str, damage: bytes
     with pytest.raises(CraneError) as caught:
         bring(tmp_path, {"files": [name]})
     assert caught.value.remedy and not (tmp_path / "raw").exists()
+
+
+def test_parquet_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"u": broken, "i": ["x"], "t": [SECONDS]}), tmp_path / "ev.parquet")
+    with pytest.raises(DataError, match=r"bad_user_id 1 .*row 1, column 'u': 'a\ufffd'"):
+        bring(tmp_path, {"files": ["ev.parquet"]})
