@@ -107,7 +107,7 @@ class Etl(Section):
     completeness_stop: float | None = Field(0.2, ge=0)
     """The run stops when the share is below this; never when null."""
     completeness_min_rows: int = Field(1000, ge=1)
-    """Where a day of its kind has fewer events, nothing is judged."""
+    """Fewest events of a day of its kind; with fewer nothing is judged."""
 
     def going_on_from(self, run: str | None) -> Etl:
         """Return the same with another `base_run`."""
@@ -316,7 +316,7 @@ class Runtime(Section):
     """The daily run removes runs whose window ended more than so many days before the newest one's, and the artifacts
     that nothing else needs (`crane prune`); nothing is removed when absent."""
     delivery: Literal["quiet", "marker", "none"] = "quiet"
-    """What makes a daily partition complete, for which a scheduled run waits: its files have stopped changing, or it
+    """Sign of a complete daily partition, which a scheduled run waits for: its files have stopped changing, or it
     holds a marker; `none`: the run does not wait."""
     delivery_marker: str = Field("_SUCCESS", pattern=r"^[^/\x00]+$")
     """Name of the file that the producer writes last into a partition."""

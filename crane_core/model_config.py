@@ -102,7 +102,7 @@ class CraneSettings(Section):
 
 
 class HeadSettings(Section):
-    """What stands beside a model's score where the data have times: popularity of the moment, users' recent items."""
+    """Half-lives of what joins a model's score where the data have times: popularity, and users' recent items."""
 
     half_lives: tuple[HalfLife, ...] = Field((1, 2, 3, 5, 7, 14, 30, 90, None), min_length=1)
     """Half-lives of the popularity, days, that validation chooses from; null is no decay. For the baseline, too."""
@@ -112,7 +112,7 @@ class HeadSettings(Section):
 
 
 class Choices(Section):
-    """What the validation split of a run has chosen. A training that is given them makes no choice and needs no
+    """Choices of the validation split of a run. A training that is given them makes no choice and needs no
     validation rows. `ml.refit` writes them; nobody sets them by hand."""
 
     behaviour_epochs: int = Field(ge=1)

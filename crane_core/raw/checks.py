@@ -45,7 +45,7 @@ UNREADABLE = (
     MemoryError,
     TokenError,
 )
-"""What numpy raises for a header that is none: it is read as a Python literal."""
+"""Errors of numpy for a header that is none: it is read as a Python literal."""
 
 
 @dataclass(frozen=True)

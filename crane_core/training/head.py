@@ -172,7 +172,7 @@ def _most_likely(
 
 @dataclass(frozen=True)
 class ChosenHead:
-    """What validation has chosen.
+    """Weights, half-lives and rows that validation has chosen.
 
     Attributes:
         half_life: of the popularity, days; None for no decay.

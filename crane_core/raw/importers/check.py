@@ -32,7 +32,7 @@ KINDS = {USER_ID: "id", ITEM_ID: "id", WEIGHT: "number", LABEL: "label", EVENT_T
 
 @dataclass
 class CheckedColumn:
-    """What a column of the raw layout would hold.
+    """Content that a column of the raw layout would have.
 
     Attributes:
         name: in the raw layout.
