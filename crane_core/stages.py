@@ -162,7 +162,7 @@ _CHOOSING = ("train.num_epochs", "train.patience", "train.validation_users")
 """Fields of `train` that nothing obeys where the choices are given."""
 _CHOICES_OF_CRANE = tuple(f"choices.{name}" for name in Choices.model_fields if name != "behaviour_epochs")
 """Choices that LightGCN's training does not obey."""
-_CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives")
+_CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives", "head.cold_exposure")
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -205,10 +205,10 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.train",
-            4,
+            5,
             lambda config: (
-                *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
-                *_joint(config, "etl.features", "etl.profiles"),
+                *("etl.interactions", "etl.features", "ml.refine", "ml.graph", "ml.behaviour"),
+                *_joint(config, "etl.profiles"),
             ),
             lambda config: (
                 *("train", "lightgcn", "crane", "head"),
@@ -227,7 +227,7 @@ STAGES: dict[str, Stage] = {
             7,
             _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
             _fixed("evaluate", "head"),
-            ignores=_fixed("head.history_half_lives"),
+            ignores=_fixed("head.history_half_lives", "head.content_axes", "head.cold_exposure"),
         ),
         Stage("ml.register", 2, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
         Stage("ml.export", 3, _fixed("etl.interactions", "ml.train"), _fixed("export")),

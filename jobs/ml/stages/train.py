@@ -9,10 +9,9 @@ import torch
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, load_interactions
-from crane_core.dataset.modalities import load_modalities
-from crane_core.model.content import Content, JointContent, joint_content, load_content, load_graph, neighbour_graph
+from crane_core.dataset.modalities import load_features, load_modalities
+from crane_core.model.content import Content, JointContent, joint_content, load_content
 from crane_core.model.crane import Crane
-from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.head import choose_head
@@ -39,25 +38,18 @@ def build(
     return Crane(interactions.num_users, interactions.num_items, content, config)
 
 
-def item_graph(job: Job) -> SymmetricGraph:
-    """The item graph of the best epoch."""
-    if job.config.crane.mode == "joint":
-        return neighbour_graph(load_tensors(job.out / "weights.safetensors")["content.neighbours"])
-    return load_graph(job.input("ml.graph"), torch.device("cpu"))
-
-
 def run(job: Job) -> Result:
     summary, users, items = train(job, build)
     behaviour = load_embeddings(job.input("ml.behaviour"))
     interactions = load_interactions(job.input("etl.interactions"))
-    chosen = choose_share(behaviour, (users, items), item_graph(job), interactions, job.config)
+    chosen = choose_share(behaviour, (users, items), interactions, job.config)
     validation = summary["validation"]
     if chosen.curve:
         logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
         validation |= {"fused_recall@20": chosen.recall}
-    head = choose_head(chosen.rows, interactions, job.config)
+    head = choose_head(chosen.rows, interactions, job.config, load_features(job.input("etl.features")))
     if head is not None:
-        logger.info("head %s", " ".join(f"{name}={value}" for name, value in head.facts().items()))
+        logger.info("head form=%s half_life=%s history=%s", head.form, head.half_life, head.history_half_life)
     save_embeddings(job.out, *(chosen.rows if head is None else head.rows))
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
     return Result(summary | {"trust": chosen.share, "head": head and head.facts(), "validation": validation})

@@ -1,0 +1,126 @@
+"""What a score is made of: channels, each a user row and an item row whose dot product says one thing.
+
+    model      the rows of the trained model, for items with training interactions
+    recent     what the user met lately, through a low-pass filter of the user-item graph, for the same items
+    profile    whitened content against the sum over the user's items
+    generated  the model's row of the user against a row that the item's content generates
+
+The dot products of a channel have the standard deviation 1 over all users and the items that have it. An item that has
+no row in a channel has a zero row there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from crane_core.dataset.interactions import Interactions
+from crane_core.model.graph_filter import filtered, item_axes
+from crane_core.model.views import Rows
+from crane_core.model.whitening import Features, Whitening, fit_whitening
+from crane_core.model_config import ModelConfig
+from crane_core.training.generated import Generator, generate
+
+MODEL, RECENT, PROFILE, GENERATED = "model", "recent", "profile", "generated"
+OF_CONTENT = (PROFILE, GENERATED)
+"""Channels that an item without interactions can have."""
+
+
+def score_spread(users: Tensor, items: Tensor) -> float:
+    """Return the standard deviation of all scores `users @ items.T`, from the d x d moments of the rows."""
+    mean = float(users.double().mean(0) @ items.double().mean(0))
+    second = [rows.double().T @ rows.double() / len(rows) for rows in (users, items)]
+    return max(float((second[0] * second[1]).sum()) - mean**2, 0.0) ** 0.5
+
+
+def of_unit_spread(rows: Rows, has_row: np.ndarray) -> Rows:
+    """Scale the item rows so that the scores of the items that have one have the standard deviation 1.
+
+    Rows of equal scores become 0, and so do those of the other items.
+
+    Args:
+        rows: users float32 [num_users, d] and items float32 [num_items, d].
+        has_row: bool [num_items].
+    """
+    users, items = rows
+    kept = torch.from_numpy(has_row)
+    spread = score_spread(users, items[kept]) if has_row.any() and len(users) else 0.0
+    return users, torch.where(kept[:, None], items / spread if spread > 1e-12 else 0.0, 0.0)
+
+
+@dataclass
+class Channels:
+    """Makes the channels of a dataset; what does not depend on the half-life of histories is made once.
+
+    Args:
+        model: rows of a trained model.
+        interactions: training interactions with their weights and ages.
+        features: of every modality; none where there is no content.
+        config: number of axes and seed.
+
+    Attributes:
+        whitening, generator: the maps from features to the content channels' rows; None without content.
+    """
+
+    model: Rows
+    interactions: Interactions
+    features: Sequence[Features]
+    config: ModelConfig
+    whitening: Whitening | None = field(init=False, default=None)
+    generator: Generator | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._is_warm = self.interactions.item_counts() > 0
+        self._fixed = {MODEL: of_unit_spread(self.model, self._is_warm)}
+        if self.features:
+            self.whitening = fit_whitening(self.features, self._is_warm, self.config.head.content_axes)
+        if self.whitening is not None:
+            self._white = self.whitening.rows(self.features)
+            self._has_content = self._white.any(dim=1).numpy()
+            rows, self.generator = generate(
+                self._white, self._fixed[MODEL][1], self._is_warm, self.config.train.seed
+            )
+            # Measured on warm items, so that a new item changes no scale.
+            self._fixed[GENERATED] = _scaled((self.model[0], rows), self._is_warm & self._has_content)
+        self._axes: Tensor | None = None
+
+    def at(self, half_life: float | None) -> dict[str, Rows]:
+        """Return all channels: name to users float32 [num_users, d] and items float32 [num_items, d].
+
+        Args:
+            half_life: days in which an interaction of a user's history loses half of its weight; None for no decay.
+        """
+        found = dict(self._fixed)
+        if self.interactions.ages is not None:
+            found[RECENT] = self.recent(half_life)
+        if self.whitening is not None:
+            history = _history(self.interactions, half_life)
+            users = torch.from_numpy(history @ self._white.numpy())
+            found[PROFILE] = _scaled((users, self._white), self._is_warm & self._has_content)
+        return found
+
+    def recent(self, half_life: float | None) -> Rows:
+        """Return the channel of that name."""
+        if self._axes is None:
+            self._axes = item_axes(self.interactions, self.config.lightgcn.embedding_dim, self.config.train.seed)
+        return of_unit_spread(filtered(self._axes, self.interactions, half_life), self._is_warm)
+
+
+def _scaled(rows: Rows, measured: np.ndarray) -> Rows:
+    """Scale all item rows so that the scores of some of them have the standard deviation 1."""
+    spread = score_spread(rows[0], rows[1][torch.from_numpy(measured)]) if measured.any() else 0.0
+    return rows[0], rows[1] / spread if spread > 1e-12 else torch.zeros_like(rows[1])
+
+
+def _history(interactions: Interactions, half_life: float | None) -> sp.csr_array:
+    """Return the weights of the users' items, each user's divided by the root of their sum."""
+    train, weights = interactions.train, interactions.decayed(half_life)
+    shape = train.num_users, interactions.num_items
+    history = sp.csr_array((weights.astype(np.float32), train.items, train.indptr), shape=shape)
+    totals = np.asarray(history.sum(axis=1), dtype=np.float32)
+    return sp.csr_array(sp.diags_array(np.maximum(totals, 1e-12) ** -0.5, dtype=np.float32) @ history)
