@@ -17,9 +17,10 @@ from crane_core.raw.importers import mapped, modality
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values, ids
 from crane_core.raw.importers.instants import Clock
+from crane_core.raw.importers.layout import Chunk, Layout, plain
 from crane_core.raw.importers.mapping import MATRIX, MappedItems, MappedLog, MappedModality
 from crane_core.raw.importers.matrix import load_matrix
-from crane_core.raw.importers.rows import Chunk, Layout, plain, read_chunks
+from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, check_clock, fitting
 from crane_core.raw.overlap import examples, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
@@ -214,7 +215,9 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
             if raw not in columns:
                 columns[raw] = CheckedColumn(raw, str(each.column), _stored(chunk, each), taken.get(raw, "text"))
             columns[raw].add(values, each.convert(values))
-        section.ids |= set(filter(None, fitting(chunk, wanted, account).column(ITEM_ID).to_pylist()))
+        batch = fitting(chunk, wanted, account)
+        kept = batch.filter(modality.has_vector(batch)) if isinstance(entry, MappedModality) else batch
+        section.ids |= set(filter(None, kept.column(ITEM_ID).to_pylist()))
         section.rows += len(chunk)
     section.columns = list(columns.values())
     section.set_aside = dict(account.set_aside)

@@ -58,7 +58,7 @@ def test_each_column_is_told_with_its_type_range_and_what_would_be_set_aside(sho
         "features.image": "vector of 3 numbers",
         "features.genres": "2 categories",
     }
-    assert checked.matched == {"items": 1, "features.text": 0.5, "features.image": 1, "features.genres": 1}
+    assert checked.matched == {"items": 1, "features.text": 0.5, "features.image": 1, "features.genres": 0.5}
     assert import_mapped(shop / "m.yaml", shop / "raw").counts["interactions"]["set_aside"] == {"bad_weight": 1}
 
 
