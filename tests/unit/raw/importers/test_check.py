@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crane_core.raw.importers import check_mapping, import_mapped
+from crane_core.raw.importers import check, check_mapping, import_mapped, rows
 from jobs import cli
 
 MAPPING = """
@@ -75,7 +75,20 @@ def test_problems_are_those_that_would_stop_the_import(shop: Path, capsys: pytes
         f"{shop / 'f.parquet'} (7 bytes) cannot be read after 0 rows",
         "features.image",
     ]
+    assert told["problems"][-1]["found"].endswith("is among the 2 items of the log, such as 'i1', 'i2'.")
+    (shop / "ids.txt").write_text("a\nb\n")
+    assert cli.main(["import", "check", str(shop / "m.yaml"), "--json"]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert "exchange the columns user_id and item_id" in told["problems"][-1]["remedy"]
     assert not (shop / "raw").exists()
+
+
+def test_ids_beyond_the_sample_of_a_table_are_no_problem(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shop / "items.csv").write_text("id,name,genres\ni8,A,\ni9,B,\n")
+    assert [each["found"].partition(":")[0] for each in check_mapping(shop / "m.yaml").problems] == ["items"]
+    monkeypatch.setattr(check, "SAMPLE_ROWS", 1)
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 1)
+    assert check_mapping(shop / "m.yaml").problems == []
 
 
 @pytest.mark.parametrize("flags", [["check", "m.yaml", "raw"], ["mapped", "m.yaml"]])
