@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from crane_core.raw import importers
 from crane_core.raw.importers import check, check_mapping, import_mapped, rows
+from crane_core.raw.importers.mapping import read_mapping
 from jobs import cli
 
+README = Path(importers.__file__).with_name("README.md")
+DATA = Path(__file__).parents[5] / "shared" / "data" / "movietweetings"
 MAPPING = """
 dataset: shop
 interactions:
@@ -89,6 +94,21 @@ def test_ids_beyond_the_sample_of_a_table_are_no_problem(shop: Path, monkeypatch
     monkeypatch.setattr(check, "SAMPLE_ROWS", 1)
     monkeypatch.setattr(rows, "CHUNK_ROWS", 1)
     assert check_mapping(shop / "m.yaml").problems == []
+
+
+def test_the_example_of_the_readme_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapping, shown = re.findall(r"```(?:yaml)?\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    (tmp_path / "mapping.yaml").write_text(mapping)
+    assert read_mapping(tmp_path / "mapping.yaml").dataset == "movietweetings"
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is absent: research data is not part of the project")
+    for name in ("ratings.csv", "movies.csv"):
+        (tmp_path / name).symlink_to(DATA / name)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["import", "check", "mapping.yaml"]) == 0
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("flags", [["check", "m.yaml", "raw"], ["mapped", "m.yaml"]])
