@@ -55,7 +55,7 @@ def _knn_source(config: RunConfig, store: ArtifactStore) -> list[str] | None:
 
 def _lists_source(config: RunConfig, store: ArtifactStore) -> dict[str, Any] | None:
     lists = exported_before(config, store)
-    return lists and lists.facts()
+    return lists.facts() if lists else None
 
 
 def base_contents(config: RunConfig, store: ArtifactStore, stages: tuple[str, ...]) -> list[str] | None:

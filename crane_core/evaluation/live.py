@@ -1,23 +1,23 @@
 """The live score: how lists that were exported did on the events that followed.
 
-Which events judge a list. A run has the window `[start, end)`: what is new to it. The lists are those that the champion
-had exported from events before an instant `made`, the end of its own window. They are judged on the events of the window
-that lie at or after `made`, that is from `max(start, made)` to `end`. So no list is judged on an event that it was made
-from, and no event is judged by two runs of successive windows. In daily runs `made` is `start` where the champion is of
-the day before, and earlier where it has stayed for longer.
+Which events judge a list. A run has the window `[start, end)`: what is new to it. The lists are those that the
+champion had exported from events before an instant `made`, the end of its own window. They are judged on the events of
+the window that lie at or after `made`, that is from `max(start, made)` to `end`. So no list is judged on an event that
+it was made from, and no event is judged by two runs of successive windows. In daily runs `made` is `start` where the
+champion is of the day before, and earlier where it has stayed for longer.
 
 What counts as an event. The first event of a user with an item, as `etl.interactions` kept it: a list never shows what
 its user has met, so later events with the same item, and events that were delivered twice, count nowhere. Users and
-items that the evaluation twin does not know count as well (the table `cold`). An event that arrives after its window was
-read is in no live score: it belongs to a window that is over, and lists made since may know it. Items that nobody had
-met before `made` stay in the denominator, since their users did choose them; `new_items` is their share.
+items that the evaluation twin does not know count as well (the table `cold`). An event that arrives after its window
+was read is in no live score: it belongs to a window that is over, and lists made since may know it. Items that nobody
+had met before `made` stay in the denominator, since their users did choose them; `new_items` is their share.
 
 Who saw which list. A user with exported recommendations saw these. Any other user saw `popular.parquet` of the export,
 as its contract says. `champion` scores every user with what that user saw; `covered` is the share of users with a list
-of their own, and `covered_users` scores these alone. Beside it stands `recent_popularity`, for the same users and as long
-a list: the items that were most popular at `made`, but for those that the user had met before it. Its half-life is
-chosen on the validation split of the run, as in `ml.evaluate`. With `etl.repeats` other than `first`, a weight may hold
-events of the window, which favours this baseline.
+of their own, and `covered_users` scores these alone. Beside it stands `recent_popularity`, for the same users and with
+lists of the same length: the items that were most popular at `made`, but for those that the user had met before it. Its
+half-life is chosen on the validation split of the run, as in `ml.evaluate`. With `etl.repeats` other than `first`, a
+weight may hold events of the window, which favours this baseline.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def score_lists(export: Artifact, judged: Judged, config: Evaluate) -> tuple[dic
         config: cut-offs, resamples and seed.
 
     Returns:
-        JSON values: `users`, `covered`, `events`, `new_items`, `models` with 95 % intervals over users, `differences` of
-        the champion to recent popularity, paired by user, and the means over `covered_users`. And for each user
+        JSON values: `users`, `covered`, `events`, `new_items`, `models` with 95 % intervals over users, `differences`
+        of the champion to recent popularity, paired by user, and the means over `covered_users`. And for each user
         `covered`, and `model.metric` of every model and metric. `hit@k` is 1 where the top k has an item of the user.
     """
     width, users = max(config.ks), np.arange(len(judged.user_ids))
@@ -145,7 +145,7 @@ def score_lists(export: Artifact, judged: Judged, config: Evaluate) -> tuple[dic
         for name, ranked in (("champion", shown), ("recent_popularity", popular))
     }
     intervals = {name: bootstrap(values, config.num_bootstrap, config.seed) for name, values in metrics.items()}
-    gains = paired_bootstrap(*metrics.values(), config.num_bootstrap, config.seed)
+    gains = paired_bootstrap(metrics["champion"], metrics["recent_popularity"], config.num_bootstrap, config.seed)
     num_events = len(judged.relevant.items)
     report = {
         "users": len(users),
@@ -220,7 +220,7 @@ def _with_cold_ids(source: Artifact) -> tuple[np.ndarray, np.ndarray, pd.DataFra
 
 
 def _rows(source: Artifact, cold: pd.DataFrame) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield user, item, weight and time (microseconds since 1970) of all rows, a block at a time; the cold ones last."""
+    """Yield user, item, weight and time (microseconds since 1970) of all rows, a block at a time."""
     for users, items, weights, times in blocks_of(source, COLUMNS):
         yield users, items, weights, _as_micros(times)
     columns = [cold[name].to_numpy() for name in COLUMNS[:-1]]

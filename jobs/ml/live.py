@@ -4,7 +4,7 @@ The lists are the last that a champion exported from events before `window.end`,
 the window that they were not made from (`crane_core/evaluation/live.py`). Leaves `live.json` and `per_user.parquet`:
 recall, NDCG, hit rate and the share of users covered, next to recent popularity for the same users. The live score is
 the Recall@20 of the lists divided by that of recent popularity. Below `evaluate.live_warn` it is a warning; below
-`evaluate.live_stop` the job fails once the artifact is there, so that no model is registered before somebody has looked.
+`evaluate.live_stop` the job fails once the artifact is there, so that no model is registered before somebody looks.
 
 Without lists `live.json` says why, and that is no error: no champion had exported any (`no_export`), they were removed
 (`export_gone`), or no user met something new in the window (`no_events`). A refit run has no live score of its own.
@@ -89,8 +89,8 @@ def _tell(score: dict[str, Any], verdict: str, config: Evaluate) -> None:
         raise DataError(
             f"From {score['from']} to {score['until']} {told}: a share of {score['share']:.4f}; evaluate.live_stop is "
             f"{config.live_stop}.",
-            "Look at the day in the report and at what was served (crane recommend --user ID). If the day is right, a run "
-            "with --set evaluate.live_stop=null, or a lower one, replaces the champion; crane rollback takes it back.",
+            "Look at the events of the day and at what was served (crane recommend --user ID). A new run with --set "
+            "evaluate.live_stop=null, or a lower one, goes on; crane rollback takes the champion back.",
         )
     log = logger.warning if verdict == "warn" else logger.info
     log("live verdict=%s threshold=%s covered=%.4f: %s", verdict, config.live_warn, score["covered"], told)

@@ -20,9 +20,7 @@ def run(job: Job, lists: ExportedLists | None) -> Result:
     """Judge the lists on the events of the window that they do not know."""
     end = job.config.window.end
     if lists is None:
-        return _absent(
-            job, "no_export", f"No champion had exported lists made from events before {end:%Y-%m-%d %H:%M}."
-        )
+        return _absent(job, "no_export", f"No champion had exported lists that end before {end:%Y-%m-%d %H:%M}.")
     export = None if lists.is_gone else job.store.find(EXPORT, lists.fingerprint)
     if export is None:
         return _absent(job, "export_gone", f"The lists of version {lists.version} were removed from the store.")
