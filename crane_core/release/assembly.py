@@ -20,7 +20,7 @@ from crane_core.serving.model_folder import Recommender, load_recommender, write
 from crane_core.serving.probe import make_probe
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 
-LIVE_FIGURES = ("users", "covered", "new_items", "share")
+LIVE_FIGURES = ("users", "covered", "new_items", "ratio")
 PROBED_USERS = 32
 """Users whose lists the smoke test compares."""
 

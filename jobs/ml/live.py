@@ -64,11 +64,11 @@ def run(job: Job, lists: ExportedLists | None) -> Result:
 
 def judge(score: dict[str, Any], config: Evaluate) -> str:
     """Return `ok`, `warn` or `stop` for a live score, or `unknown` where there is none or too few users."""
-    if score["status"] != "scored" or score["users"] < config.live_min_users or score["share"] is None:
+    if score["status"] != "scored" or score["users"] < config.live_min_users or score["ratio"] is None:
         return "unknown"
-    if config.live_stop is not None and score["share"] < config.live_stop:
+    if config.live_stop is not None and score["ratio"] < config.live_stop:
         return "stop"
-    return "ok" if score["share"] >= config.live_warn else "warn"
+    return "ok" if score["ratio"] >= config.live_warn else "warn"
 
 
 def _tell(score: dict[str, Any], verdict: str, config: Evaluate) -> None:
@@ -87,9 +87,9 @@ def _tell(score: dict[str, Any], verdict: str, config: Evaluate) -> None:
     )
     if verdict == "stop":
         raise DataError(
-            f"From {score['from']} to {score['until']} {told}: a share of {score['share']:.4f}; evaluate.live_stop is "
+            f"From {score['from']} to {score['until']} {told}: a ratio of {score['ratio']:.4f}; evaluate.live_stop is "
             f"{config.live_stop}.",
-            "Look at the events of the day and at what was served (crane recommend --user ID). A new run with --set "
+            "Compare the events of the day with what was served (crane recommend --user ID). A new run with --set "
             "evaluate.live_stop=null, or a lower one, goes on; crane rollback takes the champion back.",
         )
     log = logger.warning if verdict == "warn" else logger.info

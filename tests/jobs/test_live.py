@@ -93,7 +93,7 @@ def test_the_lists_of_the_day_before_are_scored(place: Place, capsys: pytest.Cap
     assert score["models"]["champion"] == {"recall@20": 1.0, "ndcg@20": 1.0, "hit@20": 1.0}
     # i1, i2 and i3 are equally popular, and lists have two places: a is shown i2, b is shown i1 and i3, z i1 and i2.
     assert score["models"]["recent_popularity"]["recall@20"] == pytest.approx(2 / 3)
-    assert score["share"] == pytest.approx(1.5)
+    assert score["ratio"] == pytest.approx(1.5)
     artifact = place.store.artifact("today", "ml.live")
     whole = json.loads(artifact.file("live.json").read_text())
     assert whole["models"]["champion"]["recall@20"]["low"] == 1.0

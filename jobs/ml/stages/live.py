@@ -48,7 +48,7 @@ def _score(job: Job, lists: ExportedLists, export: Artifact) -> Result:
     (job.out / "live.json").write_text(json.dumps(facts | report))
     means = {name: {metric: found[metric]["mean"] for metric in SHOWN} for name, found in report["models"].items()}
     champion, popular = (means[name]["recall@20"] for name in ("champion", "recent_popularity"))
-    return Result(facts | {"models": means, "share": champion / popular if popular else None})
+    return Result(facts | {"models": means, "ratio": champion / popular if popular else None})
 
 
 def _absent(job: Job, status: str, reason: str) -> Result:
