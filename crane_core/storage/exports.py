@@ -34,11 +34,12 @@ class ExportedLists:
     is_gone: bool
 
     def facts(self) -> dict[str, Any]:
-        """Return the lists as JSON values; equal ones have the same content."""
+        """Return the lists as JSON values."""
         return {
             "version": self.version,
             "shipped_run": self.shipped_run,
             "window_end": self.window_end.isoformat(),
+            "export": self.fingerprint,
             "content": self.content,
             "is_gone": self.is_gone,
         }

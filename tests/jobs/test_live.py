@@ -9,15 +9,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 
+from crane_core.config import Runtime
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_DATA, EXIT_OK
+from crane_core.release.ledger import Ledger
+from crane_core.release.registry import open_registry
 from crane_core.storage.artifacts import ArtifactStore
-from jobs.ml import live
+from jobs import prune
+from jobs.ml import export, live, promote, register
 from jobs.stores import open_store
 from tests.worlds.jobs import last_line
 from tests.worlds.live import write_exported, write_source
 from tests.worlds.raw_data import at
+from tests.worlds.release_runs import copy_registered, make_run
 
 DAY = timedelta(days=1)
 START, END = at("2026-01-10"), at("2026-01-11")
@@ -188,3 +194,44 @@ def test_a_refit_run_has_none(here: Place) -> None:
     flags = ["--store", here.uri, "--run", "today"]
     assert live.main([*flags, "--refit"]) == EXIT_OK
     assert here.store.entry("today.refit", "ml.live")["status"] == "skipped"
+
+
+def test_ledger_and_registry_have_the_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And pruning keeps the lists that the next run judges."""
+    store = tmp_path / "store"
+    (first,) = copy_registered(store, (0.8,), 1)
+    assert export.main(first) == EXIT_OK
+    second = make_run(store, "run-2", noise=0.3, window_end="2026-03-02")
+    assert live.main(second) == register.main(second) == promote.main(second) == EXIT_OK
+    score = open_store(str(store)).entry("run-2", "ml.live")["live"]
+    assert (score["status"], score["version"], score["shipped_run"]) == ("scored", "1", "run-1")
+    entry = Ledger(open_store(str(store)).storage, "crane").history()[-1]
+    assert (entry.action, entry.champion, entry.numbers["live"]) == ("promote", "2", score)
+    registry = open_registry(Runtime(), str(store))
+    metrics = MlflowClient(registry.uri, registry.uri).get_run(registry.version("2").mlflow_run).data.metrics
+    assert {name: metrics[f"live/{name}"] for name in ("users", "covered", "new_items")} == {
+        name: score[name] for name in ("users", "covered", "new_items")
+    }
+    # All events of this world are of one instant, so nothing was popular before.
+    assert score["ratio"] is None and "live/ratio" not in metrics
+    assert metrics["live/champion/recall_at_20"] == score["models"]["champion"]["recall@20"]
+    assert metrics["live/recent_popularity/ndcg_at_20"] == score["models"]["recent_popularity"]["ndcg@20"]
+
+    # Version 2 has served for long; all other runs are too old to be kept for their windows.
+    assert export.main(second) == EXIT_OK
+    late = make_run(store, "run-9", noise=0.3, window_end="2026-03-30")
+    assert prune.main(["--store", str(store), "--keep-days", "1"]) == EXIT_OK
+    assert live.main(late) == EXIT_OK
+    kept = open_store(str(store)).entry("run-9", "ml.live")["live"]
+    assert (kept["status"], kept["version"], kept["from"]) == ("scored", "2", "2026-03-29T00:00:00+00:00")
+
+
+def test_a_first_version_has_no_figures_of_lists(tmp_path: Path) -> None:
+    copy_registered(tmp_path / "store", (), 0)
+    argv = make_run(tmp_path / "store", "run-1", noise=0.3)
+    assert live.main(argv) == register.main(argv) == promote.main(argv) == EXIT_OK
+    registry = open_registry(Runtime(), str(tmp_path / "store"))
+    metrics = MlflowClient(registry.uri, registry.uri).get_run(registry.version("1").mlflow_run).data.metrics
+    assert not [name for name in metrics if name.startswith("live/")]
+    entry = Ledger(open_store(str(tmp_path / "store")).storage, "crane").history()[-1]
+    assert entry.numbers["live"]["status"] == "no_export"
