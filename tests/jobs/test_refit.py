@@ -213,7 +213,7 @@ def test_a_refit_run_begins_with_its_run(shipped: Run, capsys: pytest.CaptureFix
 CHOSEN = Choices(
     behaviour_epochs=2,
     crane_epochs=2,
-    crane_ranking="dot",
+    crane_ranking="length^1",
     share=0.5,
     half_life=3.0,
     history_half_life=14.0,
