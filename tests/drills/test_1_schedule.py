@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from datetime import datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
@@ -13,7 +12,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from pyspark.sql import SparkSession
 
+from crane_core.config_file import load_config
+from crane_core.errors import EXIT_OK
+from crane_core.stages import STAGES
+from jobs.commands.local import SHIP, retrain_steps
 from tests.drills.conftest import SCHEDULED_DAYS, Deployment
 from tests.worlds.services import until
 
@@ -35,11 +39,15 @@ def ended(deployment: Deployment, dag_id: str, count: int) -> list[dict]:
     return until(f"{count} runs of {dag_id}", look, patience=3600, every=3)
 
 
-def test_a_run_by_hand_puts_a_champion_into_service(deployment: Deployment) -> None:
-    start, end = (str(deployment.day(before)) for before in (FIRST_DAY, FIRST_DAY - 1))
-    command = [sys.executable, "-m", "jobs.cli", "run", "--store", str(deployment.store_path), "--run", "by-hand"]
-    command += ["--config", str(deployment.root / "config.yaml"), "--start", start, "--end", end, "--promote"]
-    subprocess.run(command, check=True, timeout=900)
+def test_a_run_by_hand_puts_a_champion_into_service(spark: SparkSession, deployment: Deployment) -> None:
+    window = (f"window.start={deployment.day(FIRST_DAY)}", f"window.end={deployment.day(FIRST_DAY - 1)}")
+    flags = ["--store", str(deployment.store_path), "--run", "by-hand"]
+    flags += ["--config", str(deployment.root / "config.yaml"), *(word for each in window for word in ("--set", each))]
+    config = load_config(str(deployment.root / "config.yaml"), list(window))
+    for step in [*retrain_steps(config), "ml.promote", "ml.export"]:
+        name, refit = step.removeprefix(SHIP), ["--refit"] if step.startswith(SHIP) else []
+        for part in STAGES[name].parts(config) if name in STAGES else ("",):
+            assert import_module(f"jobs.{name}").main([*flags, *refit, "--part", part]) == EXIT_OK, step
     assert deployment.registry.holder("champion") == "1"
     live = (deployment.store.entry("by-hand", "ml.live") or {})["live"]
     assert live["status"] == "no_export", "nobody had exported anything yet"
