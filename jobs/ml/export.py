@@ -48,6 +48,8 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
     own = recorded_run(store, shipped_run, config.runtime)
     entry = usage.entry() | produce(STAGES["ml.export"], shipped_run, WHOLE, own, store, run)
     entry |= {"version": champion, "champion_run": run_id, "shipped_run": shipped_run}
+    # What `ml.live` of a later run looks for.
+    entry |= {"model": lock.registry.name, "window_end": own.window.end.isoformat()}
     if run_id != arguments.run:
         store.record(run_id, "ml.export", entry)
     return entry
