@@ -211,7 +211,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.train",
-            4,
+            5,
             lambda config: (
                 *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
                 *_joint(config, "etl.features", "etl.profiles"),
@@ -243,8 +243,8 @@ STAGES: dict[str, Stage] = {
             ignores=_fixed("evaluate.user_block", "head.history_half_lives"),
             source=_lists_source,
         ),
-        Stage("ml.register", 2, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
-        Stage("ml.export", 3, _fixed("etl.interactions", "ml.train"), _fixed("export")),
+        Stage("ml.register", 3, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
+        Stage("ml.export", 4, _fixed("etl.interactions", "ml.train"), _fixed("export")),
     )
 }
 

@@ -172,8 +172,20 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _recommend(arguments: argparse.Namespace) -> int:
     from jobs.commands.query import recommend, served
 
-    answer = recommend(served(_store(arguments), _runtime(arguments)), arguments.user, arguments.k)
-    _result(arguments, answer, _lines(answer["items"], "score"))
+    if arguments.items is None and arguments.times is not None:
+        raise ConfigError("--times is given without --items.", "Give --items ID ID and as many --times, or --user ID.")
+    champion = served(_store(arguments), _runtime(arguments))
+    if arguments.items is None:
+        answer = recommend(champion, arguments.user, arguments.k)
+        _result(arguments, answer, _lines(answer["items"], "score"))
+        return EXIT_OK
+    from jobs.commands.newcomers import recommend_by_history
+
+    answer = recommend_by_history(champion, arguments.items, arguments.times, arguments.k)
+    heading = ["nothing is known of these items; what is popular now:"] if answer["fallback"] else []
+    if answer["unknown_items"] and not answer["fallback"]:
+        heading = [f"not known, and left out: {', '.join(answer['unknown_items'])}"]
+    _result(arguments, answer, [*heading, *_lines(answer["items"], "score")])
     return EXIT_OK
 
 

@@ -137,6 +137,10 @@ class Interactions:
         """Return the (decayed) weight of the training interactions of each item, float64 [num_items]."""
         return np.bincount(self.train.items, weights=self.decayed(half_life), minlength=self.num_items)
 
+    def mean_weight(self) -> float:
+        """Return the mean weight of the training interactions, 1 where there are none."""
+        return float(self.decayed(None).mean()) if len(self.train.items) else 1.0
+
     def item_counts(self) -> np.ndarray:
         """Count the training interactions of each item, int64 [num_items]."""
         return np.bincount(self.train.items, minlength=self.num_items)
@@ -174,7 +178,7 @@ def load_interactions(artifact: Artifact) -> Interactions:
                 )
         for part, lengths in counts.items():
             lengths += np.bincount(users[split == part], minlength=num_users)
-    end = _end_of_training(artifact)
+    end = end_of_training(artifact)
     lists = {part: _OpenLists(lengths, with_values=part == TRAIN) for part, lengths in counts.items()}
     for users, items, split, weights, times in blocks_of(artifact, (*names, WEIGHT, EVENT_TIME)):
         days = np.zeros(len(users), dtype=np.float32) if end is None else _days_before(end, times)
@@ -198,7 +202,7 @@ def load_interactions(artifact: Artifact) -> Interactions:
     )
 
 
-def _end_of_training(artifact: Artifact) -> datetime | None:
+def end_of_training(artifact: Artifact) -> datetime | None:
     """Return the instant before which all training interactions of a temporal split lie; None for other splits."""
     instant = artifact.facts.get("cutoffs", {}).get("validation")
     return None if instant is None else datetime.fromisoformat(instant)

@@ -33,6 +33,7 @@ from crane_core.release.ledger import ANCHOR_TAG
 from crane_core.release.mlmodel import LOADER, served_folder
 from crane_core.release.version import EVIDENCE_TAG, Release, Version
 from crane_core.schema import USER_ID
+from crane_core.serving.histories import HISTORY, TIMES
 from crane_core.serving.model_folder import CHECKSUMS, DEFAULT_K
 from crane_core.storage.artifacts import sha256_file
 from crane_core.storage.lock import locked
@@ -45,25 +46,27 @@ CANDIDATE_TAG = "crane.candidate"
 PRUNED_TAG = "crane.pruned"
 """Tag of a version whose run was removed from the store: when, ISO 8601 UTC; empty once the run was made again."""
 
-_MODEL = "model"
-_EVIDENCE = "evidence"
+_MODEL, _EVIDENCE, _TWIN = "model", "evidence", "twin"
 _TRAINING_TAG = "crane.training"
 _FINGERPRINT = "crane.fingerprint"
 _CHECKSUMS_TAG = "crane.checksums"
-_TWIN = "twin"
 _TWIN_TAG = "crane.twin_checksums"
-_PARAM_LENGTH = 500
-_TAG_LENGTH = 5000
-_BATCH = 1000
+_PARAM_LENGTH, _TAG_LENGTH, _BATCH = 500, 5000, 1000
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, USER_ID)]),
+    inputs=Schema(
+        [
+            ColSpec(DataType.string, USER_ID),
+            *(ColSpec(Array(DataType.string), name, False) for name in (HISTORY, TIMES)),
+        ]
+    ),
     outputs=Schema(
         [
             ColSpec(DataType.string, USER_ID),
             ColSpec(Array(DataType.string), "item_ids"),
             ColSpec(Array(DataType.double), "scores"),
             ColSpec(DataType.boolean, "fallback"),
+            ColSpec(DataType.long, "unknown_items"),
         ]
     ),
     params=ParamSchema([ParamSpec("k", DataType.integer, DEFAULT_K)]),

@@ -20,9 +20,11 @@ from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.baselines import choose_half_life, first_unseen, popular_items
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time, without
+from crane_core.model.fold_in import FoldIn, same_for_all, side_by_side, summed
 from crane_core.model.graph_filter import filtered, item_axes
 from crane_core.model.views import Rows
 from crane_core.model_config import Choices, ModelConfig
+from crane_core.training.fold_in import fit_fold_in
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,21 @@ class Head:
             torch.cat([*users, torch.ones(num_users, 1)], dim=1),
             torch.cat([*items, self.popularity * log_popularity[:, None]], dim=1),
         )
+
+    def fold_in(self, channels: Mapping[str, Rows], exact: Mapping[str, FoldIn], interactions: Interactions) -> FoldIn:
+        """Return what makes a user's row of `rows` from a history.
+
+        Args:
+            channels: name to rows, as for `rows`.
+            exact: name to the fold-in of channels that are sums over the history; the others get one that is fitted.
+            interactions: training interactions.
+        """
+        parts = [
+            (exact[name] if name in exact else fit_fold_in(channels[name], interactions)).times(weight**0.5)
+            for name, weight in self.channels.items()
+            if weight > 0
+        ]
+        return side_by_side([*parts, same_for_all(np.ones(1, dtype=np.float32), interactions.num_items)])
 
 
 def score_spread(users: Tensor, items: Tensor) -> float:
@@ -181,6 +198,7 @@ class ChosenHead:
         recall: channels that stand beside the popularity, joined by `+`, to validation Recall@20 with weights that
             were fitted on other users; `` is popularity alone.
         rows: users float32 [num_users, d] and items float32 [num_items, d] to score by.
+        fold_in: what makes a user's row from a history.
     """
 
     half_life: float | None
@@ -188,6 +206,7 @@ class ChosenHead:
     head: Head
     recall: Mapping[str, float]
     rows: Rows
+    fold_in: FoldIn
 
     def facts(self) -> dict[str, object]:
         """Return what was chosen as JSON values."""
@@ -241,7 +260,9 @@ def choose_head(model: Rows, interactions: Interactions, config: ModelConfig) ->
     channels = {name: own[name] for name in names}
     head = fit_head(channels, popularity, interactions, users) if channels else Head(1.0, {})
     found = {"+".join(names): value for names, value in recall.items()}
-    return ChosenHead(half_life, history, head, found, head.rows(channels, popularity, interactions.num_users))
+    rows = head.rows(channels, popularity, interactions.num_users)
+    fold_in = head.fold_in(channels, _exact(channels, history), interactions)
+    return ChosenHead(half_life, history, head, found, rows, fold_in)
 
 
 def _chosen_before(model: Rows, interactions: Interactions, config: ModelConfig, choices: Choices) -> ChosenHead | None:
@@ -253,7 +274,8 @@ def _chosen_before(model: Rows, interactions: Interactions, config: ModelConfig,
     head = Head(weights.pop("popularity"), weights)
     popularity = log_popularity(interactions, choices.half_life)
     rows = head.rows(own, popularity, interactions.num_users)
-    return ChosenHead(choices.half_life, choices.history_half_life, head, {}, rows)
+    fold_in = head.fold_in(own, _exact(own, choices.history_half_life), interactions)
+    return ChosenHead(choices.half_life, choices.history_half_life, head, {}, rows, fold_in)
 
 
 def _axes(interactions: Interactions, config: ModelConfig) -> Tensor:
@@ -263,6 +285,11 @@ def _axes(interactions: Interactions, config: ModelConfig) -> Tensor:
 def _channels(model: Rows, axes: Tensor, interactions: Interactions, half_life: float | None) -> dict[str, Rows]:
     """Return the rows of all channels, of unit spread."""
     return {MODEL: of_unit_spread(model), RECENT: of_unit_spread(filtered(axes, interactions, half_life))}
+
+
+def _exact(channels: Mapping[str, Rows], half_life: float | None) -> dict[str, FoldIn]:
+    """Return the fold-ins of those channels whose users' rows are sums over the history."""
+    return {RECENT: summed(channels[RECENT][1].numpy(), half_life)} if RECENT in channels else {}
 
 
 def _cross_fitted(

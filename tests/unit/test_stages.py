@@ -59,7 +59,10 @@ BEFORE_THE_ROOMS = {
     },
 }
 """Fingerprints made by the code before it moved into packages and before `train` was split."""
-RAISED = ("etl.interactions", "etl.features", "etl.profiles", "ml.behaviour", "ml.train", "ml.evaluate")
+RAISED = (
+    *("etl.interactions", "etl.features", "etl.profiles", "ml.behaviour", "ml.train", "ml.evaluate"),
+    *("ml.register", "ml.export"),
+)
 """Stages whose version was raised since."""
 
 DECIDES = {
