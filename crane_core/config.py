@@ -247,6 +247,15 @@ class Evaluate(Section):
     """Users ranked at a time; bounds the memory of the ranking."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the bootstrap, and of the clusters of items that tell diverse users from focused ones."""
+    live_warn: float = Field(0.8, ge=0)
+    """The live score is the Recall@20 of the lists that the champion had exported, on the events of the window, divided
+    by that of recent popularity for the same users (`ml.live`). Below this it is a warning in the log and in the
+    report."""
+    live_stop: float | None = Field(None, ge=0)
+    """The run stops before its model is registered when the live score is below this; never when null."""
+    live_min_users: int = Field(50, ge=1)
+    """Fewest users with an event in the window; with fewer the live score is not compared with `live_warn` and
+    `live_stop`."""
 
     @field_validator("ks")
     @classmethod

@@ -18,6 +18,7 @@ from crane_core.errors import ConfigError
 from crane_core.model_config import Choices, CraneSettings, LightGCNSettings
 from crane_core.raw.files import list_features, list_interactions, list_items, raw_root
 from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.storage.exports import exported_before
 
 WHOLE = ""
 """The one part of a stage that is not mapped."""
@@ -50,6 +51,11 @@ def _refine_source(config: RunConfig, store: ArtifactStore) -> list[str | int] |
 
 def _knn_source(config: RunConfig, store: ArtifactStore) -> list[str] | None:
     return base_contents(config, store, KNN_BASE)
+
+
+def _lists_source(config: RunConfig, store: ArtifactStore) -> dict[str, Any] | None:
+    lists = exported_before(config, store)
+    return lists.facts() if lists else None
 
 
 def base_contents(config: RunConfig, store: ArtifactStore, stages: tuple[str, ...]) -> list[str] | None:
@@ -205,7 +211,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.train",
-            5,
+            6,
             lambda config: (
                 *("etl.interactions", "etl.features", "ml.refine", "ml.graph", "ml.behaviour"),
                 *_joint(config, "etl.profiles"),
@@ -229,8 +235,16 @@ STAGES: dict[str, Stage] = {
             _fixed("evaluate", "head"),
             ignores=_fixed("head.history_half_lives", "head.content_axes", "head.cold_exposure"),
         ),
-        Stage("ml.register", 2, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
-        Stage("ml.export", 3, _fixed("etl.interactions", "ml.train"), _fixed("export")),
+        Stage(
+            "ml.live",
+            1,
+            _fixed("etl.interactions"),
+            _fixed("window", "evaluate", "head"),
+            ignores=_fixed("evaluate.user_block", "head.history_half_lives"),
+            source=_lists_source,
+        ),
+        Stage("ml.register", 3, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
+        Stage("ml.export", 4, _fixed("etl.interactions", "ml.train"), _fixed("export")),
     )
 }
 
@@ -264,13 +278,18 @@ def fingerprint_of(stage: Stage, part: str, config: RunConfig, inputs: Mapping[s
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:32]
 
 
+_NO_STAGE = {"etl": ("refit",), "evaluate": ("live_warn", "live_stop", "live_min_users")}
+"""Fields by section that decide nothing that a stage makes, and that earlier versions did not have."""
+
+
 def _as_before(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the settings as earlier versions named them, so that their artifacts are found.
 
-    Fields of `MOVED` have their former names. `etl.refit` decides nothing that a stage makes.
+    Fields of `MOVED` have their former names. Those of `_NO_STAGE` are left out.
     """
-    if "etl" in settings:
-        settings = settings | {"etl": {name: value for name, value in settings["etl"].items() if name != "refit"}}
+    for section in _NO_STAGE.keys() & settings.keys():
+        kept = {name: value for name, value in settings[section].items() if name not in _NO_STAGE[section]}
+        settings = settings | {section: kept}
     if "train" not in settings:
         return settings
     defaults = {"lightgcn": LightGCNSettings(), "crane": CraneSettings()}

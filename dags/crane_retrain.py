@@ -236,7 +236,8 @@ with DAG(
     )
     chain(resolve(), plan, deliveries, interactions)
     tidy, prune = (job(name, flags=FLAGS).as_teardown(setups=plan) for name in ("tidy", "prune"))
-    chain(train, evaluate, register, tidy, prune)
+    chain(train, evaluate, job("ml.live", flags=FLAGS), register, tidy, prune)
+    chain(evaluate, register)
     with TaskGroup("ship"):
 
         @task.short_circuit(task_id="wanted", ignore_downstream_trigger_rules=False)

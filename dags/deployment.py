@@ -54,6 +54,7 @@ JOBS = {
     "ml.behaviour": Job("torchrun", "crane_gpu", 24),
     "ml.train": Job("torchrun", "crane_gpu", 24),
     "ml.evaluate": Job("gpu", "crane_gpu", 4),
+    "ml.live": Job("cpu", "crane_compute", 1),
     "ml.refit": Job("cpu", "crane_compute", 0.25),
     "ml.register": Job("cpu", "crane_compute", 1),
     "ml.promote": Job("cpu", "crane_promotion", 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -134,10 +135,16 @@ def _run(arguments: argparse.Namespace) -> int:
     log = paths.HOME / "logs" / f"{run}.log"
     results = run_stages(names, config, flags, log, steps)
     states = {label: result["status"] for label, result in results.items()}
+    verdict = results.get("ml.promote", {})
+    told = {key: verdict[key] for key in ("decision", "reason", "remedy") if verdict.get(key)}
     _result(
         arguments,
-        {"run": run, "store": arguments.store, "stages": states, "seconds": round(steps.seconds, 1)},
-        [f"run  {run}", *(f"{label:<22} {state}" for label, state in states.items())],
+        {"run": run, "store": arguments.store, "stages": states, "seconds": round(steps.seconds, 1), **told},
+        [
+            *(f"{label:<22} {state}" for label, state in states.items()),
+            f"run       {run}",
+            *(f"{key:<9} {value}" for key, value in told.items()),
+        ],
     )
     return EXIT_OK
 
@@ -165,8 +172,20 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _recommend(arguments: argparse.Namespace) -> int:
     from jobs.commands.query import recommend, served
 
-    answer = recommend(served(_store(arguments), _runtime(arguments)), arguments.user, arguments.k)
-    _result(arguments, answer, _lines(answer["items"], "score"))
+    if arguments.items is None and arguments.times is not None:
+        raise ConfigError("--times is given without --items.", "Give --items ID ID and as many --times, or --user ID.")
+    champion = served(_store(arguments), _runtime(arguments))
+    if arguments.items is None:
+        answer = recommend(champion, arguments.user, arguments.k)
+        _result(arguments, answer, _lines(answer["items"], "score"))
+        return EXIT_OK
+    from jobs.commands.newcomers import recommend_by_history
+
+    answer = recommend_by_history(champion, arguments.items, arguments.times, arguments.k)
+    heading = ["nothing is known of these items; what is popular now:"] if answer["fallback"] else []
+    if answer["unknown_items"] and not answer["fallback"]:
+        heading = [f"not known, and left out: {', '.join(answer['unknown_items'])}"]
+    _result(arguments, answer, [*heading, *_lines(answer["items"], "score")])
     return EXIT_OK
 
 
@@ -254,16 +273,29 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _imported(arguments: argparse.Namespace, imported: Any) -> int:
     start, end = imported.instants()
-    answer = {**vars(imported), "start": start, "end": end}
-    nested = ("counts", "matched", "notes")
+    answer = {**vars(imported), "start": start, "end": end, "next": _next_command(imported)}
+    nested = ("counts", "matched", "notes", "next")
     lines = [f"{key:<17} {value}" for key, value in answer.items() if key not in nested]
     for section, counts in imported.counts.items():
         told = ", ".join(f"{name} {count}" for name, count in counts.items() if name != "set_aside")
         aside = "".join(f", set aside {count} ({reason})" for reason, count in counts["set_aside"].items())
         lines.append(f"{section:<17} {told}{aside}")
     lines += [f"{section:<17} has {share:.1%} of the items of the log" for section, share in imported.matched.items()]
-    _result(arguments, answer, [*lines, *(f"note: {note}" for note in imported.notes)])
+    lines += [f"note: {note}" for note in imported.notes]
+    _result(arguments, answer, [*lines, f"next: {answer['next']}"])
     return EXIT_OK
+
+
+def _next_command(imported: Any) -> str:
+    """Return the command that trains on an import, or what it lacks."""
+    start, end = imported.instants()
+    settings = [f"--start {start} --end {end}"]
+    settings += [f"--set etl.split={imported.split}"] if imported.split != "temporal" else []
+    settings += [f"--set etl.time_zone={imported.time_zone}"] if imported.time_zone not in ("UTC", None) else []
+    run = f"crane run --store STORE --raw {shlex.quote(imported.raw)} {' '.join(settings)} --promote"
+    if imported.modalities:
+        return run
+    return f"crane encode {shlex.quote(imported.raw)} or a section features in the mapping, then {run}"
 
 
 def _experiments(arguments: argparse.Namespace) -> int:
@@ -299,7 +331,8 @@ def _move(
     if arguments.registry:
         flags += ["--set", f"runtime.registry={arguments.registry}"]
     results = run_stages(names, config, flags, paths.HOME / "logs" / f"{log}.log", Steps())
-    _result(arguments, results[names[0]], [f"{key:<9} {value}" for key, value in results[names[0]].items()])
+    answer = results[names[0]]
+    _result(arguments, answer, [f"{key:<9} {value}" for key, value in answer.items() if value not in ("", [])])
     return EXIT_OK
 
 

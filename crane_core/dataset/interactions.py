@@ -137,6 +137,10 @@ class Interactions:
         """Return the (decayed) weight of the training interactions of each item, float64 [num_items]."""
         return np.bincount(self.train.items, weights=self.decayed(half_life), minlength=self.num_items)
 
+    def mean_weight(self) -> float:
+        """Return the mean weight of the training interactions, 1 where there are none."""
+        return float(self.decayed(None).mean()) if len(self.train.items) else 1.0
+
     def item_counts(self) -> np.ndarray:
         """Count the training interactions of each item, int64 [num_items]."""
         return np.bincount(self.train.items, minlength=self.num_items)
@@ -165,7 +169,7 @@ def load_interactions(artifact: Artifact) -> Interactions:
     num_users, num_items = artifact.facts["num_users"], artifact.facts["num_items"]
     counts = {part: np.zeros(num_users, dtype=np.int64) for part in (TRAIN, VALIDATION, TEST)}
     names = (USER_IDX, ITEM_IDX, SPLIT)
-    for users, items, split in _blocks(artifact, names):
+    for users, items, split in blocks_of(artifact, names):
         for name, values, size in ((USER_IDX, users, num_users), (ITEM_IDX, items, num_items)):
             if len(values) and not 0 <= values.min() <= values.max() < size:
                 raise ArtifactError(
@@ -174,9 +178,9 @@ def load_interactions(artifact: Artifact) -> Interactions:
                 )
         for part, lengths in counts.items():
             lengths += np.bincount(users[split == part], minlength=num_users)
-    end = _end_of_training(artifact)
+    end = end_of_training(artifact)
     lists = {part: _OpenLists(lengths, with_values=part == TRAIN) for part, lengths in counts.items()}
-    for users, items, split, weights, times in _blocks(artifact, (*names, WEIGHT, EVENT_TIME)):
+    for users, items, split, weights, times in blocks_of(artifact, (*names, WEIGHT, EVENT_TIME)):
         days = np.zeros(len(users), dtype=np.float32) if end is None else _days_before(end, times)
         for part, open_lists in lists.items():
             own = split == part
@@ -198,7 +202,7 @@ def load_interactions(artifact: Artifact) -> Interactions:
     )
 
 
-def _end_of_training(artifact: Artifact) -> datetime | None:
+def end_of_training(artifact: Artifact) -> datetime | None:
     """Return the instant before which all training interactions of a temporal split lie; None for other splits."""
     instant = artifact.facts.get("cutoffs", {}).get("validation")
     return None if instant is None else datetime.fromisoformat(instant)
@@ -257,8 +261,8 @@ class _OpenLists:
         return lists
 
 
-def _blocks(artifact: Artifact, names: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield columns of the interactions, a block of rows at a time."""
+def blocks_of(artifact: Artifact, names: Sequence[str]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield columns of the table `interactions` of `etl.interactions`, a block of rows at a time."""
     data = ds.dataset(artifact.file("interactions"), format="parquet", partitioning="hive")
     for batch in data.to_batches(columns=list(names), batch_size=BLOCK_ROWS, batch_readahead=1, fragment_readahead=1):
         yield tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in names)

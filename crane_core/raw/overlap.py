@@ -68,7 +68,7 @@ def number_twins(items: Set[str], found: Set[str]) -> list[str]:
 def as_number(text: str) -> str:
     """Return a whole number in its shortest decimal form, any other text as it is."""
     found = _WHOLE.fullmatch(text)
-    return found[1] + found[2] if found else text
+    return (found[1] if found[2] != "0" else "") + found[2] if found else text
 
 
 def examples(ids: Iterable[str]) -> str:

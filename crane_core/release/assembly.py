@@ -20,6 +20,7 @@ from crane_core.serving.model_folder import Recommender, load_recommender, write
 from crane_core.serving.probe import make_probe
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 
+LIVE_FIGURES = ("users", "covered", "new_items", "ratio")
 PROBED_USERS = 32
 """Users whose lists the smoke test compares."""
 
@@ -72,11 +73,7 @@ def assemble(
         evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
         input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
         params=_flat(identity),
-        metrics={
-            name: value
-            for name, value in _flat({key: metrics[key] for key in ("users", "models", "differences")}, "/").items()
-            if isinstance(value, int | float)
-        },
+        metrics=_numbers({key: metrics[key] for key in ("users", "models", "differences")}) | _live(store, run_id),
         curve=json.loads(trained.file("curve.json").read_text()),
         datasets=[
             DatasetReference(
@@ -105,6 +102,17 @@ def _write(folder: Path, inputs: Mapping[str, Artifact], facts: Mapping[str, Any
     folder.mkdir()
     write_model(folder, recommender, inputs["ml.train"].file("weights.safetensors"), facts)
     return recommender
+
+
+def _live(store: ArtifactStore, run_id: str) -> dict[str, float]:
+    """Return how the lists that were in service did on the window of a run, empty where there were none."""
+    score = (store.entry(run_id, "ml.live") or {}).get("live", {})
+    return _numbers({"live": {name: score.get(name) for name in LIVE_FIGURES} | score.get("models", {})})
+
+
+def _numbers(tree: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a tree by their path, `models/crane/recall@20`."""
+    return {name: value for name, value in _flat(tree, "/").items() if isinstance(value, int | float)}
 
 
 def _flat(tree: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:

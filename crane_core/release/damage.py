@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from crane_core.errors import ArtifactError
-from crane_core.release.downloads import listed
-from crane_core.release.registry import Registry
+from crane_core.release.reading import RegistryReader
 from crane_core.release.version import Version
 from crane_core.serving.model_folder import verify_model
 from crane_core.storage.artifacts import ArtifactStore
 
 
-def damage_of(registry: Registry, number: str) -> str:
+def damage_of(registry: RegistryReader, number: str) -> str:
     """Return what is wrong with a version for certain, "" if it can be served and judged as it was registered.
 
     Raises:
@@ -28,7 +27,7 @@ def damage_of(registry: Registry, number: str) -> str:
             verify_model(registry.twin_folder(version))
     except ArtifactError as error:
         # Raises where the files are out of reach rather than gone or changed.
-        listed(registry.uri, version.mlflow_run, f"models:/{registry.name}/{number}")
+        registry.check_listed(version)
         return error.found.rstrip(".")
     return ""
 

@@ -15,7 +15,12 @@ from crane_core.errors import ArtifactError
 
 
 def download(**what: str) -> Path:
-    """Return a local path of files of a registry: in place if it is local, else a copy that is removed at exit."""
+    """Return a local path of files of a registry: in place if it is local, else a copy that is removed at exit.
+
+    Raises:
+        OSError: they are not there, or the server does not answer.
+        MlflowException: the version or alias does not exist.
+    """
     before = tempfile.tempdir
     tempfile.tempdir = _copies()
     try:

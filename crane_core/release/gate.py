@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from crane_core.numerics.bootstrap import Interval, paired_bootstrap
 from crane_core.release.measure import Measurement
 
 PRIMARY = ("ndcg@20", "recall@20")
+NUM_USERS = "number of users"
+AGAINST = "recall@20 against "
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Condition:
     compares: bool = False
 
     def sentence(self) -> str:
-        found = "not a number" if self.found is None else f"{self.found:.4f}"
-        return f"{self.name} is {found}, must be {self.sense} {self.limit:.4f}"
+        form = ".0f" if self.name == NUM_USERS else ".4f"
+        found = "not a number" if self.found is None else f"{self.found:{form}}"
+        return f"{self.name} is {found}, must be {self.sense} {self.limit:{form}}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def decide(
         bootstrap: number of resamples and seed of the intervals.
     """
     num_users = len(challenger.metrics["recall@20"])
-    checks = [_check("number of users", num_users, ">=", rule.min_users)]
+    checks = [_check(NUM_USERS, num_users, ">=", rule.min_users)]
     differences: Mapping[str, Interval] = {}
     if champion is None:
         checks += _against_baselines(challenger, baselines, rule)
@@ -112,6 +115,34 @@ def decide(
         checks=tuple(checks),
         rule=rule.rule(),
     )
+
+
+def advice(checks: Iterable[Mapping[str, Any]], is_first: bool) -> str:
+    """Return what a person can do about a refusal.
+
+    Args:
+        checks: conditions of the decision as JSON values, those of `Condition`.
+        is_first: whether there is no champion.
+    """
+    failed = {check["name"]: check["found"] for check in checks if not check["passed"]}
+    ways = []
+    if NUM_USERS in failed:
+        found = int(failed[NUM_USERS] or 0)
+        enough = f", or give --set promote.min_users={found} to let {found} users decide" if found else ""
+        ways.append(
+            "Judge more users: a longer test period has more of them, such as --set etl.validation_days=28 --set "
+            f"etl.test_days=28. Or deliver more data{enough}."
+        )
+    above = [name.removeprefix(AGAINST) for name in failed if name.startswith(AGAINST)]
+    if above:
+        ways.append(
+            f"The model recommends no better than {' and '.join(above)} here, so it is not worth serving yet: deliver "
+            "more interactions, or features that tell more about the items, and run again. promote.beats names the "
+            "baselines that a first champion must reach."
+        )
+    if not is_first:
+        ways.append("The champion stays in service.")
+    return " ".join(ways)
 
 
 def _older_window(challenger: Measurement, champion: Measurement) -> str:
@@ -156,7 +187,7 @@ def _next_champion(
 
 def _against_baselines(challenger: Measurement, baselines: Mapping[str, float], rule: Promote) -> list[Condition]:
     recall = _mean(challenger.metrics["recall@20"])
-    return [_check(f"recall@20 against {name}", recall, ">=", baselines.get(name, math.nan)) for name in rule.beats]
+    return [_check(f"{AGAINST}{name}", recall, ">=", baselines.get(name, math.nan)) for name in rule.beats]
 
 
 def _against_champion(differences: Mapping[str, Interval], rule: Promote) -> list[Condition]:

@@ -50,6 +50,8 @@ class Judge:
         self._per_user = pq.read_table(registry.evidence(version, "per_user.parquet"))
         users = self._per_user.column(USER_IDX).to_numpy()
         self._window = JudgedWindow.load(store.artifact(run_id, "etl.interactions"), users)
+        # How the lists that were in service did on the window; None in a run of before there was a live score.
+        self._live = (store.entry(run_id, "ml.live") or {}).get("live")
         self._measured: dict[str, Measurement] = {}
 
     def decide(self, champion: str | None) -> tuple[Decision, dict[str, Any]]:
@@ -76,7 +78,8 @@ class Judge:
         if lost:
             decision = replace(decision, reason=f"{decision.reason} There was no champion to compare with: {lost}.")
         # `standings` is the key of stored ledger entries.
-        return decision, decision.as_dict() | {"standings": measured, "baselines": baselines, "lost": lost}
+        numbers = {"standings": measured, "baselines": baselines, "lost": lost, "live": self._live}
+        return decision, decision.as_dict() | numbers
 
     def _opponent(self, champion: str | None) -> tuple[Version | None, Measurement | None, str]:
         """Find and measure the champion; one whose evidence or files are gone is none, and the reason says why."""

@@ -116,11 +116,9 @@ class Ledger:
         entries: list[Entry] = []
         previous = GENESIS
         for seq, name in enumerate(self.storage.names(FOLDER), start=1):
-            entry = self._read(name)
+            entry = self._checked(name)
             if name != _name(seq) or entry.seq != seq:
                 raise self._broken(f"{name} found where {_name(seq)} belongs")
-            if entry.hash != entry.computed_hash():
-                raise self._broken(f"{name} does not match its own hash")
             if entry.previous != previous:
                 raise self._broken(f"{name} does not follow the entry before it")
             previous = entry.hash
@@ -158,6 +156,24 @@ class Ledger:
         """Return the version that the alias has to point to."""
         history = self.history()
         return history[-1].champion if history else None
+
+    def choice(self) -> Entry | None:
+        """Return the entry that made the champion champion, None where there is no champion.
+
+        It reads the newest entries only, and leaves the chain to `verify`.
+
+        Raises:
+            ArtifactError: an entry that was read was changed.
+        """
+        champion: str | None = None
+        for name in reversed(self.storage.names(FOLDER)):
+            entry = self._checked(name)
+            if entry.model != self.model:
+                continue
+            champion = champion or entry.champion
+            if champion is None or (entry.action in ("promote", "rollback") and entry.version == champion):
+                return entry if champion else None
+        return None
 
     def earlier_champions(self) -> list[str]:
         """Return the champions before this one, the last before it at the end.
@@ -225,6 +241,12 @@ class Ledger:
             return Entry(**json.loads(text or b""))
         except (TypeError, ValueError) as error:
             raise self._broken(f"{name} is not an entry ({error})") from error
+
+    def _checked(self, name: str) -> Entry:
+        entry = self._read(name)
+        if entry.hash != entry.computed_hash():
+            raise self._broken(f"{name} does not match its own hash")
+        return entry
 
     def _broken(self, found: str) -> ArtifactError:
         return ArtifactError(

@@ -28,11 +28,12 @@ from mlflow.types.schema import Array
 
 from crane_core.config import Runtime
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.release.downloads import download
-from crane_core.release.ledger import ANCHOR_TAG
+from crane_core.release.downloads import download, listed
 from crane_core.release.mlmodel import LOADER, served_folder
-from crane_core.release.version import EVIDENCE_TAG, Release, Version
+from crane_core.release.reading import CHECKSUMS_TAG, EVIDENCE, TWIN, TWIN_TAG, RegistryReader
+from crane_core.release.version import EVIDENCE_TAG, FINGERPRINT_TAG, Release, Version
 from crane_core.schema import USER_ID
+from crane_core.serving.histories import HISTORY, TIMES
 from crane_core.serving.model_folder import CHECKSUMS, DEFAULT_K
 from crane_core.storage.artifacts import sha256_file
 from crane_core.storage.lock import locked
@@ -46,31 +47,30 @@ PRUNED_TAG = "crane.pruned"
 """Tag of a version whose run was removed from the store: when, ISO 8601 UTC; empty once the run was made again."""
 
 _MODEL = "model"
-_EVIDENCE = "evidence"
 _TRAINING_TAG = "crane.training"
-_FINGERPRINT = "crane.fingerprint"
-_CHECKSUMS_TAG = "crane.checksums"
-_TWIN = "twin"
-_TWIN_TAG = "crane.twin_checksums"
-_PARAM_LENGTH = 500
-_TAG_LENGTH = 5000
-_BATCH = 1000
+_PARAM_LENGTH, _TAG_LENGTH, _BATCH = 500, 5000, 1000
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, USER_ID)]),
+    inputs=Schema(
+        [
+            ColSpec(DataType.string, USER_ID),
+            *(ColSpec(Array(DataType.string), name, False) for name in (HISTORY, TIMES)),
+        ]
+    ),
     outputs=Schema(
         [
             ColSpec(DataType.string, USER_ID),
             ColSpec(Array(DataType.string), "item_ids"),
             ColSpec(Array(DataType.double), "scores"),
             ColSpec(DataType.boolean, "fallback"),
+            ColSpec(DataType.long, "unknown_items"),
         ]
     ),
     params=ParamSchema([ParamSpec("k", DataType.integer, DEFAULT_K)]),
 )
 
 
-class Registry:
+class Registry(RegistryReader):
     """One registered model in one MLflow registry.
 
     Args:
@@ -118,9 +118,9 @@ class Registry:
             **release.tags,
             **evidence_tags,
             "crane.run": release.run_id,
-            _FINGERPRINT: release.fingerprint,
-            _CHECKSUMS_TAG: sha256_file(release.folder / CHECKSUMS),
-            **({_TWIN_TAG: sha256_file(release.twin / CHECKSUMS)} if release.twin else {}),
+            FINGERPRINT_TAG: release.fingerprint,
+            CHECKSUMS_TAG: sha256_file(release.folder / CHECKSUMS),
+            **({TWIN_TAG: sha256_file(release.twin / CHECKSUMS)} if release.twin else {}),
         }
         run = self._client.create_run(self._experiment_id, run_name=release.run_id).info.run_id
         with mlflow.start_run(run_id=run):
@@ -133,9 +133,9 @@ class Registry:
                 pip_requirements=["crane-pipeline"],
             )
         for path in release.evidence:
-            self._client.log_artifact(run, str(path), _EVIDENCE)
+            self._client.log_artifact(run, str(path), EVIDENCE)
         if release.twin:
-            self._client.log_artifacts(run, str(release.twin), _TWIN)
+            self._client.log_artifacts(run, str(release.twin), TWIN)
         self._log_figures(run, model.model_id, release, tags)
         version = self._client.create_model_version(
             self.name, model.model_uri, run, tags=_clipped(tags), model_id=model.model_id
@@ -148,10 +148,6 @@ class Registry:
             return first, False
         logger.info("registered version=%s seconds=%.1f", first.number, time.monotonic() - started)
         return first, True
-
-    def find(self, fingerprint: str) -> Version | None:
-        """Return the version with a fingerprint, None when there is none."""
-        return next((version for version in self.versions() if version.tags.get(_FINGERPRINT) == fingerprint), None)
 
     def versions(self) -> list[Version]:
         """Return all versions, oldest first."""
@@ -166,25 +162,6 @@ class Registry:
             token = page.token
             if not token:
                 return sorted(found, key=lambda version: int(version.number))
-
-    def version(self, number: str) -> Version:
-        """Return the version with a number.
-
-        Raises:
-            ArtifactError: there is no such version.
-        """
-        versions = {version.number: version for version in self.versions()}
-        if number not in versions:
-            raise ArtifactError(
-                f"Model {self.name!r} has no version {number!r}.",
-                f"Give one of the known versions: {', '.join(versions) or 'none'}. One that was removed comes back "
-                "as a new one: python -m jobs.ml.register --store STORE --run RUN.",
-            )
-        return versions[number]
-
-    def exists(self, number: str) -> bool:
-        """Return whether there is a version with a number."""
-        return number in {version.number for version in self.versions()}
 
     def holder(self, alias: str) -> str | None:
         """Return the number of the version an alias points to, None when there is no such alias."""
@@ -222,58 +199,17 @@ class Registry:
         """Write the description of a version, Markdown."""
         self._client.update_model_version(self.name, number, text)
 
-    def tag_of(self, number: str, tag: str) -> str | None:
-        """Return the value of a tag of a version."""
-        return self.version(number).tags.get(tag)
+    def check_listed(self, version: Version) -> None:
+        listed(self.uri, version.mlflow_run, self._model_uri(version))
 
-    def ledger_anchors(self) -> dict[int, str]:
-        """Return the hashes of ledger entries that the versions are tagged with, by seq."""
-        return {
-            int(key.removeprefix(ANCHOR_TAG)): value
-            for version in self.versions()
-            for key, value in version.tags.items()
-            if key.startswith(ANCHOR_TAG)
-        }
+    def _logged(self, version: Version, path: str) -> Path:
+        return _present(run_id=version.mlflow_run, artifact_path=path, tracking_uri=self.uri)
 
-    def evidence(self, version: Version, name: str) -> Path:
-        """Return a local copy of a file of a version's evidence.
+    def _model(self, version: Version) -> Path:
+        return _present(artifact_uri=self._model_uri(version))
 
-        Raises:
-            ArtifactError: it is missing, or not the file that was registered.
-        """
-        path = self._read(version, f"its evidence {name}", **self._logged(version, f"{_EVIDENCE}/{name}"))
-        if sha256_file(path) != version.tags.get(f"{EVIDENCE_TAG}{name}"):
-            raise self._refused(version, f"its evidence {name} is not what was registered")
-        return path
-
-    def model_folder(self, version: Version) -> Path:
-        """Return a local copy of the model folder that `serving.model_folder.load_model` reads.
-
-        Raises:
-            ArtifactError: it is missing, or its checksums are not those that were registered.
-        """
-        folder = self._read(version, "its files", artifact_uri=f"models:/{self.name}/{version.number}")
-        return self._checked(version, served_folder(folder), _CHECKSUMS_TAG)
-
-    def twin_folder(self, version: Version) -> Path:
-        """Return the same of the evaluated model; a version without a twin serves that model."""
-        if not version.has_twin:
-            return self.model_folder(version)
-        return self._checked(version, self._read(version, "its twin", **self._logged(version, _TWIN)), _TWIN_TAG)
-
-    def _logged(self, version: Version, path: str) -> dict[str, str]:
-        return {"run_id": version.mlflow_run, "artifact_path": path, "tracking_uri": self.uri}
-
-    def _read(self, version: Version, what: str, **source: str) -> Path:
-        try:
-            return download(**source)
-        except (MlflowException, OSError) as error:
-            raise self._refused(version, f"{what} cannot be read ({error})") from error
-
-    def _checked(self, version: Version, folder: Path, tag: str) -> Path:
-        if not (folder / CHECKSUMS).is_file() or sha256_file(folder / CHECKSUMS) != version.tags.get(tag):
-            raise self._refused(version, "its checksums are not those that were registered")
-        return folder
+    def _model_uri(self, version: Version) -> str:
+        return f"models:/{self.name}/{version.number}"
 
     def load(self, reference: str) -> PyFuncModel:
         """Load a version as a serving process would.
@@ -365,12 +301,6 @@ class Registry:
         ]
         self._client.log_inputs(run, inputs)
 
-    def _refused(self, version: Version, found: str) -> ArtifactError:
-        return ArtifactError(
-            f"Version {version.number} of model {self.name!r} is refused: {found}.",
-            "Run python -m jobs.ml.register --store STORE --run RUN, then crane promote --run RUN.",
-        )
-
 
 def open_registry(runtime: Runtime, store_uri: str) -> Registry:
     """Open the configured registry, else the one in a SQLite file inside a local store.
@@ -390,6 +320,14 @@ def open_registry(runtime: Runtime, store_uri: str) -> Registry:
     # Two processes that create the tables of one SQLite file at the same time would both fail.
     with locked(root / ".mlflow.lock"):
         return Registry(f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri(), runtime.model_name)
+
+
+def _present(**what: str) -> Path:
+    """Return a local path of files of the registry; an OSError says that they are not there."""
+    try:
+        return download(**what)
+    except MlflowException as error:
+        raise OSError(str(error)) from error
 
 
 def _metric_name(name: str) -> str:

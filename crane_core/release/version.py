@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+
+FINGERPRINT_TAG = "crane.fingerprint"
+"""Tag of a version that holds the fingerprint of model and evaluation."""
 
 SHIPPED_TAG = "crane.shipped_run"
 """Tag of a version whose served model is that of a refit run."""

@@ -62,6 +62,23 @@ def plot_differences(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Figu
     return figure
 
 
+def plot_live(line: Sequence[tuple[datetime, Mapping[str, Any]]]) -> Figure:
+    """Plot Recall@20 and NDCG@20 of the lists in service and of recent popularity, by the end of the window."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 2.5))
+    ends = [end for end, _ in line]
+    for axis, metric, title in zip(axes, ("recall@20", "ndcg@20"), ("Recall@20", "NDCG@20"), strict=True):
+        for model in ("champion", "recent_popularity"):
+            values = [score["models"][model][metric] for _, score in line]
+            axis.plot(ends, values, "o-", color=COLOURS[model], markersize=3, linewidth=1.6, label=LABELS[model])
+        axis.set_title(f"{title} of what was served")
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(mdates.AutoDateLocator(minticks=1, maxticks=6))
+        axis.xaxis.set_major_formatter(mdates.DateFormatter("%d %b %Y"))
+        clean(axis, "y")
+    axes[0].legend(loc="lower right", fontsize=8.5)
+    return figure
+
+
 def plot_slices(slices: Mapping[str, Any], models: Sequence[str]) -> Figure:
     """Plot Recall@20 of every model, one row for each slice."""
     figure, axis = plt.subplots(figsize=(9.2, 0.8 + 0.38 * len(slices)))

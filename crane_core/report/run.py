@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from crane_core.dataset.interactions import load_ids, load_interactions
 from crane_core.dataset.modalities import PROFILE_SPREAD
 from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Entry
+from crane_core.report.live import live_scores
 from crane_core.report.page import STYLE, environment, plot_monitors, svg
 from crane_core.report.plots import (
     COLOURS,
@@ -27,6 +29,7 @@ from crane_core.report.plots import (
     plot_days,
     plot_differences,
     plot_fit,
+    plot_live,
     plot_models,
     plot_slices,
 )
@@ -84,6 +87,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
             name: _chapter(title, build, run)
             for name, title, build in (
                 ("decision", "Decision", _decision),
+                ("live", "How the exported lists did", _live),
                 ("quality", "Recommendation quality", _quality),
                 ("slices", "Where it is better, where it is worse", _slices),
                 ("training", "Training", _training),
@@ -115,9 +119,7 @@ def render(store: ArtifactStore, run_id: str, config: RunConfig, ledger: Sequenc
 def _missed(run: _Run) -> tuple[datetime, datetime] | None:
     """Return the time before the run's window that no earlier run of the store covers; None where there is none."""
     start = run.config.window.start
-    recorded = (run.store.recorded_config(run_id) for run_id in run.store.run_ids())
-    windows = [config["window"] for config in recorded if config]
-    ends = [datetime.fromisoformat(each["end"]) for each in windows if datetime.fromisoformat(each["start"]) < start]
+    ends = [end for begin, end in run.windows.values() if begin < start]
     last = max(ends, default=start)
     return (last, start) if last < start else None
 
@@ -130,6 +132,16 @@ class _Run:
         self.run_id = run_id
         self.config = config
         self.ledger = ledger
+
+    @cached_property
+    def windows(self) -> dict[str, tuple[datetime, datetime]]:
+        """Start and end of the window of every run of the store."""
+        recorded = {run_id: self.store.recorded_config(run_id) for run_id in self.store.run_ids()}
+        return {
+            run_id: (datetime.fromisoformat(config["window"]["start"]), datetime.fromisoformat(config["window"]["end"]))
+            for run_id, config in recorded.items()
+            if config
+        }
 
     def artifact(self, stage: str) -> Artifact:
         entry = self.entry(stage)
@@ -188,6 +200,15 @@ def _decision(run: _Run, chapter: Chapter) -> None:
         raise ArtifactError(f"Run {run.run_id!r} has not been judged.", f"Run crane promote --run {run.run_id} first.")
     numbers = entry.numbers
     chapter.data = {"entry": entry, "checks": numbers.get("checks", []), "measured": numbers.get("standings", {})}
+
+
+def _live(run: _Run, chapter: Chapter) -> None:
+    score = run.json("ml.live", "live.json")
+    verdict = (run.entry("ml.live") or {}).get("verdict")
+    line = live_scores(run.store, run.run_id, {run_id: end for run_id, (_, end) in run.windows.items()})
+    chapter.data = {"score": score, "verdict": verdict, "num_scored": len(line)}
+    if line:
+        chapter.plots["line"] = svg(plot_live(line))
 
 
 def _quality(run: _Run, chapter: Chapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from crane_core.serving.model_folder import Recommender
 
 logger = logging.getLogger(__name__)
 
+FOLD_IN = "history.json"
+"""File that says how a history becomes a user's row."""
 RECOMMENDATIONS = pa.schema(
     [
         pa.field(USER_ID, pa.string(), nullable=False),
@@ -54,6 +57,8 @@ def write_export(folder: Path, recommender: Recommender, config: Export, device:
     write_index(folder / "ann.faiss", recommender.item_embeddings)
     recommender.write_ids(folder)
     recommender.save_embeddings(folder / "embeddings.safetensors")
+    if recommender.fold_in is not None:
+        (folder / FOLD_IN).write_text(json.dumps(recommender.fold_in.facts(), indent=1))
     return {
         "num_users": len(recommender.user_ids),
         "num_items": len(recommender.item_ids),

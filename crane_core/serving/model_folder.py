@@ -1,12 +1,13 @@
 """The folder of a served model: safetensors, JSON and Parquet, verified before the model is used.
 
-    embeddings.safetensors   user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d]
+    embeddings.safetensors   user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d]; since format 2
+                             history_rows f32 [num_items, d] and history_constant f32 [d], for the fold-in
     seen.safetensors         indptr i64 [num_users + 1], items i32 [num_pairs]: training items of each user
     popularity.safetensors   popularity f32 [num_items]: (decayed) weight of the training interactions of each item
     weights.safetensors      the trained weights behind the embeddings
     users.parquet            user_id in the order of the rows
     items.parquet            item_id and title in the order of the rows
-    model.json               format, sizes, run and window
+    model.json               format, sizes, run and window; since format 2 history, which says how to fold in
     checksums.json           size and sha256 of every other file
 
 MLflow loads it through `_load_pyfunc`. Nothing in the folder can execute, and `release.mlmodel.served_folder` refuses
@@ -29,11 +30,15 @@ import pyarrow.parquet as pq
 
 from crane_core.dataset.interactions import ItemLists, load_ids, load_interactions
 from crane_core.errors import ArtifactError, DataError
+from crane_core.model.fold_in import CONSTANT, ROWS, FoldIn
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
+from crane_core.serving.histories import HISTORY, TIMES, Histories, is_given, read_histories
 from crane_core.storage.artifacts import Artifact, check_files, sha256_file
 from crane_core.storage.tensors import load_arrays, save_arrays, tensor_shapes
 
-FORMAT = 1
+FORMAT = 2
+WITHOUT_FOLD_IN = 1
+"""Format of folders without fold-in, as earlier versions wrote them."""
 CHECKSUMS = "checksums.json"
 _POPULARITY = "popularity.safetensors"
 DEFAULT_K = 20
@@ -49,6 +54,7 @@ class Recommender:
         user_embeddings, item_embeddings: float32 [num_users, d] and [num_items, d]; the score is the dot product.
         seen: training items of each user, never recommended to them.
         popularity: float32 [num_items], (decayed) weight of the training interactions; orders the list of the unknown.
+        fold_in: makes a user's row of a history; None for a training of an earlier version.
     """
 
     user_ids: pa.ChunkedArray
@@ -58,10 +64,12 @@ class Recommender:
     item_embeddings: np.ndarray
     seen: ItemLists
     popularity: np.ndarray
+    fold_in: FoldIn | None = None
 
     def save_embeddings(self, path: Path) -> None:
-        """Write the embeddings as safetensors."""
-        save_arrays({"user_embeddings": self.user_embeddings, "item_embeddings": self.item_embeddings}, path)
+        """Write the embeddings as safetensors, and the arrays of the fold-in beside them."""
+        arrays = {"user_embeddings": self.user_embeddings, "item_embeddings": self.item_embeddings}
+        save_arrays(arrays | (self.fold_in.arrays() if self.fold_in else {}), path)
 
     def write_ids(self, folder: Path) -> None:
         """Write `users.parquet` and `items.parquet`; the row number is that of the embeddings."""
@@ -85,6 +93,7 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
         rows["item_embeddings"][items],
         ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen),
         known.popularity(_half_life(trained))[items].astype(np.float32),
+        FoldIn.of(rows, trained.facts["history"]).of_items(items) if "history" in trained.facts else None,
     )
 
 
@@ -113,7 +122,10 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
         "num_items": len(recommender.item_ids),
         "num_seen": len(seen.items),
     }
-    (folder / "model.json").write_text(json.dumps({"format": FORMAT, **sizes, **facts}, indent=1, sort_keys=True))
+    form: dict[str, Any] = {"format": WITHOUT_FOLD_IN}
+    if recommender.fold_in is not None:
+        form = {"format": FORMAT, "history": recommender.fold_in.facts()}
+    (folder / "model.json").write_text(json.dumps({**form, **sizes, **facts}, indent=1, sort_keys=True))
     checksums = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
     }
@@ -141,8 +153,8 @@ def verify_model(folder: Path) -> dict[str, Any]:
             raise _refused(folder, f"{name} does not match its sha256")
     try:
         facts = json.loads((folder / "model.json").read_text())
-        if facts["format"] != FORMAT:
-            raise _refused(folder, f"format {facts['format']!r} found, {FORMAT} expected")
+        if facts["format"] not in (WITHOUT_FOLD_IN, FORMAT):
+            raise _refused(folder, f"format {facts['format']!r} found, {WITHOUT_FOLD_IN} or {FORMAT} expected")
         sizes = [facts[name] for name in ("num_users", "num_items", "num_seen")]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise _refused(folder, f"model.json is none ({error!r})") from error
@@ -163,6 +175,7 @@ class ServedModel:
         seen: training items of each user.
         popularity: float32 [num_items], orders the list of unknown users.
         facts: content of `model.json`.
+        fold_in: makes a user's row of a history; None in a folder of format 1.
     """
 
     user_ids: pd.Index
@@ -172,13 +185,16 @@ class ServedModel:
     seen: ItemLists
     popularity: np.ndarray
     facts: dict[str, Any]
+    fold_in: FoldIn | None = None
 
-    def recommend(self, users: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def recommend(self, users: np.ndarray, k: int, histories: Histories | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the best unseen items of some users.
 
         Args:
             users: int [n] rows; -1 is an unknown user, who gets the items that are most popular now.
             k: list length; at most the size of the catalog is used.
+            histories: of the users. A history with known items stands in place of what the model knows of the user,
+                and its items are left out, too.
 
         Returns:
             int64 [n, k] item rows by falling score, -1 where fewer than k items are left; float32 [n, k] scores.
@@ -192,6 +208,8 @@ class ServedModel:
             table = np.empty((len(block), len(self.item_ids)), dtype=np.float32)
             table[~known] = self.popularity
             table[known] = self.user_embeddings[block[known]] @ self.item_embeddings.T
+            if histories is not None:
+                self._fold(table, histories.part(start, start + len(block)))
             rows, masked = self.seen.rows(block[known])
             table[np.flatnonzero(known)[rows], masked] = -np.inf
             top = np.argpartition(-table, k - 1, axis=1)[:, :k]
@@ -202,19 +220,31 @@ class ServedModel:
             scores[start : start + len(block)] = values
         return items, scores
 
+    def _fold(self, table: np.ndarray, histories: Histories) -> None:
+        """Put the scores of users with a history into a table, float32 [n, num_items]; -inf for its items."""
+        assert self.fold_in is not None
+        history, folded = histories.history, histories.has_items()
+        rows = self.fold_in.fold(history, len(table))[folded]
+        table[folded] = rows @ self.item_embeddings.T
+        table[history.users, history.items] = -np.inf
+
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Recommend items for external user ids.
 
         Args:
-            model_input: column `user_id`, strings.
+            model_input: column `user_id`, strings. Optional columns `history`, a list of item ids or null, and
+                `history_times`, a list of as many instants or null: see `read_histories`. A user with a known item in
+                the history gets a list by that history, whether or not the model knows the user.
             params: `k`, the list length, 20 when absent.
 
         Returns:
             One row per input row: `user_id`; `item_ids`, a list of at most k ids by falling score; `scores`, floats
-            of the same length; `fallback`, true where the user is unknown and the list is the most popular items.
+            of the same length; `fallback`, true where nothing is known of the user and the list is the most popular
+            items; `unknown_items`, how many items of the history the model does not know.
 
         Raises:
-            DataError: no column `user_id`, or k below 1.
+            DataError: no column `user_id`, k below 1, or a history that cannot be read.
+            ArtifactError: a history for a model of format 1.
         """
         if USER_ID not in model_input:
             raise DataError(
@@ -225,16 +255,31 @@ class ServedModel:
         if k < 1:
             raise DataError(f"k is {k}.", "Send a k of 1 or more, for example 10.")
         users = self.user_ids.get_indexer(model_input[USER_ID].astype(str))
-        items, scores = self.recommend(users, k)
+        histories = self._histories(model_input)
+        items, scores = self.recommend(users, k, histories)
+        is_folded = np.zeros(len(users), dtype=bool) if histories is None else histories.has_items()
         ids = self.item_ids.to_numpy()
         return pd.DataFrame(
             {
                 USER_ID: model_input[USER_ID].to_numpy(),
                 "item_ids": [ids[row[row >= 0]].tolist() for row in items],
                 "scores": [values[row >= 0].tolist() for row, values in zip(items, scores, strict=True)],
-                "fallback": users < 0,
+                "fallback": (users < 0) & ~is_folded,
+                "unknown_items": np.zeros(len(users), dtype=np.int64) if histories is None else histories.num_unknown,
             }
         )
+
+    def _histories(self, model_input: pd.DataFrame) -> Histories | None:
+        """Return the histories of a request, None where it has none."""
+        if HISTORY not in model_input or not model_input[HISTORY].map(is_given).any():
+            return None
+        if self.fold_in is None:
+            raise ArtifactError(
+                f"A model of format {self.facts.get('format')} cannot make a list of a history.",
+                "Run the window again with this version (crane run), then crane promote --run RUN.",
+            )
+        times = model_input[TIMES].tolist() if TIMES in model_input else None
+        return read_histories(model_input[HISTORY].tolist(), times, self.item_ids, self.fold_in)
 
 
 def load_model(folder: Path) -> ServedModel:
@@ -247,6 +292,7 @@ def load_model(folder: Path) -> ServedModel:
     num_users, num_items, num_seen = facts["num_users"], facts["num_items"], facts["num_seen"]
     shapes = tensor_shapes(folder / "embeddings.safetensors")
     dim = shapes.get("user_embeddings", (0,))[-1]
+    folds_in = facts["format"] == FORMAT
     shapes |= tensor_shapes(folder / "seen.safetensors")
     # A model of an earlier version counts the training interactions instead.
     is_older = not (folder / _POPULARITY).exists()
@@ -255,6 +301,7 @@ def load_model(folder: Path) -> ServedModel:
     expected = {
         "user_embeddings": (num_users, dim),
         "item_embeddings": (num_items, dim),
+        **({ROWS: (num_items, dim), CONSTANT: (dim,)} if folds_in else {}),
         "indptr": (num_users + 1,),
         "items": (num_seen,),
         **({} if is_older else {"popularity": (num_items,)}),
@@ -279,7 +326,15 @@ def load_model(folder: Path) -> ServedModel:
         if is_older
         else load_arrays(folder / _POPULARITY)["popularity"],
         facts,
+        _fold_in(folder, embeddings, facts) if folds_in else None,
     )
+
+
+def _fold_in(folder: Path, embeddings: dict[str, np.ndarray], facts: dict[str, Any]) -> FoldIn:
+    try:
+        return FoldIn.of(embeddings, facts["history"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise _refused(folder, f"history in model.json does not say how to fold in ({error!r})") from error
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:

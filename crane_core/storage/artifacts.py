@@ -125,6 +125,10 @@ class ArtifactStore:
             raise self._untrusted(key, found)
         return Artifact(path, manifest)
 
+    def has(self, stage: str, fingerprint: str) -> bool:
+        """Return whether an artifact is there, without fetching it."""
+        return self.storage.read(f"{stage}/{fingerprint}/{MANIFEST}") is not None
+
     def publish(self, folder: Path, manifest: dict[str, Any]) -> Artifact:
         """Write the manifest into `folder` as its last file, and publish the folder in one step."""
         files = {

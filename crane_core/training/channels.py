@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from crane_core.dataset.interactions import Interactions
+from crane_core.model.fold_in import FoldIn, summed
 from crane_core.model.graph_filter import filtered, item_axes
 from crane_core.model.views import Rows
 from crane_core.model.whitening import Features, Whitening, fit_whitening
 from crane_core.model_config import ModelConfig
+from crane_core.training.fold_in import fit_fold_in
 from crane_core.training.generated import Generator, generate
 
 MODEL, RECENT, PROFILE, GENERATED = "model", "recent", "profile", "generated"
@@ -82,12 +84,16 @@ class Channels:
         if self.whitening is not None:
             self._white = self.whitening.rows(self.features)
             self._has_content = self._white.any(dim=1).numpy()
-            rows, self.generator = generate(
-                self._white, self._fixed[MODEL][1], self._is_warm, self.config.train.seed
-            )
+            rows, self.generator = generate(self._white, self._fixed[MODEL][1], self._is_warm, self.config.train.seed)
             # Measured on warm items, so that a new item changes no scale.
             self._fixed[GENERATED] = _scaled((self.model[0], rows), self._is_warm & self._has_content)
         self._axes: Tensor | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The channels that `at` returns."""
+        of_times = [RECENT] if self.interactions.ages is not None else []
+        return [*self._fixed, *of_times, *([PROFILE] if self.whitening is not None else [])]
 
     def at(self, half_life: float | None) -> dict[str, Rows]:
         """Return all channels: name to users float32 [num_users, d] and items float32 [num_items, d].
@@ -106,9 +112,25 @@ class Channels:
 
     def recent(self, half_life: float | None) -> Rows:
         """Return the channel of that name."""
+        return of_unit_spread(self._filtered(half_life), self._is_warm)
+
+    def fold_in(self, name: str, half_life: float | None) -> FoldIn:
+        """Return what makes the user rows of a channel from a history.
+
+        Args:
+            name: of the channel; `generated` has the user rows of `model`.
+            half_life: as for `at`.
+        """
+        if name == RECENT:
+            return summed(self._filtered(half_life)[1].numpy(), half_life)
+        if name == PROFILE:
+            return summed(self._white.numpy(), half_life, power=0.5)
+        return fit_fold_in(self._fixed[MODEL], self.interactions)
+
+    def _filtered(self, half_life: float | None) -> Rows:
         if self._axes is None:
             self._axes = item_axes(self.interactions, self.config.lightgcn.embedding_dim, self.config.train.seed)
-        return of_unit_spread(filtered(self._axes, self.interactions, half_life), self._is_warm)
+        return filtered(self._axes, self.interactions, half_life)
 
 
 def _scaled(rows: Rows, measured: np.ndarray) -> Rows:

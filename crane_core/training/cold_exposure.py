@@ -11,7 +11,7 @@ from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_blocks, users_at_a_time, without
 from crane_core.model.views import Rows
 
-_OFFSETS = tuple(step / 4 for step in range(-24, 25))
+_OFFSETS = tuple(step / 4 for step in range(-40, 41))
 _LEAST_ROWS = 200
 """Validation interactions with cold items, from which on recall decides; with fewer, the shares are matched."""
 _MOST_SHARE = 1.5

@@ -10,7 +10,7 @@ of the rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.baselines import choose_half_life
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time, without
+from crane_core.model.fold_in import FoldIn, same_for_all, side_by_side
 from crane_core.model.views import Rows
 from crane_core.model.whitening import Features
 from crane_core.model_config import Choices, HeadWeights, ModelConfig
@@ -73,6 +74,7 @@ class ChosenHead:
         weights: of the score.
         recall: name of each form to the validation Recall@20 with weights that were fitted on other users.
         rows: users float32 [num_users, d] and items float32 [num_items, d] to score by.
+        fold_in: what makes a user's row from a history.
     """
 
     half_life: float | None
@@ -81,6 +83,7 @@ class ChosenHead:
     weights: HeadWeights
     recall: Mapping[str, float]
     rows: Rows
+    fold_in: FoldIn
 
     def facts(self) -> dict[str, object]:
         """Return what was chosen as JSON values."""
@@ -101,7 +104,8 @@ def choose_head(
     With `config.choices` the weights and half-lives are theirs, and nothing is measured. Otherwise the simple form is
     taken whose weights, fitted on half of the validation users, find most items of the other half; of equal ones the
     first. Where the data have no times, the simple form is the model alone. A form by evidence takes its place if it
-    makes the items likelier by more than one standard error, and recall is no lower than by one. Cold items have the channels of content in every form.
+    makes the items likelier by more than one standard error, and recall is no lower than by one. Cold items have the
+    channels of content in every form.
 
     Args:
         model: the rows of a model that knows no times.
@@ -130,7 +134,7 @@ def choose_head(
     )
     weights = weights.model_copy(update={"bias": (weights.bias[0] + offset, *weights.bias[1:])})
     made = head_rows(weights, rows, fitting.popularity, interactions)
-    return ChosenHead(half_life, history, form.name, weights, recall, made)
+    return ChosenHead(half_life, history, form.name, weights, recall, made, head_fold_in(weights, channels, history))
 
 
 def _chosen_before(
@@ -139,10 +143,11 @@ def _chosen_before(
     """Return the head with weights and half-lives that were chosen on other interactions."""
     if choices.head is None:
         return None
-    rows = Channels(model, interactions, features, config).at(choices.history_half_life)
+    channels, history = Channels(model, interactions, features, config), choices.history_half_life
     popularity = log_popularity(interactions, choices.half_life)
-    made = head_rows(choices.head, rows, popularity, interactions)
-    return ChosenHead(choices.half_life, choices.history_half_life, "", choices.head, {}, made)
+    made = head_rows(choices.head, channels.at(history), popularity, interactions)
+    fold_in = head_fold_in(choices.head, channels, history)
+    return ChosenHead(choices.half_life, history, "", choices.head, {}, made, fold_in)
 
 
 def log_popularity(interactions: Interactions, half_life: float | None) -> Tensor:
@@ -165,17 +170,34 @@ def head_rows(
     """
     buckets = torch.from_numpy(buckets_of(interactions, weights.edges))
     users, items = [], []
-    for space in ((MODEL, GENERATED), (RECENT,), (PROFILE,)):
-        used = [name for name in space if name in channels and any(weights.channels.get(name, ()))]
-        if used:
-            users.append(channels[used[0]][0])
-            items.append(sum(_weighted(channels[name][1], weights.channels[name], buckets) for name in used))
+    for names in _used_spaces(weights, channels):
+        users.append(channels[names[0]][0])
+        items.append(sum(_weighted(channels[name][1], weights.channels[name], buckets) for name in names))
     bias = torch.tensor(weights.bias)
     # Among more cold items than at the fit, each one has to get a smaller share of the lists.
     bias[0] -= np.log(max(len(interactions.cold_items()), 1) / max(weights.num_cold, 1))
     users.append(torch.ones(interactions.num_users, 1))
     items.append((weights.popularity * popularity + bias[buckets])[:, None])
     return torch.cat(users, dim=1), torch.cat(items, dim=1)
+
+
+def head_fold_in(weights: HeadWeights, channels: Channels, half_life: float | None) -> FoldIn:
+    """Return what makes a user's row of `head_rows` from a history.
+
+    Args:
+        weights: of the score.
+        channels: whose user rows are to be made.
+        half_life: of the histories, days; None for no decay.
+    """
+    parts = [channels.fold_in(names[0], half_life) for names in _used_spaces(weights, channels.names)]
+    return side_by_side([*parts, same_for_all(np.ones(1, dtype=np.float32), channels.interactions.num_items)])
+
+
+def _used_spaces(weights: HeadWeights, present: Container[str]) -> list[list[str]]:
+    """Return the channels with a weight, those with the same user rows together, in the order of the coordinates."""
+    spaces = (MODEL, GENERATED), (RECENT,), (PROFILE,)
+    used = [[name for name in names if name in present and any(weights.channels.get(name, ()))] for names in spaces]
+    return [names for names in used if names]
 
 
 def buckets_of(interactions: Interactions, edges: Sequence[int]) -> np.ndarray:
@@ -270,9 +292,7 @@ class _Fitting:
         found: dict[Form, list[tuple[np.ndarray, np.ndarray]]] = {form: [] for form in forms}
         halves = self.users[::2], self.users[1::2]
         for fitted, judged in (halves, halves[::-1]) if len(halves[1]) else ((halves[0], halves[0]),):
-            samples = [
-                draw_sample(channels, self.popularity, self.interactions, users) for users in (fitted, judged)
-            ]
+            samples = [draw_sample(channels, self.popularity, self.interactions, users) for users in (fitted, judged)]
             for form in forms:
                 weights = self.fit(samples[0], form)
                 rows = head_rows(weights, channels, self.popularity, self.interactions)
@@ -302,9 +322,7 @@ def _choose_history(channels: Channels, fitting: _Fitting, half_lives: Sequence[
 
 def _choose_form(channels: Mapping[str, Rows], fitting: _Fitting) -> tuple[Form, dict[str, float]]:
     """Return the form, and the cross-fitted validation Recall@20 of each by name."""
-    simple, by_evidence = (
-        (_MOMENT, _MOMENT_BY_EVIDENCE) if fitting.has_times else (_TIMELESS, _TIMELESS_BY_EVIDENCE)
-    )
+    simple, by_evidence = (_MOMENT, _MOMENT_BY_EVIDENCE) if fitting.has_times else (_TIMELESS, _TIMELESS_BY_EVIDENCE)
     by_evidence = tuple(form for form in by_evidence if set(form.channels) <= set(channels))
     judged = fitting.cross_fitted(channels, (*simple, *by_evidence))
     best = max(simple, key=lambda form: judged[form].recall.mean())

@@ -52,9 +52,12 @@ def command_line(work: Mapping[str, Command]) -> FlagParser:
 
     command("runs", "List the runs of a store.", stored)
 
-    recommend = command("recommend", "What the champion recommends to a user.", stored)
-    recommend.add_argument("--user", required=True, metavar="ID")
-    recommend.add_argument("-k", type=int, default=10, help="how many items")
+    recommend = command("recommend", "What the champion recommends to a user, or to whoever met some items.", stored)
+    who = recommend.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", metavar="ID", help="a user of the data")
+    who.add_argument("--items", nargs="+", metavar="ID", help="items that somebody has met")
+    recommend.add_argument("--times", nargs="+", metavar="TIME", help="when, ISO 8601, one for each of --items")
+    recommend.add_argument("-k", "--k", type=int, default=10, help="how many items")
 
     similar = command("similar", "Which items are like an item.", stored)
     similar.add_argument("--item", required=True, metavar="ID")

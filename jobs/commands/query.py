@@ -6,13 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
-
 from crane_core.config import RunConfig, Runtime
 from crane_core.errors import ArtifactError, ConfigError, DataError
 from crane_core.refit import is_refit
 from crane_core.release.handover import CHAMPION
+from crane_core.release.ledger import Ledger
+from crane_core.release.local_registry import read_registry
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
@@ -36,29 +35,31 @@ class Served:
 
     def titles(self) -> dict[str, str]:
         """Return item id to title, for the items that have one."""
-        table = pq.read_table(self.export.file("items.parquet"), columns=[ITEM_ID, TITLE])
-        pairs = zip(table[ITEM_ID].to_pylist(), table[TITLE].to_pylist(), strict=True)
-        return {item: title for item, title in pairs if title}
+        # Imported here, as below: it imports pyarrow, and `runs` does not need it.
+        from crane_core.storage.rows import read_columns
+
+        table = read_columns(self.export.file("items.parquet"), [ITEM_ID, TITLE])
+        return {item: title for item, title in zip(table[ITEM_ID], table[TITLE], strict=True) if title}
 
 
 def served(store: ArtifactStore, runtime: Runtime) -> Served:
-    """Resolve the alias once and find the export of its version.
+    """Ask the ledger for the champion, and find the export of its version.
 
     Raises:
         ArtifactError: there is no champion, or its export is missing.
     """
-    # Imported here: it takes seconds, and most commands do not need it.
-    from crane_core.release.registry import open_registry
-
-    registry = open_registry(runtime, store.storage.uri)
-    number = registry.holder(CHAMPION)
-    if number is None:
+    chosen = Ledger(store.storage, runtime.model_name).choice()
+    if chosen is None:
         raise ArtifactError(
-            f"Model {registry.name!r} in {registry.uri} has no champion.",
+            f"Model {runtime.model_name!r} has no champion in the ledger of {store.storage.uri}.",
             "Promote a run: crane promote --run RUN (crane runs lists them).",
         )
-    version = registry.version(number)
-    return Served(number, version.run_id, store.artifact(version.run_id, "ml.export"))
+    number = chosen.version
+    # A run that registers a model which an earlier run has registered gets that run's version.
+    exported = store.entry(chosen.run_id, "ml.export") or {}
+    known = exported.get("version") == number
+    run_id = exported["champion_run"] if known else read_registry(runtime, store.storage.uri).version(number).run_id
+    return Served(number, run_id, store.artifact(run_id, "ml.export"))
 
 
 def recommend(served: Served, user: str, k: int) -> dict[str, Any]:
@@ -90,7 +91,9 @@ def similar(served: Served, item: str, k: int) -> dict[str, Any]:
     rows = _rows(served, "similar", ITEM_ID, item, ("rank", "similar_item_id", "similarity"), k)
     titles = served.titles()
     if not rows:
-        known = pq.read_table(served.export.file("items.parquet"), columns=[ITEM_ID])[ITEM_ID].to_pylist()
+        from crane_core.storage.rows import read_columns
+
+        known = read_columns(served.export.file("items.parquet"), [ITEM_ID])[ITEM_ID]
         raise DataError(
             f"Item {item!r} has no similar items in version {served.version} (run {served.run_id}).",
             f"Give an id of the catalog, for example {', '.join(known[:NUM_EXAMPLES])}.",
@@ -115,6 +118,8 @@ def similar(served: Served, item: str, k: int) -> dict[str, Any]:
 
 def example_users(served: Served) -> list[str]:
     """Return three users with recommendations: the first, the middle and the last by id."""
+    import pyarrow.dataset as ds
+
     table = ds.dataset(served.export.file("recommendations")).to_table(columns=[USER_ID], filter=ds.field("rank") == 1)
     users = sorted(table[USER_ID].to_pylist())
     return [users[i] for i in sorted({0, len(users) // 2, len(users) - 1})] if users else []
@@ -134,12 +139,10 @@ def verify_ledger(store: ArtifactStore, runtime: Runtime) -> dict[str, Any]:
         ArtifactError: the ledger was tampered with, the alias is not where it puts it, or the champion was removed or
             changed in the registry.
     """
+    # Imported here: it imports pandas, and most commands do not need it.
     from crane_core.release.damage import damage_of
-    from crane_core.release.handover import CHAMPION
-    from crane_core.release.ledger import Ledger
-    from crane_core.release.registry import open_registry
 
-    registry = open_registry(runtime, store.storage.uri)
+    registry = read_registry(runtime, store.storage.uri)
     ledger = Ledger(store.storage, registry.name)
     anchors = registry.ledger_anchors()
     num_entries = ledger.verify(anchors)
@@ -197,15 +200,14 @@ def _run(store: ArtifactStore, run_id: str, aliases: dict[str, list[str]]) -> di
 def _aliases(store: ArtifactStore, runtime: Runtime) -> dict[str, list[str]]:
     if not any(store.entry(run_id, "ml.register") for run_id in store.run_ids()):
         return {}
-    from crane_core.release.registry import open_registry
-
-    registry = open_registry(runtime, store.storage.uri)
+    registry = read_registry(runtime, store.storage.uri)
     return {version.number: sorted(version.aliases) for version in registry.versions()}
 
 
 def _rows(served: Served, table: str, key: str, value: str, columns: tuple[str, ...], k: int) -> list[dict[str, Any]]:
     if k < 1:
         raise ConfigError(f"-k is {k}.", "Give -k 1 or more, for example -k 10.")
-    wanted = (ds.field(key) == value) & (ds.field("rank") <= k)
-    rows = ds.dataset(served.export.file(table)).to_table(columns=list(columns), filter=wanted)
-    return rows.sort_by("rank").to_pylist()
+    from crane_core.storage.rows import read_rows
+
+    rows = read_rows(served.export.file(table), columns, key, value)
+    return sorted((row for row in rows if row["rank"] <= k), key=lambda row: row["rank"])

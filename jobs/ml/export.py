@@ -8,9 +8,21 @@ artifact is the contract with serving systems:
     similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
     popular.parquet             rank, item_id, score (popularity at `window.end`): for users without recommendations
     embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
-                                score = dot product
+                                score = dot product; history_rows f32 [num_items, d], history_constant f32 [d]
+    history.json                weight, end, blocks (columns, half_life, power): how a history becomes a user's row
     users.parquet, items.parquet  external ids (and titles); row number = row of the embeddings
     ann.faiss                   inner product over the item embeddings; id in the index = row of items.parquet
+
+A user without a row, or one who has met more since, gets a row by the fold-in: one gather and one sum. Of every event j
+of the history whose item is in `items.parquet`, an item counting once, by its latest event, take the days `age_j` since
+it, counted from `end` or from the user's latest event if that is later, and 0 where there are no times. In each block,
+with the half-life of the block,
+
+    v_j = weight * 0.5 ** (age_j / half_life)         or weight, where half_life is null
+    row[columns] = history_constant[columns] + sum_j v_j history_rows[item_j, columns] / (sum_j v_j) ** power
+
+The scores are the dot products of the row with `item_embeddings`; items of the history are left out. A history without
+a known item gets `popular.parquet`. An export of a model of an earlier version has no `history.json`.
 
 Names, types and meanings do not change; additions get new names. Without a champion nothing is exported, and the run
 record says so.
@@ -48,6 +60,8 @@ def export(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStor
     own = recorded_run(store, shipped_run, config.runtime)
     entry = usage.entry() | produce(STAGES["ml.export"], shipped_run, WHOLE, own, store, run)
     entry |= {"version": champion, "champion_run": run_id, "shipped_run": shipped_run}
+    # What `ml.live` of a later run looks for.
+    entry |= {"model": lock.registry.name, "window_end": own.window.end.isoformat()}
     if run_id != arguments.run:
         store.record(run_id, "ml.export", entry)
     return entry

@@ -22,6 +22,7 @@ from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
 from crane_core.release.champion_lock import ChampionLock, lock_champion
 from crane_core.release.description import describe
+from crane_core.release.gate import advice
 from crane_core.release.judge import Judge
 from crane_core.release.ledger import ANCHOR_TAG, MOVES, Draft, Entry
 from crane_core.release.registry import CANDIDATE_TAG, open_registry
@@ -68,6 +69,7 @@ def promote(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSto
         "status": status,
         "decision": "promoted" if promoted else "refused",
         "reason": entry.reason,
+        "remedy": "" if promoted else advice(entry.numbers.get("checks", ()), entry.champion is None),
         "version": number,
         "champion": entry.champion,
         "previous": entry.champion_before,

@@ -4,8 +4,9 @@ With `crane.mode=joint` the RCA weights that `ml.refine` has fitted go on learni
 
 Leaves `embeddings.safetensors` (`user_embeddings` and `item_embeddings`, scores are their dot products): CRANE's rows
 beside the behavioural view, at the share the validation split trusts them with; and where the data have times, beside
-the user's recent items and the popularity of the moment (`crane_core/training/head.py`). Also `weights.safetensors`,
-`curve.json` with one entry per epoch, and `trust.json` with the recall at every share tried.
+the user's recent items and the popularity of the moment (`crane_core/training/head.py`). In the same file
+`history_rows` and `history_constant`, of which a history becomes a user's row (`crane_core/model/fold_in.py`). Also
+`weights.safetensors`, `curve.json` with one entry per epoch, and `trust.json` with the recall at every share tried.
 """
 
 from __future__ import annotations

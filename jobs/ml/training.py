@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, load_interactions
+from crane_core.model.fold_in import FoldIn
 from crane_core.model.lightgcn import LightGCN
 from crane_core.ranks import ranks
 from crane_core.storage.artifacts import Artifact, ArtifactStore
@@ -66,9 +67,14 @@ def lend_ranks(name: str, training: Training, build: Build) -> None:
     start_ranks(_train_rank, name, (*training, build))
 
 
-def save_embeddings(folder: Path, users: Tensor, items: Tensor) -> None:
-    """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`."""
+def save_embeddings(folder: Path, users: Tensor, items: Tensor, fold_in: FoldIn | None = None) -> None:
+    """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`.
+
+    With a fold-in also `history_rows` and `history_constant`, its arrays.
+    """
     rows = {"user_embeddings": users.contiguous(), "item_embeddings": items.contiguous()}
+    if fold_in is not None:
+        rows |= {name: torch.from_numpy(array) for name, array in fold_in.arrays().items()}
     save_file(rows, folder / "embeddings.safetensors")
 
 

@@ -28,7 +28,10 @@ ALL_JOBS = (
     "prune",
     "deliveries",
     *(f"etl.{stage}" for stage in ("interactions", "features", "profiles")),
-    *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "refit", "register")),
+    *(
+        f"ml.{stage}"
+        for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "live", "refit", "register")
+    ),
     *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore", "rollback")),
     *(f"backfill.{stage}" for stage in ("plan", "etl", "content", "train", "check")),
 )

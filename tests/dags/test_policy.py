@@ -33,6 +33,8 @@ RETRAIN_EDGES = {
     ("behaviour", "train"),
     ("train", "evaluate"),
     ("evaluate", "register"),
+    ("evaluate", "live"),
+    ("live", "register"),
     ("evaluate", "ship.refit"),
     ("ship.refit", "ship.wanted"),
     ("ship.wanted", "ship.interactions"),
@@ -283,7 +285,7 @@ def test_a_model_without_a_refit_is_registered_too(dags):
     dag = dags["crane_retrain"]
     assert dag.get_task("register").trigger_rule.value == "none_failed"
     assert dag.get_task("ship.wanted").ignore_downstream_trigger_rules is False
-    assert dag.get_task("register").upstream_task_ids == {"evaluate", "ship.train"}
+    assert dag.get_task("register").upstream_task_ids == {"evaluate", "live", "ship.train"}
 
 
 def _is_job(task):

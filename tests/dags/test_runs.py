@@ -133,7 +133,8 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
         *("etl.interactions", "etl.features", "etl.profiles", "ml.refine", "ml.knn", "ml.knn", "ml.knn", "ml.graph"),
         "ml.train",
     ]
-    assert [name for name in order if name != "ml.behaviour"] == [
+    assert order.index("ml.evaluate") < order.index("ml.live") < order.index("ml.register")
+    assert [name for name in order if name not in ("ml.behaviour", "ml.live")] == [
         *("plan", "deliveries", *model, "ml.evaluate", "ml.refit", *model),
         *("ml.register", "tidy", "prune", "ml.promote", "ml.export", "ml.report"),
     ]
@@ -143,7 +144,8 @@ def test_retrain_announces_and_promote_judges(run, tmp_path):
         if call["job"] == "ml.knn":
             argv = argv[:-2]
         wanted = judged if call["job"] in ("ml.promote", "ml.export", "ml.report") else expected
-        assert argv == [*wanted, *(["--refit"] if place in refitted else [])], call["job"]
+        is_refit = place in refitted and call["job"] != "ml.live"
+        assert argv == [*wanted, *(["--refit"] if is_refit else [])], call["job"]
     parts = [call["argv"][-2:] for call in calls if call["job"] == "ml.knn"]
     assert sorted(parts) == [["--part", part] for part in ("0", "0", "1", "1", "2", "2")]
 

@@ -105,6 +105,14 @@ def test_recommendations_for_a_person(world: World) -> None:
     assert "piece" in ended.out[0]
 
 
+def test_whoever_met_items_gets_others_of_their_group(world: World) -> None:
+    ended = ask("recommend", "--items", "3", "7", "none", "--k", "5", "--store", world.store, "--json")
+    assert ended.code == EXIT_OK
+    assert ended.json["unknown_items"] == ["none"] and not ended.json["fallback"]
+    items = [item["item_id"] for item in ended.json["items"]]
+    assert {int(item) % NUM_GROUPS for item in items} == {3} and not {"3", "7"} & set(items)
+
+
 def test_an_unknown_user_is_told_whom_there_is(world: World) -> None:
     ended = ask("recommend", "--user", "nobody", "--store", world.store, "--json")
     assert ended.code == EXIT_DATA

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from crane_core.errors import (
 from jobs import cli
 from jobs.commands import airflow, demo, doctor, local, paths
 from jobs.commands.airflow import LocalAirflow
+from jobs.commands.command_line import command_line
 from jobs.commands.local import run_child, run_stages
 from jobs.commands.steps import Steps, failure_in
 from jobs.stores import open_store
@@ -399,6 +401,56 @@ def test_a_log_is_generated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (answer["num_interactions"], answer["start"], answer["end"]) == (500, "2026-01-04", "2026-01-05")
     assert len(list((tmp_path / "raw" / "interactions").iterdir())) == 4
     assert cli.main(["generate", str(tmp_path / "none"), "--rows", "0"]) == 2
+
+
+def test_a_run_tells_what_the_gate_decided_and_what_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stages are not run: what they say is what a refusal of `ml.promote` says."""
+    verdict = {
+        "decision": "refused",
+        "reason": "Refused: too few users.",
+        "remedy": "Judge more users.",
+        "version": "1",
+    }
+    done = {"status": "done"}
+    monkeypatch.setattr(local, "run_child", lambda name, *_: done | (verdict if name == "ml.promote" else {}))
+    argv = ["run", "--store", "s", "--raw", "r", "--start", "2026-01-01", "--end", "2026-01-02", "--promote"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "decision  refused",
+        "reason    Refused: too few users.",
+        "remedy    Judge more users.",
+    ]
+    assert cli.main([*argv, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {key: told[key] for key in ("decision", "reason", "remedy")} == {
+        key: verdict[key] for key in list(verdict)[:3]
+    }
+    assert cli.main([*argv[:-1], "--json"]) == 0
+    assert "decision" not in json.loads(capsys.readouterr().out)
+
+
+def test_an_import_tells_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.csv").write_text("u,i,t,l\na,x,2026-01-31 20:00,train\nb,x,2026-02-01 01:00,test\n")
+    (tmp_path / "items.csv").write_text("i,g\nx,Tea\n")
+    columns = "columns: {user_id: u, item_id: i, event_time: t"
+    mapping = f"dataset: d\ninteractions: {{files: [log.csv], {columns}}}}}\n"
+    (tmp_path / "m.yaml").write_text(mapping)
+    assert cli.main(["import", "mapped", str(tmp_path / "m.yaml"), str(tmp_path / "raw")]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    run = f"crane run --store STORE --raw {tmp_path}/raw --start 2026-02-01 --end 2026-02-02 --promote"
+    assert told == f"next: crane encode {tmp_path}/raw or a section features in the mapping, then {run}"
+    features = "features: {genre: {files: [items.csv], kind: categories, columns: {item_id: i, vector: g}}}\n"
+    zoned = mapping.replace("t}}", "t, label: l}, zone: Asia/Tokyo}")
+    (tmp_path / "m.yaml").write_text(zoned + features)
+    assert cli.main(["import", "mapped", str(tmp_path / "m.yaml"), str(tmp_path / "second raw"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["next"]
+    argv = shlex.split(told)[1:]
+    parsed = command_line(cli._commands()).parse_args(argv)
+    assert parsed.raw == str(tmp_path / "second raw") and parsed.promote
+    assert (parsed.start, parsed.end) == ("2026-02-01T00:00:00+09:00", "2026-02-02T00:00:00+09:00")
+    assert parsed.set == ["etl.split=label", "etl.time_zone=Asia/Tokyo"]
 
 
 @pytest.mark.parametrize(

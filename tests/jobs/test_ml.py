@@ -30,7 +30,9 @@ from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK, EXIT_UNEXPECT
 from crane_core.graph.exact import brute_force
 from crane_core.graph.item_graph import build_graph
 from crane_core.model.content import load_graph
+from crane_core.model.fold_in import History
 from crane_core.model.views import Rows
+from crane_core.serving.model_folder import load_recommender
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.training.validation import STEERING_METRIC, Validation
@@ -105,6 +107,8 @@ def plant(path: Path, scratch: Path) -> None:
             f"{index}_idx": pa.array(range(size), pa.int32()),
             f"{index}_id": [f"{name}{n}" for n in range(size)],
         }
+        if table == "items":
+            columns["title"] = pa.array([None] * size, pa.string())
         pq.write_table(pa.table(columns), folder / table / "0.parquet")
     cold = {
         "user_id": pa.array(["new", "new", "u1"]),
@@ -163,6 +167,20 @@ def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
     per_user = pq.read_table(store.artifact("planted", "ml.evaluate").file("per_user.parquet"))
     assert per_user.num_rows == metrics["users"] == 40
     assert per_user.column("user_id")[3].as_py() == "u3"
+
+
+def test_the_history_of_a_known_user_nearly_gives_the_trained_list(finished: Path) -> None:
+    store = open_store(str(finished))
+    served = load_recommender(store.artifact("planted", "etl.interactions"), store.artifact("planted", "ml.train"))
+    assert served.fold_in is not None and served.fold_in.weight == 1.0
+    seen = served.seen
+    folded = served.fold_in.fold(History(seen.users(), seen.items, np.ones(len(seen.items))), seen.num_users)
+    lists = []
+    for rows in (served.user_embeddings, folded):
+        scores = rows @ served.item_embeddings.T
+        scores[seen.users(), seen.items] = -np.inf
+        lists.append(np.argsort(-scores, axis=1)[:, :5])
+    assert np.median([len(set(left) & set(right)) for left, right in zip(*lists, strict=True)]) >= 4
 
 
 def test_every_stage_is_found_the_second_time(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import timedelta
+from datetime import datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pyspark.sql import SparkSession
 
 from crane_core.config import Runtime
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
+from crane_core.model_config import Choices
 from crane_core.refit import refit_config, refit_run
 from crane_core.release.registry import open_registry
-from crane_core.serving.model_folder import load_model
+from crane_core.serving.export import write_export
+from crane_core.serving.model_folder import load_model, load_recommender
 from crane_core.stages import SHIPPED, STAGES, base_interactions
 from crane_core.storage.artifacts import Artifact
 from jobs.commands.local import SHIP, retrain_steps
 from jobs.ml import refit, register
 from jobs.ml.refit import refit_base
 from jobs.stores import open_store
-from tests.worlds.raw_data import at, write_items, write_log, write_vectors
+from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
 NUM_USERS, NUM_ITEMS, NUM_DAYS = 24, 30, 20
 END = "2026-01-21"
@@ -204,3 +208,71 @@ def test_a_refit_run_begins_with_its_run(shipped: Run, capsys: pytest.CaptureFix
         update={"window": shipped.config.window.model_copy(update={"end": at(END) + timedelta(days=1)})}
     )
     assert shipped.store.previous_run(later) == "r"
+
+
+CHOSEN = Choices(
+    behaviour_epochs=2,
+    crane_epochs=2,
+    crane_ranking="length^1",
+    share=0.5,
+    half_life=3.0,
+    history_half_life=14.0,
+    weights={"popularity": 1.0, "model": 0.5, "recent": 0.2},
+)
+"""Choices as a twin may have made them."""
+
+
+def random_log(seed: int) -> list[tuple[str, str, datetime, datetime]]:
+    """Draw user, item, time and arrival of events: repeats, late ones, new users and items on the last day.
+
+    Some events happen or arrive after the window, and somebody meets most of the catalog.
+    """
+    random = np.random.default_rng(seed)
+    num_users, num_items = random.integers(6, 20), random.integers(8, 25)
+    end, found = at(END), []
+    for _ in range(random.integers(60, 160)):
+        user, item = random.zipf(1.6) % num_users, random.zipf(1.4) % num_items
+        time = end - timedelta(hours=float(random.uniform(-24, 24 * NUM_DAYS)))
+        found.append((f"u{user}", f"i{item}", time, time + timedelta(days=int(random.integers(0, 4)))))
+    for number in range(3):
+        time = end - timedelta(minutes=float(random.uniform(1, 1400)))
+        found.append((f"new{number}", f"fresh{number % 2}", time, time))
+        found.append((f"new{number}", f"i{number}", time, time))
+    found += [("reader", f"i{item}", end - timedelta(days=2), end - timedelta(days=2)) for item in range(num_items - 1)]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_export_of_any_log_is_fresh(spark: SparkSession, tmp_path: Path, seed: int) -> None:
+    """By the jobs of a refit run and the functions of the export: nobody is shown what they have met."""
+    log = random_log(seed)
+    days: dict[str, list[tuple[str, str, datetime]]] = {}
+    for user, item, time, arrival in log:
+        days.setdefault(f"{arrival:%Y-%m-%d}", []).append((user, item, time))
+    for day, rows in days.items():
+        write_day(tmp_path / "raw", day, rows)
+    known = [(user, item) for user, item, time, arrival in log if time < at(END) and arrival < at(END)]
+    items = sorted({item for _, item, _, _ in log})
+    write_items(tmp_path / "raw", [(item, item) for item in [*items, "never-met"]])
+    write_vectors(
+        tmp_path / "raw", "text", [(item, [float(len(item)), float(n % 3), 1.0]) for n, item in enumerate(items)]
+    )
+    run = Run(tmp_path / "store", tmp_path / "raw")
+    run.store.start_run("r", run.config)
+    run.store.restart_run("r.refit", refit_config(run.config, CHOSEN, None))
+    run.go(*(f"{SHIP}{stage}" for stage in SHIPPED))
+
+    log_artifact, trained = (run.artifact(stage, refit=True) for stage in ("etl.interactions", "ml.train"))
+    recommender = load_recommender(log_artifact, trained)
+    (tmp_path / "export").mkdir()
+    write_export(tmp_path / "export", recommender, run.config.export, torch.device("cpu"))
+    rows = pq.read_table(tmp_path / "export" / "recommendations").to_pylist()
+    exported = {(row["user_id"], row["item_id"]) for row in rows}
+    assert len(exported) == len(rows) and exported.isdisjoint(known)
+    assert {user for user, _ in exported} == {user for user, _ in known}
+    table = pq.read_table(log_artifact.file("items"))
+    states = dict(zip(table["item_id"].to_pylist(), table["state"].to_pylist(), strict=True))
+    assert {item for item, state in states.items() if state == "trained"} == {item for _, item in known}
+    places = {item: place for place, item in enumerate(recommender.item_ids.to_pylist())}
+    warm = recommender.item_embeddings[[places[item] for _, item in known]]
+    assert np.isfinite(warm).all() and (np.abs(warm).max(axis=1) > 0).all()

@@ -250,6 +250,7 @@ def test_a_first_champion_below_lightgcn_is_refused_and_nothing_is_exported(plac
     done = place.job(promote, argv)
     assert (done["decision"], done["champion"]) == ("refused", None)
     assert "recall@20 against lightgcn" in done["reason"]
+    assert "no better than lightgcn" in done["remedy"] and "deliver more interactions" in done["remedy"]
     assert place.registry.holder("champion") is None
     assert place.job(export, argv)["status"] == "skipped"
     assert "There is no champion" in Path(place.job(report, argv)["report"]).read_text()

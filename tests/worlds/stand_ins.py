@@ -18,7 +18,10 @@ from tests.worlds.services import Airflow, Postgres
 
 JOBS = (
     *("plan", "tidy", "prune", "deliveries", "etl.interactions", "etl.features", "etl.profiles"),
-    *(f"ml.{stage}" for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "refit", "register")),
+    *(
+        f"ml.{stage}"
+        for stage in ("behaviour", "refine", "knn", "graph", "train", "evaluate", "live", "refit", "register")
+    ),
     *(f"ml.{stage}" for stage in ("judge", "promote", "export", "report", "restore")),
 )
 JOB = '''

@@ -139,16 +139,23 @@ def _delimited(draw: st.DrawFn, rows: tuple[Row, ...], numeric: bool, rate: str,
     text = io.StringIO()
     if quoted:
         always = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
-        csv.writer(text, delimiter=separator, quoting=always, lineterminator=end).writerows(table)
+        # Spreadsheets write separators without a value at the end of rows.
+        ends = [[""] * draw(st.integers(0, 2)) for _ in table[1:]]
+        padded = [table[0], *([*row, *more] for row, more in zip(table[1:], ends, strict=True))]
+        csv.writer(text, delimiter=separator, quoting=always, lineterminator=end).writerows(padded)
     else:
         text.write("".join(separator.join(row) + end for row in table))
+    told = quoted and separator in ",;|\t" and draw(st.booleans())
+    if told:
+        text = io.StringIO(f"sep={separator}{end}{text.getvalue()}")
     encoding, setting = draw(
         st.sampled_from([("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("utf-16", "utf-8"), ("utf-16-le",) * 2])
     )
     data = text.getvalue().encode(encoding)
     packed = draw(st.booleans())
     name = f"log.{'csv' if quoted else 'tsv'}{'.gz' if packed else ''}"
-    log = _log(name, zone, time, separator=separator, header=header, encoding=setting, decimal="," if comma else ".")
+    given = None if told else separator
+    log = _log(name, zone, time, separator=given, header=header, encoding=setting, decimal="," if comma else ".")
     if not header:
         log["columns"] = {name: place for place, name in enumerate(log["columns"], 1)}
     return Written(rows, name, gzip.compress(data, 1) if packed else data, log)
@@ -159,15 +166,26 @@ def _json(draw: st.DrawFn, rows: tuple[Row, ...], numeric: bool, rate: str, zone
     as_number = numeric and draw(st.booleans())
     as_float = as_number and draw(st.booleans())
     form: Callable[[str], Any] = (lambda text: float(int(text)) if as_float else int(text)) if as_number else str
-    lines = []
+    objects: list[dict[str, Any]] = []
+    nested = draw(st.booleans())
     for row, at in zip(rows, times, strict=True):
         fields: dict[str, Any] = {"u": form(row.user), "i": form(row.item)}
         fields["t"] = json.loads(at) if time in RATES else at
         fields["w"], fields["l"] = row.weight, row.label
         # The first row has every field, so that the file has them.
-        kept = fields if not lines else {name: value for name, value in fields.items() if value is not None}
-        lines.append(json.dumps(kept, ensure_ascii=draw(st.booleans())) + "\n" * draw(st.integers(1, 2)))
-    return Written(rows, "log.jsonl", "".join(lines).encode(), _log("log.jsonl", zone, time))
+        kept = fields if not objects else {name: value for name, value in fields.items() if value is not None}
+        objects.append({"at": kept} if nested else kept)
+    if draw(st.booleans()):
+        text = json.dumps(objects, ensure_ascii=draw(st.booleans()), indent=draw(st.none() | st.integers(0, 2)))
+        name = "log.json"
+    else:
+        ends = ["\n" * draw(st.integers(1, 2)) for _ in objects]
+        text = "".join(json.dumps(each) + end for each, end in zip(objects, ends, strict=True))
+        name = draw(st.sampled_from(["log.jsonl", "log.json"]))
+    log = _log(name, zone, time)
+    if nested:
+        log["columns"] = {name: f"at.{field}" for name, field in log["columns"].items()}
+    return Written(rows, name, text.encode(), log)
 
 
 def _parquet(draw: st.DrawFn, rows: tuple[Row, ...], numeric: bool, rate: str, zone: str) -> Written:

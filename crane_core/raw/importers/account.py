@@ -15,13 +15,31 @@ NOTHING_THERE = frozenset({"no_vector", "no_category", "no_id", "repeated_id"})
 """Reasons of rows that are sound and have nothing to write."""
 MOST_EXAMPLES = 3
 MOST_CHARACTERS = 60
+_FIELD = "a field within an object is named with a dot, as in user.id"
+_ID = f"name in {{0}}.columns a column of text or of exact whole numbers; {_FIELD}; a list needs a row for each member"
+_NUMBER = (
+    "name a word that stands for no value in {0}.missing, or set {0}.decimal: ',' for numbers such as 1,5, or "
+    "{0}.thousands to what separates thousands, as in 1,500.0 or 1.500,0"
+)
 HINTS = {
-    "bad_weight": "name a word that stands for no value in {0}.missing, or set {0}.decimal: ',' for decimal commas",
-    "bad_event_time": "set {0}.time to iso, s, ms, us, ns or a format such as '%d.%m.%Y %H:%M'",
+    "bad_user_id": _ID,
+    "bad_item_id": _ID,
+    "bad_weight": _NUMBER,
+    "bad_event_time": "name in {0}.columns the column of the times, and in {0}.time how they are written: iso, s, ms, "
+    "us, ns or a format such as '%d.%m.%Y %H:%M'; or name a word that stands for no time in {0}.missing",
     "bad_label": "say in {0}.labels what each word means, for example {{learn: 0, check: 1, judge: 2}}",
-    "wrong_fields": "set {0}.separator, or {0}.quote to the quote of the file or to none",
-    "bad_vector": "name in {0}.columns a column of lists of numbers",
+    "wrong_fields": "set {0}.separator, or {0}.quote to the quote of the file or to none, or name in the first line a "
+    "column for each value",
+    "bad_vector": "name in {0}.columns a column of lists of numbers, as Parquet and JSON have them, or, with "
+    "{0}.kind: numbers, a column for each number",
+    "bad_number_": _NUMBER,
+    "bad_category_": f"name in {{0}}.columns a column of words, or of lists of words; {_FIELD}",
+    "bad_": "say in {0}.types what the column holds, text, number, time or flag, and in {0}.time how times are "
+    f"written; {_FIELD}",
 }
+"""Remedies by reason; one that ends in `_` is for the reasons that begin so and have none of their own."""
+_UNREADABLE = "\\udc"
+"""A byte that is none of the encoding, as `repr` shows it."""
 
 
 @dataclass
@@ -97,11 +115,14 @@ class Account:
         self.check_share()
 
     def check_share(self) -> None:
-        """Check that not too much is set aside.
+        """Check that there are rows, and that not too much is set aside.
 
         Raises:
-            DataError: more than `max_set_aside` of the rows do not fit.
+            DataError: there is no row, or more than `max_set_aside` of the rows do not fit.
         """
+        if not self.rows:
+            left_out = f", or leave {self.name} out of the mapping" if self.settings else ""
+            raise DataError(f"{self.name}: the files hold 0 rows.", f"Deliver them again with rows{left_out}.")
         aside = sum(count for reason, count in self.set_aside.items() if reason not in NOTHING_THERE)
         if aside > self.max_set_aside * self.rows:
             raise DataError(f"{self.name}: {aside} of {self.rows} rows do not fit: {self.told()}.", self._remedy(aside))
@@ -118,11 +139,17 @@ class Account:
 
     def _remedy(self, aside: int) -> str:
         ways = ["correct these rows"]
-        ways += [self.way(HINTS[reason]) for reason in self.set_aside if self.settings and reason in HINTS]
+        ways += [hint for reason in self.set_aside if self.settings for hint in self._hints(reason)]
         share = math.ceil(10_000 * aside / self.rows) / 10_000
         if aside < self.rows:
             ways.append(self.way(f"set {{}}.max_set_aside: {share:g} to leave them out and count them"))
         return one_of(ways)
+
+    def _hints(self, reason: str) -> list[str]:
+        if any(_UNREADABLE in each for each in self.examples[reason]):
+            return [self.way("set {0}.encoding to that of the file, such as cp1252")]
+        found = [key for key in HINTS if reason == key or (key.endswith("_") and reason.startswith(key))]
+        return [self.way(HINTS[max(found, key=len)])] if found else []
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as JSON values."""

@@ -20,8 +20,9 @@ from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values
 from crane_core.raw.importers.instants import Clock, instants
+from crane_core.raw.importers.layout import Layout
 from crane_core.raw.importers.movielens import text_vectors
-from crane_core.raw.importers.rows import Layout, read_chunks
+from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import LogCounts, Wanted, check_clock, digest_of, fitting, write_log
 from crane_core.raw.importers.target import Imported, write_features, write_items, write_raw
 from crane_core.raw.overlap import share_found

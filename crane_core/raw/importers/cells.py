@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from numpy.typing import NDArray
 
-from crane_core.raw.importers.rows import JsonNumber
+from crane_core.raw.importers.layout import JsonNumber
 from crane_core.schema import TEST, TRAIN, VALIDATION
 
 MISSING = ("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "Null", "null", "None", r"\N")
@@ -26,6 +27,8 @@ LABELS = {
 FLAGS = {**dict.fromkeys(("1", "true", "t", "yes", "y"), True), **dict.fromkeys(("0", "false", "f", "no", "n"), False)}
 EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
 """Up to this number every whole number has a float of its own."""
+UNFIT: Any = object()
+"""A list that holds more than text and numbers."""
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?$"
 _WHOLE = r"^\+?(-?)0*(\d+?)(?:\.0*)?$"
 
@@ -70,6 +73,23 @@ def texts(values: Values, decimal: str = ".") -> Cells:
     return Cells(pa.array(told, pa.string()), np.array(bad, dtype=bool))
 
 
+def joined(values: Values) -> Cells:
+    """Return values as text, and the members of a list of text or numbers as one text, joined by `|`."""
+    if isinstance(values, pa.Array):
+        if not pt.is_nested(values.type):
+            return texts(values)
+        values = values.to_pylist()
+    told = [_joined(value) if isinstance(value, list) else value for value in values]
+    found = texts([None if value is UNFIT else value for value in told])
+    unfit: Any = [value is UNFIT for value in told]
+    return Cells(found.values, found.bad | np.array(unfit, dtype=bool))
+
+
+def _joined(members: list[Any]) -> Any:
+    kept = [_text(each, ".") if not isinstance(each, float) else repr(each) for each in members if each is not None]
+    return UNFIT if None in kept else "|".join(each for each in kept if each is not None) or None
+
+
 def ids(values: Values, missing: Sequence[str] = (), numeric: bool = False) -> Cells:
     """Return values as ids: text as it stands, and whole numbers as their decimal text.
 
@@ -91,23 +111,40 @@ def ids(values: Values, missing: Sequence[str] = (), numeric: bool = False) -> C
     if numeric:
         trimmed = pc.utf8_trim_whitespace(text)
         bad |= _mask(pc.invert(pc.match_substring_regex(trimmed, _WHOLE)))
-        text = pc.replace_substring_regex(trimmed, _WHOLE, r"\1\2")
+        text = pc.replace_substring_regex(pc.replace_substring_regex(trimmed, _WHOLE, r"\1\2"), "^-0$", "0")
     return Cells(_null_where(text, bad), bad)
 
 
-def numbers(values: Values, missing: Sequence[str] = MISSING, decimal: str = ".") -> Cells:
-    """Return values as float64. Bad is what is no finite number; NaN is no value."""
+def numbers(
+    values: Values, missing: Sequence[str] = MISSING, decimal: str = ".", thousands: str | None = None
+) -> Cells:
+    """Return values as float64, flags as 1 and 0. Bad is what is no finite number; NaN is no value.
+
+    Args:
+        values: of a column.
+        missing: words that stand for no value.
+        decimal: decimal separator of text.
+        thousands: what separates groups of three digits of text.
+    """
     if isinstance(values, pa.Array) and not (pt.is_string(values.type) or pt.is_binary(values.type)):
         kind = values.type
+        if pt.is_boolean(kind):
+            values, kind = values.cast(pa.int8()), pa.int8()
         if not (pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind) or pt.is_null(kind)):
             return Cells(pa.nulls(len(values), pa.float64()), _mask(values.is_valid()))
         found = values.cast(pa.float64(), safe=False)
         found = pc.if_else(pc.is_nan(found), pa.scalar(None, pa.float64()), found)
         bad = _mask(pc.is_inf(found))
         return Cells(_null_where(found, bad), bad)
+    if not isinstance(values, pa.Array):
+        values = [int(value) if isinstance(value, bool) else value for value in values]
     read = texts(values, decimal)
     text = _without(pc.utf8_trim_whitespace(read.values), missing)
     bad = read.bad
+    if thousands:
+        grouped = rf"^[+-]?\d{{1,3}}({re.escape(thousands)}\d{{3}})+({re.escape(decimal)}\d*)?$"
+        is_grouped = pc.match_substring_regex(text, grouped)
+        text = pc.if_else(is_grouped, pc.replace_substring(text, thousands, ""), text)
     if decimal == ",":
         bad = bad | _mask(pc.match_substring(text, "."))
         text = pc.replace_substring(text, ",", ".")
@@ -118,9 +155,11 @@ def numbers(values: Values, missing: Sequence[str] = MISSING, decimal: str = "."
     return Cells(_null_where(found, bad), bad)
 
 
-def weights(values: Values, missing: Sequence[str] = MISSING, decimal: str = ".") -> Cells:
-    """Return values as float32. Bad is what is no number that float32 can hold."""
-    found = numbers(values, missing, decimal)
+def weights(
+    values: Values, missing: Sequence[str] = MISSING, decimal: str = ".", thousands: str | None = None
+) -> Cells:
+    """Return values as float32, as `numbers`. Bad is what is no number that float32 can hold."""
+    found = numbers(values, missing, decimal, thousands)
     most = float(np.finfo(np.float32).max)
     bad = found.bad | _mask(pc.greater(pc.abs(found.values), most))
     return Cells(_null_where(found.values, bad).cast(pa.float32()), bad)

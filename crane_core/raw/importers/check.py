@@ -17,11 +17,12 @@ from crane_core.raw.importers import mapped, modality
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values, ids
 from crane_core.raw.importers.instants import Clock
+from crane_core.raw.importers.layout import Chunk, Layout, plain
 from crane_core.raw.importers.mapping import MATRIX, MappedItems, MappedLog, MappedModality
 from crane_core.raw.importers.matrix import load_matrix
-from crane_core.raw.importers.rows import Chunk, Layout, plain, read_chunks
+from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, check_clock, fitting
-from crane_core.raw.overlap import examples, share_found
+from crane_core.raw.overlap import check_overlap, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
 
 SAMPLE_ROWS = 100_000
@@ -100,6 +101,7 @@ class CheckedSection:
         set_aside: reason to rows of the sample that would not be written, and where the first ones are.
         noticed: what is odd, as sentences.
         ids: items of the sample.
+        users: users of the sample of a log.
     """
 
     name: str
@@ -110,6 +112,7 @@ class CheckedSection:
     set_aside: dict[str, int]
     noticed: list[str]
     ids: set[str] = field(default_factory=set, repr=False)
+    users: set[str] = field(default_factory=set, repr=False)
 
     def lines(self) -> list[str]:
         """Return a table for a person."""
@@ -146,7 +149,7 @@ class Checked:
         """Return JSON values."""
         told = asdict(self)
         for section in told["sections"]:
-            del section["ids"]
+            del section["ids"], section["users"]
             for column in section["columns"]:
                 del column["widths"], column["words"]
                 column |= {name: None if column[name] is None else _shown(column[name]) for name in ("low", "high")}
@@ -184,14 +187,13 @@ def check_mapping(mapping: str | Path) -> Checked:
     for name, section in by_name.items() if log else ():
         assert log is not None
         checked.matched[name] = share_found(log.ids, section.ids)
-        if log.ids and section.ids and log.ids.isdisjoint(section.ids):
-            told = f"{name}: none of its ids, such as {examples(section.ids)}, is an item of the log, such as "
-            nothing = DataError(
-                f"{told}{examples(log.ids)}.",
-                f"Name the column of the same ids in interactions and in {name}, or set numeric: [item_id] in both "
-                "where they agree as numbers.",
-            )
-            checked.problems.append(nothing.as_dict())
+        numeric = f"set numeric: [item_id] in interactions and in {name} of the mapping."
+        # Rows beyond the sample of a table may have the ids of the log.
+        known = section.ids if section.is_whole else set()
+        try:
+            check_overlap(name, log.ids, known, log.users, numeric)
+        except DataError as error:
+            checked.problems.append(error.as_dict())
     return checked
 
 
@@ -214,7 +216,11 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
             if raw not in columns:
                 columns[raw] = CheckedColumn(raw, str(each.column), _stored(chunk, each), taken.get(raw, "text"))
             columns[raw].add(values, each.convert(values))
-        section.ids |= set(filter(None, fitting(chunk, wanted, account).column(ITEM_ID).to_pylist()))
+        batch = fitting(chunk, wanted, account)
+        kept = batch.filter(modality.has_vector(batch)) if isinstance(entry, MappedModality) else batch
+        section.ids |= set(filter(None, kept.column(ITEM_ID).to_pylist()))
+        if isinstance(entry, MappedLog):
+            section.users |= set(filter(None, batch.column(USER_ID).to_pylist()))
         section.rows += len(chunk)
     section.columns = list(columns.values())
     section.set_aside = dict(account.set_aside)

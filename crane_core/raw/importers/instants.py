@@ -73,7 +73,7 @@ class Clock:
 
 def plain_numbers(values: Values) -> NDArray[np.float64]:
     """Return the values of a column that are numbers and no times by their type."""
-    if isinstance(values, pa.Array) and pt.is_temporal(values.type):
+    if isinstance(values, pa.Array) and (pt.is_temporal(values.type) or pt.is_duration(values.type)):
         return np.empty(0)
     text = isinstance(values, list) or pt.is_string(values.type) or pt.is_binary(values.type)
     if text:

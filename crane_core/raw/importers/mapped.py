@@ -1,4 +1,4 @@
-"""Import CSV, TSV, JSON lines or Parquet files whose columns a mapping file names.
+"""Import CSV, TSV, JSON or Parquet files whose columns a mapping file names.
 
 dataset: shop
 interactions:
@@ -194,7 +194,7 @@ def log_columns(entry: MappedLog, clock: Clock) -> dict[str, Wanted]:
         USER_ID: lambda values: cells.ids(values, no_id, USER_ID in entry.numeric),
         ITEM_ID: lambda values: cells.ids(values, no_id, ITEM_ID in entry.numeric),
         EVENT_TIME: lambda values: instants(values, clock, missing),
-        WEIGHT: lambda values: cells.weights(values, missing, entry.decimal),
+        WEIGHT: lambda values: cells.weights(values, missing, entry.decimal, entry.thousands),
         LABEL: lambda values: cells.words(values, entry.label_words, pa.int8(), missing),
         EVENT_TYPE: lambda values: cells.ids(values, missing),
     }
@@ -207,8 +207,8 @@ def item_columns(entry: MappedItems) -> dict[str, Wanted]:
     clock = Clock(entry.time, entry.zone)
     convert: dict[str, Callable[[Values], Cells]] = {
         "id": lambda values: cells.ids(values, entry.missing or (), ITEM_ID in entry.numeric),
-        "text": lambda values: cells.texts(values),
-        "number": lambda values: cells.numbers(values, missing, entry.decimal),
+        "text": cells.joined,
+        "number": lambda values: cells.numbers(values, missing, entry.decimal, entry.thousands),
         "time": lambda values: instants(values, clock, missing),
         "flag": lambda values: cells.words(values, cells.FLAGS, pa.bool_(), missing),
     }

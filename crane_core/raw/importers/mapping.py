@@ -15,8 +15,9 @@ from crane_core.allowed import remedy_of
 from crane_core.config import known_zone
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.importers.cells import LABELS
+from crane_core.raw.importers.foreign import foreign_kind
 from crane_core.raw.importers.instants import ISO, PER_SECOND
-from crane_core.raw.importers.rows import SUFFIXES, Layout
+from crane_core.raw.importers.layout import SUFFIXES, Layout
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, VECTOR
 from crane_core.section import Section
 
@@ -154,7 +155,10 @@ def read_mapping(path: Path) -> Mapping:
         ConfigError: it cannot be read, or a field is unknown, missing or not valid.
     """
     try:
-        return Mapping.model_validate(_Loader(path.read_text(encoding="utf-8-sig")).get_single_data())
+        found = _Loader(path.read_text(encoding="utf-8-sig")).get_single_data()
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {'nothing' if found is None else type(found).__name__}, not settings")
+        return Mapping.model_validate(found)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(
@@ -195,21 +199,46 @@ def list_files(folder: Path, patterns: Sequence[str], setting: str, suffixes: Se
     for pattern in patterns:
         matches = _matches(folder, pattern)
         if not matches:
-            raise DataError(
-                f"{folder} has no file {pattern!r}, 0 rows.",
-                f"Name in {setting} of the mapping files that are there, for example *.csv, relative to the "
-                "mapping or absolute.",
-            )
+            raise _no_file(folder, pattern, setting)
         # Two patterns may name a file by two ways; its rows are read once.
         found |= {os.path.realpath(path): path for path in sorted(matches)}
     for path in found.values():
         if suffixes and not any(path.name.lower().endswith(each) for each in suffixes):
-            raise DataError(
-                f"{path} ({path.stat().st_size} bytes) is of no known format.",
-                f"Set {setting.removesuffix('.files')}.format in the mapping to csv, tsv, jsonl or parquet, or deliver "
-                f"files that end in {', '.join(suffixes)}.",
-            )
+            raise _no_format(path, setting, suffixes)
     return sorted(found.values())
+
+
+def _no_file(folder: Path, pattern: str, setting: str) -> DataError:
+    """Return the error of a pattern that matches no file."""
+    try:
+        is_folder = bool(pattern) and (folder / pattern).is_dir()
+    except (OSError, ValueError):
+        is_folder = False
+    if is_folder:
+        inside = f"{pattern.rstrip('/')}/*"
+        return DataError(
+            f"{folder / pattern} is a folder, not a file.",
+            f"Name its files in {setting} of the mapping, for example {inside}.csv or {inside}.parquet.",
+        )
+    return DataError(
+        f"{folder} has no file {pattern!r}, 0 rows.",
+        f"Name in {setting} of the mapping files that are there, for example *.csv, relative to the mapping or "
+        "absolute.",
+    )
+
+
+def _no_format(path: Path, setting: str, suffixes: Sequence[str]) -> DataError:
+    """Return the error of a file whose name tells no format."""
+    try:
+        what, remedy = foreign_kind(path) or ("of no known format", "")
+    except OSError as error:
+        return DataError(f"{path} cannot be read: {error}.", f"Let the user who imports read {path}.")
+    return DataError(
+        f"{path} ({path.stat().st_size} bytes) is {what}.",
+        remedy
+        or f"Set {setting.removesuffix('.files')}.format in the mapping to csv, tsv, json or parquet, or deliver files "
+        f"that end in {', '.join(suffixes)}.",
+    )
 
 
 def list_tables(folder: Path, layout: Layout, section: str) -> list[Path]:

@@ -22,8 +22,9 @@ from crane_core.raw.files import check_modality
 from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values
+from crane_core.raw.importers.layout import Layout
 from crane_core.raw.importers.matrix import load_matrix
-from crane_core.raw.importers.rows import Layout, read_chunks
+from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, digest_of, fitting
 from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, TEST, TRAIN, USER_ID, VALIDATION, WEIGHT

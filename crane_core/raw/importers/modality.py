@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,14 +23,17 @@ from crane_core.raw.files import check_modality
 from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account, place
 from crane_core.raw.importers.cells import Cells, Converter, Values
+from crane_core.raw.importers.layout import open_text
 from crane_core.raw.importers.mapping import MATRIX, MappedModality, list_files, list_tables
 from crane_core.raw.importers.matrix import load_matrix
-from crane_core.raw.importers.rows import open_text, read_chunks
+from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, fitting
 from crane_core.raw.importers.target import FeatureWriter, write_features
 from crane_core.schema import ITEM_ID, VECTOR
 
 FLOATS = pa.list_(pa.float32())
+MOST_LISTED = 10_000
+"""Longest text, in characters, that is read as a list of words."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +147,13 @@ def modality_columns(entry: MappedModality) -> dict[str, Wanted]:
     convert: dict[str, Converter] = {
         "vectors": vectors,
         "categories": lambda values: _word_lists(values, entry),
-        "numbers": lambda values: cells.weights(values, missing, entry.decimal),
+        "numbers": lambda values: cells.weights(values, missing, entry.decimal, entry.thousands),
     }
     column = entry.columns["item_id"]
     assert not isinstance(column, tuple)
     wanted = {ITEM_ID: Wanted(column, lambda values: cells.ids(values, entry.missing or (), ITEM_ID in entry.numeric))}
     for index, each in enumerate(entry.vector_columns):
-        name = VECTOR if entry.kind == "vectors" else f"{VECTOR}_{index}"
+        name = {"vectors": VECTOR, "categories": f"category_{index}", "numbers": f"number_{index}"}[entry.kind]
         wanted[name] = Wanted(each, convert[entry.kind])
     return wanted
 
@@ -163,7 +168,7 @@ def _write_lists(
     with FeatureWriter(target, name) as writer:
         for batch in _batches(files, entry, wanted, account):
             found = batch.column(VECTOR) if entry.kind == "vectors" else _side_by_side(batch)
-            there = found.is_valid()
+            there = has_vector(batch)
             rows = pc.sum(there).as_py() or 0
             if rows < len(found):
                 account.drop("no_vector", "", len(found) - rows)
@@ -178,6 +183,15 @@ def _write_lists(
             f"with vectors of different lengths: {told}; the ETL keeps the most frequent", name, account.written
         )
     return WrittenModality(lengths.most_common(1)[0][0] if lengths else 0, items)
+
+
+def has_vector(batch: pa.RecordBatch) -> pa.Array:
+    """Return which rows of a batch of `modality_columns` have a vector: all numbers, or at least one word."""
+    columns = [batch.column(name) for name in batch.schema.names if name != ITEM_ID]
+    if pt.is_list(columns[0].type) and pt.is_string(columns[0].type.value_type):
+        lengths = [pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in columns]
+        return pa.array(np.sum(lengths, axis=0) > 0)
+    return pa.array(np.logical_and.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns]))
 
 
 def _side_by_side(batch: pa.RecordBatch) -> pa.Array:
@@ -199,7 +213,7 @@ def _write_categories(
     rows: list[frozenset[str]] = []
     known: dict[frozenset[str], frozenset[str]] = {}
     for batch in _batches(files, entry, wanted, account):
-        columns = [(column, batch.column(f"{VECTOR}_{index}")) for index, column in enumerate(entry.vector_columns)]
+        columns = [(column, batch.column(f"category_{index}")) for index, column in enumerate(entry.vector_columns)]
         ids += batch.column(ITEM_ID).to_pylist()
         for row in range(batch.num_rows):
             words = [(column, word) for column, values in columns for word in values[row].as_py() or ()]
@@ -235,10 +249,8 @@ def _word_lists(values: Values, entry: MappedModality) -> Cells:
     """Return the words of each row: text between separators, or the members of a list; numbers and flags are words."""
     missing = set(cells.MISSING if entry.missing is None else entry.missing)
     if isinstance(values, pa.Array) and not pt.is_nested(values.type):
-        values = values.cast(pa.string()) if pt.is_boolean(values.type) else values
-        found = cells.ids(values)
-        told: list[list[str | None]] = [[text] for text in found.values.to_pylist()]
-        bad = found.bad
+        found = cells.ids(values.cast(pa.string()) if pt.is_boolean(values.type) else values)
+        spans = [slice(row, row + 1) for row in range(len(values))]
     else:
         if isinstance(values, pa.Array) and pt.is_list(values.type):
             lengths = pc.fill_null(pc.list_value_length(values), 0).to_pylist()
@@ -248,13 +260,31 @@ def _word_lists(values: Values, entry: MappedModality) -> Cells:
             members = [each if isinstance(each, list) else [each] for each in rows]
             lengths = list(map(len, members))
             found = cells.ids([str(each) if isinstance(each, bool) else each for row in members for each in row])
-        text, ends = found.values.to_pylist(), np.cumsum([0, *lengths])
-        spans = [slice(first, end) for first, end in itertools.pairwise(ends)]
-        told = [text[span] for span in spans]
-        bad = np.array([found.bad[span].any() for span in spans], dtype=bool)
+        spans = [slice(first, end) for first, end in itertools.pairwise(np.cumsum([0, *lengths]))]
+    listed = [_members(text) for text in found.values.to_pylist()]
+    unfit = found.bad | np.array([each is None for each in listed], dtype=bool)
+    bad = np.array([unfit[span].any() for span in spans], dtype=bool)
+    told = [[word for each in listed[span] for word in each or ()] for span in spans]
     words = [[word.strip() for text in row if text for word in text.split(entry.values)] for row in told]
     kept = [[word for word in row if word and word not in missing] for row in words]
     return Cells(pa.array(kept, pa.list_(pa.string())), bad)
+
+
+def _members(text: str | None) -> list[str | None] | None:
+    """Return the members of a list that is written as text, as `["a", "b"]` or `['a', 'b']`; other text alone.
+
+    None stands for a list of more than words and numbers.
+    """
+    if text is None or len(text) > MOST_LISTED or not (text.startswith("[") and text.endswith("]")):
+        return [text]
+    for read in (json.loads, ast.literal_eval):
+        try:
+            members = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        is_plain = all(each is None or type(each) in (str, int, float) for each in members)
+        return [None if each is None else str(each) for each in members] if is_plain else None
+    return [text]
 
 
 def _write_matrix(

@@ -21,7 +21,8 @@ from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import required
 from crane_core.raw.importers.instants import Clock, instants
-from crane_core.raw.importers.rows import Layout, read_chunks
+from crane_core.raw.importers.layout import Layout
+from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, check_clock, fitting
 from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT

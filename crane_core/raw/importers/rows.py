@@ -1,138 +1,30 @@
-"""Read the rows of CSV, TSV, JSON lines and Parquet files in chunks, each row with its line, and count every line."""
+"""Read the rows of CSV, TSV, JSON and Parquet files in chunks, each row with its line, and count every line."""
 
 from __future__ import annotations
 
 import csv
-import gzip
+import difflib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Any
 
 import pyarrow as pa
-from pydantic import Field, field_validator, model_validator
 
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account, one_of, place
+from crane_core.raw.importers.foreign import check_text
+from crane_core.raw.importers.json_rows import read_json
+from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
+from crane_core.raw.importers.nested import column_at, column_path, type_paths
 from crane_core.raw.parquet import int96_instants, open_parquet
-from crane_core.section import Section
 
-CHUNK_ROWS = 65_536
 MOST_FIELD_CHARACTERS = 1 << 24
 """Longest value of a CSV file. A quote that is never closed is found after as many characters."""
-SUFFIXES: dict[str, Literal["csv", "tsv", "jsonl", "parquet"]] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-}
-NO_QUOTE = "none"
-_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-_GZIP = b"\x1f\x8b"
-
-
-class Layout(Section):
-    """Files of rows, and how they are written."""
-
-    files: tuple[str, ...] = Field((), min_length=1)
-    """Patterns, relative to the mapping file or absolute."""
-    format: Literal["csv", "tsv", "jsonl", "parquet"] | None = None
-    """Format of the files; by default told by their names."""
-    separator: str | None = Field(None, min_length=1)
-    """What separates values: by default a comma in CSV and a tab in TSV. It may be longer, as `::`, without quotes."""
-    quote: str | None = None
-    """The quote around values, or `none` where quotes are ordinary characters: by default `"` in CSV, `none` in TSV."""
-    escape: str | None = Field(None, min_length=1, max_length=1)
-    """Character before a quote inside quotes, such as a backslash; by default such a quote is doubled."""
-    header: bool = True
-    """Whether the first line names the columns. Without it a column is its position: `{user_id: 1, item_id: 2}`."""
-    encoding: str = "utf-8"
-    """Encoding of text files, such as `latin-1`, `cp1252` or `utf-16-le`; a byte order mark tells UTF-8 and UTF-16."""
-    missing: tuple[str, ...] | None = None
-    """Words that stand for no value, in every column. By default NA, null and the like, but not in ids and text."""
-    decimal: Literal[".", ","] = "."
-    """The decimal separator of numbers."""
-    numeric: tuple[Literal["user_id", "item_id"], ...] = ()
-    """Ids that are whole numbers, so that 7, 007 and 7.0 are the same one. By default text is taken as it stands."""
-    max_set_aside: float = Field(0.0, ge=0, le=1)
-    """Share of the rows that may be left out, with a reason, because a value does not fit."""
-
-    @field_validator("encoding")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            "".encode(name)
-        except (LookupError, ValueError) as error:
-            raise ValueError("not an encoding that Python knows, such as utf-8, latin-1 or cp1252") from error
-        return name
-
-    @field_validator("quote")
-    @classmethod
-    def _one_character(cls, quote: str | None) -> str | None:
-        if quote is not None and quote != NO_QUOTE and len(quote) != 1:
-            raise ValueError("one character or none")
-        return quote
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        marks = [mark for mark in (self.separator, self.given_quote, self.escape) if mark]
-        if len(set(marks)) != len(marks) or set("\r\n") & set("".join(marks)):
-            raise ValueError("separator, quote and escape must differ and be no line breaks")
-        if self.given_quote and len(self.separator or ",") > 1:
-            raise ValueError(f"a separator of several characters goes with quote: {NO_QUOTE}")
-        return self
-
-    @property
-    def given_quote(self) -> str | None:
-        """The quote that the layout names, None where quotes are ordinary characters."""
-        return None if self.quote == NO_QUOTE else self.quote
-
-    def quote_of(self, kind: str) -> str | None:
-        """Return the quote of files of a format, None where quotes are ordinary characters."""
-        if self.quote:
-            return self.given_quote
-        return '"' if kind == "csv" and len(self.separator or ",") == 1 and self.separator != '"' else None
-
-
-class JsonNumber(str):
-    """A number of a JSON file with a point or an exponent, as it is written."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a file.
-
-    Attributes:
-        path: the file.
-        columns: column of the file to its values: an Arrow array, or a list of text and of what JSON holds.
-        lines: line of each row; in a Parquet file its number, from 1.
-        unit: `line` or `row`.
-    """
-
-    path: Path
-    columns: Mapping[str | int, pa.Array | list[Any]]
-    lines: Sequence[int]
-    unit: str = "line"
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def place(self, row: int, column: str | int) -> str:
-        """Return where a value is, and the value."""
-        return place(self.path, self.lines[row], str(column), plain(self.columns[column][row]), self.unit)
-
-
-def plain(value: Any) -> Any:
-    """Return a value of a column as Python shows it; bytes that are no UTF-8 as replacement characters."""
-    try:
-        return value.as_py() if isinstance(value, pa.Scalar) else value
-    except UnicodeDecodeError:
-        is_text = isinstance(value, pa.StringScalar)
-        return value.as_buffer().to_pybytes().decode(errors="replace") if is_text else "text that is not UTF-8"
+_EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
+_EXCEL_CHARACTERS = 8
 
 
 def read_chunks(
@@ -149,20 +41,22 @@ def read_chunks(
         layout: how it is written.
         columns: names or, from 1, positions of the columns.
         account: counts lines and rows.
-        optional: columns of JSON lines that no object needs to have.
+        optional: columns of text files that no row or object needs to have.
 
     Raises:
         DataError: the file cannot be read, or lacks a column.
     """
     wanted = list(dict.fromkeys(columns))
-    kind = layout.format or file_format(path)
+    kind = layout.format or file_format(path) or "csv"
     try:
+        if kind != "parquet":
+            check_text(path, account.way)
         if kind == "parquet":
             yield from _read_parquet(path, wanted, account)
-        elif kind == "jsonl":
-            yield from _read_json(path, layout, wanted, account, optional)
+        elif kind in ("json", "jsonl"):
+            yield from read_json(path, layout, wanted, account, optional)
         else:
-            yield from _read_delimited(path, layout, kind or "csv", wanted, account, optional)
+            yield from _read_delimited(path, layout, kind, wanted, account, optional)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, MemoryError) as error:
         raise DataError(
             f"{path} ({_size(path)} bytes) cannot be read after {account.rows} rows: {error or type(error).__name__}.",
@@ -175,60 +69,42 @@ def read_chunks(
         ) from error
 
 
-def file_format(path: Path) -> str | None:
-    """Return the format that the name of a file tells, without the suffix of a compression; None for others."""
-    return SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
-
-
-@contextmanager
-def open_text(path: Path, encoding: str, newline: str | None) -> Iterator[IO[str]]:
-    """Open a text file, unpacked where it is packed with gzip.
-
-    Bytes that are none of the encoding become lone surrogates, so that the value which holds them is found.
-    """
-    with path.open("rb") as file:
-        packed = file.read(2) == _GZIP
-    with gzip.open(path, "rb") if packed else path.open("rb") as file:
-        mark = file.read(2)
-    if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
-        encoding = _MARKS.get(mark, "utf-8-sig")
-    opened = gzip.open if packed else open
-    with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline=newline) as text:
-        yield text
-
-
 def _read_delimited(
     path: Path, layout: Layout, kind: str, wanted: list[Any], account: Account, optional: Sequence[str]
 ) -> Iterator[Chunk]:
-    separator = layout.separator or ("\t" if kind == "tsv" else ",")
     quote = layout.quote_of(kind)
     with open_text(path, layout.encoding, "" if quote else None) as text:
-        records = _quoted(path, text, separator, quote, layout.escape, account) if quote else _plain(text, separator)
+        told = _told_separator(text)
+        account.lines += told is not None
+        account.headers += told is not None
+        separator = layout.separator or told or ("\t" if kind == "tsv" else ",")
+        start = 2 if told else 1
+        plain = _plain(text, separator, start)
+        records = _quoted(path, text, separator, layout, start, account) if quote else plain
         places: dict[Any, int | None] | None = None
-        width = 0
+        least = most = 0
         rows: list[list[str]] = []
         lines: list[int] = []
         for first, last, row in records:
             account.lines += last - first + 1
-            if not row or (len(row) == 1 and not row[0].strip() and width != 1):
+            if not row or (len(row) == 1 and not row[0].strip() and most != 1):
                 account.blank += last - first + 1
                 continue
             account.continued += last - first
             if places is None:
-                width = len(row)
-                places = _places(path, row, wanted, layout, account)
-                missing = [name for name, index in places.items() if index is None and name not in optional]
-                if missing:
-                    raise _without(path, row, missing, layout, account)
+                places = _found_places(path, row, wanted, layout, account, optional)
+                most = len(row)
+                least = len(_without_end(row)) if layout.header else most
                 if layout.header:
                     account.headers += 1
                     continue
             account.rows += 1
             account.text_rows += 1
-            if len(row) != width:
-                account.drop("wrong_fields", place(path, first, "", f"{len(row)} values, expected {width}"))
+            filled = _filled(row, least, most)
+            if filled is None:
+                account.drop("wrong_fields", place(path, first, "", f"{len(row)} values, expected {most}"))
                 continue
-            rows.append(row)
+            rows.append(filled)
             lines.append(first)
             if len(rows) == CHUNK_ROWS:
                 yield _chunk_of(path, rows, lines, places)
@@ -239,6 +115,34 @@ def _read_delimited(
             yield _chunk_of(path, rows, lines, places)
 
 
+def _told_separator(text: IO[str]) -> str | None:
+    """Return the separator that a first line `sep=;` of Excel tells; read nothing where there is no such line."""
+    found = _EXCEL.fullmatch(text.readline(_EXCEL_CHARACTERS))
+    if not found:
+        text.seek(0)
+    return found[1] if found else None
+
+
+def _without_end(row: list[str]) -> list[str]:
+    """Return a row without the empty values at its end."""
+    size = len(row)
+    while size and not row[size - 1]:
+        size -= 1
+    return row[:size]
+
+
+def _filled(row: list[str], least: int, most: int) -> list[str] | None:
+    """Return a row with as many values as the first line has, None where it has others.
+
+    Spreadsheets write separators without a value at the end of some rows, and leave them out in others.
+    """
+    if len(row) == most:
+        return row
+    if len(row) > most:
+        return None if any(row[most:]) else row[:most]
+    return None if len(row) < least else [*row, *[""] * (most - len(row))]
+
+
 def _chunk_of(path: Path, rows: list[list[str]], lines: list[int], places: Mapping[Any, int | None]) -> Chunk:
     columns: dict[Any, list[Any]] = {
         name: [None] * len(rows) if index is None else [row[index] for row in rows] for name, index in places.items()
@@ -246,28 +150,30 @@ def _chunk_of(path: Path, rows: list[list[str]], lines: list[int], places: Mappi
     return Chunk(path, columns, lines)
 
 
-def _plain(text: IO[str], separator: str) -> Iterator[tuple[int, int, list[str]]]:
+def _plain(text: IO[str], separator: str, start: int) -> Iterator[tuple[int, int, list[str]]]:
     """Yield first line, last line and values of each line of a file without quotes."""
-    for number, line in enumerate(text, 1):
+    for number, line in enumerate(text, start):
         line = line.removesuffix("\n")
         yield number, number, line.split(separator) if line else []
 
 
 def _quoted(
-    path: Path, text: IO[str], separator: str, quote: str, escape: str | None, account: Account
+    path: Path, text: IO[str], separator: str, layout: Layout, start: int, account: Account
 ) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield first line, last line and values of each record of a file with quotes."""
+    """Yield first line, last line and values of each record of a file with quotes; `start` is its first line."""
+    quote = layout.given_quote or '"'
     csv.field_size_limit(MOST_FIELD_CHARACTERS)
-    reader = csv.reader(text, delimiter=separator, quotechar=quote, escapechar=escape, strict=True)
-    first = 1
+    reader = csv.reader(text, delimiter=separator, quotechar=quote, escapechar=layout.escape, strict=True)
+    first = start
     try:
         for row in reader:
-            yield first, reader.line_num, row
-            first = reader.line_num + 1
+            last = reader.line_num + start - 1
+            yield first, last, row
+            first = last + 1
     except csv.Error as error:
         raise DataError(
             f"{path} line {first}, after {account.rows} rows: a quote {quote} that opens there is not closed as CSV "
-            f"has it; the reader came to line {reader.line_num} ({error}).",
+            f"has it; the reader came to line {reader.line_num + start - 1} ({error}).",
             one_of(
                 [
                     f"close or double the quote in line {first}",
@@ -278,111 +184,81 @@ def _quoted(
         ) from error
 
 
-def _places(path: Path, first: list[str], wanted: list[Any], layout: Layout, account: Account) -> dict[Any, int | None]:
-    """Return the index of each wanted column, None for one that is not there."""
+def _found_places(
+    path: Path, first: list[str], wanted: list[Any], layout: Layout, account: Account, optional: Sequence[str]
+) -> dict[Any, int | None]:
+    """Return the index of each wanted column, None for an optional one that is not there.
+
+    Raises:
+        DataError: another one is not there, or is there twice.
+    """
     names = first if layout.header else []
     twice = sorted({name for name in wanted if names.count(name) > 1})
     if twice:
         raise DataError(
-            f"{path} line 1 names a column twice: {', '.join(map(repr, twice))}.",
+            f"{path} names a column twice in its header: {', '.join(map(repr, twice))}.",
             one_of(["rename one of the two", account.way("give in {}.columns the position, such as {{item_id: 2}}")]),
         )
     index: dict[Any, int | None] = {name: names.index(name) if name in names else None for name in wanted}
-    return index | {name: name - 1 for name in wanted if isinstance(name, int) and 1 <= name <= len(first)}
+    index |= {name: name - 1 for name in wanted if isinstance(name, int) and 1 <= name <= len(first)}
+    missing = [name for name, place in index.items() if place is None and name not in optional]
+    if missing:
+        raise _without(path, first, missing, layout, account)
+    return index
 
 
 def _without(path: Path, first: list[str], missing: list[Any], layout: Layout, account: Account) -> DataError:
     """Return the error of a file that lacks columns."""
     shown = ", ".join(map(repr, first[:20]))
+    head = "".join(first)
     other = next((each for each in ";\t|," if len(first) == 1 and each in first[0]), None)
     ways = [account.way(f"set {{}}.separator: {json.dumps(other)}")] if other else []
-    ways += [account.way("set {}.encoding: utf-16-le")] if "\0" in "".join(first) else []
-    ways.append(account.way(f"name in {{}}.columns columns that it has, or positions from 1 to {len(first)}"))
+    ways += [account.way("set {}.encoding: utf-16-le")] if "\0" in head else []
+    ways += [account.way("set {}.encoding to that of the file, such as cp1252")] if _is_unreadable(head) else []
+    forms = {each.strip().casefold(): each for each in first}
+    close = [
+        (name, forms[form])
+        for name in map(str, missing)
+        for form in difflib.get_close_matches(name.casefold(), forms, n=1, cutoff=0.6 if len(name) > 2 else 1)
+    ]
+    guess = f", perhaps {close[0][1]!r} for {close[0][0]!r}" if close else ""
+    ways.append(f"{account.way('name in {}.columns columns that it has')}{guess}, or positions from 1 to {len(first)}")
     if layout.header:
         ways.append(account.way("if that line is a row, set {0}.header: false and give positions in {0}.columns"))
+    kind = "column" if len(missing) == 1 else "columns"
     return DataError(
-        f"{path} has no column {', '.join(map(str, missing))}; line 1 has {len(first)}: {shown}.", one_of(ways)
+        f"{path} has no {kind} {', '.join(map(str, missing))}; its first line has {len(first)}: {shown}.", one_of(ways)
     )
 
 
-def _read_json(
-    path: Path, layout: Layout, wanted: list[Any], account: Account, optional: Sequence[str]
-) -> Iterator[Chunk]:
-    absent = set(wanted) - set(optional)
-    names: dict[str, None] = {}
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    start = account.rows
-    with open_text(path, layout.encoding, None) as text:
-        for number, line in enumerate(text, 1):
-            account.lines += 1
-            if not line.strip():
-                account.blank += 1
-                continue
-            account.rows += 1
-            account.text_rows += 1
-            try:
-                row = _DECODER.decode(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{type(row).__name__}, not an object")
-            except (ValueError, RecursionError) as error:
-                if account.rows == start + 1:
-                    raise DataError(
-                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.",
-                        "Write one JSON object a line: jq -c '.[]' FILE > FILE.jsonl does it for an array, jq -c . for "
-                        "objects over several lines.",
-                    ) from error
-                account.drop("not_json", place(path, number, "", f"{error}: {line.strip()}"))
-                continue
-            if len(names) < 1000:
-                names |= dict.fromkeys(row)
-            absent -= row.keys()
-            rows.append(row)
-            lines.append(number)
-            if len(rows) == CHUNK_ROWS:
-                yield Chunk(path, {name: [row.get(name) for row in rows] for name in wanted}, lines)
-                rows, lines = [], []
-    if absent:
-        raise DataError(
-            f"{path}: none of {account.rows - start} objects has {', '.join(map(str, sorted(absent, key=str)))}; they "
-            f"have {', '.join(names) or 'no field'}.",
-            one_of(
-                [account.way("name in {}.columns fields that they have"), "deliver the file again with these fields"]
-            ),
-        )
-    if rows:
-        yield Chunk(path, {name: [row.get(name) for row in rows] for name in wanted}, lines)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object names a field twice")
-    return fields
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=JsonNumber, parse_constant=JsonNumber)
+def _is_unreadable(text: str) -> bool:
+    """Return whether bytes of a text were none of its encoding."""
+    return any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _read_parquet(path: Path, wanted: list[Any], account: Account) -> Iterator[Chunk]:
     with open_parquet(path) as parquet:
-        names = parquet.schema_arrow.names
-        keys = {name: names[name - 1] if isinstance(name, int) and 1 <= name <= len(names) else name for name in wanted}
-        missing = [name for name, key in keys.items() if key not in names]
-        twice = [name for name, key in keys.items() if names.count(key) > 1]
+        schema = parquet.schema_arrow
+        paths = {name: found for name in wanted if (found := column_path(schema, name))}
+        missing = [name for name in wanted if name not in paths]
+        twice = [name for name, (root, _) in paths.items() if schema.names.count(root) > 1]
         if missing or twice:
+            shown = [repr(each) for each, _ in zip(type_paths(schema), range(20), strict=False)]
             raise DataError(
                 f"{path} ({parquet.metadata.num_rows} rows) has {'no column' if missing else 'twice the column'} "
-                f"{', '.join(map(str, missing or twice))}; it has {', '.join(map(repr, names[:20])) or 'none'}.",
+                f"{', '.join(map(str, missing or twice))}; it has {', '.join(shown) or 'none'}.",
                 one_of(
                     [account.way("name in {}.columns columns that it has once"), "deliver the file again with them"]
                 ),
             )
         before, instants = account.rows, int96_instants(parquet)
-        for batch in parquet.iter_batches(CHUNK_ROWS, columns=list(dict.fromkeys(keys.values()))):
+        for batch in parquet.iter_batches(CHUNK_ROWS, columns=list(dict.fromkeys(root for root, _ in paths.values()))):
             first = account.rows - before + 1
             account.rows += batch.num_rows
-            columns = {name: _zoned(batch.column(key), key in instants) for name, key in keys.items()}
+            columns = {
+                name: _zoned(column_at(batch.column(root), steps), ".".join([root, *steps]) in instants)
+                for name, (root, steps) in paths.items()
+            }
             yield Chunk(path, columns, range(first, first + batch.num_rows), "row")
         if account.rows - before != parquet.metadata.num_rows:
             raise pa.ArrowInvalid(f"the footer tells {parquet.metadata.num_rows} rows, found {account.rows - before}")

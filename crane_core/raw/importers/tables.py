@@ -18,15 +18,22 @@ from numpy.typing import NDArray
 from crane_core.errors import DataError
 from crane_core.raw.files import DAY_PREFIX, INTERACTIONS_FOLDER
 from crane_core.raw.importers.account import Account, one_of
-from crane_core.raw.importers.cells import Converter
+from crane_core.raw.importers.cells import MISSING, Converter
 from crane_core.raw.importers.instants import INSTANT, ISO, Clock, plain_numbers
-from crane_core.raw.importers.rows import Chunk
-from crane_core.schema import EVENT_TIME, INTERACTIONS, ITEM_ID, USER_ID
+from crane_core.raw.importers.layout import Chunk
+from crane_core.schema import EVENT_TIME, INTERACTIONS, ITEM_ID, LABEL, USER_ID, WEIGHT
 from crane_core.storage.artifacts import sha256_file
 
 DAY = DAY_PREFIX.removesuffix("=")
 MOST_DAYS = 40_000
 IDS = (USER_ID, ITEM_ID)
+NOTICED = {
+    USER_ID: "which the ETL will set aside",
+    ITEM_ID: "which the ETL will set aside",
+    WEIGHT: "which count once",
+    LABEL: "which the ETL will set aside where etl.split is label",
+}
+"""Columns whose missing values are named, and what becomes of such rows."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +68,30 @@ def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.
         good &= ~cells.bad
     batch = pa.record_batch({name: cells.values for name, cells in converted.items()})
     rows = np.flatnonzero(good)
-    for name in (name for name in IDS if name in wanted):
-        _notice_ids(batch.column(name), good, chunk, name, wanted[name].column, account)
+    for name in (name for name in NOTICED if name in wanted):
+        _notice(batch.column(name), good, chunk, name, wanted[name].column, account)
     return batch if len(rows) == len(chunk) else batch.take(pa.array(rows))
 
 
-def _notice_ids(
-    ids: pa.Array, good: NDArray[np.bool_], chunk: Chunk, name: str, column: str | int, account: Account
+def _notice(
+    values: pa.Array, good: NDArray[np.bool_], chunk: Chunk, name: str, column: str | int, account: Account
 ) -> None:
-    """Name ids that are missing, or that look as if another program had changed them."""
-    oddities = {
-        f"without {name}, which the ETL will set aside": pc.is_null(ids),
-        f"with a {name} that ends in .0": pc.match_substring_regex(ids, r"^-?\d+\.0+$"),
-        f"with a {name} in scientific notation, which a spreadsheet has rounded": pc.match_substring_regex(
-            ids, r"^-?\d\.\d+[eE]\+?\d+$"
-        ),
-        f"with spaces around the {name}": pc.match_substring_regex(ids, r"^\s|\s$"),
-    }
+    """Name values that are missing, and ids that look as if another program had changed them."""
+    oddities = {f"without {name}, {NOTICED[name]}": pc.is_null(values)}
+    if name in IDS:
+        article = "an" if name == ITEM_ID else "a"
+        oddities |= {
+            f"with {article} {name} that ends in .0; for whole numbers {account.way(f'set {{}}.numeric: [{name}]')}": (
+                pc.match_substring_regex(values, r"^-?\d+\.0+$")
+            ),
+            f"with {article} {name} in scientific notation, which a spreadsheet has rounded": pc.match_substring_regex(
+                values, r"^-?\d(\.\d+)?[eE]\+?\d+$"
+            ),
+            f"with spaces around the {name}": pc.match_substring_regex(values, r"^\s|\s$"),
+            f"with a word for no value as {name}; if it is none {account.way('name it in {}.missing')}": pc.is_in(
+                values, pa.array(MISSING[1:])
+            ),
+        }
     for what, found in oddities.items():
         rows = np.flatnonzero(pc.fill_null(found, False).to_numpy(zero_copy_only=False) & good)
         if len(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from crane_core.errors import DataError
+from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import DAY_PREFIX, FEATURES_FOLDER, INTERACTIONS_FOLDER, ITEMS_FOLDER, SOURCE_FILE
 from crane_core.schema import FEATURES, INTERACTIONS, ITEMS
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 MOST_NUMBERS = 1 << 24
 """Numbers that are written at a time. The offsets of a list count them in 32 bits."""
 
@@ -78,16 +80,20 @@ def write_raw(raw: Path, source: Mapping[str, Any], build: Callable[[Path], Impo
         build: writes the raw layout into the folder it is given.
 
     Raises:
+        ConfigError: `raw` is no folder of this machine, or cannot be written.
         DataError: `raw` holds other data.
     """
+    if _URI.match(str(raw)):
+        raise ConfigError(
+            f"{raw} is no folder of this machine.", "Import into a folder, and copy that with the tools of the storage."
+        )
     raw = raw.absolute()
     present = _present(raw, source)
     if present:
         return present
-    raw.parent.mkdir(parents=True, exist_ok=True)
     spool = raw.parent / f".{raw.name}.{uuid.uuid4().hex}"
     try:
-        spool.mkdir()
+        spool.mkdir(parents=True)
         imported = build(spool)
         record = {"source": dict(source), "imported": asdict(imported)}
         (spool / SOURCE_FILE).write_text(json.dumps(record, indent=1, default=str))
@@ -98,6 +104,10 @@ def write_raw(raw: Path, source: Mapping[str, Any], build: Callable[[Path], Impo
             if present is None:
                 raise
             return present
+    except OSError as error:
+        raise ConfigError(
+            f"{raw} cannot be written: {error}.", "Give a folder that can be made, on a disk with room for it."
+        ) from error
     finally:
         shutil.rmtree(spool, ignore_errors=True)
     return imported

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import torch
 
 from crane_core.config import RunConfig
-from crane_core.dataset.interactions import Interactions, load_interactions
+from crane_core.dataset.interactions import Interactions, end_of_training, load_interactions
 from crane_core.dataset.modalities import load_features, load_modalities
 from crane_core.model.content import Content, JointContent, joint_content, load_content
 from crane_core.model.crane import Crane
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
+from crane_core.training.fold_in import fit_fold_in
 from crane_core.training.head import choose_head
 from crane_core.training.share import choose_share
 from jobs.ml.nodes import Training
@@ -50,9 +52,13 @@ def run(job: Job) -> Result:
     head = choose_head(chosen.rows, interactions, job.config, load_features(job.input("etl.features")))
     if head is not None:
         logger.info("head form=%s half_life=%s history=%s", head.form, head.half_life, head.history_half_life)
-    save_embeddings(job.out, *(chosen.rows if head is None else head.rows))
+    rows = chosen.rows if head is None else head.rows
+    fold_in = fit_fold_in(chosen.rows, interactions) if head is None else head.fold_in
+    fold_in = replace(fold_in, weight=interactions.mean_weight(), end=end_of_training(job.input("etl.interactions")))
+    save_embeddings(job.out, *rows, fold_in)
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
-    return Result(summary | {"trust": chosen.share, "head": head and head.facts(), "validation": validation})
+    facts = {"trust": chosen.share, "head": head and head.facts(), "history": fold_in.facts()}
+    return Result(summary | facts | {"validation": validation})
 
 
 def lend(training: Training) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crane_core.config import Evaluate, Promote
-from crane_core.release.gate import PRIMARY, decide
+from crane_core.release.gate import PRIMARY, advice, decide
 from crane_core.release.measure import Measurement
 
 RULE = Promote(min_users=50)
@@ -146,3 +146,22 @@ def test_numbers_are_json_and_complete(recall):
     assert "keep_versions" not in numbers["rule"]
     assert {check["name"]: check["found"] for check in numbers["checks"]}["popularity bias@20"] is None
     assert set(numbers["differences"]) == set(PRIMARY)
+
+
+def test_a_refusal_comes_with_what_helps(recall):
+    """What it names makes the same measurements pass."""
+    few = judge(measured("1", recall[:12] + 0.2), None)
+    assert few.reason == "Refused: number of users is 12, must be >= 50."
+    told = advice(few.as_dict()["checks"], True)
+    assert "--set etl.test_days=28" in told and "--set promote.min_users=12 " in told
+    assert judge(measured("1", recall[:12] + 0.2), None, Promote(min_users=12)).promoted
+    weak = judge(measured("1", recall - 0.3), None)
+    told = advice(weak.as_dict()["checks"], True)
+    assert "no better than lightgcn and recent_popularity here" in told and "min_users" not in told
+    assert judge(measured("1", recall - 0.3), None, Promote(beats=("popularity",))).promoted is (
+        float(np.mean(recall - 0.3)) >= BASELINES["popularity"]
+    )
+    beaten = judge(measured("2", recall - 0.05), measured("1", recall))
+    assert advice(beaten.as_dict()["checks"], False) == "The champion stays in service."
+    none = judge(measured("1", recall[:0]), None)
+    assert "promote.min_users" not in advice(none.as_dict()["checks"], True)

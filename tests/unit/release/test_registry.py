@@ -67,9 +67,31 @@ def test_what_is_registered(registry, release):
         ("etl.interactions", "abc")
     ]
     info = mlflow.models.get_model_info("models:/crane/1")
-    assert info.signature.inputs.input_names() == ["user_id"]
-    assert info.signature.outputs.input_names() == ["user_id", "item_ids", "scores", "fallback"]
+    assert info.signature.inputs.input_names() == ["user_id", "history", "history_times"]
+    assert info.signature.inputs.required_input_names() == ["user_id"]
+    assert info.signature.outputs.input_names() == ["user_id", "item_ids", "scores", "fallback", "unknown_items"]
     assert info.saved_input_example_info is not None
+
+
+def test_histories_reach_the_served_model(registry, release):
+    version, _ = registry.register(release)
+    registry.set_alias("champion", version.number)
+    model = registry.load("@champion")
+    asked = pd.DataFrame(
+        {
+            "user_id": ["ann", "new", "newer"],
+            "history": [None, ["a", "q"], ["a", "b"]],
+            "history_times": [None, None, ["2026-02-27T00:00:00Z", "2026-03-01T00:00:00Z"]],
+        }
+    )
+    found = model.predict(asked, params={"k": 2})
+    assert found["item_ids"].tolist() == [["b", "d"], ["b", "c"], ["c", "d"]]
+    assert found["unknown_items"].tolist() == [0, 1, 0]
+    # As MLflow's server reads a request.
+    parsed = mlflow.pyfunc.scoring_server.infer_and_parse_data(
+        {"dataframe_records": json.loads(asked.to_json(orient="records"))}, model.metadata.get_input_schema()
+    )
+    pd.testing.assert_frame_equal(model.predict(parsed, params={"k": 2}), found)
 
 
 def test_a_twin_lies_beside_the_served_model(registry, release, tmp_path, store):

@@ -37,7 +37,7 @@ def test_a_run_without_stages_says_so(store):
     assert "Not judged" in page
     for stage in ("etl.interactions", "ml.refine", "ml.graph", "ml.train", "ml.evaluate", "ml.export"):
         assert f"has no artifact of {stage}" in page, stage
-    assert page.count("Not available.") == 9
+    assert page.count("Not available.") == 10
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -1,5 +1,5 @@
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from crane_core.errors import ArtifactError, DataError
 from crane_core.serving.model_folder import CHECKSUMS, load_model, load_recommender
 from crane_core.storage.artifacts import Artifact, sha256_file
 from crane_core.storage.tensors import tensor_shapes
-from tests.worlds.served import write
+from tests.worlds.served import END, write
 
 
 @pytest.fixture
@@ -34,6 +34,111 @@ def test_answers_by_hand(folder):
     assert table["item_ids"][2] == ["b", "a", "c", "d"]
     assert table["fallback"].tolist() == [False, False, True, False]
     assert table["item_ids"][3] == table["item_ids"][1]
+
+
+DAY = timedelta(days=1)
+
+
+def fold(model, *rows: tuple, k: int = 20) -> pd.DataFrame:
+    """Ask for (user, history) or (user, history, times)."""
+    columns = {name: [row[i] if len(row) > i else None for row in rows] for i, name in enumerate(COLUMNS)}
+    return model.predict(pd.DataFrame(columns), {"k": k})
+
+
+COLUMNS = ("user_id", "history", "history_times")
+
+
+def test_lists_of_histories_by_hand(folder):
+    """Rows: [2, 1] for a; [3, 1.5] for a two days before b; [1.5, 1.5] for the same two days earlier."""
+    model, times = load_model(folder), [(END - 2 * DAY).isoformat(), END.isoformat()]
+    earlier = [END - 4 * DAY, END - 2 * DAY]
+    later = np.array(["2026-03-05", "2026-03-07"], dtype="datetime64[us]")
+    table = fold(model, ("x", ["a"]), ("y", ["a", "b"], times), ("z", ["a", "b"], earlier), ("x", ["a", "b"], later))
+    assert table["item_ids"].tolist() == [["b", "c", "d"], ["c", "d"], ["c", "d"], ["c", "d"]]
+    expected = [[6.0, 3.0, 2.0], [4.5, 3.0], [4.5, 1.5], [4.5, 3.0]]
+    for found, scores in zip(table["scores"], expected, strict=True):
+        np.testing.assert_allclose(found, scores, rtol=1e-6)
+    assert not table["fallback"].any() and table["unknown_items"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_repeated_item_counts_once_by_its_latest_event(folder):
+    model = load_model(folder)
+    times = [END - 2 * DAY, END - 9 * DAY, END]
+    once, again = fold(model, ("x", ["a", "b"], times[::2])), fold(model, ("x", ["a", "a", "b"], times))
+    pd.testing.assert_frame_equal(once, again)
+
+
+def test_a_history_stands_in_place_of_what_is_known_of_a_user_and_what_both_hold_is_left_out(folder):
+    table = fold(load_model(folder), ("bob", ["a"]), ("bob", None), ("bob", []), ("nobody", []))
+    assert table["item_ids"].tolist() == [["d"], ["a", "d"], ["a", "d"], ["b", "a", "c", "d"]]
+    assert table["fallback"].tolist() == [False, False, False, True]
+
+
+def test_unknown_items_are_counted_and_change_nothing(folder):
+    model = load_model(folder)
+    known, mixed, none = (fold(model, ("x", ids)) for ids in (["a"], ["q", "a", "r"], ["q"]))
+    assert [table["unknown_items"][0] for table in (known, mixed, none)] == [0, 2, 1]
+    assert mixed["scores"][0] == known["scores"][0] and mixed["item_ids"][0] == known["item_ids"][0]
+    assert none["fallback"][0] and none["item_ids"][0] == ["b", "a", "c", "d"]
+
+
+def test_blocks_of_histories_do_not_matter(folder, monkeypatch):
+    model = load_model(folder)
+    rows = [("x", ["a"]), ("bob", None), ("y", ["b", "q"], [END, END]), ("z", ["q"]), ("ann", ["c", "d"])]
+    expected = fold(model, *rows)
+    for size in (1, 2):
+        monkeypatch.setattr("crane_core.serving.model_folder.USER_BLOCK", size)
+        pd.testing.assert_frame_equal(fold(model, *rows), expected)
+
+
+@pytest.mark.parametrize(
+    ("history", "times", "found"),
+    [
+        ("a", None, "no list"),
+        (["a", None], None, "no item id"),
+        ([["a"]], None, "no item id"),
+        ([1.5], None, "no item id"),
+        (["a"], ["2026-02-01", "2026-02-02"], "1 items and 2 times"),
+        (["a"], ["yesterday-ish"], "no instant"),
+        (["a"], [1767225600], "no instant"),
+        (["a"], [None], "no instant"),
+        (["a"], "2026-02-01", "no list"),
+        ({"a": 1}, None, "no list"),
+        (7, None, "no list"),
+    ],
+)
+def test_a_history_that_cannot_be_read_is_a_data_error(folder, history, times, found):
+    with pytest.raises(DataError, match=found) as caught:
+        fold(load_model(folder), ("bob", None), ("x", history, times))
+    assert "list of" in caught.value.remedy
+
+
+def test_a_model_of_an_earlier_format_answers_everything_but_histories(folder):
+    rows = load_file(folder / "embeddings.safetensors")
+    old = {name: rows[name] for name in ("user_embeddings", "item_embeddings")}
+    expected = ask(load_model(folder), "ann", "nobody")
+    save_file(old, folder / "embeddings.safetensors")
+    facts = json.loads((folder / "model.json").read_text())
+    facts.pop("history")
+    (folder / "model.json").write_text(json.dumps(facts | {"format": 1}))
+    seal(folder)
+    model = load_model(folder)
+    pd.testing.assert_frame_equal(ask(model, "ann", "nobody"), expected)
+    pd.testing.assert_frame_equal(fold(model, ("ann", None), ("nobody", [])), expected)
+    with pytest.raises(ArtifactError, match="format 1") as caught:
+        fold(model, ("ann", ["b"]))
+    assert "crane run" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "history", [None, {}, {"weight": 1, "end": None, "blocks": []}, {"weight": 1, "end": "soon", "blocks": 3}]
+)
+def test_a_folder_that_does_not_say_how_to_fold_in_is_refused(folder, history):
+    facts = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(facts | {"history": history}))
+    seal(folder)
+    with pytest.raises(ArtifactError, match="how to fold in"):
+        load_model(folder)
 
 
 def test_list_length(folder):

@@ -37,6 +37,33 @@ def test_too_many_rows_that_do_not_fit_name_the_settings_that_help() -> None:
     assert account.notes()[0].startswith("interactions: 3 rows set aside, bad_weight (a.csv line 3")
 
 
+@pytest.mark.parametrize(
+    ("reason", "value", "setting"),
+    [
+        ("bad_user_id", "Zo\udceb", "set items.encoding to that of the file"),
+        ("bad_user_id", "['a', 'b']", "a list needs a row for each member"),
+        ("bad_event_time", "soon", "items.time"),
+        ("bad_price", "dear", "items.types"),
+        ("bad_number_1", "1,500", "items.thousands"),
+        ("bad_category_0", "{}", "as in user.id"),
+        ("wrong_fields", "4 values", "set items.separator"),
+    ],
+)
+def test_each_reason_has_a_remedy_of_its_own(reason: str, value: str, setting: str) -> None:
+    account = Account("items", rows=2, written=1)
+    account.drop(reason, place(Path("a.csv"), 2, "c", value))
+    with pytest.raises(DataError) as caught:
+        account.settle()
+    assert setting in caught.value.remedy
+    assert ("encoding" in caught.value.remedy) == ("\udceb" in value)
+
+
+def test_no_row_at_all_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"items: the files hold 0 rows") as caught:
+        Account("items", lines=1, headers=1).settle()
+    assert "leave items out of the mapping" in caught.value.remedy
+
+
 def test_rows_with_nothing_to_write_do_not_count_as_unfit() -> None:
     account = Account("features.text", 0.0, rows=10, written=1)
     account.drop("no_vector", "", 9)

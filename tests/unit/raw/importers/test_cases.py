@@ -210,7 +210,7 @@ def test_paths_are_relative_or_absolute_and_name_a_file(tmp_path: Path) -> None:
     for name in ("ev [1].csv", str(tmp_path / "ev*.csv"), f"../{tmp_path.name}/ev*.csv"):
         assert bring(tmp_path, {"files": [name]}, dataset=name).num_interactions == 4
         (tmp_path / "raw").rename(tmp_path / f"raw{len(name)}")
-    for name in ("", "/no/such/place/ev.csv", "no\0name", "**a", "."):
+    for name in ("", "/no/such/place/ev.csv", "no\0name", "**a", "*/"):
         with pytest.raises(DataError, match="has no file"):
             bring(tmp_path, {"files": [name]})
     with pytest.raises(ConfigError, match=r"interactions\.files"):
@@ -219,7 +219,7 @@ def test_paths_are_relative_or_absolute_and_name_a_file(tmp_path: Path) -> None:
 
 def test_a_column_that_is_there_twice_is_refused_unless_its_position_is_given(tmp_path: Path) -> None:
     (tmp_path / "ev.csv").write_text(text(lines(",z"), "u,i,t,i"))
-    with pytest.raises(DataError, match="line 1 names a column twice: 'i'"):
+    with pytest.raises(DataError, match="names a column twice in its header: 'i'"):
         bring(tmp_path, {})
     bring(tmp_path, {"columns": {"user_id": "u", "item_id": 2, "event_time": "t"}})
     assert log_of(tmp_path) == EXPECTED
@@ -264,7 +264,7 @@ def test_a_misspelt_column_of_json_is_an_error_and_an_absent_value_is_none(tmp_p
     assert table(tmp_path / "raw", "interactions")["weight"].to_pylist() == [2.5, None]
 
 
-@pytest.mark.parametrize("content", ['[{"u": "a"}]', '{\n "u": "a"\n}', "3", "nonsense", "[" * 100_000])
+@pytest.mark.parametrize("content", ['{\n "u": "a"\n}', "3", "nonsense"])
 def test_json_that_is_not_one_object_a_line_is_an_error_that_says_so(tmp_path: Path, content: str) -> None:
     (tmp_path / "ev.jsonl").write_text(content)
     with pytest.raises(DataError, match="line 1 is no JSON object") as caught:
@@ -291,7 +291,7 @@ def test_ids_of_a_matrix_may_have_a_mark_and_no_header(tmp_path: Path) -> None:
 
 def test_columns_may_be_positions_where_there_is_no_header(tmp_path: Path) -> None:
     (tmp_path / "ev.csv").write_text(text(lines(), ""))
-    with pytest.raises(DataError, match=r"no column .*; line 1 has 3: 'u0', 'i0'") as caught:
+    with pytest.raises(DataError, match=r"no columns .*; its first line has 3: 'u0', 'i0'") as caught:
         bring(tmp_path, {})
     assert "set interactions.header: false and give positions" in caught.value.remedy
     bring(tmp_path, {"header": False, "columns": {"user_id": 1, "item_id": 2, "event_time": 3}})

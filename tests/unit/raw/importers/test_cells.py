@@ -9,7 +9,7 @@ import pytest
 
 from crane_core.raw.importers import cells
 from crane_core.raw.importers.cells import Cells
-from crane_core.raw.importers.rows import JsonNumber
+from crane_core.raw.importers.layout import JsonNumber
 
 
 def told(found: Cells) -> list[Any]:
@@ -42,7 +42,7 @@ def test_an_id_is_an_id(values: Any, expected: list[Any]) -> None:
 
 
 def test_numeric_ids_are_their_shortest_form() -> None:
-    values = ["007", "7.0", "+7", "-7", "0", "000", "1.5", "x", ""]
+    values = ["007", "7.0", "+7", "-7", "-0.0", "000", "1.5", "x", ""]
     assert told(cells.ids(values, numeric=True)) == ["7", "7", "7", "-7", "0", "0", ..., ..., None]
     assert told(cells.ids(["-", "a"], missing=["-"])) == [None, "a"]
 
@@ -54,13 +54,41 @@ def test_numeric_ids_are_their_shortest_form() -> None:
         (["", "NA", "null", r"\N", "NaN", None], ".", [None] * 6),
         (["1,5", "1_000", "0x1", "inf", "1e999", "one"], ".", [...] * 6),
         (["1,5", "1.500", "2"], ",", [1.5, ..., 2]),
-        ([JsonNumber("1.5"), 2, JsonNumber("NaN"), True, JsonNumber("Infinity")], ",", [1.5, 2, None, ..., ...]),
+        ([JsonNumber("1.5"), 2, JsonNumber("NaN"), True, JsonNumber("Infinity")], ",", [1.5, 2, None, 1, ...]),
         (pa.array([1.5, float("nan"), float("inf"), None]), ".", [1.5, None, ..., None]),
-        (pa.array([True]), ".", [...]),
+        (pa.array([True, False, None]), ".", [1, 0, None]),
     ],
 )
 def test_numbers_are_finite_or_missing(values: Any, decimal: str, expected: list[Any]) -> None:
     assert told(cells.numbers(values, decimal=decimal)) == expected
+
+
+@pytest.mark.parametrize(
+    ("thousands", "decimal", "values", "expected"),
+    [
+        (
+            ",",
+            ".",
+            ["1,234.5", "-1,234,567", "7", "1,23", "12,34,567", "1234,567"],
+            [1234.5, -1234567, 7, ..., ..., ...],
+        ),
+        (".", ",", ["1.234,5", "1.234", "1,5", "1.2"], [1234.5, 1234, 1.5, ...]),
+        (" ", ".", ["1 234", "1  234"], [1234, ...]),
+        (None, ".", ["1,234", "1,234.5"], [..., ...]),
+    ],
+)
+def test_groups_of_three_digits_are_a_setting(
+    thousands: str | None, decimal: str, values: list[str], expected: list[Any]
+) -> None:
+    assert told(cells.numbers(values, decimal=decimal, thousands=thousands)) == expected
+
+
+def test_lists_of_words_are_one_text() -> None:
+    values: list[Any] = [["a", 1, JsonNumber("2.5"), None], [], None, "b", [["c"]], {"d": 1}, [True]]
+    assert told(cells.joined(values)) == ["a|1|2.5", None, None, "b", ..., ..., ...]
+    assert told(cells.joined(pa.array([["a", "b"], None, []]))) == ["a|b", None, None]
+    assert told(cells.joined(pa.array([[1.5]]))) == ["1.5"]
+    assert told(cells.joined(pa.array([{"a": 1}, None]))) == [..., None]
 
 
 def test_weights_fit_their_type() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crane_core.raw.importers import check_mapping, import_mapped
+from crane_core.raw import importers
+from crane_core.raw.importers import check, check_mapping, import_mapped, rows
+from crane_core.raw.importers.mapping import read_mapping
 from jobs import cli
 
+README = Path(importers.__file__).with_name("README.md")
+DATA = Path(__file__).parents[5] / "shared" / "data" / "movietweetings"
 MAPPING = """
 dataset: shop
 interactions:
@@ -58,7 +63,7 @@ def test_each_column_is_told_with_its_type_range_and_what_would_be_set_aside(sho
         "features.image": "vector of 3 numbers",
         "features.genres": "2 categories",
     }
-    assert checked.matched == {"items": 1, "features.text": 0.5, "features.image": 1, "features.genres": 1}
+    assert checked.matched == {"items": 1, "features.text": 0.5, "features.image": 1, "features.genres": 0.5}
     assert import_mapped(shop / "m.yaml", shop / "raw").counts["interactions"]["set_aside"] == {"bad_weight": 1}
 
 
@@ -75,7 +80,35 @@ def test_problems_are_those_that_would_stop_the_import(shop: Path, capsys: pytes
         f"{shop / 'f.parquet'} (7 bytes) cannot be read after 0 rows",
         "features.image",
     ]
+    assert told["problems"][-1]["found"].endswith("is among the 2 items of the log, such as 'i1', 'i2'.")
+    (shop / "ids.txt").write_text("a\nb\n")
+    assert cli.main(["import", "check", str(shop / "m.yaml"), "--json"]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert "exchange the columns user_id and item_id" in told["problems"][-1]["remedy"]
     assert not (shop / "raw").exists()
+
+
+def test_ids_beyond_the_sample_of_a_table_are_no_problem(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shop / "items.csv").write_text("id,name,genres\ni8,A,\ni9,B,\n")
+    assert [each["found"].partition(":")[0] for each in check_mapping(shop / "m.yaml").problems] == ["items"]
+    monkeypatch.setattr(check, "SAMPLE_ROWS", 1)
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 1)
+    assert check_mapping(shop / "m.yaml").problems == []
+
+
+def test_the_example_of_the_readme_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapping, shown = re.findall(r"```(?:yaml)?\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    (tmp_path / "mapping.yaml").write_text(mapping)
+    assert read_mapping(tmp_path / "mapping.yaml").dataset == "movietweetings"
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is absent: research data is not part of the project")
+    for name in ("ratings.csv", "movies.csv"):
+        (tmp_path / name).symlink_to(DATA / name)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["import", "check", "mapping.yaml"]) == 0
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("flags", [["check", "m.yaml", "raw"], ["mapped", "m.yaml"]])

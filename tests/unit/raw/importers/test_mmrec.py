@@ -58,7 +58,7 @@ def save(name: str, rows: np.ndarray) -> Callable[[Path], None]:
         (write("more.inter", LOG), r"holds 2 \*\.inter files \(more\.inter, tiny\.inter"),
         (
             write("tiny.inter", "userID\titemID\n0\t0\n"),
-            r"tiny\.inter has no column x_label; line 1 has 2: 'userID'",
+            r"tiny\.inter has no column x_label; its first line has 2: 'userID'",
         ),
         (
             write("tiny.inter", LOG + "x\t1\t0\n"),
@@ -72,7 +72,7 @@ def save(name: str, rows: np.ndarray) -> Callable[[Path], None]:
         (write("tiny.inter", LOG + "-1\t1\t0\n"), r"bad_userID 1 .*'-1'"),
         (write("tiny.inter", LOG + "1\t1\n"), r"wrong_fields 1 .*tiny\.inter line 6: '2 values, expected 3'"),
         (write("tiny.inter", "userID\titemID\tx_label\n"), r"tiny\.inter has 0 rows"),
-        (write("items.tsv", "id\tname\n0\tA\n"), r"items\.tsv has no column itemID; line 1 has 2: 'id', 'name'"),
+        (write("items.tsv", "id\tname\n0\tA\n"), r"items\.tsv has no column itemID; its first line has 2"),
         (write("items.tsv", "itemID\tname\n0\tA\n0\tB\n"), r"items\.tsv \(2 rows\): itemID must be .* each once"),
         (
             save("text_feat.npy", np.zeros((2, 2))),
@@ -96,7 +96,7 @@ def save(name: str, rows: np.ndarray) -> Callable[[Path], None]:
         (save("quarantine_feat.npy", np.zeros((3, 2))), "'quarantine' cannot name a modality"),
         (save("_feat.npy", np.zeros((3, 2))), "'' cannot name a modality"),
         (save("a.counts_feat.npy", np.zeros((3, 2))), r"'a\.counts' cannot name a modality"),
-        (write("tiny.inter", LOG.replace("userID", "itemID", 1)), r"tiny\.inter line 1 names a column twice: 'itemID'"),
+        (write("tiny.inter", LOG.replace("userID", "itemID", 1)), r"tiny\.inter names a column twice in its header"),
         (
             lambda folder: (folder / "items.tsv").write_bytes(b"itemID\tname\n0\t\xff\xfe\n"),
             r"bad_name 1 .*items\.tsv line 2, column 'name'",

@@ -55,6 +55,16 @@ def test_lists_of_words_are_categories_too(tmp_path: Path, name: str) -> None:
     assert write(tmp_path, files=[name], **entry) == HOT
 
 
+def test_lists_that_are_written_as_text_are_lists(tmp_path: Path) -> None:
+    lists = ["['Tea', 'Steel']", "[]", '["Tea", null]', "['NA']", "[ Tea ]"]
+    (tmp_path / "a.tsv").write_text("id\tg\n" + "".join(f"i{n}\t{words}\n" for n, words in enumerate(lists, 1)))
+    entry: dict[str, Any] = {"files": ["a.tsv"], "kind": "categories", "columns": {"item_id": "id", "vector": "g"}}
+    assert write(tmp_path, **entry) == {"i1": [1, 1, 0], "i3": [0, 1, 0], "i5": [0, 0, 1]}
+    (tmp_path / "a.tsv").write_text("id\tg\ni1\t[{'id': 1, 'name': 'Tea'}]\ni2\tTea\n")
+    with pytest.raises(DataError, match=r"bad_category_0 1 .*line 2, column 'g'"):
+        write(tmp_path / "..", **{**entry, "files": [str(tmp_path / "a.tsv")]})
+
+
 def test_several_columns_of_words_keep_their_names_and_too_many_words_stop(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,colour,size\ni1,1,1\ni2,2,1\n")
     entry: dict[str, Any] = {"kind": "categories", "columns": {"item_id": "id", "vector": ["colour", "size"]}}

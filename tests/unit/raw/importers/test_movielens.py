@@ -33,7 +33,7 @@ def test_movielens_wheel_becomes_raw_data(movielens: Path, tmp_path: Path) -> No
         (
             "ml-100k.inter",
             RATED.replace("timestamp", "time"),
-            r"ml-100k\.inter has no column timestamp:float; line 1 has 4: 'user_id:token'",
+            r"ml-100k\.inter has no column timestamp:float; its first line has 4: 'user_id:token'",
         ),
         (
             "ml-100k.inter",

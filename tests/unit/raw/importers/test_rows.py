@@ -12,9 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from crane_core.errors import DataError
-from crane_core.raw.importers import rows
+from crane_core.raw.importers import json_rows, rows
 from crane_core.raw.importers.account import Account
-from crane_core.raw.importers.rows import Layout, file_format, read_chunks
+from crane_core.raw.importers.layout import Layout, file_format
+from crane_core.raw.importers.rows import read_chunks
 
 
 def read(path: Path, columns: list[Any], account: Account | None = None, **layout: Any) -> list[tuple[int, list[Any]]]:
@@ -51,7 +52,8 @@ def test_every_line_is_counted(tmp_path: Path) -> None:
 
 
 def test_chunks_keep_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "CHUNK_ROWS", 2)
+    for module in (rows, json_rows):
+        monkeypatch.setattr(module, "CHUNK_ROWS", 2)
     (tmp_path / "a.csv").write_text("a\n1\n2\n3\n4\n5\n")
     (tmp_path / "b.jsonl").write_text("".join(f'{{"a": {n}}}\n' for n in range(5)))
     pq.write_table(pa.table({"a": list(range(5))}), tmp_path / "c.parquet", row_group_size=3)
@@ -89,6 +91,8 @@ def test_quotes_and_separators_are_settings(
         {"encoding": "latin-99"},
         {"encoding": "base64"},
         {"max_set_aside": 2},
+        {"decimal": ",", "thousands": ","},
+        {"thousands": "x"},
     ],
 )
 def test_layouts_that_cannot_be_read_are_refused(layout: dict[str, Any]) -> None:
@@ -105,6 +109,67 @@ def test_a_long_value_is_read_and_an_endless_one_is_an_error(tmp_path: Path, mon
         read(tmp_path / "a.csv", ["b"])
 
 
+@pytest.mark.parametrize("first", ["sep=;\n", "SEP=;\r\n", "\ufeffsep=;\n"])
+@pytest.mark.parametrize("quote", [None, "none"])
+def test_a_first_line_of_excel_tells_the_separator(tmp_path: Path, first: str, quote: str | None) -> None:
+    (tmp_path / "a.csv").write_text(f"{first}a;b\n1;2\n\n3;4\n", encoding="utf-8")
+    account = Account("interactions", written=2)
+    assert read(tmp_path / "a.csv", ["b"], account, quote=quote) == [(3, ["2"]), (5, ["4"])]
+    assert (account.lines, account.headers, account.blank) == (5, 2, 1)
+    account.settle()
+    (tmp_path / "a.csv").write_text("sep=a;b\n1;2\n")
+    assert read(tmp_path / "a.csv", ["b"], separator=";", quote=quote) == [(2, ["2"])]
+
+
+def test_empty_values_at_the_end_of_a_row_may_be_more_or_fewer(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b,,\n1,2\n3,4,,,,\n5,6,x\n7\n8,9,,,y\n")
+    account = Account("interactions", 0.5, written=3)
+    assert read(tmp_path / "a.csv", ["b", 3], account) == [(2, ["2", ""]), (3, ["4", ""]), (4, ["6", "x"])]
+    assert account.set_aside == {"wrong_fields": 2}
+    account.settle()
+    (tmp_path / "b.csv").write_text("1,2,\n3,4\n5,6,,\n")
+    assert read(tmp_path / "b.csv", [1], header=False) == [(1, ["1"]), (3, ["5"])]
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted", "guess"),
+    [("User_ID,i", "user_id", "'User_ID' for 'user_id'"), ("movieId,i", "movie_id", "'movieId' for 'movie_id'"),
+     (" item,i", "item", "' item' for 'item'"), ("{item,i", "item", "'{item' for 'item'")],
+)  # fmt: skip
+def test_a_column_of_almost_that_name_is_named(tmp_path: Path, header: str, wanted: str, guess: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\n1,2\n")
+    with pytest.raises(DataError, match=f"has no column {wanted}; its first line has 2") as caught:
+        read(tmp_path / "a.csv", [wanted])
+    assert f"perhaps {guess}" in caught.value.remedy
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "cp1252"])
+def test_a_header_of_another_encoding_leads_to_that_setting(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes("größe,i\n1,2\n".encode(encoding))
+    with pytest.raises(DataError, match="has no column größe") as caught:
+        read(tmp_path / "a.csv", ["größe"])
+    assert "set interactions.encoding" in caught.value.remedy.lower()
+    assert read(tmp_path / "a.csv", ["größe"], encoding=encoding) == [(2, ["1"])]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("declared", ["utf-8", "cp1252", "utf-16-le"])
+def test_a_mark_tells_the_encoding_whatever_is_declared(tmp_path: Path, encoding: str, declared: str) -> None:
+    (tmp_path / "a.csv").write_bytes("größe,i\n1,2\n".encode(encoding))
+    assert read(tmp_path / "a.csv", ["größe"], encoding=declared) == [(2, ["1"])]
+
+
+def test_columns_within_columns_of_parquet_are_named_with_dots(tmp_path: Path) -> None:
+    table = pa.table({"user": [{"id": "a"}, None], "tags": [[{"n": 1}, {"n": 2}], []], "user.x": [1, 2]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", ["user.id", "tags.n", "user.x"]) == [
+        (1, ["a", [1, 2], 1]),
+        (2, [None, [], 2]),
+    ]
+    with pytest.raises(DataError, match=r"no column user\.name; it has 'user', 'user\.id', 'tags', 'tags\.n'"):
+        read(tmp_path / "a.parquet", ["user.name"])
+
+
 def test_names_tell_the_format() -> None:
-    names = ("a.csv", "a.CSV.gz", "a.tsv", "a.ndjson", "a.parquet", "a.xls", "a")
-    assert [file_format(Path(name)) for name in names] == ["csv", "csv", "tsv", "jsonl", "parquet", None, None]
+    names = ("a.csv", "a.CSV.gz", "a.tsv", "a.ndjson", "a.json", "a.parquet", "a.xls", "a")
+    assert [file_format(Path(name)) for name in names] == ["csv", "csv", "tsv", "jsonl", "json", "parquet", None, None]

@@ -12,7 +12,7 @@ from crane_core.errors import DataError
 from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.instants import Clock
-from crane_core.raw.importers.rows import Chunk
+from crane_core.raw.importers.layout import Chunk
 from crane_core.raw.importers.tables import LogCounts, Wanted, check_clock, fitting, write_log
 from tests.worlds.raw_data import at
 from tests.worlds.sources import table

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crane_core.errors import DataError
+from crane_core.errors import ConfigError, DataError
 from crane_core.raw.importers import import_mmrec, import_movielens
 
 
@@ -32,6 +32,13 @@ def test_second_import_touches_nothing_and_others_are_refused(mmrec: Path, movie
     with pytest.raises(DataError, match=r"is not empty and holds no source\.json"):
         import_mmrec(mmrec, tmp_path / "foreign")
     assert files_of(raw) == before
+
+
+@pytest.mark.parametrize("raw", ["/proc/none", "{folder}/tiny.inter/raw", "s3://bucket/raw"])
+def test_a_folder_that_cannot_be_made_is_an_error(mmrec: Path, raw: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be written|no folder of this machine") as caught:
+        import_mmrec(mmrec, raw.format(folder=mmrec))
+    assert caught.value.remedy and not Path("s3:").exists()
 
 
 def test_failed_import_leaves_nothing(mmrec: Path, tmp_path: Path) -> None:
