@@ -169,6 +169,8 @@ _CHOOSING = ("train.num_epochs", "train.patience", "train.validation_users")
 _CHOICES_OF_CRANE = tuple(f"choices.{name}" for name in Choices.model_fields if name != "behaviour_epochs")
 """Choices that LightGCN's training does not obey."""
 _CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives", "head.cold_exposure")
+_OF_TRAINING = ("head.history_half_lives", "head.content_axes", "head.cold_exposure")
+"""Fields of `head` that the evaluation does not obey: it reads the half-lives of popularity alone."""
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -233,14 +235,14 @@ STAGES: dict[str, Stage] = {
             7,
             _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
             _fixed("evaluate", "head"),
-            ignores=_fixed("head.history_half_lives", "head.content_axes", "head.cold_exposure"),
+            ignores=_fixed(*_OF_TRAINING),
         ),
         Stage(
             "ml.live",
             1,
             _fixed("etl.interactions"),
             _fixed("window", "evaluate", "head"),
-            ignores=_fixed("evaluate.user_block", "head.history_half_lives"),
+            ignores=_fixed("evaluate.user_block", *_OF_TRAINING),
             source=_lists_source,
         ),
         Stage("ml.register", 3, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),

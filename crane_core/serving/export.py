@@ -104,7 +104,7 @@ def write_recommendations(
 def write_similar(
     path: Path, recommender: Recommender, num_similar: int, *, block: int = 16384, device: torch.device = CPU
 ) -> int:
-    """Write the items with the highest cosine to every item, itself excluded, sorted by item id and rank.
+    """Write the items that are most like every item, itself excluded, sorted by item id and rank.
 
     Args:
         path: Parquet file, schema `SIMILAR`.
@@ -118,7 +118,8 @@ def write_similar(
     """
     item_ids = recommender.item_ids.to_numpy()
     order = np.argsort(item_ids)
-    ids, rows = item_ids[order], recommender.item_embeddings[order]
+    likeness = recommender.item_embeddings if recommender.likeness is None else recommender.likeness
+    ids, rows = item_ids[order], likeness[order]
     starts = range(0, len(rows), block)
     num_rows = 0
     with pq.ParquetWriter(path, SIMILAR) as writer:

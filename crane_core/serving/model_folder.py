@@ -55,6 +55,7 @@ class Recommender:
         seen: training items of each user, never recommended to them.
         popularity: float32 [num_items], (decayed) weight of the training interactions; orders the list of the unknown.
         fold_in: makes a user's row of a history; None for a training of an earlier version.
+        likeness: float32 [num_items, d'], rows whose cosines say how alike items are; None: `item_embeddings` do.
     """
 
     user_ids: pa.ChunkedArray
@@ -65,6 +66,7 @@ class Recommender:
     seen: ItemLists
     popularity: np.ndarray
     fold_in: FoldIn | None = None
+    likeness: np.ndarray | None = None
 
     def save_embeddings(self, path: Path) -> None:
         """Write the embeddings as safetensors, and the arrays of the fold-in beside them."""
@@ -94,6 +96,7 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
         ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen),
         known.popularity(_half_life(trained))[items].astype(np.float32),
         FoldIn.of(rows, trained.facts["history"]).of_items(items) if "history" in trained.facts else None,
+        rows["likeness"][items] if "likeness" in rows else None,
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crane_core.dataset.interactions import Interactions
@@ -40,19 +41,18 @@ def score_spread(users: Tensor, items: Tensor) -> float:
     return max(float((second[0] * second[1]).sum()) - mean**2, 0.0) ** 0.5
 
 
-def of_unit_spread(rows: Rows, has_row: np.ndarray) -> Rows:
-    """Scale the item rows so that the scores of the items that have one have the standard deviation 1.
+def of_unit_spread(rows: Rows, measured: np.ndarray) -> Rows:
+    """Scale the item rows so that the scores of some items have the standard deviation 1.
 
-    Rows of equal scores become 0, and so do those of the other items.
+    Where these scores are all equal, the channel says nothing: all item rows become 0.
 
     Args:
         rows: users float32 [num_users, d] and items float32 [num_items, d].
-        has_row: bool [num_items].
+        measured: bool [num_items].
     """
     users, items = rows
-    kept = torch.from_numpy(has_row)
-    spread = score_spread(users, items[kept]) if has_row.any() and len(users) else 0.0
-    return users, torch.where(kept[:, None], items / spread if spread > 1e-12 else 0.0, 0.0)
+    spread = score_spread(users, items[torch.from_numpy(measured)]) if measured.any() and len(users) else 0.0
+    return users, items / spread if spread > 1e-12 else torch.zeros_like(items)
 
 
 @dataclass
@@ -78,7 +78,9 @@ class Channels:
 
     def __post_init__(self) -> None:
         self._is_warm = self.interactions.item_counts() > 0
-        self._fixed = {MODEL: of_unit_spread(self.model, self._is_warm)}
+        users, items = self.model
+        known = torch.where(torch.from_numpy(self._is_warm)[:, None], items, 0.0)
+        self._fixed = {MODEL: of_unit_spread((users, known), self._is_warm)}
         if self.features:
             self.whitening = fit_whitening(self.features, self._is_warm, self.config.head.content_axes)
         if self.whitening is not None:
@@ -86,7 +88,7 @@ class Channels:
             self._has_content = self._white.any(dim=1).numpy()
             rows, self.generator = generate(self._white, self._fixed[MODEL][1], self._is_warm, self.config.train.seed)
             # Measured on warm items, so that a new item changes no scale.
-            self._fixed[GENERATED] = _scaled((self.model[0], rows), self._is_warm & self._has_content)
+            self._fixed[GENERATED] = of_unit_spread((users, rows), self._is_warm & self._has_content)
         self._axes: Tensor | None = None
 
     @property
@@ -107,7 +109,7 @@ class Channels:
         if self.whitening is not None:
             history = _history(self.interactions, half_life)
             users = torch.from_numpy(history @ self._white.numpy())
-            found[PROFILE] = _scaled((users, self._white), self._is_warm & self._has_content)
+            found[PROFILE] = of_unit_spread((users, self._white), self._is_warm & self._has_content)
         return found
 
     def recent(self, half_life: float | None) -> Rows:
@@ -127,16 +129,22 @@ class Channels:
             return summed(self._white.numpy(), half_life, power=0.5)
         return fit_fold_in(self._fixed[MODEL], self.interactions)
 
+    def likeness(self) -> Tensor:
+        """Return rows whose cosines say how alike items are, float32 [num_items, d]: half behaviour and half content.
+
+        In place of behaviour, an item without interactions has its generated row.
+        """
+        behaviour = self._fixed[MODEL][1]
+        if self.whitening is None:
+            return behaviour
+        generated = torch.from_numpy(~self._is_warm)[:, None]
+        behaviour = torch.where(generated, self._fixed[GENERATED][1], behaviour)
+        return torch.cat([F.normalize(behaviour, dim=1), self._white], dim=1)
+
     def _filtered(self, half_life: float | None) -> Rows:
         if self._axes is None:
             self._axes = item_axes(self.interactions, self.config.lightgcn.embedding_dim, self.config.train.seed)
         return filtered(self._axes, self.interactions, half_life)
-
-
-def _scaled(rows: Rows, measured: np.ndarray) -> Rows:
-    """Scale all item rows so that the scores of some of them have the standard deviation 1."""
-    spread = score_spread(rows[0], rows[1][torch.from_numpy(measured)]) if measured.any() else 0.0
-    return rows[0], rows[1] / spread if spread > 1e-12 else torch.zeros_like(rows[1])
 
 
 def _history(interactions: Interactions, half_life: float | None) -> sp.csr_array:

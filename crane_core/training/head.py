@@ -75,6 +75,7 @@ class ChosenHead:
         recall: name of each form to the validation Recall@20 with weights that were fitted on other users.
         rows: users float32 [num_users, d] and items float32 [num_items, d] to score by.
         fold_in: what makes a user's row from a history.
+        likeness: float32 [num_items, d'], rows whose cosines say how alike items are.
     """
 
     half_life: float | None
@@ -84,6 +85,7 @@ class ChosenHead:
     recall: Mapping[str, float]
     rows: Rows
     fold_in: FoldIn
+    likeness: Tensor
 
     def facts(self) -> dict[str, object]:
         """Return what was chosen as JSON values."""
@@ -134,7 +136,8 @@ def choose_head(
     )
     weights = weights.model_copy(update={"bias": (weights.bias[0] + offset, *weights.bias[1:])})
     made = head_rows(weights, rows, fitting.popularity, interactions)
-    return ChosenHead(half_life, history, form.name, weights, recall, made, head_fold_in(weights, channels, history))
+    fold_in = head_fold_in(weights, channels, history)
+    return ChosenHead(half_life, history, form.name, weights, recall, made, fold_in, channels.likeness())
 
 
 def _chosen_before(
@@ -147,7 +150,7 @@ def _chosen_before(
     popularity = log_popularity(interactions, choices.half_life)
     made = head_rows(choices.head, channels.at(history), popularity, interactions)
     fold_in = head_fold_in(choices.head, channels, history)
-    return ChosenHead(choices.half_life, history, "", choices.head, {}, made, fold_in)
+    return ChosenHead(choices.half_life, history, "", choices.head, {}, made, fold_in, channels.likeness())
 
 
 def log_popularity(interactions: Interactions, half_life: float | None) -> Tensor:

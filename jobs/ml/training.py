@@ -67,12 +67,17 @@ def lend_ranks(name: str, training: Training, build: Build) -> None:
     start_ranks(_train_rank, name, (*training, build))
 
 
-def save_embeddings(folder: Path, users: Tensor, items: Tensor, fold_in: FoldIn | None = None) -> None:
+def save_embeddings(
+    folder: Path, users: Tensor, items: Tensor, fold_in: FoldIn | None = None, likeness: Tensor | None = None
+) -> None:
     """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`.
 
-    With a fold-in also `history_rows` and `history_constant`, its arrays.
+    With a fold-in also `history_rows` and `history_constant`, its arrays; with `likeness`, float32 [num_items, d],
+    rows of that name, whose cosines say how alike items are.
     """
     rows = {"user_embeddings": users.contiguous(), "item_embeddings": items.contiguous()}
+    if likeness is not None:
+        rows["likeness"] = likeness.contiguous()
     if fold_in is not None:
         rows |= {name: torch.from_numpy(array) for name, array in fold_in.arrays().items()}
     save_file(rows, folder / "embeddings.safetensors")

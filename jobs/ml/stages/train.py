@@ -55,7 +55,7 @@ def run(job: Job) -> Result:
     rows = chosen.rows if head is None else head.rows
     fold_in = fit_fold_in(chosen.rows, interactions) if head is None else head.fold_in
     fold_in = replace(fold_in, weight=interactions.mean_weight(), end=end_of_training(job.input("etl.interactions")))
-    save_embeddings(job.out, *rows, fold_in)
+    save_embeddings(job.out, *rows, fold_in, None if head is None else head.likeness)
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
     facts = {"trust": chosen.share, "head": head and head.facts(), "history": fold_in.facts()}
     return Result(summary | facts | {"validation": validation})

@@ -39,8 +39,9 @@ def test_spread_is_the_standard_deviation_of_all_scores() -> None:
 
 def test_equal_scores_of_all_items_become_a_channel_of_zeros() -> None:
     everything = np.ones(4, dtype=bool)
-    assert not of_unit_spread((torch.ones(3, 2), torch.ones(4, 2)), everything)[1].any()
-    assert not of_unit_spread((torch.ones(3, 2), torch.randn(4, 2)), ~everything)[1].any()
+    for items, measured in ((torch.ones(4, 2), everything), (torch.randn(4, 2), ~everything)):
+        _, scaled = of_unit_spread((torch.ones(3, 2), items), measured)
+        assert scaled.shape == (4, 2) and not scaled.any()
 
 
 def test_scores_of_the_items_that_have_a_channel_have_unit_spread_and_the_others_are_zero() -> None:
@@ -90,3 +91,19 @@ def test_without_times_or_content_their_channels_are_absent() -> None:
     assert list(bare.at(None)) == bare.names == [MODEL]
     nothing_present = [(items, np.zeros_like(present)) for items, present in channels.features]
     assert Channels(channels.model, replace(log, ages=None), nothing_present, channels.config).names == [MODEL]
+
+
+def test_likeness_is_half_behaviour_and_half_content() -> None:
+    channels, _ = made()
+    rows = channels.likeness()
+    assert channels.whitening is not None
+    white, behaviour = channels.whitening.rows(channels.features), channels.at(None)
+    cosines = torch.nn.functional.cosine_similarity
+    warm, other, cold = 10, 20, NUM_ITEMS - 1
+    expected = (cosines(*(channels.model[1][[warm, other]]), dim=0) + white[warm] @ white[other]) / 2
+    torch.testing.assert_close(cosines(rows[warm], rows[other], dim=0), expected, rtol=1e-4, atol=1e-5)
+    generated = cosines(behaviour[GENERATED][1][cold], behaviour[MODEL][1][warm], dim=0)
+    expected = (generated + white[cold] @ white[warm]) / 2
+    torch.testing.assert_close(cosines(rows[cold], rows[warm], dim=0), expected, rtol=1e-4, atol=1e-5)
+    bare = Channels(channels.model, channels.interactions, [], channels.config)
+    torch.testing.assert_close(bare.likeness(), bare.at(None)[MODEL][1])

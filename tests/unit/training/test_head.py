@@ -18,7 +18,7 @@ from crane_core.training.channels import of_unit_spread
 from crane_core.training.head import EDGES, buckets_of, choose_head, head_rows, log_popularity
 from tests.worlds.settings import model_config
 
-NUM_USERS, NUM_ITEMS, DIM = 1500, 1300, 6
+NUM_USERS, NUM_ITEMS, DIM = 1000, 1300, 6
 
 
 def planted(popularity: float, personal: float, seed: int = 0) -> tuple[Interactions, Rows]:
@@ -64,7 +64,7 @@ def content_world(seed: int = 0, noise: float = 0.0) -> tuple[Interactions, Rows
     the features say nothing.
     """
     generator = np.random.default_rng(seed)
-    num_users, num_items, dim = 900, 500, 8
+    num_users, num_items, dim = 700, 400, 8
     users, items = (generator.standard_normal((size, dim)) for size in (num_users, num_items))
     appeal = -1.2 * np.log1p(generator.permutation(num_items))
     cold = np.arange(num_items) % 10 == 0
@@ -220,7 +220,7 @@ def test_without_half_lives_the_score_knows_no_times() -> None:
     [
         pytest.param(lambda log, rows: (few(log, 12), rows), id="twelve validation interactions"),
         pytest.param(lambda log, rows: (few(log, 1), rows), id="one validation interaction"),
-        pytest.param(lambda log, rows: (log, (torch.zeros(900, 2), rows[1][:, :2])), id="a model that says nothing"),
+        pytest.param(lambda log, rows: (log, (torch.zeros(700, 2), rows[1][:, :2])), id="a model that says nothing"),
         pytest.param(lambda log, rows: (log, (rows[0], torch.ones_like(rows[1]))), id="a constant model"),
     ],
 )
