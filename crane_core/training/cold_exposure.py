@@ -13,9 +13,9 @@ from crane_core.model.views import Rows
 
 _OFFSETS = tuple(step / 4 for step in range(-40, 41))
 _LEAST_ROWS = 200
-"""Validation interactions with cold items, from which on recall decides; with fewer, the shares are matched."""
+"""Validation interactions with cold items, from which on these may be shown more than they are met."""
 _MOST_SHARE = 1.5
-"""Share of the lists' places that cold items take at most, in shares of the validation interactions."""
+"""Then, the share of the lists' places that they take at most, in their shares of the validation interactions."""
 _K = 20
 
 
@@ -27,8 +27,8 @@ def cold_offset(rows: Rows, interactions: Interactions, users: np.ndarray, expos
         interactions: training and validation interactions.
         users: int [n], the validation users.
         exposure: share of the places in the lists that cold items take; None for validation's choice. Then it is the
-            offset by which most validation items are found, with at most 1.5 times the share that cold items have
-            among them; or the largest one with at most that share, where few of them are cold.
+            offset by which most validation items are found, the smallest of equals, with at most 1.5 times the share
+            that cold items have among them; at most that share where few of them are cold.
     """
     cold = interactions.cold_items()
     if not len(cold) or len(cold) == interactions.num_items:
@@ -40,10 +40,8 @@ def cold_offset(rows: Rows, interactions: Interactions, users: np.ndarray, expos
     share = {offset: float(np.isin(ranked, cold).mean()) for offset, ranked in found.items()}
     if exposure is not None:
         return min(_OFFSETS, key=lambda offset: (abs(share[offset] - exposure), offset))
-    wanted = float(is_cold.mean())
-    if is_cold.sum() < _LEAST_ROWS:
-        return max((offset for offset in _OFFSETS if share[offset] <= wanted), default=_OFFSETS[0])
-    allowed = [offset for offset in _OFFSETS if share[offset] <= _MOST_SHARE * wanted] or [_OFFSETS[0]]
+    most = float(is_cold.mean()) * (_MOST_SHARE if is_cold.sum() >= _LEAST_ROWS else 1.0)
+    allowed = [offset for offset in _OFFSETS if share[offset] <= most] or [_OFFSETS[0]]
 
     def recall(offset: float) -> float:
         return float(user_metrics(found[offset], interactions.validation, users, (_K,))["recall@20"].mean())

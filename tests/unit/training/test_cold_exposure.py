@@ -54,7 +54,13 @@ def test_recall_decides_where_there_are_enough_cold_rows() -> None:
 def test_with_few_cold_rows_they_get_at_most_their_share() -> None:
     log, rows = world(30)
     offset = cold_offset(rows, log, np.arange(NUM_USERS), None)
-    assert share_at(offset, rows) <= 30 / (30 + 5 * NUM_USERS) < share_at(offset + 0.5, rows)
+    assert 0.01 < share_at(offset, rows) <= 30 / (30 + 5 * NUM_USERS)
+
+
+def test_cold_items_that_nothing_tells_apart_are_not_shown() -> None:
+    log, (users, items) = world(150)
+    items[NUM_WARM:, :-1] = 0
+    assert share_at(cold_offset((users, items), log, np.arange(NUM_USERS), None), (users, items)) < 0.02
 
 
 def test_without_cold_rows_none_is_shown_and_without_cold_items_nothing_is_added() -> None:
