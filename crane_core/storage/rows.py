@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 def read_rows(path: Path, columns: Sequence[str], key: str, value: str) -> list[dict[str, Any]]:
     """Return the rows of a table that have a value in a column, in the order of the files.
 
-    Row groups that cannot hold the value are not read. Columns that a file lacks, as one of an earlier version does, are
-    left out.
+    Row groups that cannot hold the value are not read. Columns that a file lacks are left out, as those of a file of an
+    earlier version.
 
     Args:
         path: Parquet file, or folder of such files.
