@@ -18,6 +18,8 @@ import scipy.sparse as sp
 
 ROWS, CONSTANT = "history_rows", "history_constant"
 """Names of the arrays in `embeddings.safetensors`."""
+FOLD_IN = "history.json"
+"""File of an export with all but the arrays."""
 
 
 @dataclass(frozen=True)

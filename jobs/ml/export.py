@@ -4,7 +4,9 @@ The champion is looked up once and exported from the run of its shipped model: t
 is unseen if that run's training holds no event of the user with it; a refit run's holds all before `window.end`. The
 artifact is the contract with serving systems:
 
-    recommendations/*.parquet   user_id, rank (from 1), item_id, score; at most `export.k` unseen items per user
+    recommendations/*.parquet   user_id, rank (from 1), item_id, score, because_item_id; at most `export.k` unseen items
+                                per user. Because: the item of the user's history that adds most to the score, by the
+                                sums below; null where popularity alone would have put the item into the list
     similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
     popular.parquet             rank, item_id, score (popularity at `window.end`): for users without recommendations
     embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
