@@ -212,9 +212,18 @@ def write_log(target: Path, batches: Iterator[pa.RecordBatch], zone: str = "UTC"
             ]
             yield pa.record_batch([*columns, pc.fill_null(day, "1970-01-01")], schema=parted)
 
+    failed: list[Exception] = []
+
+    def until_failure() -> Iterator[pa.RecordBatch]:
+        # An exception inside write_dataset leaves its threads running, and at exit they abort the process.
+        try:
+            yield from with_day()
+        except Exception as error:
+            failed.append(error)
+
     folder = target / INTERACTIONS_FOLDER
     ds.write_dataset(
-        with_day(),
+        until_failure(),
         folder,
         schema=parted,
         format="parquet",
@@ -224,6 +233,8 @@ def write_log(target: Path, batches: Iterator[pa.RecordBatch], zone: str = "UTC"
         basename_template="part-{i}.parquet",
         file_options=ds.ParquetFileFormat().make_write_options(compression="zstd"),
     )
+    if failed:
+        raise failed[0]
     return sum(pq.read_metadata(path).num_rows for path in sorted(folder.rglob("*.parquet")))
 
 

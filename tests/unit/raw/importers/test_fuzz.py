@@ -134,7 +134,8 @@ def in_every_role(column: str) -> Iterator[dict[str, Any]]:
 def test_a_column_of_any_type_is_right_or_a_typed_error_in_every_role(tmp_path: Path, name: str) -> None:
     others = {"u": ["a", "b", "c"], "i": ["x", "y", "z"], "t": [1433221332] * 3, "v": [[1.0]] * 3}
     pq.write_table(pa.table({**others, "x": ODD[name]}), tmp_path / "e.parquet")
-    for number, mapping in enumerate(mapping for column in ("x", "x.n") for mapping in in_every_role(column)):
+    columns = ("x", "x.n") if "struct" in name else ("x",)
+    for number, mapping in enumerate(mapping for column in columns for mapping in in_every_role(column)):
         (tmp_path / "m.yaml").write_text(yaml.safe_dump({"dataset": "d", **mapping}))
         for act in (
             check_mapping,
