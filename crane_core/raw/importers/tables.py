@@ -77,7 +77,9 @@ def _notice(
     values: pa.Array, good: NDArray[np.bool_], chunk: Chunk, name: str, column: str | int, account: Account
 ) -> None:
     """Name values that are missing, and ids that look as if another program had changed them."""
-    oddities = {f"without {name}, {NOTICED[name]}": pc.is_null(values)}
+    # Features of no item are not written: `modality.py` counts them.
+    is_written = not account.name.startswith("features.")
+    oddities = {f"without {name}, {NOTICED[name]}": pc.is_null(values)} if is_written else {}
     if name in IDS:
         article = "an" if name == ITEM_ID else "a"
         oddities |= {

@@ -85,7 +85,7 @@ def test_vectors_of_no_item_are_counted(tmp_path: Path, kind: str, column: str, 
     columns = {"item_id": "id", "vector": column}
     assert write(tmp_path, account, files=["a.json"], kind=kind, columns=columns) == {"i1": expected}
     reason = "no_category" if kind == "categories" else "no_vector"
-    assert account.set_aside == {"no_id": 2, reason: 1}
+    assert account.set_aside == {"no_id": 2, reason: 1} and not account.noticed
 
 
 def test_rows_of_a_matrix_without_an_item_are_counted(tmp_path: Path) -> None:
