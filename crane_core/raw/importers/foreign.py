@@ -38,6 +38,8 @@ def foreign_kind(path: Path) -> tuple[str, str] | None:
             file.seek(-4, 2)
             if file.read() == _PARQUET:
                 return "a Parquet file", ""
+    if path.suffix.lower() == ".npz":
+        return "an archive of arrays", "Save one array with numpy.save, in a file that ends in .npy, and name that."
     return next((kind for mark, kind in _KINDS.items() if start.startswith(mark)), None)
 
 
