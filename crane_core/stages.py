@@ -211,7 +211,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.train",
-            5,
+            6,
             lambda config: (
                 *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
                 *_joint(config, "etl.features", "etl.profiles"),
