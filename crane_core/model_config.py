@@ -89,6 +89,9 @@ class CraneSettings(Section):
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
     contrast_temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
+    contrast_nodes: int | None = Field(256, ge=2)
+    """Distinct users of a batch that are contrasted, and distinct items; more are sampled. null contrasts all, and so
+    does `contrast_negatives=both_kinds`."""
     contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
     """Its negatives for a user: the other users of the batch, or also its items but for those the user has met in
     training; likewise for an item."""

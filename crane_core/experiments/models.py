@@ -150,7 +150,7 @@ _WITHOUT_EFFECT = {
     "crane": {
         *("mode", "joint_start", "graph_epochs", "num_item_layers", "loss", "edge_dropout"),
         *("semantic_items", "semantic_users", "own_content", "semantic_weight"),
-        *("contrast_weight", "contrast_temperature", "contrast_negatives"),
+        *("contrast_weight", "contrast_temperature", "contrast_negatives", "contrast_nodes"),
     },
 }
 """Fields that cannot change the rows of LightGCN, under either loss."""

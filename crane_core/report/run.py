@@ -36,7 +36,7 @@ from crane_core.report.plots import (
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import SHIPPED, STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
-from crane_core.training.monitors import GRADIENT, OVERWHELMED
+from crane_core.training.curve import GRADIENT, OVERWHELMED
 
 _SLICES = {
     "head_items": "Popular items (top fifth)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -469,3 +470,16 @@ def test_what_a_rank_refuses_ends_the_job_as_it_would_alone(monkeypatch: pytest.
     with pytest.raises(DataError, match=r"Rank \d of 2: Nothing is there") as caught:
         launch.start_ranks(_refuse, "ml.train", ("store", "run", config))
     assert caught.value.remedy == "Deliver it."
+
+
+def test_a_training_goes_on_where_the_server_of_its_live_curve_is_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant(tmp_path / "store", tmp_path / "scratch")
+    (tmp_path / "file").touch()
+    away = f"runtime.registry=sqlite:///{tmp_path}/file/mlflow.db"
+    argv = flags(tmp_path / "store", "planted", extra=("runtime.live_curves=true", away))
+    with caplog.at_level(logging.WARNING):
+        assert behaviour.main(argv) == EXIT_OK
+    assert "no_live_curve run=planted" in caplog.text and "does not answer" in caplog.text
+    assert open_store(str(tmp_path / "store")).artifact("planted", "ml.behaviour").file("curve.json").exists()
