@@ -232,7 +232,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.evaluate",
-            7,
+            8,
             _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
             _fixed("evaluate", "head"),
             ignores=_fixed(*_OF_TRAINING),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.baselines import choose_half_life
+from crane_core.evaluation.evidence import EDGES, buckets_of
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time, without
 from crane_core.model.fold_in import FoldIn, same_for_all, side_by_side
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 PRIOR_COUNT = 0.1
 """c, interactions added to the popularity of every item, so that its logarithm is finite."""
-EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
-"""Smallest number of training interactions in each bucket of evidence."""
 _LEAST_ROWS = 50
 """Validation interactions that a bucket of evidence has at least; others join the next one."""
 
@@ -201,11 +200,6 @@ def _used_spaces(weights: HeadWeights, present: Container[str]) -> list[list[str
     spaces = (MODEL, GENERATED), (RECENT,), (PROFILE,)
     used = [[name for name in names if name in present and any(weights.channels.get(name, ()))] for names in spaces]
     return [names for names in used if names]
-
-
-def buckets_of(interactions: Interactions, edges: Sequence[int]) -> np.ndarray:
-    """Return the bucket of evidence of every item, int64 [num_items]."""
-    return np.searchsorted(np.asarray(edges), interactions.item_counts(), side="right") - 1
 
 
 def _weighted(items: Tensor, weights: Sequence[float], buckets: Tensor) -> Tensor:

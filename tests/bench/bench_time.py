@@ -7,9 +7,9 @@
 `recbole==1.2.1`. The model is trained up to 14 days before each end, chooses by the week after that, and is tested on
 the last week. Recent popularity has its half-life from the same validation week; both count training rows only. Every
 item of the log is in the catalog, also those that no training row has. `--train` trains LightGCN too and gives its rows
-to the head; without it the head has the users' recent items and the popularity. `--catalog` names a file with the titles
-and genres of the items (`movies.csv`, or `ml-100k.item` of the same wheel); then the head has content too: genres and the
-decade of the film.
+to the head; without it the head has the users' recent items and the popularity. `--catalog` names a file with titles
+and genres of the items (`movies.csv`, or `ml-100k.item` of the same wheel). The head then has content too: genres and
+decades.
 
 The last line on stdout is one JSON object: the means, and the paired differences with 95 % intervals over users.
 """

@@ -15,7 +15,7 @@ from crane_core.model.fold_in import History
 from crane_core.model.views import Rows
 from crane_core.model_config import Choices, HeadWeights
 from crane_core.training.channels import of_unit_spread
-from crane_core.training.head import EDGES, buckets_of, choose_head, head_rows, log_popularity
+from crane_core.training.head import choose_head, head_rows, log_popularity
 from tests.worlds.settings import model_config
 
 NUM_USERS, NUM_ITEMS, DIM = 1000, 1300, 6
@@ -117,13 +117,6 @@ def test_scores_are_the_weighted_sums_of_the_channels_by_evidence() -> None:
         expected = expected + torch.tensor(values)[buckets] * (channels[name][0] @ channels[name][1].T)
     torch.testing.assert_close(users @ items.T, expected, rtol=1e-4, atol=1e-4)
     assert users.shape[1] == 3 + 3 + 1  # Generated rows lie in the model's space; a channel without weight is left out.
-
-
-def test_buckets_of_evidence_count_training_interactions() -> None:
-    log, _, _ = content_world()
-    found = buckets_of(log, EDGES)
-    for bucket, count in zip(found, log.item_counts(), strict=True):
-        assert EDGES[bucket] <= count < (*EDGES, np.inf)[bucket + 1]
 
 
 def test_content_is_trusted_where_there_is_little_evidence() -> None:
