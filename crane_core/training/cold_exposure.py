@@ -28,11 +28,14 @@ def cold_offset(rows: Rows, interactions: Interactions, users: np.ndarray, expos
         users: int [n], the validation users.
         exposure: share of the places in the lists that cold items take; None for validation's choice. Then it is the
             offset by which most validation items are found, the smallest of equals, with at most 1.5 times the share
-            that cold items have among them; at most that share where few of them are cold.
+            that cold items have among them; at most that share where few of them are cold. Cold items that nothing
+            tells apart are not shown.
     """
     cold = interactions.cold_items()
     if not len(cold) or len(cold) == interactions.num_items:
         return 0.0
+    if exposure is None and bool((rows[1][cold] == rows[1][cold[0]]).all()):
+        return _OFFSETS[0]
     _, positives = interactions.validation.rows(users)
     is_cold = np.isin(positives, cold)
     lists = _Lists(rows, interactions, users, cold)

@@ -58,9 +58,10 @@ def test_with_few_cold_rows_they_get_at_most_their_share() -> None:
 
 
 def test_cold_items_that_nothing_tells_apart_are_not_shown() -> None:
-    log, (users, items) = world(150)
+    log, (users, items) = world(300)
     items[NUM_WARM:, :-1] = 0
-    assert share_at(cold_offset((users, items), log, np.arange(NUM_USERS), None), (users, items)) < 0.02
+    assert share_at(cold_offset((users, items), log, np.arange(NUM_USERS), None), (users, items)) == 0
+    assert share_at(cold_offset((users, items), log, np.arange(NUM_USERS), 0.5), (users, items)) > 0.3
 
 
 def test_without_cold_rows_none_is_shown_and_without_cold_items_nothing_is_added() -> None:
