@@ -143,7 +143,7 @@ class Crane(LightGCN):
             assert user_rows is not None
             users = user_rows.flatten(1) @ self.fusion + self.fusion_bias
         else:
-            users = (graph @ torch.cat([torch.zeros_like(self.ids[:num_users]), items]))[:num_users]
+            users = graph.spread(items)
         semantic = torch.cat([users, items])
         if self.config.crane.own_content:
             assert user_rows is not None
