@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from crane_core.report.page import COLOURS, INK, clean, model_label
+from crane_core.report.page import INK, clean
+from crane_core.report.plots import COLOURS, model_label
 
 _MODELS = ("crane", "lightgcn")
 

@@ -106,7 +106,7 @@ def choose_head(
     taken whose weights, fitted on half of the validation users, rank the items of the other half best, by the mean of
     Recall@20 and NDCG@20; of equal ones the first. Where the data have no times, the simple form is the model alone. A
     form by evidence takes its place if it makes the items likelier by more than one standard error, and that mean is no
-    lower than by one. Cold items have the channels of content in every form.
+    lower. Cold items have the channels of content in every form.
 
     Args:
         model: the rows of a model that knows no times.
@@ -174,7 +174,8 @@ def head_rows(
     users, items = [], []
     for names in _used_spaces(weights, channels):
         users.append(channels[names[0]][0])
-        items.append(sum(_weighted(channels[name][1], weights.channels[name], buckets) for name in names))
+        weighted = [_weighted(channels[name][1], weights.channels[name], buckets) for name in names]
+        items.append(torch.stack(weighted).sum(dim=0))
     bias = torch.tensor(weights.bias)
     # Among more cold items than at the fit, each one has to get a smaller share of the lists.
     bias[0] -= np.log(max(len(interactions.cold_items()), 1) / max(weights.num_cold, 1))
@@ -226,16 +227,13 @@ class _Judged:
         return (self.recall + self.ndcg) / 2
 
     def is_better_than(self, other: _Judged) -> bool:
-        """Return whether interactions are likelier by more than a standard error, and lists no worse than by one.
+        """Return whether interactions are likelier by more than a standard error, and lists no worse.
 
         Likelihood tells forms apart that recall cannot: it counts every interaction, not only those in a short list.
         """
-        likelier, found = other.losses - self.losses, self.quality - other.quality
-        return bool(likelier.mean() > _standard_error(likelier) and found.mean() >= -_standard_error(found))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(values.std() / len(values) ** 0.5)
+        likelier = other.losses - self.losses
+        is_likelier = likelier.mean() > likelier.std() / len(likelier) ** 0.5
+        return bool(is_likelier and self.quality.mean() >= other.quality.mean())
 
 
 @dataclass(frozen=True)
@@ -328,8 +326,8 @@ def _choose_history(channels: Channels, fitting: _Fitting, half_lives: Sequence[
 
 def _choose_form(channels: Mapping[str, Rows], fitting: _Fitting) -> tuple[Form, dict[str, float]]:
     """Return the form, and the cross-fitted validation Recall@20 of each by name."""
-    simple, by_evidence = (_MOMENT, _MOMENT_BY_EVIDENCE) if fitting.has_times else (_TIMELESS, _TIMELESS_BY_EVIDENCE)
-    by_evidence = tuple(form for form in by_evidence if set(form.channels) <= set(channels))
+    simple, others = (_MOMENT, _MOMENT_BY_EVIDENCE) if fitting.has_times else (_TIMELESS, _TIMELESS_BY_EVIDENCE)
+    by_evidence = [form for form in others if set(form.channels) <= set(channels)]
     judged = fitting.cross_fitted(channels, (*simple, *by_evidence))
     best = max(simple, key=lambda form: judged[form].quality.mean())
     for form in by_evidence:
