@@ -246,7 +246,7 @@ STAGES: dict[str, Stage] = {
             source=_lists_source,
         ),
         Stage("ml.register", 3, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
-        Stage("ml.export", 4, _fixed("etl.interactions", "ml.train"), _fixed("export")),
+        Stage("ml.export", 5, _fixed("etl.interactions", "ml.train"), _fixed("export")),
     )
 }
 

@@ -41,6 +41,18 @@ def score_spread(users: Tensor, items: Tensor) -> float:
     return max(float((second[0] * second[1]).sum()) - mean**2, 0.0) ** 0.5
 
 
+def inverse_spread(rows: Rows, measured: np.ndarray) -> float:
+    """Return what scores are multiplied by for a standard deviation of 1 over some items; 0 where they are all equal.
+
+    Args:
+        rows: users float32 [num_users, d] and items float32 [num_items, d].
+        measured: bool [num_items].
+    """
+    users, items = rows
+    spread = score_spread(users, items[torch.from_numpy(measured)]) if measured.any() and len(users) else 0.0
+    return 1 / spread if spread > 1e-12 else 0.0
+
+
 def of_unit_spread(rows: Rows, measured: np.ndarray) -> Rows:
     """Scale the item rows so that the scores of some items have the standard deviation 1.
 
@@ -50,9 +62,7 @@ def of_unit_spread(rows: Rows, measured: np.ndarray) -> Rows:
         rows: users float32 [num_users, d] and items float32 [num_items, d].
         measured: bool [num_items].
     """
-    users, items = rows
-    spread = score_spread(users, items[torch.from_numpy(measured)]) if measured.any() and len(users) else 0.0
-    return users, items / spread if spread > 1e-12 else torch.zeros_like(items)
+    return rows[0], rows[1] * inverse_spread(rows, measured)
 
 
 @dataclass
@@ -88,7 +98,9 @@ class Channels:
             self._has_content = self._white.any(dim=1).numpy()
             rows, self.generator = generate(self._white, self._fixed[MODEL][1], self._is_warm, self.config.train.seed)
             # Measured on warm items, so that a new item changes no scale.
-            self._fixed[GENERATED] = of_unit_spread((users, rows), self._is_warm & self._has_content)
+            self._measured = self._is_warm & self._has_content
+            self._generated_scale = inverse_spread((users, rows), self._measured)
+            self._fixed[GENERATED] = users, rows * self._generated_scale
         self._axes: Tensor | None = None
 
     @property
@@ -107,9 +119,7 @@ class Channels:
         if self.interactions.ages is not None:
             found[RECENT] = self.recent(half_life)
         if self.whitening is not None:
-            history = _history(self.interactions, half_life)
-            users = torch.from_numpy(history @ self._white.numpy())
-            found[PROFILE] = of_unit_spread((users, self._white), self._is_warm & self._has_content)
+            found[PROFILE] = of_unit_spread(self._profile(half_life), self._measured)
         return found
 
     def recent(self, half_life: float | None) -> Rows:
@@ -129,6 +139,23 @@ class Channels:
             return summed(self._white.numpy(), half_life, power=0.5)
         return fit_fold_in(self._fixed[MODEL], self.interactions)
 
+    def content_map(self, name: str, half_life: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return how whitened content becomes an item row of a channel: float64 [k, d] and a constant, float64 [d].
+
+        Args:
+            name: `profile` or `generated`.
+            half_life: as for `at`.
+        """
+        if name == PROFILE:
+            scale, width = inverse_spread(self._profile(half_life), self._measured), self._white.shape[1]
+            return scale * np.eye(width), np.zeros(width)
+        assert self.generator is not None
+        return self._generated_scale * self.generator.matrix, self._generated_scale * self.generator.constant
+
+    def nothing(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `content_map` would, for a channel that content has no part in."""
+        return np.zeros((0 if self.whitening is None else self.whitening.axes.shape[1], width)), np.zeros(width)
+
     def likeness(self) -> Tensor:
         """Return rows whose cosines say how alike items are, float32 [num_items, d]: half behaviour and half content.
 
@@ -140,6 +167,9 @@ class Channels:
         generated = torch.from_numpy(~self._is_warm)[:, None]
         behaviour = torch.where(generated, self._fixed[GENERATED][1], behaviour)
         return torch.cat([F.normalize(behaviour, dim=1), self._white], dim=1)
+
+    def _profile(self, half_life: float | None) -> Rows:
+        return torch.from_numpy(_history(self.interactions, half_life) @ self._white.numpy()), self._white
 
     def _filtered(self, half_life: float | None) -> Rows:
         if self._axes is None:

@@ -22,6 +22,7 @@ from crane_core.evaluation.baselines import choose_half_life
 from crane_core.evaluation.evidence import EDGES, buckets_of
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time, without
+from crane_core.model.content_rows import ContentMap
 from crane_core.model.fold_in import FoldIn, same_for_all, side_by_side
 from crane_core.model.views import Rows
 from crane_core.model.whitening import Features
@@ -75,6 +76,7 @@ class ChosenHead:
         rows: users float32 [num_users, d] and items float32 [num_items, d] to score by.
         fold_in: what makes a user's row from a history.
         likeness: float32 [num_items, d'], rows whose cosines say how alike items are.
+        content: from features to the row of a cold item.
     """
 
     half_life: float | None
@@ -85,6 +87,7 @@ class ChosenHead:
     rows: Rows
     fold_in: FoldIn
     likeness: Tensor
+    content: ContentMap
 
     def facts(self) -> dict[str, object]:
         """Return what was chosen as JSON values."""
@@ -134,9 +137,7 @@ def choose_head(
         head_rows(weights, rows, fitting.popularity, interactions), interactions, users, config.head.cold_exposure
     )
     weights = weights.model_copy(update={"bias": (weights.bias[0] + offset, *weights.bias[1:])})
-    made = head_rows(weights, rows, fitting.popularity, interactions)
-    fold_in = head_fold_in(weights, channels, history)
-    return ChosenHead(half_life, history, form.name, weights, recall, made, fold_in, channels.likeness())
+    return _made(channels, rows, (half_life, history), (form.name, weights, recall))
 
 
 def _chosen_before(
@@ -145,11 +146,30 @@ def _chosen_before(
     """Return the head with weights and half-lives that were chosen on other interactions."""
     if choices.head is None:
         return None
-    channels, history = Channels(model, interactions, features, config), choices.history_half_life
-    popularity = log_popularity(interactions, choices.half_life)
-    made = head_rows(choices.head, channels.at(history), popularity, interactions)
-    fold_in = head_fold_in(choices.head, channels, history)
-    return ChosenHead(choices.half_life, history, "", choices.head, {}, made, fold_in, channels.likeness())
+    channels = Channels(model, interactions, features, config)
+    half_lives = choices.half_life, choices.history_half_life
+    return _made(channels, channels.at(half_lives[1]), half_lives, ("", choices.head, {}))
+
+
+def _made(
+    channels: Channels,
+    rows: Mapping[str, Rows],
+    half_lives: tuple[float | None, float | None],
+    chosen: tuple[str, HeadWeights, Mapping[str, float]],
+) -> ChosenHead:
+    """Make all that a head consists of from the channels, the half-lives, and form, weights and recalls."""
+    interactions, (half_life, history), (form, weights, recall) = channels.interactions, half_lives, chosen
+    return ChosenHead(
+        half_life,
+        history,
+        form,
+        weights,
+        recall,
+        head_rows(weights, rows, log_popularity(interactions, half_life), interactions),
+        head_fold_in(weights, channels, history),
+        channels.likeness(),
+        head_content_map(weights, channels, history, rows),
+    )
 
 
 def log_popularity(interactions: Interactions, half_life: float | None) -> Tensor:
@@ -176,9 +196,7 @@ def head_rows(
         users.append(channels[names[0]][0])
         weighted = [_weighted(channels[name][1], weights.channels[name], buckets) for name in names]
         items.append(torch.stack(weighted).sum(dim=0))
-    bias = torch.tensor(weights.bias)
-    # Among more cold items than at the fit, each one has to get a smaller share of the lists.
-    bias[0] -= np.log(max(len(interactions.cold_items()), 1) / max(weights.num_cold, 1))
+    bias = torch.tensor([_cold_bias(weights, interactions), *weights.bias[1:]])
     users.append(torch.ones(interactions.num_users, 1))
     items.append((weights.popularity * popularity + bias[buckets])[:, None])
     return torch.cat(users, dim=1), torch.cat(items, dim=1)
@@ -194,6 +212,38 @@ def head_fold_in(weights: HeadWeights, channels: Channels, half_life: float | No
     """
     parts = [channels.fold_in(names[0], half_life) for names in _used_spaces(weights, channels.names)]
     return side_by_side([*parts, same_for_all(np.ones(1, dtype=np.float32), channels.interactions.num_items)])
+
+
+def head_content_map(
+    weights: HeadWeights, channels: Channels, half_life: float | None, rows: Mapping[str, Rows]
+) -> ContentMap:
+    """Return the map from features to the row of `head_rows` that a cold item has.
+
+    Args:
+        weights: of the score.
+        channels: that the rows were made of.
+        half_life: of the histories, days; None for no decay.
+        rows: `channels.at(half_life)`.
+    """
+    parts = []
+    for names in _used_spaces(weights, channels.names):
+        maps = [
+            [weights.channels[name][0] * each for each in channels.content_map(name, half_life)]
+            for name in names
+            if name in OF_CONTENT
+        ]
+        width = rows[names[0]][1].shape[1]
+        parts.append([sum(each) for each in zip(*maps, strict=True)] if maps else channels.nothing(width))
+    parts.append(channels.nothing(1))
+    matrix, shift = (np.concatenate(each, axis=-1) for each in zip(*parts, strict=True))
+    constant = np.zeros(len(shift))
+    constant[-1] = weights.popularity * np.log(PRIOR_COUNT) + _cold_bias(weights, channels.interactions)
+    return ContentMap(channels.whitening, matrix, shift, constant)
+
+
+def _cold_bias(weights: HeadWeights, interactions: Interactions) -> float:
+    """Return the bias of a cold item. Among more of them than at the fit, each one gets a smaller share of the lists."""
+    return float(weights.bias[0] - np.log(max(len(interactions.cold_items()), 1) / max(weights.num_cold, 1)))
 
 
 def _used_spaces(weights: HeadWeights, present: Container[str]) -> list[list[str]]:

@@ -12,6 +12,7 @@ from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, end_of_training, load_interactions
 from crane_core.dataset.modalities import load_features, load_modalities
 from crane_core.model.content import Content, JointContent, joint_content, load_content
+from crane_core.model.content_rows import ContentMap, ContentRows, read_delivered, save_content_rows
 from crane_core.model.crane import Crane
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
@@ -56,9 +57,21 @@ def run(job: Job) -> Result:
     fold_in = fit_fold_in(chosen.rows, interactions) if head is None else head.fold_in
     fold_in = replace(fold_in, weight=interactions.mean_weight(), end=end_of_training(job.input("etl.interactions")))
     save_embeddings(job.out, *rows, fold_in, None if head is None else head.likeness)
+    if head is not None:
+        _save_content_rows(job, head.content)
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
     facts = {"trust": chosen.share, "head": head and head.facts(), "history": fold_in.facts()}
     return Result(summary | facts | {"validation": validation})
+
+
+def _save_content_rows(job: Job, content: ContentMap) -> None:
+    """Write how the vectors of a new item become its row."""
+    features = job.input("etl.features")
+    modalities = {
+        name: read_delivered(features.file(name), facts.get("delivered_dim", facts["dim"]))
+        for name, facts in sorted(features.facts["modalities"].items())
+    }
+    save_content_rows(ContentRows(modalities, content), job.out)
 
 
 def lend(training: Training) -> None:
