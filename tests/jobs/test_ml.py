@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -473,13 +472,13 @@ def test_what_a_rank_refuses_ends_the_job_as_it_would_alone(monkeypatch: pytest.
 
 
 def test_a_training_goes_on_where_the_server_of_its_live_curve_is_away(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plant(tmp_path / "store", tmp_path / "scratch")
     (tmp_path / "file").touch()
     away = f"runtime.registry=sqlite:///{tmp_path}/file/mlflow.db"
     argv = flags(tmp_path / "store", "planted", extra=("runtime.live_curves=true", away))
-    with caplog.at_level(logging.WARNING):
-        assert behaviour.main(argv) == EXIT_OK
-    assert "no_live_curve run=planted" in caplog.text and "does not answer" in caplog.text
+    assert behaviour.main(argv) == EXIT_OK
+    said = capfd.readouterr().err
+    assert "no_live_curve run=planted" in said and "does not answer" in said
     assert open_store(str(tmp_path / "store")).artifact("planted", "ml.behaviour").file("curve.json").exists()
