@@ -242,7 +242,7 @@ def head_content_map(
 
 
 def _cold_bias(weights: HeadWeights, interactions: Interactions) -> float:
-    """Return the bias of a cold item. Among more of them than at the fit, each one gets a smaller share of the lists."""
+    """Return the bias of a cold item. Among more of them than at the fit, each gets a smaller share of the lists."""
     return float(weights.bias[0] - np.log(max(len(interactions.cold_items()), 1) / max(weights.num_cold, 1)))
 
 
@@ -370,7 +370,7 @@ def _choose_history(channels: Channels, fitting: _Fitting, half_lives: Sequence[
         recent = {RECENT: channels.recent(half_life)}
         sample = draw_sample(recent, fitting.popularity, fitting.interactions, fitting.users)
         weights = fitting.fit(sample, Form((RECENT,)))
-        means[half_life] = float(np.average(fitting.losses(sample, weights), weights=sample.weights))
+        means[half_life] = float(sample.weights.numpy() @ fitting.losses(sample, weights))
     return min(means, key=means.__getitem__)
 
 

@@ -39,7 +39,8 @@ class Sample:
         own: float32 [c, p], those of the positives.
         base: float32 [n, m], logarithm of what each alternative stands for; -inf for none.
         positions: int64 [p], the user of each positive.
-        weights: float32 [p], what each positive counts: `n^-1/2` for a user with n of them.
+        weights: float32 [p], what each positive counts: `n^-1/2` for a user with n of them, 0 for one without any
+            alternative.
         alternatives, positives: int [m] and [p], their items.
         popularity: float32 [num_items], logarithm.
     """
@@ -78,6 +79,10 @@ def draw_sample(
     is_met = interactions.train.holds(*pairs) | interactions.validation.holds(*pairs)
     base = log_weights + torch.zeros(len(users), len(sample))
     base[torch.from_numpy(is_met.reshape(base.shape))] = -torch.inf
+    # Who has met every alternative chose among nothing.
+    has_choice = base.isfinite().any(dim=1)
+    base[~has_choice] = 0.0
+    weights = torch.from_numpy(np.bincount(positions)[positions] ** -0.5).float() * has_choice[positions]
     rows = [(of_users[users], of_items) for of_users, of_items in channels.values()]
     return Sample(
         tuple(channels),
@@ -86,7 +91,7 @@ def draw_sample(
         torch.stack([(u[positions] * i[positives]).sum(1) for u, i in rows]),
         base,
         torch.from_numpy(positions),
-        torch.from_numpy(np.bincount(positions)[positions] ** -0.5).float(),
+        weights,
         sample,
         positives,
         popularity,
@@ -151,7 +156,9 @@ def most_likely(sample: Sample, buckets: np.ndarray, is_free: Tensor, start: Seq
 
     def step() -> Tensor:
         optimiser.zero_grad()
-        loss = ((sample.weights * losses(sample, buckets, current())).sum() + penalty()) / sample.weights.sum()
+        loss = ((sample.weights * losses(sample, buckets, current())).sum() + penalty()) / sample.weights.sum().clamp(
+            min=1
+        )
         loss.backward()
         return loss
 
