@@ -89,6 +89,9 @@ class CraneSettings(Section):
     """beta, weight of the InfoNCE between the behavioural and the semantic view."""
     contrast_temperature: float = Field(0.2, gt=0)
     """tau, temperature of that InfoNCE."""
+    contrast_nodes: int | None = Field(256, ge=2)
+    """Distinct users of a batch that are contrasted, and distinct items; more are sampled. null contrasts all, and so
+    does `contrast_negatives=both_kinds`."""
     contrast_negatives: Literal["same_kind", "both_kinds"] = "same_kind"
     """Its negatives for a user: the other users of the batch, or also its items but for those the user has met in
     training; likewise for an item."""
@@ -102,13 +105,33 @@ class CraneSettings(Section):
 
 
 class HeadSettings(Section):
-    """Half-lives of what joins a model's score where the data have times: popularity, and users' recent items."""
+    """What joins a model's rows in the score: content, and, where the data have times, the moment."""
 
     half_lives: tuple[HalfLife, ...] = Field((1, 2, 3, 5, 7, 14, 30, 90, None), min_length=1)
     """Half-lives of the popularity, days, that validation chooses from; null is no decay. For the baseline, too."""
     history_half_lives: tuple[HalfLife, ...] = (3, 14, 60, None)
-    """Half-lives of a user's own history, days, that validation chooses from; null is no decay. Empty: the score is
-    that of a model that knows no times."""
+    """Half-lives of a user's own history, days, that validation chooses from; null is no decay. Empty: the score knows
+    no times."""
+    content_axes: int = Field(256, ge=1)
+    """Principal axes of the features that the content channels keep at most."""
+    cold_exposure: float | None = Field(None, ge=0, le=1)
+    """Share of the places in the lists that items without training interactions take; null: as validation finds most
+    of its items, with at most 1.5 times the share that such items have among them."""
+
+
+class HeadWeights(Section):
+    """Weights of the channels of a score, by evidence: a bucket of items by their number of training interactions."""
+
+    edges: tuple[int, ...]
+    """Smallest number of training interactions in each bucket, ascending; the first bucket holds the cold items."""
+    popularity: float = Field(ge=0)
+    """Weight of the logarithm of the popularity."""
+    channels: dict[str, tuple[float, ...]]
+    """Channel to its weight in each bucket."""
+    bias: tuple[float, ...]
+    """What is added in each bucket."""
+    num_cold: int = Field(ge=0)
+    """Cold items at the fit. Among more of them each one gets a smaller share of the lists."""
 
 
 class Choices(Section):
@@ -127,8 +150,8 @@ class Choices(Section):
     """Half-life of the popularity, days; null is no decay."""
     history_half_life: HalfLife = None
     """Half-life of a user's own history, days; null is no decay."""
-    weights: dict[str, float] | None = None
-    """Weights of popularity and channels in the score; null where the rows of the model stand alone."""
+    head: HeadWeights | None = None
+    """Weights of the score; null where the rows of the model stand alone."""
 
 
 class ModelConfig(Section):

@@ -24,6 +24,7 @@ USER_IDX = "user_idx"
 ITEM_IDX = "item_idx"
 SPLIT = "split"
 STATE = "state"
+BECAUSE = "because_item_id"
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 TRAINED, COLD, TOMBSTONE = "trained", "cold", "tombstone"

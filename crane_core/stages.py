@@ -168,7 +168,9 @@ _CHOOSING = ("train.num_epochs", "train.patience", "train.validation_users")
 """Fields of `train` that nothing obeys where the choices are given."""
 _CHOICES_OF_CRANE = tuple(f"choices.{name}" for name in Choices.model_fields if name != "behaviour_epochs")
 """Choices that LightGCN's training does not obey."""
-_CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives")
+_CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives", "head.cold_exposure")
+_OF_TRAINING = ("head.history_half_lives", "head.content_axes", "head.cold_exposure")
+"""Fields of `head` that the evaluation does not obey: it reads the half-lives of popularity alone."""
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -211,10 +213,10 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.train",
-            5,
+            6,
             lambda config: (
-                *("etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"),
-                *_joint(config, "etl.features", "etl.profiles"),
+                *("etl.interactions", "etl.features", "ml.refine", "ml.graph", "ml.behaviour"),
+                *_joint(config, "etl.profiles"),
             ),
             lambda config: (
                 *("train", "lightgcn", "crane", "head"),
@@ -230,21 +232,21 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.evaluate",
-            7,
+            8,
             _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
             _fixed("evaluate", "head"),
-            ignores=_fixed("head.history_half_lives"),
+            ignores=_fixed(*_OF_TRAINING),
         ),
         Stage(
             "ml.live",
             1,
             _fixed("etl.interactions"),
             _fixed("window", "evaluate", "head"),
-            ignores=_fixed("evaluate.user_block", "head.history_half_lives"),
+            ignores=_fixed("evaluate.user_block", *_OF_TRAINING),
             source=_lists_source,
         ),
         Stage("ml.register", 3, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
-        Stage("ml.export", 4, _fixed("etl.interactions", "ml.train"), _fixed("export")),
+        Stage("ml.export", 5, _fixed("etl.interactions", "ml.train"), _fixed("export")),
     )
 }
 

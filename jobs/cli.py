@@ -379,10 +379,12 @@ def _runtime(arguments: argparse.Namespace) -> Runtime:
 
 
 def _lines(items: list[dict[str, Any]], figure: str) -> list[str]:
-    return [
-        f"{item['rank']:3d}  {item[figure]:8.4f}  {item['item_id']:<12} {item['title'] or ''}".rstrip()
-        for item in items
-    ]
+    lines = []
+    for item in items:
+        line = f"{item['rank']:3d}  {item[figure]:8.4f}  {item['item_id']:<12} {item['title'] or ''}".rstrip()
+        because = item.get("because_title") or item.get("because_item_id")
+        lines.append(f"{line}  (because of {because})" if because else line)
+    return lines
 
 
 def _result(arguments: argparse.Namespace, answer: dict[str, Any], lines: Sequence[str]) -> None:

@@ -64,6 +64,14 @@ def profile_spreads(modalities: Sequence[Modality]) -> dict[str, float]:
     return spreads
 
 
+def load_features(features: Artifact) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Map the artifact of `etl.features` into memory: float [num_items, dim] and bool [num_items], by name."""
+    return [
+        (open_matrix(features.file(f"{name}/matrix.npy")), open_matrix(features.file(f"{name}/mask.npy")))
+        for name in sorted(features.facts["modalities"])
+    ]
+
+
 def load_modalities(features: Artifact, profiles: Artifact) -> list[Modality]:
     """Map the artifacts of `etl.features` and `etl.profiles` into memory, modalities by name."""
     return [

@@ -18,6 +18,7 @@ from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import DataError
 from crane_core.evaluation.baselines import recent_popularity
 from crane_core.evaluation.cold import rank_cold, summarise_cold
+from crane_core.evaluation.evidence import summarise_evidence
 from crane_core.evaluation.metrics import coverage, popularity_bias, user_metrics
 from crane_core.evaluation.ranking import Scorer, rank_users, without
 from crane_core.evaluation.slices import interest_entropy, slices_of_test
@@ -96,7 +97,7 @@ def summarise(tested: RankedTest, item_rows: np.ndarray, config: Evaluate) -> di
         config: resamples, seed and block of users.
 
     Returns:
-        JSON values: `users`, `models`, `differences`, `slices` and `cold_items`.
+        JSON values: `users`, `models`, `differences`, `slices`, `cold_items` and `evidence`.
     """
     report: dict[str, Any] = {"users": len(tested.users)}
     report |= {"models": {name: _model(tested, name, config) for name in tested.models}}
@@ -105,6 +106,7 @@ def summarise(tested: RankedTest, item_rows: np.ndarray, config: Evaluate) -> di
     parts = slices_of_test(tested.interactions, entropy)
     report |= {"slices": {label: _slice(tested, lists) for label, lists in parts.items()}}
     report |= {"cold_items": _cold_items(tested, parts["cold_items"], config)}
+    report |= {"evidence": summarise_evidence(tested.interactions, tested.users, tested.ranked)}
     return report
 
 

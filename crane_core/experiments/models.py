@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -37,12 +36,13 @@ from crane_core.refine.catalog import refine_catalog
 from crane_core.refine.fit import fit
 from crane_core.storage.local import LocalStorage
 from crane_core.storage.tensors import load_tensors
+from crane_core.training.head import choose_head
 from crane_core.training.share import choose_share
 from crane_core.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
-VERSION = 3
+VERSION = 4
 """Raised when the same recipe trains a different model; earlier trainings are then not reused."""
 
 
@@ -118,14 +118,12 @@ def train_lightgcn_softmax(dataset: Dataset, recipe: Recipe, work: Path) -> Trai
 def train_lightgcn_fused(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     """Train LightGCN and `lightgcn_softmax` and fuse them as LightGCN and CRANE: the gain by loss and fusion together.
 
-    There is no item graph, so cold items have no substitute in LightGCN's rows.
+    There is no content, so cold items have a popularity only.
     """
     interactions = dataset.interactions
     view = behaviour(interactions, recipe, work)
     own = behaviour(interactions, recipe, work, "softmax")
-    size = interactions.num_items
-    no_graph = SymmetricGraph(sp.csr_array((size, size), dtype=np.float32), CPU)
-    return _fused(view, own, no_graph, dataset, recipe)
+    return _fused(view, own, dataset, recipe, with_content=False)
 
 
 def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
@@ -138,8 +136,7 @@ def train_crane(dataset: Dataset, recipe: Recipe, work: Path) -> Trained:
     content, prepared = content_of(dataset, recipe, work)
     model = Crane(interactions.num_users, interactions.num_items, content, recipe)
     own = train_to_best(model, interactions, recipe, work / "crane")
-    # The item graph of the best epoch: joint content builds it from the best weights.
-    fused = _fused(view, own, content.graph, dataset, recipe)
+    fused = _fused(view, own, dataset, recipe, with_content=True)
     return replace(fused, seconds=fused.seconds + prepared["content_seconds"], facts=fused.facts | prepared)
 
 
@@ -153,7 +150,7 @@ _WITHOUT_EFFECT = {
     "crane": {
         *("mode", "joint_start", "graph_epochs", "num_item_layers", "loss", "edge_dropout"),
         *("semantic_items", "semantic_users", "own_content", "semantic_weight"),
-        *("contrast_weight", "contrast_temperature", "contrast_negatives"),
+        *("contrast_weight", "contrast_temperature", "contrast_negatives", "contrast_nodes"),
     },
 }
 """Fields that cannot change the rows of LightGCN, under either loss."""
@@ -253,14 +250,18 @@ def behaviour_key(interactions: Interactions, config: ModelConfig, loss: Loss) -
     return f"{name}-{fingerprint(VERSION, interactions.num_items, settings, *lists)}"
 
 
-def _fused(view: View, own: View, item_graph: SymmetricGraph, dataset: Dataset, recipe: Recipe) -> Trained:
-    """Fuse LightGCN's rows with a model's own, at the share that validation chooses."""
+def _fused(view: View, own: View, dataset: Dataset, recipe: Recipe, with_content: bool) -> Trained:
+    """Fuse LightGCN's rows with a model's own, at the share that validation chooses, and put the head on them."""
     started = time.monotonic()
     (behavioural, alone), (rows, summary) = view, own
-    chosen = choose_share(behavioural, rows, item_graph, dataset.interactions, recipe)
+    chosen = choose_share(behavioural, rows, dataset.interactions, recipe)
+    features = [(each.items, each.present) for each in dataset.modalities(recipe.features)] if with_content else []
+    head = choose_head(chosen.rows, dataset.interactions, recipe, features)
     seconds = alone["seconds"] + summary["seconds"] + time.monotonic() - started
-    facts = summary | {"trust": chosen.share, "curve": chosen.curve}
-    return Trained(dot_product(*chosen.rows), chosen.recall, seconds, facts, dot_product(*rows))
+    facts = summary | {"trust": chosen.share, "curve": chosen.curve, "head": head and head.facts()}
+    if head is None:
+        return Trained(dot_product(*chosen.rows), chosen.recall, seconds, facts, dot_product(*rows))
+    return Trained(dot_product(*head.rows), head.recall[head.form], seconds, facts, dot_product(*rows))
 
 
 def content_of(dataset: Dataset, recipe: Recipe, work: Path) -> tuple[Content | JointContent, dict[str, Any]]:

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from crane_core.report.page import FAINT, INK, STYLE, clean, environment, interval, plot_monitors, svg
-from crane_core.training.monitors import GRADIENT
+from crane_core.training.curve import GRADIENT
 
 DEFAULT_COLOUR, COLOUR, VALIDATION_COLOUR = "#d9822b", "#0f5c8c", "#8a94a0"
 _FORM_COLOURS = ("#0f5c8c", "#d9822b", "#1d7a4d", "#6b4fa0", "#b3402e", "#66727e")

@@ -10,9 +10,10 @@ from crane_core.model.lightgcn import LightGCN
 from crane_core.model.losses import info_nce
 from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
-from crane_core.model.views import Batch, PickedViews, Views
+from crane_core.model.views import Batch, PickedViews, Sample, Views
 from crane_core.model_config import ModelConfig
 from crane_core.numerics.initial import xavier
+from crane_core.ranks import ranks
 
 
 class Crane(LightGCN):
@@ -37,10 +38,12 @@ class Crane(LightGCN):
     def __init__(self, num_users: int, num_items: int, content: Content | JointContent, config: ModelConfig) -> None:
         super().__init__(num_users, num_items, config, config.crane.loss)
         self.content = content
-        self.user_shards, self.item_shards = Shards((num_users,)), Shards((num_items,))
+        self.user_shards, self.item_shards = (Shards((size,), *ranks()) for size in (num_users, num_items))
         self._cut: tuple[SymmetricGraph, SymmetricGraph] | None = None
         self.edge_dropout = config.crane.edge_dropout
         self.contrasts_kinds = config.crane.contrast_negatives == "both_kinds"
+        # Between users and items every pair must be known, so no sample is drawn.
+        self.contrasted_nodes = None if self.contrasts_kinds else config.crane.contrast_nodes
         self.num_views = 3
         self.content_width = content.width if config.crane.own_content else 0
         generator = torch.Generator().manual_seed(config.train.seed + 1)
@@ -89,16 +92,22 @@ class Crane(LightGCN):
     def losses(self, views: Views | PickedViews, batch: Batch) -> dict[str, Tensor]:
         """Return LightGCN's terms and `contrast`: beta times the InfoNCE of `e` and `h`, over users and over items.
 
+        Of a large batch a sample of the nodes is contrasted (`contrast_nodes`); the paper contrasts all.
         With `contrast_negatives=both_kinds` it is over both at once. Then a user and an item that have met in training
         are no negatives of each other.
         """
         assert views.semantic is not None
-        kinds, false = [batch.users, batch.positives + self.num_users], None
+        kinds: list[Tensor | Sample] = [batch.users, batch.positives + self.num_users]
+        false = None
+        if batch.contrasted is not None:
+            users, items = batch.contrasted
+            kinds = [users, items._replace(nodes=items.nodes + self.num_users)]
         if self.contrasts_kinds:
             assert batch.known is not None
             # Ascending, the distinct users come before the distinct items.
-            users, items = (batch.known.new_zeros(size, size) for size in batch.known.shape)
-            kinds, false = [torch.cat(kinds)], _beside(users, batch.known, items)
+            among_users, among_items = (batch.known.new_zeros(size, size) for size in batch.known.shape)
+            kinds = [torch.cat([batch.users, batch.positives + self.num_users])]
+            false = _beside(among_users, batch.known, among_items)
         contrast = torch.stack(
             [
                 info_nce(views.behaviour, views.semantic, nodes, batch, self.config.crane.contrast_temperature, false)
@@ -134,7 +143,7 @@ class Crane(LightGCN):
             assert user_rows is not None
             users = user_rows.flatten(1) @ self.fusion + self.fusion_bias
         else:
-            users = (graph @ torch.cat([torch.zeros_like(self.ids[:num_users]), items]))[:num_users]
+            users = graph.spread(items)
         semantic = torch.cat([users, items])
         if self.config.crane.own_content:
             assert user_rows is not None

@@ -18,6 +18,8 @@ import scipy.sparse as sp
 
 ROWS, CONSTANT = "history_rows", "history_constant"
 """Names of the arrays in `embeddings.safetensors`."""
+FOLD_IN = "history.json"
+"""File of an export with all but the arrays."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,13 @@ class FoldIn:
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
-def summed(rows: np.ndarray, half_life: float | None) -> FoldIn:
-    """Return the fold-in of users whose rows are decayed sums of the items' rows, float32 [num_items, d]."""
+def summed(rows: np.ndarray, half_life: float | None, power: float = 0.0) -> FoldIn:
+    """Return the fold-in of users whose rows are decayed sums of the items' rows, float32 [num_items, d].
+
+    The sums are divided by this power of the sum of the weights.
+    """
     constant = np.zeros(rows.shape[1], dtype=np.float32)
-    return FoldIn(rows.astype(np.float32, copy=False), constant, (Block(rows.shape[1], half_life),))
+    return FoldIn(rows.astype(np.float32, copy=False), constant, (Block(rows.shape[1], half_life, power),))
 
 
 def same_for_all(constant: np.ndarray, num_items: int) -> FoldIn:

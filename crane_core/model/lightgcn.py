@@ -11,7 +11,8 @@ from crane_core.model.propagation import SymmetricGraph, propagate
 from crane_core.model.sharding import Shards
 from crane_core.model.views import Batch, PickedViews, Rows, Views
 from crane_core.model_config import Loss, ModelConfig
-from crane_core.numerics.initial import xavier
+from crane_core.numerics.initial import xavier_rows
+from crane_core.ranks import ranks
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Powers of the length of an item's row that scores may be multiplied by; validation chooses one."""
@@ -24,6 +25,8 @@ class LightGCN(nn.Module):
     and propagation gives it the item's popularity. Items are then ranked by cosine times length to a power, which
     validation chooses.
 
+    In a distributed training it holds the embeddings of this rank, and makes no others.
+
     Args:
         num_users, num_items: sizes of the id maps.
         config: sizes and loss weights.
@@ -33,6 +36,7 @@ class LightGCN(nn.Module):
         edge_dropout: share of the edges that a training epoch drops; LightGCN keeps all of them.
         shares_negatives: whether the rows of a batch share their negatives; otherwise each row has one.
         contrasts_kinds: whether users are contrasted with items; this needs `Batch.known`.
+        contrasted_nodes: most distinct nodes of a kind that are contrasted in a batch; None for all, or no contrast.
         num_views: number of views that differ.
         content_width: numbers that the view reads of a node's refined row.
     """
@@ -42,21 +46,25 @@ class LightGCN(nn.Module):
         self.edge_dropout = 0.0
         self.shares_negatives = loss == "softmax"
         self.contrasts_kinds = False
+        self.contrasted_nodes: int | None = None
         self.num_views = 1
         self.content_width = 0
         self.num_users = num_users
         self.num_items = num_items
         self.config = config
-        self.shards = Shards((num_users, num_items))
+        self.shards = Shards((num_users, num_items), *ranks())
         generator = torch.Generator().manual_seed(config.train.seed)
+        dim, kinds = config.lightgcn.embedding_dim, (Shards((size,), *ranks()) for size in (num_users, num_items))
         self.ids = nn.Parameter(
-            torch.cat([xavier((size, config.lightgcn.embedding_dim), generator) for size in (num_users, num_items)])
+            torch.cat([xavier_rows((kind.num_rows, dim), kind.parts()[0], generator) for kind in kinds])
         )
 
     def shard(self, shards: Shards) -> None:
         """Keep the embeddings of one rank. `forward` then returns the rows of that rank, from its rows of the graph."""
+        if self.shards.world_size == 1:
+            self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
+        assert len(self.ids) == shards.num_local
         self.shards = shards
-        self.ids = nn.Parameter(shards.local(self.ids.detach()).clone())
 
     def chosen(self) -> tuple[int, str] | None:
         """Return the epochs and the name of the ranking that are given; None where validation chooses them."""
@@ -113,8 +121,9 @@ class LightGCN(nn.Module):
         return items.norm(dim=1, keepdim=True)
 
     def _ranking(self, views: Views | PickedViews, batch: Batch) -> Tensor:
-        users, positives = (views.final[batch.mine(rows)] for rows in (batch.users, batch.positives + self.num_users))
+        positives = views.final[batch.mine(batch.positives + self.num_users)]
         if not self.shares_negatives:
+            users = views.final[batch.mine(batch.users)]
             negatives = views.final[batch.mine(batch.negatives) + self.num_users]
             values = bpr(users, positives, negatives)
             if batch.weights is not None:
@@ -122,12 +131,22 @@ class LightGCN(nn.Module):
             return values.sum() / len(batch.users)
         assert batch.met is not None and batch.weights is not None
         negatives = views.final[batch.negatives + self.num_users]
+        users, met, rows = _users(batch, batch.met)
         values = sampled_softmax(
-            users, positives, negatives, batch.mine(batch.met), self.config.crane.ranking_temperature
+            views.final[users], positives, negatives, met, self.config.crane.ranking_temperature, rows
         )
         return (batch.mine(batch.weights) * values).sum() / len(batch.users)
 
     def _regularised(self, views: Views | PickedViews, nodes: Tensor) -> Tensor:
         """Return the squared norm of the nodes' ID embeddings, as in the LightGCN paper."""
-        ids = views.ids if isinstance(views, PickedViews) else self.ids
-        return ids[nodes].square().sum()
+        return views.ids.total(nodes) if isinstance(views, PickedViews) else self.ids[nodes].square().sum()
+
+
+def _users(batch: Batch, met: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the users of this rank's rows, the negatives that each has met, and each row's place among the users."""
+    if batch.distinct is None or batch.rows is None:
+        return batch.mine(batch.users), batch.mine(met), None
+    if batch.world_size == 1:
+        return batch.distinct, met, batch.rows
+    wanted, rows = torch.unique(batch.mine(batch.rows), return_inverse=True)
+    return batch.distinct[wanted], met[wanted], rows

@@ -55,22 +55,37 @@ class SymmetricGraph:
         """Multiply, with a gradient: float32 or float64 [m, d] -> [m, d], the rows of this rank."""
         return _SymmetricProduct.apply(rows, self)
 
+    @property
+    def num_local(self) -> int:
+        """Number of rows that this rank keeps."""
+        return len(self._offsets) - 1
+
+    def spread(self, items: Tensor) -> Tensor:
+        """Multiply rows of items, with a gradient, and return those of users; of a graph between users and items.
+
+        Half of the product of all nodes, whose rows of users are zero and whose rows of items are not wanted.
+
+        Args:
+            items: float32 or float64 [m, d], this rank's.
+        """
+        return _ItemsToUsers.apply(items, self)
+
     def degrees(self) -> Tensor:
         """Return the number of entries of each row, of all ranks: int64 [n]."""
         return self.shards.collect(self._offsets.diff().long())
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """Multiply without a gradient."""
+    def multiply(self, rows: Tensor, wanted: slice | None = None) -> Tensor:
+        """Multiply without a gradient; return only some of this rank's rows where `wanted`, consecutive, is given."""
         gathered = self.shards.collect(rows.detach().contiguous())
-        if len(self._cuts) == 2:
-            return _sum_rows(gathered, self._offsets, self._indices, self._values)
+        wanted = wanted or slice(0, self.num_local)
+        inner = [cut for cut in self._cuts if wanted.start < cut < wanted.stop]
         blocks = []
-        for start, stop in pairwise(self._cuts):
+        for start, stop in pairwise([wanted.start, *inner, wanted.stop]):
             offsets = self._offsets[start : stop + 1]
             entries = slice(int(offsets[0]), int(offsets[-1]))
             arrays = offsets - offsets[0], self._indices[entries], self._values[entries]
             blocks.append(_sum_rows(gathered, *(array.to(self.device) for array in arrays)))
-        return torch.cat(blocks)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _sum_rows(rows: Tensor, offsets: Tensor, indices: Tensor, values: Tensor) -> Tensor:
@@ -88,6 +103,21 @@ class _SymmetricProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.graph.multiply(gradients[0]), None
+
+
+class _ItemsToUsers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, items: Tensor, graph: SymmetricGraph) -> Tensor:
+        ctx.graph, ctx.num_items = graph, len(items)
+        num_users = graph.num_local - len(items)
+        padded = torch.cat([items.new_zeros(num_users, items.shape[1]), items])
+        return graph.multiply(padded, slice(0, num_users))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        users = gradients[0]
+        padded = torch.cat([users, users.new_zeros(ctx.num_items, users.shape[1])])
+        return ctx.graph.multiply(padded, slice(len(users), len(padded))), None
 
 
 def propagate(graph: SymmetricGraph, embeddings: Tensor, num_layers: int) -> Tensor:

@@ -14,6 +14,18 @@ Rows = tuple[Tensor, Tensor]
 """Users float32 [num_users, d] and items float32 [num_items, d]; scores are their dot products."""
 
 
+class Sample(NamedTuple):
+    """Some of the distinct nodes of one kind in a batch.
+
+    Attributes:
+        nodes: int64 [n], ascending.
+        num_distinct: how many there are, n or more.
+    """
+
+    nodes: Tensor
+    num_distinct: int
+
+
 class Batch(NamedTuple):
     """A batch of training interactions, with negatives.
 
@@ -23,10 +35,14 @@ class Batch(NamedTuple):
         users, positives: int64 [n], the interactions.
         negatives: int64 [n], one for each row; or int64 [m], shared by all rows.
         rank, world_size: of the training.
-        met: bool [n, m], shared negatives that the row's user has met in training.
+        met: bool [u, m], shared negatives that each distinct user has met in training; bool [n, m], by row, where
+            `distinct` is None.
         weights: float32 [n], how much each row counts; None where all count 1, which shared negatives never have.
         known: bool [distinct users, distinct positives], both ascending: which of these items each of these users has
             met in training. Only for a contrast between users and items.
+        distinct: int64 [u], the distinct users, ascending. Only with shared negatives.
+        rows: int64 [n], place of each row's user in `distinct`.
+        contrasted: users and items that are contrasted; None for all.
     """
 
     users: Tensor
@@ -37,6 +53,9 @@ class Batch(NamedTuple):
     met: Tensor | None = None
     weights: Tensor | None = None
     known: Tensor | None = None
+    distinct: Tensor | None = None
+    rows: Tensor | None = None
+    contrasted: tuple[Sample, Sample] | None = None
 
     def mine(self, rows: Tensor) -> Tensor:
         """Select the rows whose loss this rank computes."""
@@ -95,7 +114,8 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, source: Picked, nodes: Tensor) -> Tensor:
         ctx.source, ctx.nodes = source, nodes
-        return source.rows[nodes]
+        # Indexing would take four times as long on a CPU.
+        return source.rows.index_select(0, nodes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
@@ -103,19 +123,53 @@ class _Pick(torch.autograd.Function):
         return None, None, None
 
 
+class SquaredNorms:
+    """Squared norms of rows, whose gradients are summed here: one number for a node instead of its row.
+
+    Args:
+        rows: float32 [n, d].
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows.detach()
+        self.norms = self.rows.square().sum(1)
+        self.counts = torch.zeros_like(self.norms)
+        self._anchor = rows.new_zeros((), requires_grad=True)
+
+    def total(self, nodes: Tensor) -> Tensor:
+        """Return the sum of the squared norms of some nodes, repeats allowed: int64 [m] -> float32 []."""
+        return _AddNorms.apply(self._anchor, self, nodes)
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of the rows, float32 [n, d], summed over all backward passes."""
+        return 2 * self.counts[:, None] * self.rows
+
+
+class _AddNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, source: SquaredNorms, nodes: Tensor) -> Tensor:
+        ctx.source, ctx.nodes = source, nodes
+        return source.norms.index_select(0, nodes).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.source.counts.index_add_(0, ctx.nodes, gradients[0].expand(len(ctx.nodes)))
+        return None, None, None
+
+
 @dataclass(frozen=True)
 class PickedViews:
-    """The rows that the losses of a step read: views of all ranks, and the ID embeddings of this rank.
+    """What the losses of a step read: the views of all ranks, and the norms of this rank's ID embeddings.
 
     Attributes:
         final, behaviour, semantic: as in `Views`.
-        ids: the embeddings that this rank keeps.
+        ids: of the embeddings that this rank keeps.
     """
 
     final: Picked
     behaviour: Picked
     semantic: Picked | None
-    ids: Picked
+    ids: SquaredNorms
 
     @classmethod
     def of(cls, views: Views, ids: nn.Parameter, shards: Shards) -> PickedViews:
@@ -123,11 +177,11 @@ class PickedViews:
         rows = views.collect(shards)
         final = Picked(rows.final)
         behaviour = final if rows.behaviour is rows.final else Picked(rows.behaviour)
-        return cls(final, behaviour, None if rows.semantic is None else Picked(rows.semantic), Picked(ids))
+        return cls(final, behaviour, None if rows.semantic is None else Picked(rows.semantic), SquaredNorms(ids))
 
     def backward(self, views: Views, ids: nn.Parameter, shards: Shards) -> None:
         """Sum the gradients of the rows over the ranks, and propagate them back through this rank's part of `views`."""
         pairs = ((self.final, views.final), (self.behaviour, views.behaviour), (self.semantic, views.semantic))
         reached = {rows: picked for picked, rows in pairs if picked is not None and rows is not None}
         gradients = [shards.add_up(picked.gradient) for picked in reached.values()]
-        torch.autograd.backward([*reached, ids], [*gradients, self.ids.gradient])
+        torch.autograd.backward([*reached, ids], [*gradients, self.ids.gradient()])

@@ -137,8 +137,9 @@ def advice(checks: Iterable[Mapping[str, Any]], is_first: bool) -> str:
     if above:
         ways.append(
             f"The model recommends no better than {' and '.join(above)} here, so it is not worth serving yet: deliver "
-            "more interactions, or features that tell more about the items, and run again. promote.beats names the "
-            "baselines that a first champion must reach."
+            "more interactions, or features that tell more about the items, and run again; or try longer periods and a "
+            "longer training, such as --config movielens. promote.beats names the baselines that a first champion must "
+            "reach."
         )
     if not is_first:
         ways.append("The champion stays in service.")

@@ -98,10 +98,7 @@ class Registry(RegistryReader):
                     name, description="CRANE recommender; the alias champion is served."
                 )
         except (MlflowException, OSError) as error:
-            raise ConfigError(
-                f"The model registry {uri} does not answer ({error}).",
-                "Start the server, or give --set runtime.registry=URI (for crane: --registry URI) of one that runs.",
-            ) from error
+            raise self._away(error) from error
 
     def register(self, release: Release) -> tuple[Version, bool]:
         """Make a version, or find the one with the same fingerprint.
@@ -234,8 +231,8 @@ class Registry(RegistryReader):
     def watch(self, name: str, fingerprint: str) -> Iterator[Callable[[Mapping[str, float]], None]]:
         """Log a training's epochs while it runs, into an MLflow run of their own.
 
-        A training that resumes from a checkpoint resumes its run. The server must answer at the start. If it stops
-        answering later, the training goes on and these points are missing in MLflow; the training's own curve has them.
+        A training that resumes from a checkpoint resumes its run. If the server stops answering after the start, the
+        training goes on and these points are missing in MLflow; the training's own curve has them.
 
         Args:
             name: name of the run.
@@ -243,15 +240,14 @@ class Registry(RegistryReader):
 
         Yields:
             Function that logs the entry of an epoch.
+
+        Raises:
+            ConfigError: the server does not answer at the start.
         """
-        query = f"tags.`{_TRAINING_TAG}` = '{fingerprint}'"
-        found = self._client.search_runs([self._experiment_id], query, max_results=1)
-        if found:
-            run = found[0].info.run_id
-            self._client.update_run(run, status="RUNNING")
-        else:
-            tags = {_TRAINING_TAG: fingerprint}
-            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+        try:
+            run = self._training_run(name, fingerprint)
+        except (MlflowException, OSError) as error:
+            raise self._away(error) from error
 
         def log(entry: Mapping[str, float]) -> None:
             now, epoch = int(time.time() * 1000), int(entry["epoch"])
@@ -272,6 +268,22 @@ class Registry(RegistryReader):
         finally:
             with contextlib.suppress(MlflowException):
                 self._client.set_terminated(run, status)
+
+    def _training_run(self, name: str, fingerprint: str) -> str:
+        """Return the MLflow run of a training, which is resumed or made."""
+        query = f"tags.`{_TRAINING_TAG}` = '{fingerprint}'"
+        found = self._client.search_runs([self._experiment_id], query, max_results=1)
+        if not found:
+            tags = {_TRAINING_TAG: fingerprint}
+            return self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+        self._client.update_run(found[0].info.run_id, status="RUNNING")
+        return found[0].info.run_id
+
+    def _away(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"The model registry {self.uri} does not answer ({error}).",
+            "Start the server, or give --set runtime.registry=URI (for crane: --registry URI) of one that runs.",
+        )
 
     def _log_figures(self, run: str, model_id: str, release: Release, tags: Mapping[str, str]) -> None:
         now = int(time.time() * 1000)

@@ -19,6 +19,7 @@ from crane_core.dataset.interactions import load_ids, load_interactions
 from crane_core.dataset.modalities import PROFILE_SPREAD
 from crane_core.errors import ArtifactError
 from crane_core.release.ledger import Entry
+from crane_core.report.evidence import plot_evidence
 from crane_core.report.live import live_scores
 from crane_core.report.page import STYLE, environment, plot_monitors, svg
 from crane_core.report.plots import (
@@ -36,7 +37,7 @@ from crane_core.report.plots import (
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.stages import SHIPPED, STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
-from crane_core.training.monitors import GRADIENT, OVERWHELMED
+from crane_core.training.curve import GRADIENT, OVERWHELMED
 
 _SLICES = {
     "head_items": "Popular items (top fifth)",
@@ -248,6 +249,11 @@ def _slices(run: _Run, chapter: Chapter) -> None:
     chapter.data = {"models": models, "slices": slices, "empty": empty, "cold_items": cold}
     if slices:
         chapter.plots["slices"] = svg(plot_slices(slices, models))
+    if "evidence" in metrics:
+        head = run.artifact("ml.train").facts.get("head") or {}
+        chapter.plots["evidence"] = svg(
+            plot_evidence(metrics["evidence"], head.get("weights") if "form" in head else None)
+        )
 
 
 def _training(run: _Run, chapter: Chapter) -> None:

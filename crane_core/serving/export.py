@@ -16,20 +16,21 @@ from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, rank_blocks
 from crane_core.graph.candidates import CPU, SearchResources
 from crane_core.graph.exact import search
 from crane_core.graph.faiss_search import write_index
+from crane_core.model.fold_in import FOLD_IN
 from crane_core.progress import track
-from crane_core.schema import ITEM_ID, USER_ID
+from crane_core.schema import BECAUSE, ITEM_ID, USER_ID
 from crane_core.serving.model_folder import Recommender
+from crane_core.serving.reasons import Reasons
 
 logger = logging.getLogger(__name__)
 
-FOLD_IN = "history.json"
-"""File that says how a history becomes a user's row."""
 RECOMMENDATIONS = pa.schema(
     [
         pa.field(USER_ID, pa.string(), nullable=False),
         pa.field("rank", pa.int32(), nullable=False),
         pa.field(ITEM_ID, pa.string(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
+        pa.field(BECAUSE, pa.string()),
     ]
 )
 SIMILAR = pa.schema(
@@ -89,22 +90,33 @@ def write_recommendations(
     with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
         sides = (recommender.user_embeddings, recommender.item_embeddings)
         score = dot_product(*(torch.from_numpy(rows).to(device) for rows in sides))
+        reasons = _reasons(recommender, device)
         for users, values, indices in rank_blocks(score, recommender.seen, order, k, block):
             scores, items = values.numpy(), indices.numpy()
             rerank = np.lexsort((items, -scores), axis=1)
             scores, items = np.take_along_axis(scores, rerank, 1), np.take_along_axis(items, rerank, 1)
             keep = scores > -np.inf
             rank = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.int32), scores.shape)
+            because = np.full(items.shape, -1) if reasons is None else reasons.of(users, items)
             columns = [np.repeat(user_ids[users], keep.sum(1)), rank[keep], item_ids[items[keep]], scores[keep]]
+            columns.append(np.where(because[keep] >= 0, item_ids[because[keep]], None))
             writer.write_table(_table(columns, RECOMMENDATIONS))
             num_rows += int(keep.sum())
     return num_rows
 
 
+def _reasons(recommender: Recommender, device: torch.device) -> Reasons | None:
+    """Return what finds reasons; None for a model that does not tell them."""
+    if recommender.fold_in is None or recommender.history is None:
+        return None
+    items, seen = recommender.item_embeddings, recommender.seen
+    return Reasons(recommender.fold_in, items, seen, recommender.history, device)
+
+
 def write_similar(
     path: Path, recommender: Recommender, num_similar: int, *, block: int = 16384, device: torch.device = CPU
 ) -> int:
-    """Write the items with the highest cosine to every item, itself excluded, sorted by item id and rank.
+    """Write the items that are most like every item, itself excluded, sorted by item id and rank.
 
     Args:
         path: Parquet file, schema `SIMILAR`.
@@ -118,7 +130,8 @@ def write_similar(
     """
     item_ids = recommender.item_ids.to_numpy()
     order = np.argsort(item_ids)
-    ids, rows = item_ids[order], recommender.item_embeddings[order]
+    likeness = recommender.item_embeddings if recommender.likeness is None else recommender.likeness
+    ids, rows = item_ids[order], likeness[order]
     starts = range(0, len(rows), block)
     num_rows = 0
     with pq.ParquetWriter(path, SIMILAR) as writer:

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from crane_core.dataset.interactions import ItemLists, load_ids, load_interactions
 from crane_core.errors import ArtifactError, DataError
-from crane_core.model.fold_in import CONSTANT, ROWS, FoldIn
+from crane_core.model.fold_in import CONSTANT, ROWS, FoldIn, History
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.serving.histories import HISTORY, TIMES, Histories, is_given, read_histories
 from crane_core.storage.artifacts import Artifact, check_files, sha256_file
@@ -55,6 +55,8 @@ class Recommender:
         seen: training items of each user, never recommended to them.
         popularity: float32 [num_items], (decayed) weight of the training interactions; orders the list of the unknown.
         fold_in: makes a user's row of a history; None for a training of an earlier version.
+        likeness: float32 [num_items, d'], rows whose cosines say how alike items are; None: `item_embeddings` do.
+        history: the events of `seen`, in its order, with weights and ages; None where they are not known.
     """
 
     user_ids: pa.ChunkedArray
@@ -65,6 +67,8 @@ class Recommender:
     seen: ItemLists
     popularity: np.ndarray
     fold_in: FoldIn | None = None
+    likeness: np.ndarray | None = None
+    history: History | None = None
 
     def save_embeddings(self, path: Path) -> None:
         """Write the embeddings as safetensors, and the arrays of the fold-in beside them."""
@@ -85,15 +89,18 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
     items = np.setdiff1d(np.arange(known.num_items), known.tombstones)
     # Tombstones have no training interaction, so every item that was seen has a row among the others.
     seen = np.searchsorted(items, known.train.items).astype(np.int32)
+    lists = ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen)
     return Recommender(
         load_ids(interactions, "users", USER_ID).take(pa.array(users)),
         load_ids(interactions, "items", ITEM_ID).take(pa.array(items)),
         load_ids(interactions, "items", TITLE).take(pa.array(items)),
         rows["user_embeddings"][users],
         rows["item_embeddings"][items],
-        ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen),
+        lists,
         known.popularity(_half_life(trained))[items].astype(np.float32),
         FoldIn.of(rows, trained.facts["history"]).of_items(items) if "history" in trained.facts else None,
+        rows["likeness"][items] if "likeness" in rows else None,
+        History(lists.users(), seen, known.decayed(None).astype(np.float32), known.ages),
     )
 
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 def read_rows(path: Path, columns: Sequence[str], key: str, value: str) -> list[dict[str, Any]]:
     """Return the rows of a table that have a value in a column, in the order of the files.
 
-    Row groups that cannot hold the value are not read.
+    Row groups that cannot hold the value are not read. Columns that a file lacks are left out, as those of a file of an
+    earlier version.
 
     Args:
         path: Parquet file, or folder of such files.
@@ -23,14 +24,15 @@ def read_rows(path: Path, columns: Sequence[str], key: str, value: str) -> list[
     found: list[dict[str, Any]] = []
     for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
         with pq.ParquetFile(file) as parquet:
+            present = [name for name in columns if name in parquet.schema_arrow.names]
             for group in range(parquet.num_row_groups):
                 if not _may_hold(parquet.metadata.row_group(group), key, value):
                     continue
                 keys = parquet.read_row_group(group, columns=[key])[key].to_pylist()
                 places = [place for place, each in enumerate(keys) if each == value]
                 if places:
-                    table = parquet.read_row_group(group, columns=list(columns))
-                    found += [{name: table[name][place].as_py() for name in columns} for place in places]
+                    table = parquet.read_row_group(group, columns=present)
+                    found += [{name: table[name][place].as_py() for name in present} for place in places]
     return found
 
 

@@ -12,7 +12,7 @@ from crane_core.dataset.interactions import Interactions
 from crane_core.errors import DataError
 from crane_core.model.lightgcn import LightGCN
 from crane_core.model.user_item_graph import Edges
-from crane_core.model.views import Batch
+from crane_core.model.views import Batch, Sample
 from crane_core.model_config import ModelConfig
 from crane_core.ranks import ranks
 from crane_core.training.negatives import NegativeSampler
@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     ORDER = 2
     NEGATIVES = 3
     SAMPLED_GRAPH = 4
+    USERS = 5
 
 
 def generator_for(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
@@ -90,12 +91,18 @@ class Batches:
     def of_step(self, picked: np.ndarray, epoch: int, step: int) -> Iterator[Batch]:
         """Yield the batches of one step, made one at a time.
 
+        Where rows share negatives, rows of a user come into the same batch: its negatives are scored once for all.
+
         Args:
             picked: int, the step's interactions.
             epoch, step: where it stands.
         """
         size = self._config.train.batch_size
         first = step * self._config.train.batches_per_step
+        if self._model.shares_negatives and len(picked) > size:
+            generator = generator_for(self._config.train.seed, Purpose.USERS, epoch, step)
+            places = generator.permutation(self._model.num_users)
+            picked = picked[np.argsort(places[self.edges.users[picked]], kind="stable")]
         for number, start in enumerate(range(0, len(picked), size), first):
             generator = generator_for(self._config.train.seed, Purpose.NEGATIVES, epoch, number)
             yield self.batch(picked[start : start + size], generator)
@@ -110,21 +117,32 @@ class Batches:
         users = edges.users
         columns = {"users": users, "positives": edges.items}
         if self._model.shares_negatives:
-            negatives, met = self.sampler.shared(users, self._config.crane.num_negatives, generator)
+            distinct, rows = np.unique(users, return_inverse=True)
+            negatives, met = self.sampler.shared(distinct, self._config.crane.num_negatives, generator)
             weights = self.weights[users] if edges.weights is None else self.weights[users] * edges.weights
-            columns |= {"negatives": negatives, "met": met, "weights": weights}
+            columns |= {"negatives": negatives, "met": met, "weights": weights, "distinct": distinct, "rows": rows}
         else:
             columns["negatives"] = self.sampler.one_each(users, generator)
             if edges.weights is not None:
                 columns["weights"] = edges.weights
         if self._model.contrasts_kinds:
             columns["known"] = self.sampler.met(np.unique(users), np.unique(columns["positives"]))
-        tensors = {
-            name: torch.from_numpy(column.astype(np.int64) if column.dtype.kind == "i" else column).to(self._device)
-            for name, column in columns.items()
-        }
+        contrasted = None
+        if self._model.contrasted_nodes is not None:
+            kinds = (np.unique(users), np.unique(edges.items))
+            users_, items_ = (self._sample(kind, self._model.contrasted_nodes, generator) for kind in kinds)
+            contrasted = users_, items_
         rank, world_size = ranks()
-        return Batch(**tensors, rank=rank, world_size=world_size)
+        tensors = {name: self._tensor(column) for name, column in columns.items()}
+        return Batch(**tensors, rank=rank, world_size=world_size, contrasted=contrasted)
+
+    def _sample(self, nodes: np.ndarray, size: int, generator: np.random.Generator) -> Sample:
+        """Draw at most `size` of some distinct nodes."""
+        drawn = np.sort(generator.choice(nodes, size, replace=False)) if len(nodes) > size else nodes
+        return Sample(self._tensor(drawn), len(nodes))
+
+    def _tensor(self, column: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(column.astype(np.int64) if column.dtype.kind == "i" else column).to(self._device)
 
 
 def user_weights(counts: np.ndarray, balance: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from crane_core.model.lightgcn import LightGCN
 from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.views import Batch, PickedViews
 from crane_core.ranks import ranks
-from crane_core.training.monitors import GRADIENT
+from crane_core.training.curve import GRADIENT
 
 
 class Gradients:

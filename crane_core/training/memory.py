@@ -93,7 +93,7 @@ def batch_bytes(model: LightGCN, batch_size: int, dim: int) -> int:
     scores and the mask. By pair of contrasted nodes: scores and, where users are contrasted with items, two masks.
     """
     row = 18 * dim * _FLOAT + ((_FLOAT + 1) * model.config.crane.num_negatives if model.shares_negatives else 0)
-    users, items = (min(batch_size, size) for size in model.shards.sizes)
+    users, items = (min(batch_size, size, model.contrasted_nodes or size) for size in model.shards.sizes)
     pairs = 0
     if model.num_views > 1:
         pairs = (_FLOAT + 2) * (users + items) ** 2 if model.contrasts_kinds else _FLOAT * (users**2 + items**2)

@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crane_core.training.curve import GRADIENT, OVERWHELMED
+
 COLLAPSE = 0.02
 """Least effective rank of the users' rows, as a share of the way from 1 to d; below it they have collapsed. LightGCN
 under BPR passes through 0.036 (Last.fm 2K, d = 64) while it has learned popularity alone, and recovers."""
-OVERWHELMED = 2.0
-"""Largest gradient norm of another term of the loss, as a multiple of that of the ranking. At the default settings
-CRANE's contrast stays at 0.005 and LightGCN's regularisation at 0.04 (Last.fm 2K)."""
-GRADIENT = "gradient_"
-"""Prefix of the name of a term of the loss, for the norm of its gradient."""
 
 
 def effective_rank(rows: Tensor) -> float:

@@ -16,11 +16,9 @@ import torch
 from crane_core.dataset.interactions import Interactions
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users, users_at_a_time
-from crane_core.model.crane import fill_cold
-from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.views import Rows
 from crane_core.model_config import ModelConfig
-from crane_core.training.head import score_spread
+from crane_core.training.channels import score_spread
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 
@@ -42,39 +40,30 @@ class ChosenShare:
     rows: Rows
 
 
-def choose_share(
-    behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions, config: ModelConfig
-) -> ChosenShare:
+def choose_share(behaviour: Rows, crane: Rows, interactions: Interactions, config: ModelConfig) -> ChosenShare:
     """Choose the share that ranks the validation items best.
 
     One split cannot distinguish shares whose Recall@20 differs by less than chance. Among the shares within one
     standard error of the best, over users, the one with the best NDCG@20 is chosen, and the smallest of equal ones.
-
-    LightGCN learns nothing about items without training interactions but that they are negatives. At any share above 0
-    they take the mean of their neighbours' rows in LightGCN's view.
 
     With `config.choices` the share is theirs, and nothing is measured: `recall` is 0 and `curve` is empty.
 
     Args:
         behaviour: rows of the behavioural view.
         crane: CRANE's rows.
-        item_graph: whose neighbours stand for cold items.
         interactions: training items are masked, validation items are looked for.
         config: size of the validation sample.
     """
     if config.choices is not None:
         share = config.choices.share
-        return ChosenShare(share, 0.0, [], rows_at(share, behaviour, crane, item_graph, interactions))
+        return ChosenShare(share, 0.0, [], rows_at(share, behaviour, crane))
     users = interactions.validation_users(config.train.validation_users, config.train.seed)
     if len(users) == 0:
         return ChosenShare(0.0, 0.0, [(0.0, 0.0)], behaviour)
-    is_warm = torch.from_numpy(interactions.item_counts() > 0)
-    known = behaviour[0], fill_cold(behaviour[1], is_warm, item_graph)
     block = users_at_a_time(interactions.num_items)
     recalls, ndcgs = [], []
     for share in SHARES:
-        rows = fuse(known, crane, share) if share else behaviour
-        ranked = rank_users(dot_product(*rows), interactions.train, users, 20, block)
+        ranked = rank_users(dot_product(*rows_at(share, behaviour, crane)), interactions.train, users, 20, block)
         metrics = user_metrics(ranked, interactions.validation, users, (20,))
         recalls.append(metrics["recall@20"])
         ndcgs.append(metrics["ndcg@20"].mean())
@@ -83,15 +72,12 @@ def choose_share(
     chosen = max(near, key=lambda index: (ndcgs[index], -index))
     share = SHARES[chosen]
     curve = [(each, float(recall.mean())) for each, recall in zip(SHARES, recalls, strict=True)]
-    return ChosenShare(share, curve[chosen][1], curve, fuse(known, crane, share) if share else behaviour)
+    return ChosenShare(share, curve[chosen][1], curve, rows_at(share, behaviour, crane))
 
 
-def rows_at(share: float, behaviour: Rows, crane: Rows, item_graph: SymmetricGraph, interactions: Interactions) -> Rows:
+def rows_at(share: float, behaviour: Rows, crane: Rows) -> Rows:
     """Return the rows to score by at a share; see `choose_share`."""
-    if not share:
-        return behaviour
-    is_warm = torch.from_numpy(interactions.item_counts() > 0)
-    return fuse((behaviour[0], fill_cold(behaviour[1], is_warm, item_graph)), crane, share)
+    return fuse(behaviour, crane, share) if share else behaviour
 
 
 def _indistinct(lead: np.ndarray) -> bool:

@@ -11,9 +11,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.model.fold_in import ROWS, FoldIn
+from crane_core.model.fold_in import FOLD_IN, ROWS, FoldIn
 from crane_core.schema import ITEM_ID
-from crane_core.serving.export import FOLD_IN
 from crane_core.serving.histories import read_histories
 from crane_core.storage.tensors import load_arrays
 from jobs.commands.query import Served

@@ -12,7 +12,7 @@ from crane_core.refit import is_refit
 from crane_core.release.handover import CHAMPION
 from crane_core.release.ledger import Ledger
 from crane_core.release.local_registry import read_registry
-from crane_core.schema import ITEM_ID, TITLE, USER_ID
+from crane_core.schema import BECAUSE, ITEM_ID, TITLE, USER_ID
 from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 
@@ -69,7 +69,7 @@ def recommend(served: Served, user: str, k: int) -> dict[str, Any]:
         ConfigError: k is below 1.
         DataError: the user is unknown.
     """
-    rows = _rows(served, "recommendations", USER_ID, user, ("rank", ITEM_ID, "score"), k)
+    rows = _rows(served, "recommendations", USER_ID, user, ("rank", ITEM_ID, "score", BECAUSE), k)
     if not rows:
         raise DataError(
             f"User {user!r} has no recommendations in version {served.version} (run {served.run_id}).",
@@ -77,7 +77,9 @@ def recommend(served: Served, user: str, k: int) -> dict[str, Any]:
             f"{', '.join(example_users(served))}.",
         )
     titles = served.titles()
-    items = [{**row, "title": titles.get(row[ITEM_ID])} for row in rows]
+    items = [
+        {**row, "title": titles.get(row[ITEM_ID]), "because_title": titles.get(row.get(BECAUSE) or "")} for row in rows
+    ]
     return {"user": user, "model_version": served.version, "run": served.run_id, "items": items}
 
 

@@ -4,12 +4,15 @@ The champion is looked up once and exported from the run of its shipped model: t
 is unseen if that run's training holds no event of the user with it; a refit run's holds all before `window.end`. The
 artifact is the contract with serving systems:
 
-    recommendations/*.parquet   user_id, rank (from 1), item_id, score; at most `export.k` unseen items per user
+    recommendations/*.parquet   user_id, rank (from 1), item_id, score, because_item_id; at most `export.k` unseen items
+                                per user. Because: the item of the user's history that adds most to the score, by the
+                                sums below; null where popularity alone would have put the item into the list
     similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
     popular.parquet             rank, item_id, score (popularity at `window.end`): for users without recommendations
     embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
                                 score = dot product; history_rows f32 [num_items, d], history_constant f32 [d]
     history.json                weight, end, blocks (columns, half_life, power): how a history becomes a user's row
+    content.safetensors, content.json  how the vectors of a new item become its row, see below
     users.parquet, items.parquet  external ids (and titles); row number = row of the embeddings
     ann.faiss                   inner product over the item embeddings; id in the index = row of items.parquet
 
@@ -23,6 +26,13 @@ with the half-life of the block,
 
 The scores are the dot products of the row with `item_embeddings`; items of the history are left out. A history without
 a known item gets `popular.parquet`. An export of a model of an earlier version has no `history.json`.
+
+An item that came after the run can be ranked at once, by a row from its vectors:
+`crane_core.model.content_rows.load_content_rows(folder).rows({"text": vectors})`. Each modality is standardised by its
+`kind` and `NAME.mean` and `NAME.scale`, projected by `NAME.centre` and `NAME.axes` where there are any, then centred by
+`NAME.whitening_mean` and divided by `NAME.whitening_scale`; a missing one is 0. Side by side they are multiplied by
+`whitening_axes` and divided by their length; the row is `white @ matrix + shift + constant`, or `constant` where every
+modality is missing.
 
 Names, types and meanings do not change; additions get new names. Without a champion nothing is exported, and the run
 record says so.

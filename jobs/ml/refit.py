@@ -46,7 +46,7 @@ def choices_of(behaviour: Artifact, trained: Artifact) -> Choices:
         share=trained.facts["trust"],
         half_life=head["half_life"],
         history_half_life=head["history_half_life"],
-        weights=head["weights"],
+        head=head["weights"],
     )
 
 

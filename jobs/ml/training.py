@@ -6,7 +6,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, load_interactions
+from crane_core.errors import ConfigError
 from crane_core.model.fold_in import FoldIn
 from crane_core.model.lightgcn import LightGCN
 from crane_core.ranks import ranks
@@ -67,12 +68,17 @@ def lend_ranks(name: str, training: Training, build: Build) -> None:
     start_ranks(_train_rank, name, (*training, build))
 
 
-def save_embeddings(folder: Path, users: Tensor, items: Tensor, fold_in: FoldIn | None = None) -> None:
+def save_embeddings(
+    folder: Path, users: Tensor, items: Tensor, fold_in: FoldIn | None = None, likeness: Tensor | None = None
+) -> None:
     """Write `embeddings.safetensors`: scores are dot products of `user_embeddings` and `item_embeddings`.
 
-    With a fold-in also `history_rows` and `history_constant`, its arrays.
+    With a fold-in also `history_rows` and `history_constant`, its arrays; with `likeness`, float32 [num_items, d],
+    rows of that name, whose cosines say how alike items are.
     """
     rows = {"user_embeddings": users.contiguous(), "item_embeddings": items.contiguous()}
+    if likeness is not None:
+        rows["likeness"] = likeness.contiguous()
     if fold_in is not None:
         rows |= {name: torch.from_numpy(array) for name, array in fold_in.arrays().items()}
     save_file(rows, folder / "embeddings.safetensors")
@@ -95,16 +101,26 @@ def _stop_on_sigterm() -> Iterator[Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
 def _live_curve(
     store_uri: str, run_id: str, config: RunConfig, work: Path
-) -> AbstractContextManager[Callable[[Mapping[str, float]], None] | None]:
-    """Return what shows the epochs in MLflow: on rank 0, and where `runtime.live_curves` is set."""
-    if not config.runtime.live_curves or ranks()[0] > 0:
-        return nullcontext()
-    # Imported where it is wanted: MLflow takes longer to import than a small model to train.
-    from crane_core.release.registry import open_registry
+) -> Iterator[Callable[[Mapping[str, float]], None] | None]:
+    """Yield what shows the epochs in MLflow: on rank 0, and where `runtime.live_curves` is set.
 
-    return open_registry(config.runtime, store_uri).watch(f"{run_id} {work.parent.name}", work.stem)
+    Where the registry does not answer, the training goes on without: it needs none before `ml.register`.
+    """
+    with ExitStack() as stack:
+        watch = None
+        if config.runtime.live_curves and ranks()[0] == 0:
+            # Imported where it is wanted: MLflow takes longer to import than a small model to train.
+            from crane_core.release.registry import open_registry
+
+            try:
+                registry = open_registry(config.runtime, store_uri)
+                watch = stack.enter_context(registry.watch(f"{run_id} {work.parent.name}", work.stem))
+            except ConfigError as error:
+                logger.warning("no_live_curve run=%s error=%s", run_id, error)
+        yield watch
 
 
 def _train_rank(store_uri: str, run_id: str, config: RunConfig, work: Path, build: Build) -> None:

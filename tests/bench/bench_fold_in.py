@@ -102,7 +102,7 @@ def ship(world: World, config: ModelConfig) -> tuple[Rows, ChosenHead]:
             share=0.0,
             half_life=chosen.half_life,
             history_half_life=chosen.history_half_life,
-            weights={"popularity": chosen.head.popularity, **chosen.head.channels},
+            head=chosen.weights,
         )
         refit = config.model_copy(update={"choices": choices})
         # Behaviour keeps trainings by their data: choices are no part of its key, but the data differ.

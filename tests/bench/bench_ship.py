@@ -99,7 +99,7 @@ def refitted(twin: ChosenHead, data: Interactions, config: ModelConfig, epochs: 
         share=0,
         half_life=twin.half_life,
         history_half_life=twin.history_half_life,
-        weights={"popularity": twin.head.popularity, **twin.head.channels},
+        head=twin.weights,
     )
     config = config.model_copy(update={"choices": choices})
     head = choose_head(model_rows(data, config, epochs > 0), data, config)

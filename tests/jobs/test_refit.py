@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession
 from crane_core.config import Runtime
 from crane_core.config_file import load_config
 from crane_core.errors import EXIT_ARTIFACT, EXIT_CONFIG, EXIT_OK
-from crane_core.model_config import Choices
+from crane_core.model_config import Choices, HeadWeights
 from crane_core.refit import refit_config, refit_run
 from crane_core.release.registry import open_registry
 from crane_core.serving.export import write_export
@@ -217,7 +217,13 @@ CHOSEN = Choices(
     share=0.5,
     half_life=3.0,
     history_half_life=14.0,
-    weights={"popularity": 1.0, "model": 0.5, "recent": 0.2},
+    head=HeadWeights(
+        edges=(0, 1, 8),
+        popularity=1.0,
+        channels={"model": (0, 0.5, 0.6), "recent": (0, 0.2, 0.1), "profile": (0.5, 0.3, 0), "generated": (0.2, 0, 0)},
+        bias=(-1.0, 0.1, 0.2),
+        num_cold=3,
+    ),
 )
 """Choices as a twin may have made them."""
 

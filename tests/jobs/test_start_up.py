@@ -44,8 +44,8 @@ def ask(store: Path, *argv: str) -> tuple[dict, set[str]]:
         (("recommend", "--user", user_ids()[0]), set()),
         (("similar", "--item", item_ids()[0]), set()),
         (("runs",), set()),
-        # A served model is verified by the module that reads it, which imports pandas.
-        (("ledger", "verify"), {"pandas"}),
+        # A served model is verified by the module that reads it, which imports these.
+        (("ledger", "verify"), {"pandas", "scipy"}),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -73,3 +73,12 @@ def test_a_version_that_another_run_has_registered_is_found(store: Path) -> None
     finally:
         artifacts.record("run-1", "ml.export", entry)
     assert (answer["model_version"], answer["run"]) == ("1", "run-1")
+
+
+def test_the_page_of_a_run_needs_no_torch(store: Path) -> None:
+    program = PROGRAM.replace("from jobs import cli", "from jobs.ml import report as cli")
+    command = [sys.executable, "-c", program, "--store", str(store), "--run", "run-1"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout.splitlines()[-1])["status"] == "done"
+    imported = set(json.loads(ended.stderr.splitlines()[-1]))
+    assert "matplotlib" in imported and not imported & {"torch", "mlflow", "pyspark"}

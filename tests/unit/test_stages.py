@@ -91,6 +91,8 @@ DECIDES = {
     "crane.joint_start": [],
     "crane.graph_epochs": [],
     "head.history_half_lives": ["ml.train"],
+    "head.content_axes": ["ml.train"],
+    "head.cold_exposure": ["ml.train"],
     "evaluate.user_block": ["ml.evaluate"],
     "evaluate.live_warn": [],
     "evaluate.live_stop": [],
@@ -121,6 +123,7 @@ CHOSEN = {
     "train.validation_users": [],
     "head.half_lives": ["ml.evaluate", "ml.live"],
     "head.history_half_lives": [],
+    "head.cold_exposure": [],
 }
 """Stages whose output a field decides where the choices are given, and where that differs."""
 
@@ -154,8 +157,9 @@ def other_value(config: RunConfig, path: str) -> Any:
         "evaluate.ks": [20],
         "promote.beats": ["popularity"],
         "head.half_lives": [3],
-        "choices.weights": {"popularity": 0.5},
+        "choices.head": {"edges": [0, 1], "popularity": 0.5, "channels": {}, "bias": [0, 0], "num_cold": 0},
         "head.history_half_lives": [3],
+        "head.cold_exposure": 0.1,
     }
     if path in special:
         return special[path]
@@ -268,7 +272,7 @@ def test_fingerprint_changes_with_everything_that_decides_the_output() -> None:
 
 def test_a_joint_training_reads_and_obeys_more() -> None:
     stage, staged, joint = STAGES["ml.train"], configure(), configure("crane.mode=joint")
-    assert {*stage.inputs(joint)} - {*stage.inputs(staged)} == {"etl.features", "etl.profiles"}
+    assert {*stage.inputs(joint)} - {*stage.inputs(staged)} == {"etl.profiles"}
     for override in ("refine.phi=softmax", "knn.k=3"):
         for mode, decides in (("staged", False), ("joint", True)):
             pair = [configure(f"crane.mode={mode}"), configure(f"crane.mode={mode}", override)]

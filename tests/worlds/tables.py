@@ -8,7 +8,8 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -239,3 +240,44 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
         return changed[kind]
 
     return spoil
+
+
+STRUCT = pa.struct([("n", pa.string())])
+ODD_VALUES: list[tuple[list[Any], list[pa.DataType]]] = [
+    ([None, None, None], [pa.null()]),
+    ([True, None, False], [pa.bool_()]),
+    ([1, None, 3], [pa.int8(), pa.uint8(), pa.int64(), pa.uint64(), pa.float16(), pa.float32(), pa.float64()]),
+    ([1, None, 3], [pa.time32("s"), pa.time64("us"), pa.duration("s")]),
+    ([float("inf"), float("nan"), -0.0], [pa.float64()]),
+    ([Decimal(1), None, Decimal(2)], [pa.decimal128(38, 0)]),
+    ([Decimal("1.5"), None, Decimal(2)], [pa.decimal32(5, 1)]),
+    ([Decimal(10) ** 50, None, None], [pa.decimal256(60)]),
+    (["a", None, "1"], [pa.string(), pa.large_string(), pa.string_view()]),
+    ([b"a", None, b"\xff"], [pa.binary(), pa.large_binary(), pa.binary_view()]),
+    ([b"0" * 16, None, b"\xff" * 16], [pa.binary(16), pa.uuid()]),
+    (['{"a": 1}', None, "[1]"], [pa.json_()]),
+    ([date(2020, 1, 1), None, date(1, 1, 1)], [pa.date32(), pa.date64()]),
+    ([date(2020, 1, 1), None, date(9999, 12, 31)], [pa.date32()]),
+    ([1433221332, None, 2**40], [pa.timestamp("s"), pa.timestamp("ms", "UTC")]),
+    ([2**62, None, 0], [pa.timestamp("us", "UTC"), pa.timestamp("ns", "Asia/Tokyo")]),
+    ([[1, None], None, []], [pa.list_(pa.int64())]),
+    ([["a", None], None, []], [pa.list_(pa.string())]),
+    ([[None], None, []], [pa.list_(pa.null())]),
+    ([[1.5], None, []], [pa.large_list(pa.float64())]),
+    ([[1, 2], None, None], [pa.list_(pa.int8(), 2)]),
+    ([[[1]], None, [[]]], [pa.list_(pa.list_(pa.int64()))]),
+    ([[True], None, []], [pa.list_(pa.bool_())]),
+    ([[b"\xff"], None, []], [pa.list_(pa.binary())]),
+    ([[datetime(2020, 1, 1)], None, []], [pa.list_(pa.timestamp("us"))]),
+    ([[Decimal("1.5")], None, []], [pa.list_(pa.decimal128(5, 1))]),
+    ([{"n": "a"}, None, {"n": None}], [STRUCT]),
+    ([[{"n": "a"}], None, [None]], [pa.list_(STRUCT)]),
+    ([[("a", 1)], None, []], [pa.map_(pa.string(), pa.int32())]),
+]
+
+
+def odd_columns() -> dict[str, pa.Array]:
+    """Columns of three values of every type that a Parquet file can hold, one of them null and some extreme."""
+    columns = [pa.array(values, kind) for values, kinds in ODD_VALUES for kind in kinds]
+    columns.append(pa.array(["a", None, "1"]).dictionary_encode())
+    return {f"{place} {column.type}": column for place, column in enumerate(columns)}

@@ -60,7 +60,7 @@ def texts(values: Values, decimal: str = ".") -> Cells:
         decimal: decimal separator that numbers of JSON get.
     """
     if isinstance(values, pa.Array):
-        return _native_texts(values)
+        return _native_texts(_stored(values))
     kinds = set(map(type, values))
     if kinds <= {str, type(None)}:
         try:
@@ -103,8 +103,10 @@ def ids(values: Values, missing: Sequence[str] = (), numeric: bool = False) -> C
     """
     if not isinstance(values, pa.Array):
         values = [_exact(value) for value in values] if set(map(type, values)) - {str, type(None)} else values
-    elif not (pt.is_string(values.type) or pt.is_null(values.type) or pt.is_binary(values.type)):
-        return _native_ids(values)
+    else:
+        values = _stored(values)
+        if not (pt.is_string(values.type) or pt.is_null(values.type) or pt.is_binary(values.type)):
+            return _native_ids(values)
     found = texts(values)
     text = _without(found.values, missing)
     bad = found.bad | _mask(pc.match_substring_regex(text, r"[\r\n]"))
@@ -221,6 +223,15 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _stored(values: pa.Array) -> pa.Array:
+    """Return a column of an extension type as it is stored, but UUIDs as their text."""
+    if not isinstance(values.type, pa.BaseExtensionType):
+        return values
+    is_uuid = isinstance(values.type, pa.UuidType)
+    told = [None if value is None else str(value) for value in values.to_pylist()] if is_uuid else None
+    return pa.array(told, pa.string()) if is_uuid else values.storage
 
 
 def _native_texts(values: pa.Array) -> Cells:

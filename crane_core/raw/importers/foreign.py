@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crane_core.errors import DataError
+from crane_core.raw.importers.account import one_of
 
 _UNPACK = "Unpack it, or pack it with gzip, and name that file."
 _TABLE = "Save it as CSV (UTF-8) or Parquet, and name that file."
@@ -38,6 +39,8 @@ def foreign_kind(path: Path) -> tuple[str, str] | None:
             file.seek(-4, 2)
             if file.read() == _PARQUET:
                 return "a Parquet file", ""
+    if path.suffix.lower() == ".npz":
+        return "an archive of arrays", "Save one array with numpy.save, in a file that ends in .npy, and name that."
     return next((kind for mark, kind in _KINDS.items() if start.startswith(mark)), None)
 
 
@@ -55,8 +58,5 @@ def check_text(path: Path, way: Callable[[str], str]) -> None:
     found = foreign_kind(path)
     if found:
         what, remedy = found
-        set_format = way("set {}.format: parquet")
-        raise DataError(
-            f"{path} ({path.stat().st_size} bytes) is {what}.",
-            remedy or f"{set_format[0].upper()}{set_format[1:]}.",
-        )
+        ways = [remedy.removesuffix(".") or way("set {}.format: parquet")]
+        raise DataError(f"{path} ({path.stat().st_size} bytes) is {what}.", one_of(ways))

@@ -24,6 +24,7 @@ _ONE_A_LINE = (
     "Write one JSON object a line, or one array of objects: jq -c . FILE > FILE.jsonl does it for objects over "
     "several lines, jq -c '.NAME[]' FILE > FILE.jsonl for the list NAME inside an object."
 )
+_NO_COMMAS = "Take the commas from the ends of the lines: sed 's/,[[:space:]]*$//' FILE > FILE.jsonl."
 
 
 def read_json(
@@ -110,7 +111,8 @@ def _lines(path: Path, encoding: str, account: Account) -> Iterator[tuple[int, d
             except (ValueError, RecursionError) as error:
                 if is_first:
                     raise DataError(
-                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.", _ONE_A_LINE
+                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.",
+                        _NO_COMMAS if line.rstrip().endswith("},") else _ONE_A_LINE,
                     ) from error
                 account.drop("not_json", place(path, number, "", f"{error}: {line.strip()}"))
                 continue

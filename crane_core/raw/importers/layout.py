@@ -132,12 +132,14 @@ class Chunk:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a column as Python shows it; bytes that are no UTF-8 as replacement characters."""
+    """Return a value of a column as Python shows it, whatever it is."""
     try:
         return value.as_py() if isinstance(value, pa.Scalar) else value
     except UnicodeDecodeError:
         is_text = isinstance(value, pa.StringScalar)
         return value.as_buffer().to_pybytes().decode(errors="replace") if is_text else "text that is not UTF-8"
+    except (ValueError, OverflowError):
+        return f"{value.type} outside the years 1 to 9999"
 
 
 def file_format(path: Path) -> str | None:

@@ -168,13 +168,10 @@ def _write_lists(
     with FeatureWriter(target, name) as writer:
         for batch in _batches(files, entry, wanted, account):
             found = batch.column(VECTOR) if entry.kind == "vectors" else _side_by_side(batch)
-            there = has_vector(batch)
-            rows = pc.sum(there).as_py() or 0
-            if rows < len(found):
-                account.drop("no_vector", "", len(found) - rows)
+            there = _kept(batch, account, "no_vector")
             ids, found = batch.column(ITEM_ID).filter(there), found.filter(there)
             lengths.update(pc.list_value_length(found).to_pylist())
-            items.update(filter(None, ids.to_pylist()))
+            items.update(ids.to_pylist())
             writer.write(ids, found)
     account.written = writer.num_rows()
     if len(lengths) > 1:
@@ -183,6 +180,22 @@ def _write_lists(
             f"with vectors of different lengths: {told}; the ETL keeps the most frequent", name, account.written
         )
     return WrittenModality(lengths.most_common(1)[0][0] if lengths else 0, items)
+
+
+def _kept(batch: pa.RecordBatch, account: Account, reason: str) -> pa.Array:
+    """Return which rows of a batch are written: those with an item and a vector; count the others.
+
+    Args:
+        batch: of `modality_columns`.
+        account: counts the rows.
+        reason: of rows without a vector.
+    """
+    there, known = has_vector(batch), batch.column(ITEM_ID).is_valid()
+    nameless = pc.sum(pc.and_not(there, known)).as_py() or 0
+    for why, count in ((reason, len(there) - (pc.sum(there).as_py() or 0)), ("no_id", nameless)):
+        if count:
+            account.drop(why, "", count)
+    return pc.and_(there, known)
 
 
 def has_vector(batch: pa.RecordBatch) -> pa.Array:
@@ -209,14 +222,15 @@ def _write_categories(
     """Write one column per word, in alphabetical order, which is 1 for the items that have it."""
     wanted = modality_columns(entry)
     several = len(entry.vector_columns) > 1
-    ids: list[str | None] = []
+    ids: list[str] = []
     rows: list[frozenset[str]] = []
     known: dict[frozenset[str], frozenset[str]] = {}
     for batch in _batches(files, entry, wanted, account):
+        batch = batch.filter(_kept(batch, account, "no_category"))
         columns = [(column, batch.column(f"category_{index}")) for index, column in enumerate(entry.vector_columns)]
         ids += batch.column(ITEM_ID).to_pylist()
-        for row in range(batch.num_rows):
-            words = [(column, word) for column, values in columns for word in values[row].as_py() or ()]
+        for index in range(batch.num_rows):
+            words = [(column, word) for column, values in columns for word in values[index].as_py() or ()]
             found = frozenset(f"{column}={word}" if several else word for column, word in words)
             rows.append(known.setdefault(found, found))
     counts = Counter(word for row in rows for word in row)
@@ -229,20 +243,17 @@ def _write_categories(
             "the words, or name a column with fewer.",
         )
     places = {word: index for index, word in enumerate(sorted(counts))}
-    there = [row for row, words in enumerate(rows) if words]
-    if len(there) < len(rows):
-        account.drop("no_category", "", len(rows) - len(there))
     with FeatureWriter(target, name) as writer:
         step = max(1, (1 << 22) // max(1, len(places)))
-        for first in range(0, len(there), step):
-            part = there[first : first + step]
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
             matrix = np.zeros((len(part), len(places)), dtype=np.float32)
             for index, row in enumerate(part):
-                matrix[index, [places[word] for word in rows[row]]] = 1
+                matrix[index, [places[word] for word in row]] = 1
             lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), max(1, len(places)))
-            writer.write(pa.array([ids[row] for row in part], pa.string()), lists.cast(FLOATS))
+            writer.write(pa.array(ids[first : first + step], pa.string()), lists.cast(FLOATS))
     account.written = writer.num_rows()
-    return WrittenModality(len(places), {item for item in (ids[row] for row in there) if item})
+    return WrittenModality(len(places), set(ids))
 
 
 def _word_lists(values: Values, entry: MappedModality) -> Cells:
@@ -300,11 +311,14 @@ def _write_matrix(
         raise wrong_id_count(files, matrix, lines)
     for row in np.flatnonzero(found.bad):
         account.drop("bad_item_id", place(ids_path, int(row) + 1, "", lines[row]))
-    good = np.flatnonzero(~found.bad)
+    nameless = found.values.is_null().to_numpy(zero_copy_only=False) & ~found.bad
+    if nameless.any():
+        account.drop("no_id", "", int(nameless.sum()))
+    good = np.flatnonzero(~found.bad & ~nameless)
     ids = found.values.take(pa.array(good)).to_pylist()
     write_features(target, name, ids, matrix if len(good) == len(matrix) else matrix[good])
     account.written = len(ids)
-    return WrittenModality(int(matrix.shape[1]), set(filter(None, ids)))
+    return WrittenModality(int(matrix.shape[1]), set(ids))
 
 
 def read_id_lines(path: Path, section: str, encoding: str) -> list[str]:

@@ -211,7 +211,7 @@ def _without(path: Path, first: list[str], missing: list[Any], layout: Layout, a
     """Return the error of a file that lacks columns."""
     shown = ", ".join(map(repr, first[:20]))
     head = "".join(first)
-    other = next((each for each in ";\t|," if len(first) == 1 and each in first[0]), None)
+    other = next((each for each in ";\t|, " if len(first) == 1 and each in first[0]), None)
     ways = [account.way(f"set {{}}.separator: {json.dumps(other)}")] if other else []
     ways += [account.way("set {}.encoding: utf-16-le")] if "\0" in head else []
     ways += [account.way("set {}.encoding to that of the file, such as cp1252")] if _is_unreadable(head) else []

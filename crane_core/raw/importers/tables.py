@@ -77,7 +77,9 @@ def _notice(
     values: pa.Array, good: NDArray[np.bool_], chunk: Chunk, name: str, column: str | int, account: Account
 ) -> None:
     """Name values that are missing, and ids that look as if another program had changed them."""
-    oddities = {f"without {name}, {NOTICED[name]}": pc.is_null(values)}
+    # Features of no item are not written: `modality.py` counts them.
+    is_written = not account.name.startswith("features.")
+    oddities = {f"without {name}, {NOTICED[name]}": pc.is_null(values)} if is_written else {}
     if name in IDS:
         article = "an" if name == ITEM_ID else "a"
         oddities |= {
@@ -212,9 +214,18 @@ def write_log(target: Path, batches: Iterator[pa.RecordBatch], zone: str = "UTC"
             ]
             yield pa.record_batch([*columns, pc.fill_null(day, "1970-01-01")], schema=parted)
 
+    failed: list[Exception] = []
+
+    def until_failure() -> Iterator[pa.RecordBatch]:
+        # An exception inside write_dataset leaves its threads running, and at exit they abort the process.
+        try:
+            yield from with_day()
+        except Exception as error:
+            failed.append(error)
+
     folder = target / INTERACTIONS_FOLDER
     ds.write_dataset(
-        with_day(),
+        until_failure(),
         folder,
         schema=parted,
         format="parquet",
@@ -224,6 +235,8 @@ def write_log(target: Path, batches: Iterator[pa.RecordBatch], zone: str = "UTC"
         basename_template="part-{i}.parquet",
         file_options=ds.ParquetFileFormat().make_write_options(compression="zstd"),
     )
+    if failed:
+        raise failed[0]
     return sum(pq.read_metadata(path).num_rows for path in sorted(folder.rglob("*.parquet")))
 
 

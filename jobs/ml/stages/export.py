@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
+from crane_core.model.content_rows import CONTENT_FILES
 from crane_core.serving.export import write_export
 from crane_core.serving.model_folder import load_recommender
 from jobs.ml.device import use_device
@@ -19,5 +21,9 @@ def run(job: Job) -> Result:
     trained.verify()
     recommender = load_recommender(job.input("etl.interactions"), trained)
     counts = write_export(job.out, recommender, job.config.export, device)
+    for name in CONTENT_FILES:
+        # A training of an earlier version has none.
+        if name in trained.manifest["files"]:
+            shutil.copyfile(trained.file(name), job.out / name)
     logger.info("exported %s", " ".join(f"{name.removeprefix('num_')}={count}" for name, count in counts.items()))
     return Result(dict(counts))

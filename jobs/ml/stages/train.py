@@ -10,10 +10,10 @@ import torch
 
 from crane_core.config import RunConfig
 from crane_core.dataset.interactions import Interactions, end_of_training, load_interactions
-from crane_core.dataset.modalities import load_modalities
-from crane_core.model.content import Content, JointContent, joint_content, load_content, load_graph, neighbour_graph
+from crane_core.dataset.modalities import load_features, load_modalities
+from crane_core.model.content import Content, JointContent, joint_content, load_content
+from crane_core.model.content_rows import ContentMap, ContentRows, read_delivered, save_content_rows
 from crane_core.model.crane import Crane
-from crane_core.model.propagation import SymmetricGraph
 from crane_core.storage.artifacts import ArtifactStore
 from crane_core.storage.tensors import load_tensors
 from crane_core.training.fold_in import fit_fold_in
@@ -41,32 +41,37 @@ def build(
     return Crane(interactions.num_users, interactions.num_items, content, config)
 
 
-def item_graph(job: Job) -> SymmetricGraph:
-    """The item graph of the best epoch."""
-    if job.config.crane.mode == "joint":
-        return neighbour_graph(load_tensors(job.out / "weights.safetensors")["content.neighbours"])
-    return load_graph(job.input("ml.graph"), torch.device("cpu"))
-
-
 def run(job: Job) -> Result:
     summary, users, items = train(job, build)
     behaviour = load_embeddings(job.input("ml.behaviour"))
     interactions = load_interactions(job.input("etl.interactions"))
-    chosen = choose_share(behaviour, (users, items), item_graph(job), interactions, job.config)
+    chosen = choose_share(behaviour, (users, items), interactions, job.config)
     validation = summary["validation"]
     if chosen.curve:
         logger.info("trust=%.1f recall@20=%.4f behaviour_alone=%.4f", chosen.share, chosen.recall, chosen.curve[0][1])
         validation |= {"fused_recall@20": chosen.recall}
-    head = choose_head(chosen.rows, interactions, job.config)
+    head = choose_head(chosen.rows, interactions, job.config, load_features(job.input("etl.features")))
     if head is not None:
-        logger.info("head %s", " ".join(f"{name}={value}" for name, value in head.facts().items()))
+        logger.info("head form=%s half_life=%s history=%s", head.form, head.half_life, head.history_half_life)
     rows = chosen.rows if head is None else head.rows
     fold_in = fit_fold_in(chosen.rows, interactions) if head is None else head.fold_in
     fold_in = replace(fold_in, weight=interactions.mean_weight(), end=end_of_training(job.input("etl.interactions")))
-    save_embeddings(job.out, *rows, fold_in)
+    save_embeddings(job.out, *rows, fold_in, None if head is None else head.likeness)
+    if head is not None:
+        _save_content_rows(job, head.content)
     (job.out / "trust.json").write_text(json.dumps({"share": chosen.share, "curve": chosen.curve}))
     facts = {"trust": chosen.share, "head": head and head.facts(), "history": fold_in.facts()}
     return Result(summary | facts | {"validation": validation})
+
+
+def _save_content_rows(job: Job, content: ContentMap) -> None:
+    """Write how the vectors of a new item become its row."""
+    features = job.input("etl.features")
+    modalities = {
+        name: read_delivered(features.file(name), facts.get("delivered_dim", facts["dim"]))
+        for name, facts in sorted(features.facts["modalities"].items())
+    }
+    save_content_rows(ContentRows(modalities, content), job.out)
 
 
 def lend(training: Training) -> None:

@@ -35,7 +35,7 @@ def test_the_report_by_hand() -> None:
     assert tested.users.tolist() == [0, 1]
     assert tested.ranked["crane"][:, :4].tolist() == [[1, 3, 2, -1], [3, 2, 0, -1]]
     report = summarise(tested, np.eye(5, dtype=np.float32), CONFIG)
-    assert list(report) == ["users", "models", "differences", "slices", "cold_items"]
+    assert list(report) == ["users", "models", "differences", "slices", "cold_items", "evidence"]
     assert report["models"]["crane"]["recall@1"]["mean"] == 1
     assert report["models"]["popularity"]["recall@1"]["mean"] == 0.5
     assert report["models"]["crane"]["coverage@20"] == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crane_core.model.losses import bpr, info_nce, sampled_softmax
-from crane_core.model.views import Batch
+from crane_core.model.views import Batch, Picked, Sample, SquaredNorms
 from tests.worlds.trainings import draw
 
 
@@ -48,9 +48,15 @@ NODES = torch.tensor([1, 0, 1, 3])
     [
         bpr,
         lambda users, positives, negatives: sampled_softmax(users, positives, negatives[:4], SAMPLED, 0.3),
+        lambda users, positives, negatives: sampled_softmax(
+            users[:3], positives, negatives[:4], SAMPLED[:3], 0.3, torch.tensor([2, 0, 2, 2, 1])
+        ),
         lambda users, positives, _: info_nce(users, positives, NODES, Batch(NODES, NODES, NODES), 0.3),
+        lambda users, positives, _: info_nce(
+            users, positives, Sample(torch.tensor([0, 1, 3]), 7), Batch(NODES, NODES, NODES), 0.3
+        ),
     ],
-    ids=["bpr", "sampled_softmax", "info_nce"],
+    ids=["bpr", "sampled_softmax", "rows of users", "info_nce", "info_nce of a sample"],
 )
 def test_gradients_of_the_losses(loss: Callable[..., Tensor]) -> None:
     rows = [draw(seed, 5, 3).requires_grad_() for seed in range(3)]
@@ -77,3 +83,58 @@ def test_info_nce_of_the_ranks_adds_up() -> None:
     whole = info_nce(anchors, others, nodes, Batch(nodes, nodes, nodes), 0.2)
     parts = sum(info_nce(anchors, others, nodes, Batch(nodes, nodes, nodes, rank, 3), 0.2) for rank in range(3))
     torch.testing.assert_close(parts, whole)
+
+
+def test_the_negatives_of_a_user_are_scored_once_for_all_rows() -> None:
+    users, positives, negatives = (draw(seed, 5, 3).requires_grad_() for seed in range(3))
+    rows = torch.tensor([1, 0, 1, 4, 1])
+    weights = torch.arange(1.0, 6.0)
+    once = sampled_softmax(users, positives, negatives[:4], SAMPLED, 0.3, rows)
+    by_row = sampled_softmax(users[rows], positives, negatives[:4], SAMPLED[rows], 0.3)
+    torch.testing.assert_close(once, by_row)
+    for found, expected in zip(
+        *(torch.autograd.grad((weights * loss).sum(), (users, positives, negatives)) for loss in (once, by_row)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_contrast_of_a_sample_is_that_of_all_on_average() -> None:
+    """Each negative drawn stands for several. All nodes drawn are the whole loss."""
+    anchors, others = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nodes = torch.arange(300)
+    batch = Batch(nodes, nodes, nodes)
+    whole = info_nce(anchors, others, nodes, batch, 0.5)
+    torch.testing.assert_close(info_nce(anchors, others, Sample(nodes, 300), batch, 0.5), whole)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randperm(300, generator=generator)[:60].sort().values for _ in range(200)]
+    mean = torch.stack([info_nce(anchors, others, Sample(each, 300), batch, 0.5) for each in drawn]).mean()
+    assert mean.item() == pytest.approx(whole.item(), abs=0.02)
+    # Without the factor the sum would lack four fifths of its negatives.
+    plain = torch.stack([info_nce(anchors, others, each, batch, 0.5) for each in drawn]).mean()
+    assert plain.item() < whole.item() - 1
+
+
+def test_a_single_node_has_nothing_to_be_contrasted_with() -> None:
+    rows, node = draw(0, 4, 3).requires_grad_(), torch.tensor([2])
+    for nodes in (node, Sample(node, 9)):
+        loss = info_nce(rows, rows, nodes, Batch(node, node, node), 0.2)
+        assert loss.item() == 0
+        assert torch.autograd.grad(loss, rows)[0].abs().sum() == 0
+
+
+def test_gradients_of_picked_rows_and_norms_add_up() -> None:
+    rows, nodes = draw(0, 6, 3), torch.tensor([4, 0, 4])
+    plain, weights = rows.clone().requires_grad_(), draw(1, 3, 3)
+    picked, norms = Picked(rows), SquaredNorms(rows)
+    for factor in (1.0, 3.0):
+        (factor * (plain[nodes] * weights).sum()).backward()
+        (factor * (picked[nodes] * weights).sum()).backward()
+    torch.testing.assert_close(picked.gradient, plain.grad)
+    plain.grad = None
+    for factor in (1.0, 3.0):
+        expected, found = plain[nodes].square().sum(), norms.total(nodes)
+        torch.testing.assert_close(found, expected)
+        (factor * expected).backward()
+        (factor * found).backward()
+    torch.testing.assert_close(norms.gradient(), plain.grad)

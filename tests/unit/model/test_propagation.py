@@ -109,3 +109,21 @@ def test_an_edge_is_kept_by_the_root_of_the_degrees_of_its_ends() -> None:
     items = np.concatenate([np.repeat(np.arange(100), 9), 100 + np.arange(900)])
     popular = [(drop_edges(users, items, 0.98, np.random.default_rng(seed)) < 900).mean() for seed in range(100)]
     assert np.mean(popular) == pytest.approx(1 / 4, abs=0.03)
+
+
+def test_items_spread_to_users_as_in_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, of a matrix that is resident and of one that is brought over block by block."""
+    half = sp.random_array((20, 30), density=0.3, rng=np.random.default_rng(3), dtype=np.float32)
+    matrix = sp.csr_array(sp.block_array([[None, half], [half.T, None]]))
+    generator = torch.Generator().manual_seed(4)
+    items, weights = torch.randn(30, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    plain = items.clone().requires_grad_()
+    expected = (SymmetricGraph(matrix, CPU) @ torch.cat([torch.zeros(20, 8), plain]))[:20]
+    (expected * weights).sum().backward()
+    for entries in (7, 100_000):
+        monkeypatch.setattr("crane_core.model.propagation._BLOCK_ENTRIES", entries)
+        for resident in (True, False):
+            ours = items.clone().requires_grad_()
+            found = SymmetricGraph(matrix, CPU, resident=resident).spread(ours)
+            (found * weights).sum().backward()
+            assert torch.equal(found, expected) and torch.equal(ours.grad, plain.grad)

@@ -267,6 +267,10 @@ def test_a_training_shows_its_epochs_while_it_runs_and_goes_on_in_the_same_run(r
         (1, 0.5),
     ]
     assert "curve_not_shown epoch=2" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "search_runs", _refuse)
+        with pytest.raises(ConfigError, match="does not answer"), registry.watch("run-1 ml.train", "f1"):
+            pass
 
 
 def _refuse(*_, **__):

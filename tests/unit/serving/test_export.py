@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from crane_core.dataset.interactions import ItemLists
+from crane_core.model.fold_in import Block, FoldIn, History
 from crane_core.serving.export import (
     RECOMMENDATIONS,
     SIMILAR,
@@ -73,7 +74,28 @@ def test_who_has_seen_almost_everything_gets_a_shorter_list(tmp_path):
     model = served(ones[:2], ones, seen, np.array(["b", "a"], dtype=object), ids)
     write_recommendations(tmp_path / "r.parquet", model, 5)
     rows = [tuple(row.values()) for row in pq.read_table(tmp_path / "r.parquet").to_pylist()]
-    assert rows == [("a", 1, "x", 2.0), ("a", 2, "y", 2.0), ("b", 1, "z", 2.0)]
+    assert rows == [("a", 1, "x", 2.0, None), ("a", 2, "y", 2.0, None), ("b", 1, "z", 2.0, None)]
+
+
+def test_rows_name_the_item_that_they_are_for(tmp_path):
+    """Reader r met x, which speaks for y; popularity, the last coordinate, is what brings z."""
+    seen = ItemLists.from_pairs(np.array([0, 0]), np.array([0, 1]), 1)
+    ids = np.array(["w", "x", "y", "z"], dtype=object)
+    fold_in = FoldIn(np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]]), np.float32([0, 0, 1]), (Block(3),))
+    items = np.float32([[0, 0, 0], [0, 0, 0], [1, 3, 0.5], [0, 0, 1]])
+    model = served(np.float32([[1, 1, 1]]), items, seen, np.array(["r"], dtype=object), ids)
+    history = History(seen.users(), seen.items, np.ones(2))
+    write_recommendations(tmp_path / "r", dataclasses.replace(model, fold_in=fold_in, history=history), 1)
+    assert pq.read_table(tmp_path / "r").to_pylist()[0] == {
+        "user_id": "r",
+        "rank": 1,
+        "item_id": "y",
+        "score": 4.5,
+        "because_item_id": "x",
+    }
+    write_recommendations(tmp_path / "both", dataclasses.replace(model, fold_in=fold_in, history=history), 2)
+    # Of two unseen items popularity alone would have shown both.
+    assert pq.read_table(tmp_path / "both")["because_item_id"].to_pylist() == [None, None]
 
 
 @pytest.mark.parametrize("block", [7, 100])

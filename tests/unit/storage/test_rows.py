@@ -43,3 +43,7 @@ def test_groups_without_the_value_are_not_read(tmp_path: Path, monkeypatch: pyte
 def test_columns(tmp_path: Path) -> None:
     pq.write_table(TABLE, tmp_path / "table.parquet")
     assert read_columns(tmp_path / "table.parquet", ("item",)) == {"item": list("xyzxyz")}
+
+
+def test_columns_that_a_file_lacks_are_left_out(place: Path) -> None:
+    assert read_rows(place, ("rank", "because"), "user", "d") == [{"rank": 1}]

@@ -54,7 +54,13 @@ def test_a_batch_shares_its_negatives_and_weighs_its_users(tmp_path: Path) -> No
     assert batch.met is not None and batch.weights is not None
     assert batch.users.tolist() == train.users()[picked].tolist()
     assert batch.positives.tolist() == train.items[picked].tolist()
-    assert batch.met.shape == (4, len(batch.negatives))
+    assert batch.distinct is not None and batch.rows is not None
+    assert batch.distinct.tolist() == sorted(set(batch.users.tolist()))
+    assert batch.distinct[batch.rows].tolist() == batch.users.tolist()
+    met = [
+        [item in train.items[train.indptr[u] : train.indptr[u + 1]] for item in batch.negatives] for u in batch.distinct
+    ]
+    assert batch.met.tolist() == met
     assert batch.weights.tolist() == user_weights(train.counts(), 0.5)[train.users()[picked]].tolist()
 
 
@@ -77,3 +83,36 @@ def test_a_batch_for_both_kinds_knows_what_its_users_have_met(tmp_path: Path) ->
     assert batch.known.tolist() == [[(user, item) in pairs for item in items] for user in users]
     assert ours.run()["num_epochs"] == 2
     assert trainer(tmp_path / "other", kind="crane").batches.batch(np.arange(9), np.random.default_rng(0)).known is None
+
+
+def test_rows_of_a_user_share_a_batch(tmp_path: Path) -> None:
+    config = changed(SMALL, batch_size=40, batches_per_step=4, num_negatives=8)
+    ours = trainer(tmp_path, config=config, kind="crane").batches
+    picked = ours.order(0)[:160]
+    batches = list(ours.of_step(picked, 0, 0))
+    pairs = sorted(zip(ours.edges.users[picked].tolist(), ours.edges.items[picked].tolist(), strict=True))
+    found = [pair for each in batches for pair in zip(each.users.tolist(), each.positives.tolist(), strict=True)]
+    assert sorted(found) == pairs and [len(each.users) for each in batches] == [40] * 4
+    users = [set(each.users.tolist()) for each in batches]
+    # A user's rows are consecutive, so that at most one user of a batch goes on in the next.
+    assert sum(map(len, users)) <= len(set.union(*users)) + 3
+    other = {tuple(sorted(each.users.tolist())) for each in ours.of_step(picked, 1, 0)}
+    assert other.isdisjoint(tuple(sorted(each.users.tolist())) for each in batches)
+
+
+def test_of_a_large_batch_a_sample_is_contrasted(tmp_path: Path) -> None:
+    small, large = (
+        trainer(tmp_path / str(nodes), config=changed(SMALL, contrast_nodes=nodes), kind="crane").batches
+        for nodes in (None, 5)
+    )
+    everything, sampled = (each.batch(np.arange(100), np.random.default_rng(3)) for each in (small, large))
+    assert everything.contrasted is None and sampled.contrasted is not None
+    assert sampled.negatives.tolist() == everything.negatives.tolist()
+    for sample, nodes in zip(sampled.contrasted, (sampled.users, sampled.positives), strict=True):
+        distinct = set(nodes.tolist())
+        assert sample.num_distinct == len(distinct) > 5
+        assert sample.nodes.tolist() == sorted(set(sample.nodes.tolist()) & distinct)
+        assert len(sample.nodes) == 5
+    few = large.batch(np.arange(2), np.random.default_rng(3))
+    assert few.contrasted is not None
+    assert few.contrasted[1].nodes.tolist() == sorted(set(few.positives.tolist()))

@@ -4,20 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.evaluation.metrics import user_metrics
 from crane_core.evaluation.ranking import dot_product, rank_users
-from crane_core.model.propagation import SymmetricGraph
 from crane_core.model_config import Choices
 from crane_core.training import share as fusion
-from crane_core.training.share import SHARES, choose_share, fuse, score_spread
+from crane_core.training.share import SHARES, choose_share, fuse
 from tests.worlds.settings import model_config
-
-CPU = torch.device("cpu")
-CHAIN = SymmetricGraph(sp.csr_array(np.eye(80, k=1, dtype=np.float32) + np.eye(80, k=-1, dtype=np.float32)), CPU)
 
 
 def rows(seed: int, num_users: int = 61, num_items: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,11 +31,6 @@ def wanted(left: tuple, right: tuple, share: float) -> Interactions:
     return Interactions(61, 80, train, ItemLists.from_pairs(users, top.ravel(), 61), nothing)
 
 
-def test_spread_is_the_standard_deviation_of_all_scores() -> None:
-    users, items = rows(0)
-    assert score_spread(users, items) == pytest.approx((users @ items.T).std(correction=0).item(), rel=1e-5)
-
-
 def test_fused_scores_add_up_on_one_scale() -> None:
     behaviour, crane = rows(1), tuple(100 * part for part in rows(2))
     users, items = fuse(behaviour, crane, 0.2)
@@ -53,36 +43,25 @@ def test_fused_scores_add_up_on_one_scale() -> None:
 
 def test_noise_is_not_trusted_and_a_second_opinion_is() -> None:
     behaviour, crane = rows(3), rows(4)
-    noise = choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.0), model_config())
+    noise = choose_share(behaviour, crane, wanted(behaviour, crane, 0.0), model_config())
     assert noise.share == 0.0 and noise.rows is behaviour
-    both = choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config())
+    both = choose_share(behaviour, crane, wanted(behaviour, crane, 0.5), model_config())
     assert 0.3 <= both.share <= 0.7
     assert both.recall > both.curve[0][1]
-    content = choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 1.0), model_config())
+    content = choose_share(behaviour, crane, wanted(behaviour, crane, 1.0), model_config())
     assert content.share >= 0.9
-
-
-def test_a_cold_item_stands_where_its_neighbours_do_in_the_behavioural_view() -> None:
-    behaviour, crane = rows(3), rows(4)
-    every = wanted(behaviour, crane, 0.5)
-    train = ItemLists.from_pairs(np.full(79, 60), np.arange(1, 80, dtype=np.int32), 61)
-    chosen = choose_share(behaviour, crane, CHAIN, dataclasses.replace(every, train=train), model_config())
-    assert 0 < chosen.share < 1
-    # The first item of the chain has one neighbour.
-    expected = (1 - chosen.share) ** 0.5 * behaviour[1][1]
-    torch.testing.assert_close(chosen.rows[1][0, :5], expected)
 
 
 def test_without_validation_items_nothing_is_trusted() -> None:
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 60)
-    chosen = choose_share(rows(5), rows(6), CHAIN, Interactions(60, 80, nothing, nothing, nothing), model_config())
+    chosen = choose_share(rows(5), rows(6), Interactions(60, 80, nothing, nothing, nothing), model_config())
     assert chosen.share == 0.0
 
 
 def test_what_recall_cannot_tell_apart_ndcg_decides() -> None:
     behaviour, crane = rows(3), rows(4)
     interactions = wanted(behaviour, crane, 0.5)
-    chosen = choose_share(behaviour, crane, CHAIN, interactions, model_config())
+    chosen = choose_share(behaviour, crane, interactions, model_config())
     users = interactions.validation_users(100, 0)
     found = {}
     for share in SHARES:
@@ -118,18 +97,18 @@ def test_shares_within_one_standard_error_are_one_choice(
 
     monkeypatch.setattr(fusion, "user_metrics", measured)
     behaviour, crane = rows(3), rows(4)
-    assert choose_share(behaviour, crane, CHAIN, wanted(behaviour, crane, 0.5), model_config()).share == expected
+    assert choose_share(behaviour, crane, wanted(behaviour, crane, 0.5), model_config()).share == expected
 
 
 def test_a_given_share_is_taken_as_it_is() -> None:
     behaviour, crane = rows(3), rows(4)
     interactions, config = wanted(behaviour, crane, 0.6), model_config()
-    chosen = choose_share(behaviour, crane, CHAIN, interactions, config)
+    chosen = choose_share(behaviour, crane, interactions, config)
     nothing = ItemLists.from_pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32), 61)
     unseen = dataclasses.replace(interactions, validation=nothing)
     for share in (0.0, chosen.share):
         choices = Choices(behaviour_epochs=1, crane_epochs=1, crane_ranking="dot", share=share)
-        given = choose_share(behaviour, crane, CHAIN, unseen, config.model_copy(update={"choices": choices}))
+        given = choose_share(behaviour, crane, unseen, config.model_copy(update={"choices": choices}))
         assert (given.share, given.curve) == (share, [])
         expected = chosen.rows if share else behaviour
         assert all(torch.equal(*pair) for pair in zip(given.rows, expected, strict=True))

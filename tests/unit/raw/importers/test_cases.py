@@ -303,6 +303,7 @@ def test_columns_may_be_positions_where_there_is_no_header(tmp_path: Path) -> No
     [
         ("ev.csv", ";", {"separator": ";"}),
         ("ev.csv", "\t", {"separator": "\t"}),
+        ("ev.csv", " ", {"separator": " "}),
         ("ratings.dat", "::", {"format": "csv", "separator": "::"}),
         ("log.txt", "|", {"format": "csv", "separator": "|"}),
     ],

@@ -35,6 +35,8 @@ def told(found: Cells) -> list[Any]:
         (pa.array([0], pa.timestamp("us")), [...]),
         (pa.array([b"a", b"\xff"]), ["a", ...]),
         (pa.nulls(2), [None, None]),
+        (pa.array([b"\xff" * 16, None], pa.uuid()), ["ffffffff-ffff-ffff-ffff-ffffffffffff", None]),
+        (pa.array(["a"], pa.json_()), ["a"]),
     ],
 )
 def test_an_id_is_an_id(values: Any, expected: list[Any]) -> None:

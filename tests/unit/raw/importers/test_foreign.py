@@ -65,6 +65,8 @@ def test_databases_and_tables_are_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / "c.csv")
     kinds = [foreign_kind(tmp_path / name) for name in ("a.csv", "b.csv", "c.csv")]
     assert [kind[0] if kind else None for kind in kinds] == ["an SQLite database", "an Arrow file", "a Parquet file"]
+    np.savez(tmp_path / "d.npz", a=np.ones(2))
+    assert (foreign_kind(tmp_path / "d.npz") or ("",))[0] == "an archive of arrays"
     with pytest.raises(DataError) as caught:
         check_text(tmp_path / "c.csv", Account("items").way)
     assert caught.value.remedy == "Set items.format: parquet."

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -26,6 +27,7 @@ from crane_core.errors import CraneError
 from crane_core.raw.importers import (
     Imported,
     cells,
+    check_mapping,
     import_amazon,
     import_mapped,
     import_mmrec,
@@ -34,7 +36,7 @@ from crane_core.raw.importers import (
 )
 from crane_core.raw.importers.cells import Cells
 from tests.worlds.sources import LOG, MOVIES, RATED
-from tests.worlds.tables import Row, Written, damages, logs
+from tests.worlds.tables import Row, Written, damages, logs, odd_columns
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "2000"))
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -105,6 +107,44 @@ def test_a_damaged_log_is_right_or_a_typed_error(
         bring(written, spoil(written.data), max_set_aside=most)
     except CraneError as error:
         assert error.found and error.remedy
+
+
+LOG_COLUMNS = {"user_id": "u", "item_id": "i", "event_time": "t"}
+ODD = odd_columns()
+
+
+def in_every_role(column: str) -> Iterator[dict[str, Any]]:
+    """Mappings of `e.parquet` that take a column for everything it can be."""
+    table = {"files": ["e.parquet"], "max_set_aside": 1.0}
+    log = {"interactions": {**table, "columns": LOG_COLUMNS, "time": "s"}}
+    for role, time in itertools.product([*LOG_COLUMNS, "weight", "label", "event_type"], ["s", "iso", "%Y-%m-%d"]):
+        if role == "event_time" or time == "s":
+            yield {"interactions": {**table, "columns": {**LOG_COLUMNS, role: column}, "time": time}}
+    for role in ("user_id", "item_id"):
+        yield {"interactions": {**log["interactions"], "columns": {**LOG_COLUMNS, role: column}, "numeric": [role]}}
+    for kind in ("text", "number", "time", "flag"):
+        yield {**log, "items": {**table, "columns": {"item_id": "i", "x": column}, "types": {"x": kind}}}
+    for kind in ("vectors", "categories", "numbers"):
+        yield {**log, "features": {"m": {**table, "kind": kind, "columns": {"item_id": "i", "vector": column}}}}
+    yield {**log, "features": {"m": {**table, "columns": {"item_id": column, "vector": "v"}}}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ODD))
+def test_a_column_of_any_type_is_right_or_a_typed_error_in_every_role(tmp_path: Path, name: str) -> None:
+    others = {"u": ["a", "b", "c"], "i": ["x", "y", "z"], "t": [1433221332] * 3, "v": [[1.0]] * 3}
+    pq.write_table(pa.table({**others, "x": ODD[name]}), tmp_path / "e.parquet")
+    columns = ("x", "x.n") if "struct" in name else ("x",)
+    for number, mapping in enumerate(mapping for column in columns for mapping in in_every_role(column)):
+        (tmp_path / "m.yaml").write_text(yaml.safe_dump({"dataset": "d", **mapping}))
+        for act in (
+            check_mapping,
+            lambda path, raw=tmp_path / f"raw{number}": check_sums(import_mapped(path, raw), raw),
+        ):
+            try:
+                act(tmp_path / "m.yaml")
+            except CraneError as error:
+                assert error.found and error.remedy
 
 
 REVIEW = {"rating": 5.0, "user_id": "A1", "parent_asin": "B1", "timestamp": 1588687728923, "title": "good"}

@@ -58,6 +58,7 @@ def test_an_array_gives_the_same_rows_as_lines(
         ('[{"u": 1, "u": 2}]', "after 0 objects: an object names a field twice", "complete"),
         ("[" * 100_000, "an array that cannot be read after 0 objects", "complete"),
         ('{"data": [{"u": 1}]}', r"none of 1 objects has u; they have data, data\.u", r"jq -c '\.data\[\]' FILE"),
+        ('{"u": 1},\n{"u": 2}', "line 1 is no JSON object", "sed 's/,"),
         ('{"user": {"u": 1}, "w": 2}', r"they have user, user\.u, w", "fields that they have"),
     ],
 )

@@ -74,6 +74,28 @@ def test_several_columns_of_words_keep_their_names_and_too_many_words_stop(tmp_p
     assert "Set features.x.most: 3" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("kind", "column", "expected"),
+    [("categories", "g", [1.0]), ("numbers", "n", [2.0]), ("vectors", "v", [3.0])],
+)
+def test_vectors_of_no_item_are_counted(tmp_path: Path, kind: str, column: str, expected: list[float]) -> None:
+    rows = [{"id": item, "g": "Tea", "n": 2, "v": [3]} for item in ("i1", None, "")] + [{"id": None, "g": None}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    account = Account("features.x")
+    columns = {"item_id": "id", "vector": column}
+    assert write(tmp_path, account, files=["a.json"], kind=kind, columns=columns) == {"i1": expected}
+    reason = "no_category" if kind == "categories" else "no_vector"
+    assert account.set_aside == {"no_id": 2, reason: 1} and not account.noticed
+
+
+def test_rows_of_a_matrix_without_an_item_are_counted(tmp_path: Path) -> None:
+    np.save(tmp_path / "f.npy", np.arange(3.0).reshape(3, 1))
+    (tmp_path / "ids.txt").write_text("i0\n\ni2\n")
+    account = Account("features.x")
+    assert write(tmp_path, account, files=["f.npy"], ids="ids.txt") == {"i0": [0], "i2": [2]}
+    assert account.set_aside == {"no_id": 1} and account.written == 2
+
+
 def test_columns_of_numbers_are_a_vector_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id;h;w\ni1;1,5;2\ni2;;2\ni3;-3;1e3\n")
     entry: dict[str, Any] = {"kind": "numbers", "columns": {"item_id": "id", "vector": ["h", "w"]}}

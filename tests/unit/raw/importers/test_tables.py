@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import date, datetime
 from pathlib import Path
 
@@ -54,6 +56,27 @@ def test_a_log_is_counted_while_it_is_written(tmp_path: Path) -> None:
 def test_midnights_of_a_zone_cut_the_days(tmp_path: Path, zone: str, day: str) -> None:
     assert write_log(tmp_path, iter([batch(["a"], ["x"], [at("2026-01-05 22:00")])]), zone) == 1
     assert [path.name for path in (tmp_path / "interactions").iterdir()] == [f"dt={day}"]
+
+
+FAILING = """
+import pathlib, sys, tempfile
+from crane_core.raw.importers.tables import write_log
+def batches():
+    raise ValueError("planted")
+    yield
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        write_log(pathlib.Path(folder), batches())
+    except ValueError:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_read_ends_the_process_with_its_own_exit_code() -> None:
+    """An exception that passed through the writer of Arrow aborted about every fourth process at its exit."""
+    codes = [subprocess.run([sys.executable, "-c", FAILING], stderr=subprocess.DEVNULL).returncode for _ in range(8)]
+    assert codes == [3] * 8
 
 
 def test_times_that_no_shop_has_are_named_and_do_not_move_the_window() -> None:
