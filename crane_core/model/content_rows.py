@@ -41,7 +41,7 @@ class Delivered:
 
     def features(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return features float64 [n, dim], and which vectors are there, bool [n]: those that are finite."""
-        present, arrays = np.isfinite(vectors).all(axis=1), dict(self.arrays)
+        present, arrays = np.asarray(np.isfinite(vectors).all(axis=1)), dict(self.arrays)
         rows = standardised(np.where(present[:, None], vectors, 0), present, self.kind, arrays)
         if "axes" in arrays:
             rows = projected(rows, present, arrays)
@@ -83,7 +83,7 @@ class ContentMap:
         if self.whitening is None:
             return np.tile(self.constant, (len(features[0][0]), 1)).astype(np.float32)
         white = self.whitening.rows(features).numpy().astype(np.float64)
-        own = np.where(white.any(axis=1)[:, None], white @ self.matrix + self.shift, 0)
+        own = np.where(white.any(axis=1, keepdims=True), white @ self.matrix + self.shift, 0)
         return (own + self.constant).astype(np.float32)
 
 
