@@ -102,6 +102,14 @@ class Dataset:
         }
         return replace(self, name=f"{self.name}-noise", features=noise)
 
+    def with_cold_items(self, share: float, seed: int) -> Dataset:
+        """Return the same without the training rows of a random share of the items, in [0, 1): they are cold then."""
+        interactions = self.interactions
+        size = int(share * interactions.num_items)
+        cold = np.random.default_rng(seed).choice(interactions.num_items, size, replace=False)
+        train = interactions.train.where(~np.isin(interactions.train.items, cold))
+        return replace(self, name=f"{self.name}-cold", interactions=replace(interactions, train=train))
+
     def modalities(self, features: Features, aggregate: Literal["sum", "mean"] = "sum") -> list[Modality]:
         """Return standardised features and profiles, as `etl.features` and `etl.profiles` make them.
 

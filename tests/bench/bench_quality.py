@@ -236,6 +236,8 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         dataset = dataset.with_noise(seed=0)
     if NEED_FEATURES & set(arguments.models):
         dataset.modalities(recipe.features)
+    if arguments.cold:
+        dataset = dataset.with_cold_items(arguments.cold, seed=0)
     interactions = dataset.interactions
     dataset.require_splits()
     problems = check_measure(interactions)
@@ -286,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--config", help="YAML file with the recipe, such as a search leaves; the default when left out"
     )
     parser.add_argument("--noise", action="store_true", help="replace the features by noise")
+    parser.add_argument("--cold", type=float, default=0.0, help="share of the items that lose their training rows")
     parser.add_argument("--set", action="append", default=[], metavar="section.field=value")
     parser.add_argument("--work", type=Path, default=Path(".crane/bench/quality"), help="where trials are kept")
     parser.add_argument("--num-threads", type=int, default=1)
@@ -294,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.num_threads < 1 or not arguments.budget_minutes > 0:
             raise ConfigError("--num-threads and --budget-minutes must be above 0.", "Give both a number above 0.")
+        if not 0 <= arguments.cold < 1:
+            raise ConfigError(f"--cold is {arguments.cold}.", "Give a share from 0 to below 1, for example 0.1.")
         torch.set_num_threads(arguments.num_threads)
         use_threads(arguments.num_threads)
         return run(arguments, shlex.join(["python", "-m", "tests.bench.bench_quality", *argv]))

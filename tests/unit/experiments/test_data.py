@@ -39,6 +39,18 @@ def test_an_unknown_modality_is_named(dataset: Dataset) -> None:
         dataset.modalities(Features(modalities=("noise", "smell")))
 
 
+def test_cold_items_lose_their_training_rows_and_nothing_else(dataset: Dataset) -> None:
+    before, cold = dataset.interactions, dataset.with_cold_items(0.25, seed=0)
+    after = cold.interactions
+    assert cold.fingerprint != dataset.fingerprint
+    assert after.validation is before.validation and after.test is before.test
+    lost = np.flatnonzero((before.item_counts() > 0) & (after.item_counts() == 0))
+    assert 0 < len(lost) <= 0.25 * before.num_items
+    kept = ~np.isin(before.train.items, lost)
+    assert np.array_equal(after.train.items, before.train.items[kept])
+    assert np.array_equal(after.train.users(), before.train.users()[kept])
+
+
 def test_noise_has_the_shape_of_the_features_and_nothing_of_their_content(dataset: Dataset) -> None:
     noise = dataset.with_noise(seed=0)
     assert noise.interactions is dataset.interactions and noise.fingerprint != dataset.fingerprint
