@@ -124,9 +124,11 @@ def plant(path: Path, scratch: Path) -> None:
         (features / modality.name).mkdir(parents=True)
         np.save(features / modality.name / "matrix.npy", modality.items)
         np.save(features / modality.name / "mask.npy", modality.present)
+        np.savez(features / modality.name / "standardisation.npz", allow_pickle=False, kind=np.array("none"))
         np.save(profiles / f"{modality.name}.npy", modality.profiles)
         np.save(profiles / f"{modality.name}.counts.npy", modality.counts)
-    publish(store, "planted", "etl.features", features, {"modalities": {"m0": {}, "m1": {}}})
+    widths = {modality.name: {"dim": modality.items.shape[1]} for modality in planted_modalities(noise=0.5)}
+    publish(store, "planted", "etl.features", features, {"modalities": widths})
     publish(store, "planted", "etl.profiles", profiles, {})
 
 

@@ -402,7 +402,8 @@ def test_a_version_carries_what_it_was_made_of(place):
     version = place.registry.version("1")
     folder = next(each for each in place.registry.model_folder(version).parents if (each / "MLmodel").exists())
     described = yaml.safe_load((folder / "MLmodel").read_text())
-    assert [column["name"] for column in json.loads(described["signature"]["inputs"])] == ["user_id"]
+    columns = [column["name"] for column in json.loads(described["signature"]["inputs"])]
+    assert columns == ["user_id", "history", "history_times"]
     assert json.loads(described["signature"]["params"])[0]["name"] == "k"
     assert described["saved_input_example_info"]["artifact_path"] == "input_example.json"
     run = mlflow_client(place).get_run(version.mlflow_run)
@@ -542,7 +543,7 @@ def test_the_report_tells_the_whole_story(place):
     assert done["report"] == str(path)
     page = path.read_text()
     assert "Promoted · model version 2" in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "Better than champion 1" in page
     for part in (
         "ml.behaviour",
