@@ -68,7 +68,7 @@ def attention_errors(
     exact = [each.double().requires_grad_() for each in rounded[:2]]
     expected = dense(*exact, phi, None if seen is None else seen.cpu())
     expected.backward(rounded[2].double())
-    # Where one key is left, the gradient of the queries is zero but for the rounding of its terms, incoming x key x key.
+    # Where one key is left, the gradient of the queries is zero but for rounding of its terms, incoming x key x key.
     least = 3e-2 * float(incoming.norm() * keys.detach().norm(dim=1).max() ** 2) / dim**0.5
     return {
         "output": distance(found, expected),
