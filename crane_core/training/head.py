@@ -108,8 +108,9 @@ def choose_head(
     With `config.choices` the weights and half-lives are theirs, and nothing is measured. Otherwise the simple form is
     taken whose weights, fitted on half of the validation users, rank the items of the other half best, by the mean of
     Recall@20 and NDCG@20; of equal ones the first. Where the data have no times, the simple form is the model alone. A
-    form by evidence takes its place if it makes the items likelier by more than one standard error, and that mean is no
-    lower. Cold items have the channels of content in every form.
+    form by evidence takes its place if that mean is higher by more than one standard error; where the data have no
+    times, if it is no lower and the items are likelier by more than one. Cold items have the channels of content in
+    every form.
 
     Args:
         model: the rows of a model that knows no times.
@@ -276,14 +277,21 @@ class _Judged:
         """Mean of Recall@20 and NDCG@20 of every user: what is found, and how far up."""
         return (self.recall + self.ndcg) / 2
 
-    def is_better_than(self, other: _Judged) -> bool:
+    def is_likelier_than(self, other: _Judged) -> bool:
         """Return whether interactions are likelier by more than a standard error, and lists no worse.
 
-        Likelihood tells forms apart that recall cannot: it counts every interaction, not only those in a short list.
+        Likelihood tells forms apart that lists cannot: it counts every interaction, not only those in a short list.
         """
-        likelier = other.losses - self.losses
-        is_likelier = likelier.mean() > likelier.std() / len(likelier) ** 0.5
-        return bool(is_likelier and self.quality.mean() >= other.quality.mean())
+        return _exceeds_chance(other.losses - self.losses) and bool(self.quality.mean() >= other.quality.mean())
+
+    def is_better_than(self, other: _Judged) -> bool:
+        """Return whether lists are better by more than a standard error."""
+        return _exceeds_chance(self.quality - other.quality)
+
+
+def _exceeds_chance(gain: np.ndarray) -> bool:
+    """Return whether the mean of a gain is above one standard error."""
+    return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -380,8 +388,10 @@ def _choose_form(channels: Mapping[str, Rows], fitting: _Fitting) -> tuple[Form,
     by_evidence = [form for form in others if set(form.channels) <= set(channels)]
     judged = fitting.cross_fitted(channels, (*simple, *by_evidence))
     best = max(simple, key=lambda form: judged[form].quality.mean())
+    # Beside the popularity of the moment, rows have been likelier and lists worse: there the lists decide.
+    gains = _Judged.is_better_than if fitting.has_times else _Judged.is_likelier_than
     for form in by_evidence:
-        if judged[form].is_better_than(judged[best]):
+        if gains(judged[form], judged[best]):
             best = form
     logger.info("head form=%s", best.name)
     return best, {form.name: float(found.recall.mean()) for form, found in judged.items()}
