@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ GROUP_ROWS = 262_144
 
 UNREADABLE = (
     OSError,
+    zipfile.BadZipFile,
     ValueError,
     LookupError,
     EOFError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -203,7 +203,7 @@ def _exact(value: Any) -> Any:
         try:
             number = Decimal(value)
             whole = number.is_finite() and abs(number) <= EXACT[pa.float64()] and number == int(number)
-        except InvalidOperation:
+        except ArithmeticError:  # More digits, or a larger exponent, than a decimal number has.
             whole = False
         return str(int(number)) if whole else (None if value == "NaN" else [value])
     return [value] if isinstance(value, bool) else value

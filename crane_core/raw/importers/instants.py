@@ -142,16 +142,25 @@ def _counted(text: pa.Array, rate: int) -> Cells:
             continue
         number: int | None = None
         if fits and len(value) < 40:
-            try:
-                number = int(value) * 10**6 // rate
-            except ValueError:
-                exact = Decimal(value)
-                number = round(exact * 10**6 / rate) if abs(exact.adjusted()) < 30 else None
+            number = _micros(value, rate)
         if number is not None and FIRST <= number <= LAST:
             micros[row] = number
         else:
             outside[row] = True
     return _placed(micros, outside, text.is_valid(), None)
+
+
+def _micros(value: str, rate: int) -> int | None:
+    """Return a number in decimal text as microseconds; None where it is larger than any instant."""
+    try:
+        return int(value) * 10**6 // rate
+    except ValueError:
+        pass
+    try:
+        exact = Decimal(value)
+        return round(exact * 10**6 / rate) if abs(exact.adjusted()) < 20 else None
+    except ArithmeticError:
+        return None
 
 
 def _written(text: pa.Array, clock: Clock) -> Cells:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +33,10 @@ def _readable(time: str) -> str:
     now = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
     try:
         same = "%" in time and datetime.strptime(now.strftime(time), time).date() == now.date()
-    except ValueError:
+    except (ValueError, re.error):  # A directive that comes twice makes a pattern of a name that comes twice.
         same = False
+    if "%Z" in time:
+        raise ValueError("a format with %Z, which reads the name of a zone and forgets it; take iso, or %z and offsets")
     if not same:
         raise ValueError("none of iso, s, ms, us, ns and no format with a whole date, such as %d.%m.%Y %H:%M")
     return time

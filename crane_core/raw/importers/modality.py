@@ -291,7 +291,7 @@ def _members(text: str | None) -> list[str | None] | None:
     for read in (json.loads, ast.literal_eval):
         try:
             members = read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         is_plain = all(each is None or type(each) in (str, int, float) for each in members)
         return [None if each is None else str(each) for each in members] if is_plain else None

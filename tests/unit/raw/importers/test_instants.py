@@ -111,3 +111,10 @@ def test_only_numbers_count_as_numbers() -> None:
     assert plain_numbers(["1", "2.0", "2026-01-05", "x", None]).tolist() == [1, 2]
     assert plain_numbers(pa.array([1, None])).tolist() == [1]
     assert plain_numbers(pa.array([1], pa.timestamp("s"))).tolist() == []
+
+
+@pytest.mark.parametrize("value", ["1e9999999999", "1e99999999999999999999", "9999999999999999999999", "1e25", "-1e25"])
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_numbers_beyond_any_instant_do_not_fit(value: str, unit: str) -> None:
+    found = instants(pa.array([value, "1672531200"]), Clock(unit, "UTC"))
+    assert found.bad.tolist()[0] is True and found.values.to_pylist()[0] is None

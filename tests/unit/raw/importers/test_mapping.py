@@ -40,6 +40,8 @@ def test_a_mapping_may_name_columns_and_positions(tmp_path: Path) -> None:
         ("dataset: d", "dataset: d\n[a]: b", "cannot be read"),
         ("  files: [a.csv]", "  files: [a.csv]\n  time: '%H:%M'", "no format with a whole date"),
         ("  files: [a.csv]", "  files: [a.csv]\n  time: soon", "none of iso, s, ms, us, ns"),
+        ("  files: [a.csv]", "  files: [a.csv]\n  time: '%Y-%m-%d %Y'", "no format with a whole date"),
+        ("  files: [a.csv]", "  files: [a.csv]\n  time: '%Y-%m-%d %H:%M:%S %Z'", "forgets it"),
         ("item_id: i, price", "price", "items.columns must name item_id"),
         ("types: {price", "types: {cost", "items.types names cost"),
         ("item_id: i, price", "'../x': q, item_id: i, price", "is no name of letters"),

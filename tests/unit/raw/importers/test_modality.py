@@ -65,6 +65,13 @@ def test_lists_that_are_written_as_text_are_lists(tmp_path: Path) -> None:
         write(tmp_path / "..", **{**entry, "files": [str(tmp_path / "a.tsv")]})
 
 
+@pytest.mark.parametrize("text", ["[{[]: 1}]", "[{[1]}]"])
+def test_text_that_only_looks_like_a_list_is_a_word(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.tsv").write_text(f"id\tg\ni1\t{text}\ni2\tTea\n")
+    entry: dict[str, Any] = {"files": ["a.tsv"], "kind": "categories", "columns": {"item_id": "id", "vector": "g"}}
+    assert sorted(write(tmp_path, **entry).values()) == [[0, 1], [1, 0]]
+
+
 def test_several_columns_of_words_keep_their_names_and_too_many_words_stop(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,colour,size\ni1,1,1\ni2,2,1\n")
     entry: dict[str, Any] = {"kind": "categories", "columns": {"item_id": "id", "vector": ["colour", "size"]}}
@@ -128,6 +135,7 @@ def test_parts_of_a_large_matrix_stay_below_the_offsets_of_a_list() -> None:
         ({"files": ["a.npy", "a.csv"], "ids": "a.csv"}, DataError, "matches 2 files"),
         ({"files": ["a.npy"], "ids": "a.csv", "kind": "numbers"}, DataError, "one .npy matrix of vectors"),
         ({"files": ["a.csv"], "columns": {"item_id": "id", "vector": "g"}}, DataError, "bad_vector 1 .*a.csv line 2"),
+        ({"files": ["z.npy"], "ids": "a.csv"}, DataError, "is no complete .npy array"),
     ],
 )
 def test_features_that_cannot_be_read_are_errors(
@@ -135,6 +143,7 @@ def test_features_that_cannot_be_read_are_errors(
 ) -> None:
     np.save(tmp_path / "a.npy", np.ones((1, 1)))
     (tmp_path / "a.csv").write_text("id,g\ni1,Tea\n")
+    (tmp_path / "z.npy").write_bytes(b"PK\x03\x04xx")
     with pytest.raises(error, match=expected):
         write(tmp_path, **entry)
 
