@@ -105,7 +105,7 @@ class CraneSettings(Section):
 
 
 class HeadSettings(Section):
-    """What joins a model's rows in the score: content, and, where the data have times, the moment."""
+    """Settings of the head, which puts content and, where the data have times, the moment beside a model's rows."""
 
     half_lives: tuple[HalfLife, ...] = Field((1, 2, 3, 5, 7, 14, 30, 90, None), min_length=1)
     """Half-lives of the popularity, days, that validation chooses from; null is no decay. For the baseline, too."""
@@ -129,7 +129,7 @@ class HeadWeights(Section):
     channels: dict[str, tuple[float, ...]]
     """Channel to its weight in each bucket."""
     bias: tuple[float, ...]
-    """What is added in each bucket."""
+    """Number that is added to the score in each bucket."""
     num_cold: int = Field(ge=0)
     """Cold items at the fit. Among more of them each one gets a smaller share of the lists."""
 

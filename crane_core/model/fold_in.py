@@ -56,7 +56,7 @@ class History:
 
 @dataclass(frozen=True)
 class FoldIn:
-    """What makes a user's row of a history.
+    """Makes a user's row of a history.
 
     Attributes:
         rows: float32 [num_items, d], the row that each item of a history adds.

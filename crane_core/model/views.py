@@ -159,7 +159,7 @@ class _AddNorms(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PickedViews:
-    """What the losses of a step read: the views of all ranks, and the norms of this rank's ID embeddings.
+    """Holds what the losses of a step read: the views of all ranks, and the norms of this rank's ID embeddings.
 
     Attributes:
         final, behaviour, semantic: as in `Views`.
