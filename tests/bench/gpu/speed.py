@@ -164,9 +164,9 @@ def run_lightgcn(plan: Plan) -> Iterator[Row]:
 
 
 def run_crane(plan: Plan) -> Iterator[Row]:
-    """Time an epoch of CRANE with the steps of the preset `million`, in larger batches first."""
+    """Time an epoch of CRANE with the steps of the preset `million`, then in larger batches."""
     begun = plan.left()
-    for batch_size, number in plan.pick(((8192, 128), (1024, 1024)), ((64, 4), (32, 8))):
+    for batch_size, number in plan.pick(((4096, 256), (16_384, 64)), ((64, 4), (32, 8))):
         if begun - plan.left() > plan.left():
             yield skipped(f"CRANE, {number} x {batch_size}", "no time left")
             return
@@ -230,7 +230,9 @@ def epoch_floor(plan: Plan, trainer: Trainer, crane: bool) -> dict[str, Any]:
     steps, rows = trainer.batches.num_steps(), len(trainer.batches.learned)
     num_bytes = steps * products * (entries * (8 + 4.0 * dim) + 4.0 * num_nodes * dim)
     # Three products forward and backward for each pair that is scored: negatives, and contrasted nodes of both kinds.
-    pairs = settings.num_negatives + 2 * trainer.config.train.batch_size if crane else 1
+    batch_size = trainer.config.train.batch_size
+    contrasted = min(batch_size, settings.contrast_nodes or batch_size)
+    pairs = settings.num_negatives + 2 * contrasted**2 / batch_size if crane else 1
     return plan.floor(6.0 * dim * pairs * rows, "float32", num_bytes)
 
 
