@@ -57,6 +57,18 @@ class Batch(NamedTuple):
     rows: Tensor | None = None
     contrasted: tuple[Sample, Sample] | None = None
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device, copied from pinned memory while the device computes."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        batch = Batch(*map(moved, self))
+        if self.contrasted is None:
+            return batch
+        users, items = (Sample(*map(moved, each)) for each in self.contrasted)
+        return batch._replace(contrasted=(users, items))
+
     def mine(self, rows: Tensor) -> Tensor:
         """Select the rows whose loss this rank computes."""
         return rows[self.rank :: self.world_size]

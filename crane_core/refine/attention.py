@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crane_core.config import Phi, Precision
-from crane_core.numerics.kmeans import CHUNK_ROWS, cluster, row_chunks
+from crane_core.numerics.kmeans import chunk_rows, cluster, row_chunks
 from crane_core.refine.kernels import DensePhi, ListedSoftmax, attend_all, on_gpu
 
 _KEYS_SEEN = 8
@@ -171,7 +171,7 @@ class ListedKeys(Keys):
         self.precision: Precision = precision
         sizes = torch.bincount(clusters)
         sums = torch.zeros(len(sizes), keys.shape[1], dtype=torch.float64, device=keys.device)
-        for rows in row_chunks(len(keys), CHUNK_ROWS):
+        for rows in row_chunks(len(keys), chunk_rows(keys)):
             sums.index_add_(0, clusters[rows], keys.detach()[rows].double())
         filled = sizes > 0
         self.means = sums[filled] / sizes[filled, None]
@@ -184,7 +184,7 @@ class ListedKeys(Keys):
         The scores are float64, so that the split of the queries into chunks does not change the choice.
         """
         nearest = torch.empty(len(queries), self.num_probes, dtype=torch.int64, device=queries.device)
-        for rows in row_chunks(len(queries), CHUNK_ROWS):
+        for rows in row_chunks(len(queries), chunk_rows(queries)):
             scores = queries.detach()[rows].double() @ self.means.T
             nearest[rows] = scores.float().topk(self.num_probes, sorted=False).indices
         return nearest

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from crane_core.errors import ConfigError
-from crane_core.refine.kernels import MOST_DIMS
+from crane_core.refine.kernels import MOST_DIMS, Groups
 
 Kernel = Literal["attend", "query_gradient", "key_gradient"]
 BLOCKS: dict[tuple[str, int], dict[Kernel, tuple[int, int, int, int]]] = {
@@ -34,16 +35,15 @@ Chosen by what the compiler reports for sm_90: the shared memory of a multiproce
 numbers spill no register. Not yet chosen by time: `tests/bench/gpu.sh` times others beside these."""
 
 Phi = Literal["softmax", "tanh"]
-Group = tuple[int, int, int, int]
 
 
-def attend(queries: Tensor, keys: Tensor, groups: list[Group], phi: Phi) -> tuple[Tensor, Tensor]:
+def attend(queries: Tensor, keys: Tensor, groups: Groups, phi: Phi) -> tuple[Tensor, Tensor]:
     """Return the attention of each group of queries to its keys.
 
     Args:
         queries: float32 or bfloat16 [n, d], contiguous, d <= 128.
         keys: like the queries, [m, d].
-        groups: queries [start, stop) and their keys [start, stop); every query is in one group.
+        groups: of queries and their keys.
         phi: `softmax`, or `tanh`; the sum over the keys of `tanh` is not divided.
 
     Returns:
@@ -65,7 +65,7 @@ def attend_backward(
     keys: Tensor,
     incoming: Tensor,
     statistics: tuple[Tensor, Tensor] | None,
-    groups: list[Group],
+    groups: Groups,
     phi: Phi,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `attend`.
@@ -89,9 +89,7 @@ def attend_backward(
     tiles = _tiles(groups, settings["ROWS"], queries.device)
     _query_gradient[(len(tiles),)](*given, query_gradient, tiles, scale, **settings)
     settings = constants(queries.dtype, queries.shape[1], phi, "key_gradient")
-    tiles = _tiles(
-        [(first, last, start, stop) for start, stop, first, last in groups], settings["KEYS"], queries.device
-    )
+    tiles = _tiles(groups[:, [2, 3, 0, 1]], settings["KEYS"], queries.device)
     _key_gradient[(len(tiles),)](*given, key_gradient, tiles, scale, **settings)
     return query_gradient, key_gradient
 
@@ -122,10 +120,14 @@ def constants(dtype: torch.dtype, dim: int, phi: Phi, kernel: Kernel) -> dict[st
     }
 
 
-def _tiles(groups: list[Group], block: int, device: torch.device) -> Tensor:
+def _tiles(groups: Groups, block: int, device: torch.device) -> Tensor:
     """Cut the groups into blocks along their first range: int64 [num_tiles, 4]."""
-    cut = [(at, min(at + block, stop), *other) for start, stop, *other in groups for at in range(start, stop, block)]
-    return torch.tensor(cut, dtype=torch.int64).to(device)
+    counts = -(-(groups[:, 1] - groups[:, 0]) // block)
+    tiles = np.repeat(groups, counts, axis=0)
+    inside = np.arange(len(tiles)) - np.repeat(counts.cumsum() - counts, counts)
+    tiles[:, 0] += inside * block
+    tiles[:, 1] = np.minimum(tiles[:, 0] + block, tiles[:, 1])
+    return torch.from_numpy(tiles).to(device)
 
 
 @triton.jit

@@ -7,8 +7,11 @@ tanh, softmax with a gradient and the softmax over inverted lists are the Triton
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,15 +70,28 @@ def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
     Its memory depends on neither the number of queries nor the number of keys.
     """
     dim, fused, scale = queries.shape[1], [SDPBackend.FLASH_ATTENTION], None
+    learns = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
     if queries.device.type == "cuda":
-        fused += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        fused = [SDPBackend.CUDNN_ATTENTION, *fused, SDPBackend.EFFICIENT_ATTENTION]
     if on_gpu(queries) and dim % _ALIGNED:
         # Columns of zeros change no product.
         queries, keys = (F.pad(rows, (0, -dim % _ALIGNED)) for rows in (queries, keys))
         scale = dim**-0.5
-    with sdpa_kernel(fused):
+    # The forward pass of every kernel gives the same bits in every run; cuDNN's is refused for its backward pass.
+    with sdpa_kernel(fused, set_priority=True), nullcontext() if learns else _any_algorithm():
         heads = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None], scale=scale)
     return heads[0, 0, :, :dim]
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Allow algorithms that PyTorch does not take for deterministic."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -85,7 +101,7 @@ class FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, keys: Tensor, phi: DensePhi) -> Tensor:
         from crane_core.refine import attention_triton
 
-        everything = [(0, len(queries), 0, len(keys))]
+        everything = np.array([[0, len(queries), 0, len(keys)]])
         output, mass = attention_triton.attend(queries, keys, everything, phi)
         if phi == "tanh":
             output.div_(len(keys))
@@ -98,7 +114,7 @@ class FusedAttention(torch.autograd.Function):
         from crane_core.refine import attention_triton
 
         queries, keys, *saved = ctx.saved_tensors
-        everything = [(0, len(queries), 0, len(keys))]
+        everything = np.array([[0, len(queries), 0, len(keys)]])
         if saved:
             output, mass = saved
             statistics = mass, _delta(gradients[0], output)
@@ -172,8 +188,9 @@ class _Tiles:
         return self._buffers[number, : num_rows * num_columns].view(num_rows, num_columns)
 
 
-Group = tuple[int, int, int, int]
-"""First and last query, first and last key, each [start, stop): these queries attend to these keys."""
+Groups = np.ndarray
+"""int64 [g, 4]: of each group the first query and the one behind the last, and likewise keys. These queries attend to
+these keys; every query is in one group."""
 
 
 class ListedSoftmax(torch.autograd.Function):
@@ -188,9 +205,9 @@ class ListedSoftmax(torch.autograd.Function):
         num_probes = nearest.shape[1]
         probes = nearest.flatten()
         order = torch.argsort(probes, stable=True)
-        ends = [0, *torch.bincount(probes, minlength=len(bounds) - 1).cumsum(0).tolist()]
-        edges = zip(ends, ends[1:], bounds, bounds[1:], strict=False)
-        groups = [(start, stop, first, last) for start, stop, first, last in edges if start < stop]
+        counts = torch.bincount(probes, minlength=len(bounds) - 1).cpu().numpy()
+        stops, edges = counts.cumsum(), np.asarray(bounds)
+        groups = np.stack([stops - counts, stops, edges[:-1], edges[1:]], axis=1)[counts > 0]
         partial, mass = attend_groups(queries.index_select(0, order // num_probes), keys, groups)
         # Back to the order of the queries: num_probes results for each.
         position = torch.empty_like(order)
@@ -216,14 +233,14 @@ class ListedSoftmax(torch.autograd.Function):
         return query_gradient, key_gradient, None, None
 
 
-def attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor]:
+def attend_groups(queries: Tensor, keys: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     """Return the softmax attention of each group, [n, d], and the logarithm of the sum of its exponentials, [n]."""
     if on_gpu(queries):
         from crane_core.refine import attention_triton
 
         return attention_triton.attend(queries, keys, groups, "softmax")
     output, mass = torch.empty_like(queries), queries.new_empty(len(queries))
-    for start, stop, first, last in groups:
+    for start, stop, first, last in groups.tolist():
         heads, part = queries[None, None, start:stop], keys[None, None, first:last]
         # scaled_dot_product_attention calls this operator, but does not return the sum of the exponentials.
         attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads, part, part)
@@ -232,7 +249,7 @@ def attend_groups(queries: Tensor, keys: Tensor, groups: list[Group]) -> tuple[T
 
 
 def attend_groups_backward(
-    queries: Tensor, incoming: Tensor, output: Tensor, normaliser: Tensor, keys: Tensor, groups: list[Group]
+    queries: Tensor, incoming: Tensor, output: Tensor, normaliser: Tensor, keys: Tensor, groups: Groups
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `attend_groups`: of the queries [n, d] and of the keys [m, d].
 
@@ -248,7 +265,7 @@ def attend_groups_backward(
         statistics = normaliser, _delta(incoming, output)
         return attention_triton.attend_backward(queries, keys, incoming, statistics, groups, "softmax")
     query_gradient, key_gradient = torch.empty_like(queries), torch.zeros_like(keys)
-    for start, stop, first, last in groups:
+    for start, stop, first, last in groups.tolist():
         rows, part = slice(start, stop), keys[None, None, first:last]
         own, as_keys, as_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             incoming[None, None, rows], queries[None, None, rows], part, part, output[None, None, rows],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +19,10 @@ from crane_core.model.views import Batch, Sample
 from crane_core.model_config import ModelConfig
 from crane_core.ranks import ranks
 from crane_core.training.negatives import NegativeSampler
+
+_THREADS = 4
+"""Threads that draw batches ahead for a GPU, which would wait for them most of the time."""
+Result = TypeVar("Result")
 
 
 class Purpose(IntEnum):
@@ -101,11 +108,18 @@ class Batches:
         first = step * self._config.train.batches_per_step
         if self._model.shares_negatives and len(picked) > size:
             generator = generator_for(self._config.train.seed, Purpose.USERS, epoch, step)
-            places = generator.permutation(self._model.num_users)
-            picked = picked[np.argsort(places[self.edges.users[picked]], kind="stable")]
-        for number, start in enumerate(range(0, len(picked), size), first):
+            places = generator.permutation(self._model.num_users)[self.edges.users[picked]]
+            # Place and position in one number: a fifth of the time of a stable argsort.
+            picked = picked[np.sort((places << 32) + np.arange(len(picked))) & 0xFFFFFFFF]
+        starts = range(0, len(picked), size)
+
+        def draw(start: int) -> Batch:
+            number = first + start // size
             generator = generator_for(self._config.train.seed, Purpose.NEGATIVES, epoch, number)
-            yield self.batch(picked[start : start + size], generator)
+            return self._draw(picked[start : start + size], generator)
+
+        for batch in in_order(draw, starts, _THREADS if self._device.type == "cuda" else 0):
+            yield batch.to(self._device)
 
     def first(self, order: np.ndarray, epoch: int) -> Batch:
         """Return the first batch of an epoch."""
@@ -113,6 +127,10 @@ class Batches:
 
     def batch(self, picked: np.ndarray, generator: np.random.Generator) -> Batch:
         """Return the batch of some training interactions, with negatives drawn by the generator."""
+        return self._draw(picked, generator).to(self._device)
+
+    def _draw(self, picked: np.ndarray, generator: np.random.Generator) -> Batch:
+        """Return the batch on the CPU."""
         edges = self.edges.where(picked)
         users = edges.users
         columns = {"users": users, "positives": edges.items}
@@ -142,7 +160,23 @@ class Batches:
         return Sample(self._tensor(drawn), len(nodes))
 
     def _tensor(self, column: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(column.astype(np.int64) if column.dtype.kind == "i" else column).to(self._device)
+        tensor = torch.from_numpy(column.astype(np.int64) if column.dtype.kind == "i" else column)
+        # From pinned memory a GPU copies while it computes.
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+
+def in_order(compute: Callable[[int], Result], inputs: Sequence[int], num_threads: int) -> Iterator[Result]:
+    """Yield the results for some inputs in their order, computed ahead by some threads, or in turn by none."""
+    if num_threads == 0:
+        yield from map(compute, inputs)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead = deque(pool.submit(compute, each) for each in inputs[: 2 * num_threads])
+        for each in inputs[2 * num_threads :]:
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(compute, each))
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def user_weights(counts: np.ndarray, balance: float) -> np.ndarray:

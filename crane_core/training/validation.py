@@ -23,13 +23,13 @@ class Validation:
     Args:
         interactions: training items are masked, validation items are looked for.
         config: size and seed of the sample.
-        device: where the ranks exchange their sums.
+        device: where rows are ranked, and the ranks exchange their sums.
     """
 
     def __init__(self, interactions: Interactions, config: Train, device: torch.device) -> None:
         self._interactions = interactions
         self._users = interactions.validation_users(config.validation_users, config.seed)
-        self._block = users_at_a_time(interactions.num_items)
+        self._block = users_at_a_time(interactions.num_items, device)
         self._device = device
 
     def check(self) -> None:
@@ -51,7 +51,8 @@ class Validation:
         mine = self._users[rank::world_size]
         found = {}
         for name, rows in rankings.items():
-            ranked = rank_users(dot_product(*rows), self._interactions.train, mine, 20, self._block)
+            users, items = (each.to(self._device) for each in rows)
+            ranked = rank_users(dot_product(users, items), self._interactions.train, mine, 20, self._block)
             metrics = user_metrics(ranked, self._interactions.validation, mine, (20,))
             sums = torch.tensor([values.sum() for values in metrics.values()], dtype=torch.float64)
             if world_size > 1:

@@ -15,7 +15,7 @@ from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.refine.attention import Correlation, ListedKeys
-from crane_core.refine.kernels import FusedAttention, Group, attend_groups
+from crane_core.refine.kernels import FusedAttention, attend_groups
 from tests.bench.gpu.plan import Plan, Row, distance, median_seconds, skipped, timed
 from tests.bench.gpu.speed import world
 
@@ -69,7 +69,7 @@ def softmax(plan: Plan) -> Iterator[Row]:
         queries, keys = (
             plan.normal(salt, size, dim).to(plan.device, dtype) for salt, size in ((1, num_queries), (2, num_keys))
         )
-        everything: list[Group] = [(0, num_queries, 0, num_keys)]
+        everything = np.array([[0, num_queries, 0, num_keys]])
         floor = floor_of(plan, 4.0 * num_queries * num_keys * dim, dtype)
         own = attention_triton.attend(queries, keys, everything, "softmax")[0]
         name = f"{str(dtype)[6:]}, {num_queries:,} x {num_keys:,}"
@@ -122,7 +122,7 @@ def tanh_blocks(plan: Plan) -> Iterator[Row]:
     queries, keys = (
         plan.normal(salt, size, dim).to(plan.device).bfloat16() for salt, size in ((1, num_queries), (2, num_keys))
     )
-    everything: list[Group] = [(0, num_queries, 0, num_keys)]
+    everything = np.array([[0, num_queries, 0, num_keys]])
     blocks = attention_triton.BLOCKS["bfloat16", 128]
     used, expected = blocks["attend"], None
     for sizes in TANH_BLOCKS[: plan.pick(len(TANH_BLOCKS), 2)]:
@@ -145,10 +145,10 @@ def lists(plan: Plan) -> Iterator[Row]:
     queries = keys[torch.randperm(num_keys, generator=plan.generator(3))[:num_queries].to(plan.device)].bfloat16()
     probes, order = prepared.nearest(queries).flatten().sort(stable=True)
     sorted_queries = queries[order // prepared.num_probes]
-    ends = [0, *torch.bincount(probes, minlength=len(prepared.means)).cumsum(0).tolist()]
-    edges = zip(ends, ends[1:], prepared.bounds, prepared.bounds[1:], strict=False)
-    groups = [(start, stop, first, last) for start, stop, first, last in edges if start < stop]
-    pairs = sum((stop - start) * (last - first) for start, stop, first, last in groups)
+    counts = torch.bincount(probes, minlength=len(prepared.means)).cpu().numpy()
+    stops, edges = counts.cumsum(), np.asarray(prepared.bounds)
+    groups = np.stack([stops - counts, stops, edges[:-1], edges[1:]], axis=1)[counts > 0]
+    pairs = int((counts * np.diff(edges)).sum())
     floor = floor_of(plan, 4.0 * dim * pairs, torch.bfloat16)
     what = f"softmax over lists bfloat16, {len(sorted_queries):,} queries of {num_keys:,} keys"
     own = attend_groups(sorted_queries, prepared.keys, groups)[0]

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 import torch._dynamo  # Adam imports it at its first use: here, before the processes that are killed are forked.
 
-from crane_core.model.propagation import DirectedGraph, SymmetricGraph, drop_edges, propagate
+from crane_core.model.propagation import DirectedGraph, SymmetricGraph, cut_rows, drop_edges, propagate
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,24 @@ def test_a_matrix_that_stays_in_memory_gives_the_same_bits(density: float, monke
         assert torch.equal(streamed.degrees(), torch.from_numpy(np.diff(matrix.indptr)).long())
 
 
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("resident", [True, False])
+def test_rows_in_pieces_give_the_same_sums(density: float, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crane_core.model.propagation._BLOCK_ENTRIES", 30)
+    matrix = symmetric(50, density)
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for entries in (1, 3, 7, 1000):
+        graph = SymmetricGraph(matrix, CPU, resident=resident, piece_entries=entries)
+        np.testing.assert_allclose(graph @ rows, matrix.toarray() @ rows.numpy(), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(graph.multiply(rows, slice(9, 33)), (matrix.toarray() @ rows.numpy())[9:33], 1e-12)
+
+
+def test_pieces_of_rows() -> None:
+    starts, firsts = cut_rows(np.array([0, 0, 5, 6, 10], dtype=np.int32), 2)
+    assert starts.tolist() == [0, 0, 2, 4, 5, 6, 8, 10] and starts.dtype == np.int32
+    assert firsts.tolist() == [0, 1, 4, 5, 7]
+
+
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
 def test_the_gradient_is_that_of_the_dense_product(num_layers: int) -> None:
     matrix = symmetric(30, 0.2)
@@ -89,6 +107,19 @@ def test_the_product_does_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+class SameKeys:
+    """In place of a generator: every draw is 1."""
+
+    def exponential(self, size: int) -> np.ndarray:
+        return np.ones(size)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, [0, 1, 2]), (0.34, [0, 1, 2, 3]), (0.8, [0])])
+def test_of_edges_with_equal_keys_the_first_are_kept(share: float, expected: list[int]) -> None:
+    kept = drop_edges(np.arange(6), np.arange(6), share, SameKeys())  # type: ignore[arg-type]
+    assert kept.tolist() == expected
 
 
 def test_edge_dropout_keeps_the_promised_share_and_spares_rare_ends() -> None:

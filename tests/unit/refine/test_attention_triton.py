@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from crane_core.refine.kernels import DensePhi, FusedAttention, attend_groups, a
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
-GROUPS = [(0, 3, 40, 41), (3, 140, 0, 40), (140, 150, 45, 130)]
+GROUPS = np.array([(0, 3, 40, 41), (3, 140, 0, 40), (140, 150, 45, 130)])
 """A group of one key, one of more rows than a block, one of more keys; no query attends to keys 41 to 44."""
 
 

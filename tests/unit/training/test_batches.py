@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import DataError
-from crane_core.training.batches import user_weights
+from crane_core.training.batches import in_order, user_weights
 from crane_core.training.trainer import Trainer
 from tests.worlds.planted import checkerboard
 from tests.worlds.settings import changed
@@ -116,3 +117,23 @@ def test_of_a_large_batch_a_sample_is_contrasted(tmp_path: Path) -> None:
     few = large.batch(np.arange(2), np.random.default_rng(3))
     assert few.contrasted is not None
     assert few.contrasted[1].nodes.tolist() == sorted(set(few.positives.tolist()))
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+@pytest.mark.parametrize("number", [0, 1, 5, 40])
+def test_results_computed_ahead_come_in_order(num_threads: int, number: int) -> None:
+    def compute(value: int) -> int:
+        time.sleep(0.002 * (value % 3))
+        return value * value
+
+    assert list(in_order(compute, range(number), num_threads)) == [value * value for value in range(number)]
+
+
+def test_a_failure_ahead_is_raised_where_it_would_have_been() -> None:
+    def compute(value: int) -> float:
+        return 1 / (value - 2)
+
+    results = in_order(compute, range(9), 2)
+    assert [next(results), next(results)] == [-0.5, -1.0]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
