@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ _PAIRS = 4096
 """Candidates compared at a time on a CPU, so that their rows fit in the cache."""
 _PAIRS_ON_GPU = 1 << 18
 """The same on a GPU: 256 MiB of rows at 64 numbers each, so that launches are few."""
+GROUP = 128
+"""Keys in a group; on a GPU the largest scores of the groups are compared first."""
 RowNumbers = range | np.ndarray
 """Row numbers, ascending."""
 
@@ -104,9 +107,22 @@ def pack_lists(neighbours: np.ndarray, similarities: np.ndarray) -> np.ndarray:
     return pack(torch.from_numpy(np.array(similarities)), torch.from_numpy(np.array(neighbours))).numpy()
 
 
-Top = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-"""Function from (queries, keys, width, memory) to the largest scores, float32 [q, width], descending, and the positions
-of their keys, int64 [q, width]."""
+class Candidates(NamedTuple):
+    """Keys that may be the nearest ones of some queries.
+
+    Attributes:
+        values: float32 [q, width], their scores, descending.
+        found: int64 [q, width], their positions among the keys.
+        others: float32 [q], upper bound of the scores of all other keys, up to the rounding of a product.
+    """
+
+    values: Tensor
+    found: Tensor
+    others: Tensor
+
+
+Top = Callable[[Tensor, Tensor, int, int], Candidates]
+"""Function from (queries, keys, width, memory) to the keys with the largest scores."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +156,7 @@ def improve(best: Tensor, queries: Tensor, keys: KeyBlock, memory: int, top: Top
     width = best.shape[1]
     if top is None or len(keys.rows) <= 2 * (width + SPARE):
         return compare_all(best, queries, keys, memory)
-    values, found = top(queries, keys.rows, width + SPARE, memory)
-    merged, doubtful = rescore(best, queries, keys, values, found, values[:, -1])
+    merged, doubtful = rescore(best, queries, keys, *top(queries, keys.rows, width + SPARE, memory))
     if len(doubtful):
         merged[doubtful] = compare_all(best[doubtful], queries[doubtful], keys, memory)
     return merged

@@ -6,13 +6,16 @@ import logging
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crane_core.graph.candidates import (
     DEFAULT_RESOURCES,
+    GROUP,
     MEMORY,
     NONE,
     SPARE,
+    Candidates,
     KeyBlock,
     RowNumbers,
     SearchResources,
@@ -32,8 +35,10 @@ from crane_core.progress import track
 logger = logging.getLogger(__name__)
 QUERY_BLOCK = 32_768
 """Upper bound of the queries in a block: a kill loses the work on one block at most."""
-_GROUP = 32
-"""Keys in a group; `top_torch` compares the largest scores of the groups first."""
+_SMALL_GROUP = 32
+"""Keys in a group of `top_torch`."""
+MOST_DIMS = 128
+"""Largest width of a row for `top_fused`: a block of rows must fit in the registers of a program."""
 
 
 def search(
@@ -62,7 +67,7 @@ def search(
     Raises:
         ArtifactError: a row is not finite.
     """
-    top = top_faiss if resources.device.type == "cpu" else top_torch
+    top = top_on(resources.device, rows.shape[1])
     return unpack(nearest(rows, queries, k, keys=keys, resources=resources, top=top))
 
 
@@ -138,24 +143,61 @@ def nearest(
     return found
 
 
-def top_torch(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
-    """Find the keys with the largest dot products, as a `Top`. Correct on any device, fast on CUDA.
+def top_on(device: torch.device, dim: int) -> Top:
+    """Return the search for candidates on a device, for rows of `dim` numbers."""
+    if device.type == "cpu":
+        return top_faiss
+    return top_fused if dim <= MOST_DIMS else top_torch
+
+
+def top_torch(queries: Tensor, keys: Tensor, width: int, memory: int) -> Candidates:
+    """Find the keys with the largest dot products, as a `Top`. Correct on any device, for rows of any width.
 
     The best `width` keys lie in the `width` groups with the largest maxima. So one pass over the scores finds the
     maxima, and the selection sees only a small part of the scores.
     """
-    num_groups = -(-len(keys) // _GROUP)
+    num_groups = -(-len(keys) // _SMALL_GROUP)
     # Column j of a group is key j * num_groups + group, so the columns without a key are the last ones.
-    step = max(1, memory // (8 * num_groups * _GROUP))
-    buffer = queries.new_full((min(step, len(queries)), num_groups * _GROUP), -torch.inf)
+    step = max(1, memory // (8 * num_groups * _SMALL_GROUP))
+    buffer = queries.new_full((min(step, len(queries)), num_groups * _SMALL_GROUP), -torch.inf)
     values, found = [], []
     for part in queries.split(step):
         torch.mm(part, keys.T, out=buffer[: len(part), : len(keys)])
-        scores = buffer[: len(part)].view(-1, _GROUP, num_groups)
+        scores = buffer[: len(part)].view(-1, _SMALL_GROUP, num_groups)
         groups = scores.amax(1).topk(min(width, num_groups), dim=1).indices
-        inside = scores.gather(2, groups[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
+        inside = scores.gather(2, groups[:, None, :].expand(-1, _SMALL_GROUP, -1)).flatten(1)
         best = inside.topk(width, dim=1)
         values.append(best.values)
         column = best.indices // groups.shape[1]
         found.append(column * num_groups + groups.gather(1, best.indices % groups.shape[1]))
-    return torch.cat(values), torch.cat(found)
+    scores = torch.cat(values)
+    return Candidates(scores, torch.cat(found), scores[:, -1])
+
+
+def top_fused(queries: Tensor, keys: Tensor, width: int, memory: int) -> Candidates:
+    """Find the keys with the largest dot products on a GPU, as a `Top`, with no more than the maxima in memory.
+
+    The `width` groups with the largest maxima are searched. The maxima are nearly exact, so that another group holds
+    nothing larger than the least of them and their error.
+    """
+    from crane_core.graph.maxima_triton import error_bound, group_maxima
+
+    num_groups, dim = -(-len(keys) // GROUP), keys.shape[1]
+    searched = min(width, num_groups)
+    padded = F.pad(keys, (0, 0, 0, num_groups * GROUP - len(keys))).view(num_groups, GROUP * dim)
+    place = torch.arange(GROUP, device=keys.device)
+    parts = []
+    for some in queries.split(max(1, memory // (8 * num_groups))):
+        largest = group_maxima(some, keys).topk(searched, dim=1)
+        for part, maxima, groups in zip(
+            *(each.split(max(1, memory // (16 * searched * GROUP * dim))) for each in (some, *largest)), strict=True
+        ):
+            near = padded.index_select(0, groups.flatten()).view(len(part), searched * GROUP, dim)
+            columns = (groups[:, :, None] * GROUP + place).flatten(1)
+            scores = torch.bmm(near, part[:, :, None])[:, :, 0].masked_fill_(columns >= len(keys), -torch.inf)
+            values, positions = scores.topk(width, dim=1)
+            others = values[:, -1]
+            if searched < num_groups:
+                others = torch.maximum(others, maxima[:, -1] + error_bound(dim))
+            parts.append(Candidates(values, columns.gather(1, positions), others))
+    return Candidates(*map(torch.cat, zip(*parts, strict=True)))

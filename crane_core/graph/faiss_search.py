@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crane_core.graph.candidates import Candidates
+
 _HNSW_FROM = 50_000
 """Rows from which an index is HNSW."""
 
@@ -35,7 +37,7 @@ def write_index(path: Path, vectors: np.ndarray) -> None:
     faiss.write_index(index, str(path))
 
 
-def top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
+def top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> Candidates:
     """Find the keys with the largest dot products on the CPU, as a `Top`."""
     import faiss
 
@@ -45,4 +47,5 @@ def top_faiss(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[T
         values, found = faiss.knn(queries.numpy(), keys.numpy(), width, metric=faiss.METRIC_INNER_PRODUCT)
     finally:
         faiss.cvar.distance_compute_blas_query_bs = shared
-    return torch.from_numpy(values), torch.from_numpy(found)
+    scores = torch.from_numpy(values)
+    return Candidates(scores, torch.from_numpy(found), scores[:, -1])

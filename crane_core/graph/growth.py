@@ -12,8 +12,7 @@ import torch
 from crane_core.config import Knn, RunConfig
 from crane_core.errors import ArtifactError
 from crane_core.graph.candidates import CPU, SearchResources, pack_lists, unpack
-from crane_core.graph.exact import nearest, top_torch
-from crane_core.graph.faiss_search import top_faiss
+from crane_core.graph.exact import nearest, top_on
 from crane_core.graph.lists import find_neighbours
 from crane_core.stages import STAGES, list_settings
 from crane_core.storage.artifacts import Artifact
@@ -122,7 +121,7 @@ def grow_neighbours(
     anew = queries.start + np.flatnonzero(searched)
     packed[searched] = pack_lists(*find_neighbours(rows, anew, config, device, folders[0]))
     kept = queries.start + np.flatnonzero(~searched)
-    top = top_faiss if device.type == "cpu" else top_torch
+    top = top_on(device, rows.shape[1])
     new_keys, resources = np.flatnonzero(changed), SearchResources(device, config.memory, folders[1])
     gained = nearest(rows, kept, config.k, keys=new_keys, resources=resources, top=top)
     both = np.concatenate([pack_lists(base.neighbours[kept], base.similarities[kept]), gained], axis=1)

@@ -205,10 +205,10 @@ def _search_block(lists: Lists, queries: Tensor, width: int, num_probes: int, me
         if count == 0:
             continue
         query = torch.from_numpy(pairs[pair] // num_probes)
-        scores, position = top_faiss(queries.index_select(0, query), keys, count, memory)
-        values[pair, :count], found[pair, :count] = scores, position + int(lists.bounds[number])
+        near = top_faiss(queries.index_select(0, query), keys, count, memory)
+        values[pair, :count], found[pair, :count] = near.values, near.found + int(lists.bounds[number])
         if count < len(keys):
-            hidden[pair] = scores[:, -1]
+            hidden[pair] = near.others
     # Back to the order of the queries, the candidates of all lists of a query side by side.
     back = torch.from_numpy(np.argsort(pairs))
     values, found = (each.index_select(0, back).view(len(queries), -1) for each in (values, found))

@@ -13,6 +13,9 @@ from crane_core.model.sharding import Shards
 Rows = tuple[Tensor, Tensor]
 """Users float32 [num_users, d] and items float32 [num_items, d]; scores are their dot products."""
 
+_WAITING_ON_GPU = 1 << 18
+"""Rows of gradients that wait on a GPU to be added at once: a sum with the same bits in each run takes ten launches."""
+
 
 class Sample(NamedTuple):
     """Some of the distinct nodes of one kind in a batch.
@@ -102,20 +105,36 @@ class Picked:
 
     Args:
         rows: float32 [n, d].
-
-    Attributes:
-        gradient: float32 [n, d], the sum over all backward passes.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows.detach()
-        self.gradient = torch.zeros_like(self.rows)
+        self._gradient = torch.zeros_like(self.rows)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         # Autograd records only what an input with a gradient goes into.
         self._anchor = rows.new_zeros((), requires_grad=True)
 
     def __getitem__(self, nodes: Tensor) -> Tensor:
         """Select the rows of some nodes: int64 [m] -> float32 [m, d]."""
         return _Pick.apply(self._anchor, self, nodes)
+
+    def add(self, nodes: Tensor, gradient: Tensor) -> None:
+        """Add a gradient of some nodes: int64 [m], float32 [m, d]."""
+        self._waiting.append((nodes, gradient))
+        if sum(len(each) for each, _ in self._waiting) >= (_WAITING_ON_GPU if nodes.is_cuda else 0):
+            self._add_waiting()
+
+    def gradient(self) -> Tensor:
+        """Return the sum over all backward passes, float32 [n, d]."""
+        if self._waiting:
+            self._add_waiting()
+        return self._gradient
+
+    def _add_waiting(self) -> None:
+        # To join a single one would copy it.
+        nodes, gradients = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*self._waiting, strict=True))
+        self._gradient.index_add_(0, nodes, gradients)
+        self._waiting.clear()
 
     def new_zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Return zeros, as the method of a tensor."""
@@ -131,7 +150,7 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        ctx.source.gradient.index_add_(0, ctx.nodes, gradients[0])
+        ctx.source.add(ctx.nodes, gradients[0])
         return None, None, None
 
 
@@ -195,5 +214,5 @@ class PickedViews:
         """Sum the gradients of the rows over the ranks, and propagate them back through this rank's part of `views`."""
         pairs = ((self.final, views.final), (self.behaviour, views.behaviour), (self.semantic, views.semantic))
         reached = {rows: picked for picked, rows in pairs if picked is not None and rows is not None}
-        gradients = [shards.add_up(picked.gradient) for picked in reached.values()]
+        gradients = [shards.add_up(picked.gradient()) for picked in reached.values()]
         torch.autograd.backward([*reached, ids], [*gradients, self.ids.gradient()])

@@ -51,6 +51,7 @@ def use_device(runtime: Runtime) -> torch.device:
     # Without this setting of cuBLAS, torch refuses every matrix product under deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local_rank = dist.get_node_local_rank(fallback_rank=0)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

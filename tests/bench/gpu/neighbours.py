@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from crane_core.graph.candidates import SearchResources, unit_rows, unpack
-from crane_core.graph.exact import brute_force, nearest, top_torch
+from crane_core.graph.exact import brute_force, nearest, top_fused, top_torch
 from tests.bench.gpu.plan import Plan, Row, compared, median_seconds, skipped, timed
 
 KINDS = ("random", "near ties", "duplicates", "zero rows", "all equal")
@@ -23,18 +23,18 @@ def run(plan: Plan) -> Iterator[Row]:
         sample = np.linspace(0, num_rows - 1, plan.pick(1000, 60)).astype(np.int64)
         expected = brute_force(rows, sample, k)
         memories = plan.pick((1 << 30, 24 << 20), (1 << 24, 1 << 17))
-        for memory in memories:
+        for top, memory in ((top_fused, memories[0]), (top_fused, memories[1]), (top_torch, memories[1])):
             resources = SearchResources(plan.device, memory)
-            found, similarities = unpack(nearest(rows, range(num_rows), k, resources=resources, top=top_torch))
+            found, similarities = unpack(nearest(rows, range(num_rows), k, resources=resources, top=top))
             unit = unit_rows(rows).astype(np.float64)
             exact = np.einsum("nd,nkd->nk", unit[sample], unit[expected]).astype(np.float32)
             different = float((found[sample] != expected).mean() + (similarities[sample] != exact).mean())
-            yield compared(f"neighbours of {kind}, {memory >> 20} MiB", different, 0.0)
+            yield compared(f"neighbours of {kind} by {top.__name__}, {memory >> 20} MiB", different, 0.0)
     queries = np.arange(5, num_rows, 7)
     rows = make_rows("duplicates", num_rows, dim, np.random.default_rng(plan.seed))
     parts = [range(num_rows // 3), range(num_rows // 3, num_rows)]
     packed = [
-        nearest(rows, queries, k, keys=part, resources=SearchResources(plan.device, memories[0]), top=top_torch)
+        nearest(rows, queries, k, keys=part, resources=SearchResources(plan.device, memories[0]), top=top_fused)
         for part in parts
     ]
     merged = unpack(np.sort(np.concatenate(packed, axis=1), axis=1)[:, :k])[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from crane_core.config import Knn
 from crane_core.errors import ArtifactError
 from crane_core.graph import lists as lists_module
-from crane_core.graph.candidates import unit_rows
+from crane_core.graph.candidates import Candidates, unit_rows
 from crane_core.graph.exact import brute_force, search
 from crane_core.graph.lists import build_lists, find_neighbours, search_lists
 
@@ -57,10 +57,11 @@ def test_any_sharding_gives_the_same_neighbours(tmp_path: Path) -> None:
 
 
 def test_a_query_finds_exactly_what_its_lists_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    def roughly(queries: Tensor, keys: Tensor, width: int, memory: int) -> tuple[Tensor, Tensor]:
+    def roughly(queries: Tensor, keys: Tensor, width: int, memory: int) -> Candidates:
         """Search with errors as large as those of float32 sums of 16 products."""
         error = 16 * 2.0**-24 * torch.where(torch.arange(len(keys)) % 2 == 0, 1, -1)
-        return tuple((queries @ keys.T + error).topk(width, dim=1))
+        values, found = (queries @ keys.T + error).topk(width, dim=1)
+        return Candidates(values, found, values[:, -1])
 
     monkeypatch.setattr(lists_module, "top_faiss", roughly)
     rows = clustered(1000)
