@@ -78,13 +78,13 @@ def fused_softmax(queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys = (F.pad(rows, (0, -dim % _ALIGNED)) for rows in (queries, keys))
         scale = dim**-0.5
     # The forward pass of every kernel gives the same bits in every run; cuDNN's is refused for its backward pass.
-    with sdpa_kernel(fused, set_priority=True), nullcontext() if learns else _any_algorithm():
+    with sdpa_kernel(fused, set_priority=True), nullcontext() if learns else any_algorithm():
         heads = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None], scale=scale)
     return heads[0, 0, :, :dim]
 
 
 @contextmanager
-def _any_algorithm() -> Iterator[None]:
+def any_algorithm() -> Iterator[None]:
     """Allow algorithms that PyTorch does not take for deterministic."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from crane_core.model.propagation import SymmetricGraph
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.refine.attention import Correlation, ListedKeys
-from crane_core.refine.kernels import FusedAttention, attend_groups
+from crane_core.refine.kernels import FusedAttention, any_algorithm, attend_groups
 from tests.bench.gpu.plan import Plan, Row, distance, median_seconds, skipped, timed
 from tests.bench.gpu.speed import world
 
@@ -55,8 +56,9 @@ def floor_of(plan: Plan, flop: float, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def fused(queries: Tensor, keys: Tensor, backend: SDPBackend) -> Tensor:
-    """Run PyTorch's fused attention by one of its kernels."""
-    with sdpa_kernel([backend]):
+    """Run PyTorch's fused attention by one of its kernels, as RCA does; with a gradient only by a deterministic one."""
+    learns = torch.is_grad_enabled() and queries.requires_grad
+    with sdpa_kernel([backend]), nullcontext() if learns else any_algorithm():
         return F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None])[0, 0]
 
 
