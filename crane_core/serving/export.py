@@ -137,7 +137,8 @@ def write_similar(
     with pq.ParquetWriter(path, SIMILAR) as writer:
         for start in track(starts, len(starts), "similar", logger):
             stop = min(start + block, len(rows))
-            neighbours, similarities = search(rows, range(start, stop), num_similar, resources=SearchResources(device))
+            resources = SearchResources.on(device)
+            neighbours, similarities = search(rows, range(start, stop), num_similar, resources=resources)
             count, width = neighbours.shape
             ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), count)
             columns = [np.repeat(ids[start:stop], width), ranks, ids[neighbours.ravel()], similarities.ravel()]

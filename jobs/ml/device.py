@@ -13,7 +13,7 @@ from crane_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-UNPROVEN = "not yet run on a GPU: RCA, exact kNN, fitting, training and ranking on CUDA, and faiss for GPUs"
+UNPROVEN = "not yet run on a GPU: a training on several GPUs, and faiss for GPUs"
 """What no GPU has run yet; empty when `tests/bench/gpu.sh` has passed on one. `crane doctor` says it, jobs with
 `runtime.device=cuda` warn of it, and the README repeats it."""
 

@@ -40,6 +40,8 @@ FORMS: list[tuple[Phi, Precision, float | None]] = [
 NUM_RECURSIONS, NUM_MODALITIES, CHUNK_SIZE = 3, 2, 16_384
 SLACK = 1.3
 """A run is begun when this many times its expected seconds are left."""
+LONGEST = 25.0
+"""Seconds that a whole run of RCA may be expected to take; longer ones are foretold from a quarter of the items."""
 
 
 def run_rca(plan: Plan) -> Iterator[Row]:
@@ -60,7 +62,7 @@ def run_rca(plan: Plan) -> Iterator[Row]:
             yield sample_of_keys(plan, model, whole, phi, precision)
         ratio = {"softmax": 16, "tanh": 16, "linear": 4}.get(phi, 8)
         note, quarter_peak = "from a quarter of the items", peak
-        if SLACK * ratio * seconds < plan.left():
+        if SLACK * ratio * seconds < plan.left() and ratio * seconds < LONGEST:
             rows = whole.clone()
             seconds, peak = once(plan.device, lambda m=model, r=rows: exhaust(m, r, r[:0].clone(), CHUNK_SIZE))
             note = f"peak beyond the keys {(peak - 4 * dim * num_items) / 1e9:.2f} GB"
