@@ -29,6 +29,7 @@ from crane_core.model.whitening import Features
 from crane_core.model_config import Choices, HeadWeights, ModelConfig
 from crane_core.training.channels import GENERATED, MODEL, OF_CONTENT, PROFILE, RECENT, Channels
 from crane_core.training.cold_exposure import cold_offset
+from crane_core.training.form import MOMENT, MOMENT_BY_EVIDENCE, TIMELESS, TIMELESS_BY_EVIDENCE, Form, Judged, best_form
 from crane_core.training.logit import Sample, Weights, draw_sample, losses, most_likely
 
 logger = logging.getLogger(__name__)
@@ -37,30 +38,6 @@ PRIOR_COUNT = 0.1
 """c, interactions added to the popularity of every item, so that its logarithm is finite."""
 _LEAST_ROWS = 50
 """Validation interactions that a bucket of evidence has at least; others join the next one."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """A form of the score.
-
-    Attributes:
-        channels: that warm items have beside the popularity.
-        by_evidence: whether the weights differ by bucket; otherwise all warm items share them.
-    """
-
-    channels: tuple[str, ...]
-    by_evidence: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its name in reports."""
-        return "+".join(self.channels or ("popularity",)) + (" by evidence" if self.by_evidence else "")
-
-
-_MOMENT = (Form(()), Form((RECENT,)), Form((MODEL, RECENT)))
-_MOMENT_BY_EVIDENCE = (Form((RECENT, PROFILE), True), Form((MODEL, RECENT, PROFILE, GENERATED), True))
-_TIMELESS = (Form((MODEL,)),)
-_TIMELESS_BY_EVIDENCE = (Form((MODEL,), True), Form((MODEL, PROFILE, GENERATED), True))
 
 
 @dataclass(frozen=True)
@@ -107,10 +84,11 @@ def choose_head(
 
     With `config.choices` the weights and half-lives are theirs, and nothing is measured. Otherwise the simple form is
     taken whose weights, fitted on half of the validation users, rank the items of the other half best, by the mean of
-    Recall@20 and NDCG@20; of equal ones the first. Where the data have no times, the simple form is the model alone. A
-    form by evidence takes its place if that mean is higher by more than one standard error; where the data have no
-    times, if it is no lower and the items are likelier by more than one. Cold items have the channels of content in
-    every form.
+    Recall@20 and NDCG@20; of equal ones the first, and none that is below the first by either. The first is the
+    popularity of the moment; where the data have no times, the model alone, and there is no other. A form by evidence
+    takes its place if that mean is higher by more than one standard error and neither measure lower; where data have
+    no times, if the mean is no lower and the items are likelier by more than one. Cold items have the channels of
+    content in every form.
 
     Args:
         model: the rows of a model that knows no times.
@@ -259,42 +237,6 @@ def _weighted(items: Tensor, weights: Sequence[float], buckets: Tensor) -> Tenso
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """How a form did on users that its weights were not fitted on.
-
-    Attributes:
-        recall: Recall@20 of every user, float64.
-        ndcg: NDCG@20 of every user, float64.
-        losses: negative logarithm of the likelihood of every validation interaction of a sample of the users, float32.
-    """
-
-    recall: np.ndarray
-    ndcg: np.ndarray
-    losses: np.ndarray
-
-    @property
-    def quality(self) -> np.ndarray:
-        """Mean of Recall@20 and NDCG@20 of every user: what is found, and how far up."""
-        return (self.recall + self.ndcg) / 2
-
-    def is_likelier_than(self, other: _Judged) -> bool:
-        """Return whether interactions are likelier by more than a standard error, and lists no worse.
-
-        Likelihood tells forms apart that lists cannot: it counts every interaction, not only those in a short list.
-        """
-        return _exceeds_chance(other.losses - self.losses) and bool(self.quality.mean() >= other.quality.mean())
-
-    def is_better_than(self, other: _Judged) -> bool:
-        """Return whether lists are better by more than a standard error."""
-        return _exceeds_chance(self.quality - other.quality)
-
-
-def _exceeds_chance(gain: np.ndarray) -> bool:
-    """Return whether the mean of a gain is above one standard error."""
-    return bool(gain.mean() > gain.std() / len(gain) ** 0.5)
-
-
-@dataclass(frozen=True)
 class _Fitting:
     """What every fit of a dataset shares.
 
@@ -347,7 +289,7 @@ class _Fitting:
             edges.pop()
         return tuple(edges)
 
-    def cross_fitted(self, channels: Mapping[str, Rows], forms: Sequence[Form]) -> dict[Form, _Judged]:
+    def cross_fitted(self, channels: Mapping[str, Rows], forms: Sequence[Form]) -> dict[Form, Judged]:
         """Judge each form on users whose interactions had no part in the weights."""
         found: dict[Form, list[tuple[np.ndarray, ...]]] = {form: [] for form in forms}
         halves = self.users[::2], self.users[1::2]
@@ -358,7 +300,7 @@ class _Fitting:
                 rows = head_rows(weights, channels, self.popularity, self.interactions)
                 found[form].append((*self._metrics(rows, judged), self.losses(samples[1], weights)))
         return {
-            form: _Judged(*(np.concatenate(parts) for parts in zip(*values, strict=True)))
+            form: Judged(*(np.concatenate(parts) for parts in zip(*values, strict=True)))
             for form, values in found.items()
         }
 
@@ -384,14 +326,11 @@ def _choose_history(channels: Channels, fitting: _Fitting, half_lives: Sequence[
 
 def _choose_form(channels: Mapping[str, Rows], fitting: _Fitting) -> tuple[Form, dict[str, float]]:
     """Return the form, and the cross-fitted validation Recall@20 of each by name."""
-    simple, others = (_MOMENT, _MOMENT_BY_EVIDENCE) if fitting.has_times else (_TIMELESS, _TIMELESS_BY_EVIDENCE)
+    simple, others = (MOMENT, MOMENT_BY_EVIDENCE) if fitting.has_times else (TIMELESS, TIMELESS_BY_EVIDENCE)
     by_evidence = [form for form in others if set(form.channels) <= set(channels)]
     judged = fitting.cross_fitted(channels, (*simple, *by_evidence))
-    best = max(simple, key=lambda form: judged[form].quality.mean())
-    # Beside the popularity of the moment, rows have been likelier and lists worse: there the lists decide.
-    gains = _Judged.is_better_than if fitting.has_times else _Judged.is_likelier_than
-    for form in by_evidence:
-        if gains(judged[form], judged[best]):
-            best = form
+    best = best_form(
+        {form: judged[form] for form in simple}, {form: judged[form] for form in by_evidence}, fitting.has_times
+    )
     logger.info("head form=%s", best.name)
-    return best, {form.name: float(found.recall.mean()) for form, found in judged.items()}
+    return best, {form.name: float(each.recall.mean()) for form, each in judged.items()}
