@@ -7,6 +7,9 @@ evaluation twin.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from crane_core.config import RunConfig
 from crane_core.model_config import Choices
 
@@ -40,3 +43,17 @@ def refit_config(config: RunConfig, choices: Choices | None, base_run: str | Non
     """
     etl = config.etl.model_copy(update={"split": "none", "base_run": base_run})
     return config.model_copy(update={"etl": etl, "choices": choices})
+
+
+def choices_of(behaviour: Mapping[str, Any], trained: Mapping[str, Any]) -> Choices:
+    """Return what the validation split of a run has chosen, from the facts of `ml.behaviour` and `ml.train`."""
+    head = trained["head"] or {"half_life": None, "history_half_life": None, "weights": None}
+    return Choices(
+        behaviour_epochs=behaviour["best_epoch"] + 1,
+        crane_epochs=trained["best_epoch"] + 1,
+        crane_ranking=trained["best_ranking"],
+        share=trained["trust"],
+        half_life=head["half_life"],
+        history_half_life=head["history_half_life"],
+        head=head["weights"],
+    )

@@ -16,12 +16,12 @@ from typing import Any
 from crane_core.config import PREVIOUS, RunConfig
 from crane_core.config_file import load_config
 from crane_core.errors import ArtifactError, ConfigError
-from crane_core.refit import refit_config, refit_run
+from crane_core.refit import choices_of, refit_config, refit_run
 from crane_core.stages import SHIPPED, STAGES, WHOLE, fingerprint_of, input_labels
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 from jobs.commands.demo import run_id
 from jobs.entry_points import recorded_run, run_command
-from jobs.ml.refit import choices_of, refit, refit_base
+from jobs.ml.refit import refit, refit_base
 from jobs.runner import Job, Result, produce
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _shipped(day: Day, made: Mapping[tuple[str, str], Artifact | None]) -> RunCo
     """Return the configuration of the refit run of a day, with its choices if the day is trained."""
     assert day.refit is not None
     behaviour, trained = (made[day.run, name] for name in TRAININGS)
-    choices = choices_of(behaviour, trained) if behaviour and trained else None
+    choices = choices_of(behaviour.facts, trained.facts) if behaviour and trained else None
     return day.refit.model_copy(update={"choices": choices})
 
 

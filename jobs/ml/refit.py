@@ -15,9 +15,8 @@ from typing import Any
 
 from crane_core.config import RunConfig
 from crane_core.errors import ConfigError
-from crane_core.model_config import Choices
-from crane_core.refit import is_refit, refit_config, refit_run
-from crane_core.storage.artifacts import Artifact, ArtifactStore
+from crane_core.refit import choices_of, is_refit, refit_config, refit_run
+from crane_core.storage.artifacts import ArtifactStore
 from jobs.entry_points import run_job
 
 logger = logging.getLogger(__name__)
@@ -30,24 +29,10 @@ def refit(arguments: argparse.Namespace, config: RunConfig, store: ArtifactStore
     if not config.etl.refit:
         return {"status": "skipped", "reason": "etl.refit is false.", "refit_run": None}
     run = refit_run(arguments.run)
-    choices = choices_of(*(store.artifact(arguments.run, stage) for stage in ("ml.behaviour", "ml.train")))
+    choices = choices_of(*(store.artifact(arguments.run, stage).facts for stage in ("ml.behaviour", "ml.train")))
     store.restart_run(run, refit_config(config, choices, refit_base(config, store)))
     logger.info("refit run=%s %s", run, " ".join(f"{name}={value}" for name, value in choices))
     return {"status": "done", "refit_run": run, "choices": choices.model_dump(mode="json")}
-
-
-def choices_of(behaviour: Artifact, trained: Artifact) -> Choices:
-    """Return what the validation split of a run has chosen, from the artifacts of `ml.behaviour` and `ml.train`."""
-    head = trained.facts["head"] or {"half_life": None, "history_half_life": None, "weights": None}
-    return Choices(
-        behaviour_epochs=behaviour.facts["best_epoch"] + 1,
-        crane_epochs=trained.facts["best_epoch"] + 1,
-        crane_ranking=trained.facts["best_ranking"],
-        share=trained.facts["trust"],
-        half_life=head["half_life"],
-        history_half_life=head["history_half_life"],
-        head=head["weights"],
-    )
 
 
 def refit_base(config: RunConfig, store: ArtifactStore) -> str | None:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from crane_core.config import RunConfig
-from crane_core.refit import refit_run
+from crane_core.errors import ArtifactError
+from crane_core.model_config import Choices
+from crane_core.refit import choices_of, refit_run
 from crane_core.release.assembly import Made, assemble
 from crane_core.release.description import describe
 from crane_core.release.registry import CANDIDATE, CANDIDATE_TAG, PRUNED_TAG, Registry, open_registry
@@ -79,9 +81,20 @@ def _make_candidate(registry: Registry, version: Version) -> str | None:
 
 
 def _shipped(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, Artifact]:
-    """Return the artifacts of the refit run that are served; empty where the evaluated model is."""
+    """Return the artifacts of the refit run that are served; empty where the evaluated model is.
+
+    Raises:
+        ArtifactError: the refit run was made with other choices than those of the run.
+    """
     if not config.etl.refit:
         return {}
+    chosen = choices_of(*(store.artifact(run_id, stage).facts for stage in ("ml.behaviour", "ml.train")))
+    recorded = (store.recorded_config(refit_run(run_id)) or {}).get("choices")
+    if recorded is not None and Choices.model_validate(recorded) != chosen:
+        raise ArtifactError(
+            f"The refit run {refit_run(run_id)!r} was made with other choices than run {run_id!r} has by now.",
+            f"Run python -m jobs.ml.refit --store {store.storage.uri} --run {run_id}, then its stages with --refit.",
+        )
     return {stage: store.artifact(refit_run(run_id), stage) for stage in ("etl.interactions", "ml.train")}
 
 

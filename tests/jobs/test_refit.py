@@ -143,6 +143,18 @@ def test_a_version_holds_both_models(shipped: Run) -> None:
     assert version.tags["crane.artifact.ml.train"] == shipped.artifact("ml.train").fingerprint
 
 
+def test_a_refit_run_with_other_choices_is_not_registered(
+    shipped: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Run(shutil.copytree(shipped.root, tmp_path / "store"), shipped.root.parent / "raw")
+    config = load_config(None, [], copy.store.recorded_config("r.refit"))
+    assert config.choices is not None
+    other = config.choices.model_copy(update={"crane_epochs": config.choices.crane_epochs + 1})
+    copy.store.restart_run("r.refit", config.model_copy(update={"choices": other}))
+    assert register.main(copy.flags) == EXIT_ARTIFACT
+    assert "was made with other choices" in capsys.readouterr().out
+
+
 def test_a_row_of_the_last_day_changes_the_shipped_model_alone(
     spark: SparkSession, shipped: Run, tmp_path: Path
 ) -> None:
