@@ -227,7 +227,8 @@ class Knn(Section):
     """Nearest lists an item is compared with; more find more and take longer. Four times as many are tried once where
     the certified recall is below `min_recall`."""
     memory: int = Field(1 << 30, ge=1 << 20)
-    """Bytes for blocks of rows and scores, whatever the number of items; the rows themselves stay on disk."""
+    """Bytes for blocks of rows and scores, whatever the number of items; the rows themselves stay on disk. On a GPU a
+    million rows took a third of the time with 8 GiB (`tests/bench/results/gpu.md`)."""
     certificate_sample: int = Field(1000, ge=1)
     """Items whose neighbours are checked against brute force."""
     min_recall: float = Field(0.95, ge=0, le=1)

@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 SCORE_BYTES = 256 * 1024 * 1024
 """Default memory for scores, bytes: with 300,000 items, enough for 223 users at a time."""
+GPU_SCORE_BYTES = 2 << 30
+"""The same on a GPU, where small blocks are slow."""
 
 
 def users_at_a_time(num_items: int, device: torch.device | None = None) -> int:
     """Return how many users have all their scores in `SCORE_BYTES`: 1 at least and 1024 at most.
 
-    On a GPU it is an eighth of the memory that is free, and 4096 users at most.
+    On a GPU `GPU_SCORE_BYTES` count, and 4096 users at most.
     """
     if device is not None and device.type == "cuda":
-        return max(1, min(4096, torch.cuda.mem_get_info(device)[0] // 8 // (4 * num_items)))
+        return max(1, min(4096, GPU_SCORE_BYTES // (4 * num_items)))
     return max(1, min(1024, SCORE_BYTES // (4 * num_items)))
 
 

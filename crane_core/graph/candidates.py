@@ -49,16 +49,6 @@ class SearchResources:
     memory: int = MEMORY
     work: Path | None = None
 
-    @classmethod
-    def on(cls, device: torch.device, memory: int = MEMORY, work: Path | None = None) -> SearchResources:
-        """Return the resources on a device: of a GPU an eighth of its free memory, if that is more than `memory`.
-
-        There, small blocks cost more than a search: with 1 GiB a million rows took three times as long as with 8.
-        """
-        if device.type == "cuda":
-            memory = max(memory, torch.cuda.mem_get_info(device)[0] // 8)
-        return cls(device, memory, work)
-
 
 DEFAULT_RESOURCES = SearchResources()
 

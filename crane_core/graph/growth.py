@@ -122,7 +122,7 @@ def grow_neighbours(
     packed[searched] = pack_lists(*find_neighbours(rows, anew, config, device, folders[0]))
     kept = queries.start + np.flatnonzero(~searched)
     top = top_on(device, rows.shape[1])
-    new_keys, resources = np.flatnonzero(changed), SearchResources.on(device, config.memory, folders[1])
+    new_keys, resources = np.flatnonzero(changed), SearchResources(device, config.memory, folders[1])
     gained = nearest(rows, kept, config.k, keys=new_keys, resources=resources, top=top)
     both = np.concatenate([pack_lists(base.neighbours[kept], base.similarities[kept]), gained], axis=1)
     packed[~searched] = np.sort(both, axis=1)[:, :width]

@@ -66,7 +66,7 @@ def find_neighbours(
         `exact.search`.
     """
     if not config.approximate(len(rows)):
-        return search(rows, queries, config.k, resources=SearchResources.on(device, config.memory, work))
+        return search(rows, queries, config.k, resources=SearchResources(device, config.memory, work))
     lists = build_lists(rows, config.num_lists, 0, config.memory, work)
     return search_lists(lists, queries, config.k, config.num_probes, memory=config.memory, work=work)
 

@@ -195,8 +195,8 @@ def drop_edges(users: np.ndarray, items: np.ndarray, share: float, generator: np
         Sorted int64 positions of the kept edges.
     """
     num_kept = len(users) - round(share * len(users))
-    if num_kept == len(users):
-        return np.arange(len(users))
+    if num_kept in (0, len(users)):
+        return np.arange(num_kept)
     user_roots, item_roots = np.bincount(users) ** 0.5, np.bincount(items) ** 0.5
     # Exponential keys (Efraimidis and Spirakis, 2006) draw without replacement in one pass: the smallest are kept.
     keys = generator.exponential(size=len(users))

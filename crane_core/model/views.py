@@ -105,10 +105,12 @@ class Picked:
 
     Args:
         rows: float32 [n, d].
+        most_waiting: rows of gradients that wait to be added at once; by the device when None.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, most_waiting: int | None = None) -> None:
         self.rows = rows.detach()
+        self._most_waiting = (_WAITING_ON_GPU if rows.is_cuda else 0) if most_waiting is None else most_waiting
         self._gradient = torch.zeros_like(self.rows)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         # Autograd records only what an input with a gradient goes into.
@@ -121,7 +123,7 @@ class Picked:
     def add(self, nodes: Tensor, gradient: Tensor) -> None:
         """Add a gradient of some nodes: int64 [m], float32 [m, d]."""
         self._waiting.append((nodes, gradient))
-        if sum(len(each) for each, _ in self._waiting) >= (_WAITING_ON_GPU if nodes.is_cuda else 0):
+        if sum(len(each) for each, _ in self._waiting) >= self._most_waiting:
             self._add_waiting()
 
     def gradient(self) -> Tensor:

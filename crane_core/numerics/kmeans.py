@@ -10,8 +10,8 @@ _SAMPLE = 64
 _STEPS = 10
 _CHUNK_ROWS = 512
 """Rows compared with all centres at a time on a CPU, in its cache."""
-_CHUNK_ROWS_ON_GPU = 1 << 15
-"""The same on a GPU: 256 MiB of float64 for 1,000 centres, so that launches are few."""
+_SCORES_ON_GPU = 1 << 25
+"""Scores of rows by centres at a time on a GPU, so that launches are few: 256 MiB in float64."""
 
 
 def cluster(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -42,13 +42,13 @@ def cluster(rows: Tensor, num_clusters: int, seed: int) -> Tensor:
 def _assign(rows: Tensor, centres: Tensor) -> Tensor:
     """Return the nearest centre of each row, int64 [n]."""
     lengths = centres.square().sum(1) / 2
-    parts = row_chunks(len(rows), chunk_rows(rows))
+    parts = row_chunks(len(rows), chunk_rows(rows, len(centres)))
     return torch.cat([torch.addmm(lengths, rows[part], centres.T, alpha=-1).argmin(1) for part in parts])
 
 
-def chunk_rows(rows: Tensor) -> int:
+def chunk_rows(rows: Tensor, num_centres: int) -> int:
     """Return how many of the rows are compared with all centres at a time."""
-    return _CHUNK_ROWS_ON_GPU if rows.is_cuda else _CHUNK_ROWS
+    return max(_CHUNK_ROWS, _SCORES_ON_GPU // num_centres) if rows.is_cuda else _CHUNK_ROWS
 
 
 def row_chunks(stop: int, size: int, start: int = 0) -> list[slice]:

@@ -171,7 +171,7 @@ class ListedKeys(Keys):
         self.precision: Precision = precision
         sizes = torch.bincount(clusters)
         sums = torch.zeros(len(sizes), keys.shape[1], dtype=torch.float64, device=keys.device)
-        for rows in row_chunks(len(keys), chunk_rows(keys)):
+        for rows in row_chunks(len(keys), chunk_rows(keys, len(sizes))):
             sums.index_add_(0, clusters[rows], keys.detach()[rows].double())
         filled = sizes > 0
         self.means = sums[filled] / sizes[filled, None]
@@ -184,7 +184,7 @@ class ListedKeys(Keys):
         The scores are float64, so that the split of the queries into chunks does not change the choice.
         """
         nearest = torch.empty(len(queries), self.num_probes, dtype=torch.int64, device=queries.device)
-        for rows in row_chunks(len(queries), chunk_rows(queries)):
+        for rows in row_chunks(len(queries), chunk_rows(queries, len(self.means))):
             scores = queries.detach()[rows].double() @ self.means.T
             nearest[rows] = scores.float().topk(self.num_probes, sorted=False).indices
         return nearest

@@ -137,8 +137,7 @@ def write_similar(
     with pq.ParquetWriter(path, SIMILAR) as writer:
         for start in track(starts, len(starts), "similar", logger):
             stop = min(start + block, len(rows))
-            resources = SearchResources.on(device)
-            neighbours, similarities = search(rows, range(start, stop), num_similar, resources=resources)
+            neighbours, similarities = search(rows, range(start, stop), num_similar, resources=SearchResources(device))
             count, width = neighbours.shape
             ranks = np.tile(np.arange(1, width + 1, dtype=np.int32), count)
             columns = [np.repeat(ids[start:stop], width), ranks, ids[neighbours.ravel()], similarities.ravel()]

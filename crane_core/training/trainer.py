@@ -145,8 +145,6 @@ class Trainer:
         if self.chosen is None:
             self.validation.check()
         torch.use_deterministic_algorithms(True)
-        # Nothing is read before it is written; to fill new memory each time would be a pass over it.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.resume()
         progress = self.progress
         exhausted = self.batches.sampler.exhausted

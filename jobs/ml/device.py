@@ -13,8 +13,11 @@ from crane_core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-UNPROVEN = "not yet run on a GPU: a training on several GPUs, and faiss for GPUs"
-"""What no GPU has run yet; empty when `tests/bench/gpu.sh` has passed on one. `crane doctor` says it, jobs with
+UNPROVEN = (
+    "not yet run on a GPU: whole jobs, a training on several GPUs, similar items, lists that grow, reasons, and faiss "
+    "for GPUs"
+)
+"""What no GPU has run yet (`tests/bench/results/gpu.md` has what one has run). `crane doctor` says it, jobs with
 `runtime.device=cuda` warn of it, and the README repeats it."""
 
 
@@ -51,6 +54,7 @@ def use_device(runtime: Runtime) -> torch.device:
     # Without this setting of cuBLAS, torch refuses every matrix product under deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Nothing is read before it is written. To fill new memory each time would be a pass over it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local_rank = dist.get_node_local_rank(fallback_rank=0)
     torch.cuda.set_device(local_rank)

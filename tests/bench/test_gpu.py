@@ -41,7 +41,7 @@ import importlib, pkgutil
 for package in {COMPUTE!r}:
     folder = importlib.import_module("crane_core." + package).__path__
     for module in pkgutil.iter_modules(folder):
-        if module.name not in ("attention_triton", "live"):
+        if module.name not in ("attention_triton", "maxima_triton", "live"):
             importlib.import_module(f"crane_core.{{package}}.{{module.name}}")
 import tests.bench.gpu.parts
 """

@@ -31,7 +31,7 @@ def run(plan: Plan) -> Iterator[Row]:
             for number, shape in enumerate(plan.pick(SHAPES, TOY_SHAPES)):
                 if shape[2] > 128 and phi in TRITON_ONLY:
                     continue
-                # Under deterministic algorithms, torch fills new memory with NaN: what is not written shows.
+                # Under deterministic algorithms, torch fills new memory with NaN here: what is not written shows.
                 for strict in (True, False) if number == 1 else (True,):
                     torch.use_deterministic_algorithms(strict)
                     for name, error in attention_errors(plan, phi, precision, shape, number).items():

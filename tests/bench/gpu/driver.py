@@ -36,11 +36,13 @@ class Part:
         name: of the part.
         seconds: after which it is killed.
         run: yields its rows.
+        fills: whether new memory is filled with NaN, so that what is not written shows; not where speed is measured.
     """
 
     name: str
     seconds: float
     run: Callable[[Plan], Iterator[Row]]
+    fills: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def _child(part: Part, settings: Settings, seconds: float, ceilings: dict[str, f
     os.setsid()
     rehearsal = settings.device == "cpu"
     device = use_device(Runtime(device=settings.device))
+    torch.utils.deterministic.fill_uninitialized_memory = part.fills
     if rehearsal:
         kernels.GPU_TYPES = {"cuda", "cpu"}
         torch.use_deterministic_algorithms(True)

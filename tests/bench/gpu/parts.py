@@ -6,10 +6,10 @@ from tests.bench.gpu import attention, ceilings, forms, learning, neighbours, sp
 from tests.bench.gpu.driver import Part
 
 PARTS = [
-    Part("attention", 100, attention.run),
-    Part("neighbours", 45, neighbours.run),
-    Part("learning", 75, learning.run),
-    Part("joint", 30, learning.run_joint),
+    Part("attention", 100, attention.run, fills=True),
+    Part("neighbours", 45, neighbours.run, fills=True),
+    Part("learning", 75, learning.run, fills=True),
+    Part("joint", 30, learning.run_joint, fills=True),
     Part("ceilings", 25, ceilings.run),
     Part("rca", 80, speed.run_rca),
     Part("knn", 60, speed.run_knn),

@@ -123,13 +123,15 @@ def test_a_single_node_has_nothing_to_be_contrasted_with() -> None:
         assert torch.autograd.grad(loss, rows)[0].abs().sum() == 0
 
 
-def test_gradients_of_picked_rows_and_norms_add_up() -> None:
+@pytest.mark.parametrize("most_waiting", [0, 5, 1000])
+def test_gradients_of_picked_rows_and_norms_add_up(most_waiting: int) -> None:
     rows, nodes = draw(0, 6, 3), torch.tensor([4, 0, 4])
     plain, weights = rows.clone().requires_grad_(), draw(1, 3, 3)
-    picked, norms = Picked(rows), SquaredNorms(rows)
+    picked, norms = Picked(rows, most_waiting), SquaredNorms(rows)
     for factor in (1.0, 3.0):
         (factor * (plain[nodes] * weights).sum()).backward()
         (factor * (picked[nodes] * weights).sum()).backward()
+    torch.testing.assert_close(picked.gradient(), plain.grad)
     torch.testing.assert_close(picked.gradient(), plain.grad)
     plain.grad = None
     for factor in (1.0, 3.0):

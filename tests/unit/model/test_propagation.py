@@ -116,7 +116,7 @@ class SameKeys:
         return np.ones(size)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.5, [0, 1, 2]), (0.34, [0, 1, 2, 3]), (0.8, [0])])
+@pytest.mark.parametrize(("share", "expected"), [(0.5, [0, 1, 2]), (0.34, [0, 1, 2, 3]), (0.8, [0]), (0.99, [])])
 def test_of_edges_with_equal_keys_the_first_are_kept(share: float, expected: list[int]) -> None:
     kept = drop_edges(np.arange(6), np.arange(6), share, SameKeys())  # type: ignore[arg-type]
     assert kept.tolist() == expected

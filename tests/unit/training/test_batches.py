@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from crane_core.dataset.interactions import Interactions, ItemLists
 from crane_core.errors import DataError
-from crane_core.training.batches import in_order, user_weights
+from crane_core.training.batches import Purpose, generator_for, in_order, user_weights
 from crane_core.training.trainer import Trainer
 from tests.worlds.planted import checkerboard
 from tests.worlds.settings import changed
@@ -97,6 +98,12 @@ def test_rows_of_a_user_share_a_batch(tmp_path: Path) -> None:
     users = [set(each.users.tolist()) for each in batches]
     # A user's rows are consecutive, so that at most one user of a batch goes on in the next.
     assert sum(map(len, users)) <= len(set.union(*users)) + 3
+    # Each batch has a generator of its own, by its number in the epoch.
+    later = list(ours.of_step(picked, 0, 2))
+    for number, each in ((1, batches[1]), (2 * 4 + 3, later[3])):
+        place = generator_for(config.train.seed, Purpose.NEGATIVES, 0, number)
+        expected = ours.sampler.shared(np.unique(each.users), config.crane.num_negatives, place)[0]
+        assert each.negatives.tolist() == expected.tolist()
     other = {tuple(sorted(each.users.tolist())) for each in ours.of_step(picked, 1, 0)}
     assert other.isdisjoint(tuple(sorted(each.users.tolist())) for each in batches)
 
@@ -114,6 +121,10 @@ def test_of_a_large_batch_a_sample_is_contrasted(tmp_path: Path) -> None:
         assert sample.num_distinct == len(distinct) > 5
         assert sample.nodes.tolist() == sorted(set(sample.nodes.tolist()) & distinct)
         assert len(sample.nodes) == 5
+    elsewhere = sampled.to(torch.device("meta"))
+    tensors = [each for each in elsewhere if isinstance(each, torch.Tensor)]
+    assert elsewhere.contrasted is not None and len(tensors) == 7
+    assert {each.device.type for each in (*tensors, *(sample.nodes for sample in elsewhere.contrasted))} == {"meta"}
     few = large.batch(np.arange(2), np.random.default_rng(3))
     assert few.contrasted is not None
     assert few.contrasted[1].nodes.tolist() == sorted(set(few.positives.tolist()))
