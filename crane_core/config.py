@@ -277,6 +277,10 @@ class Promote(Section):
     """The challenger's popularity bias may be at most this multiple of the champion's."""
     max_cold_recall_loss: float = Field(0.02, ge=0)
     """Largest loss of the recall of cold items."""
+    max_cold_share_ratio: float = Field(3.0, ge=0)
+    """Cold items may have at most this multiple of their share of the held-out interactions in a challenger's lists."""
+    min_cold_share: float = Field(0.02, ge=0, le=1)
+    """A share of cold items in lists that is always allowed: new items can be found where few were chosen."""
     beats: tuple[Literal["lightgcn", "popularity", "recent_popularity"], ...] = (
         "lightgcn",
         "popularity",

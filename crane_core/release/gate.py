@@ -16,6 +16,7 @@ from crane_core.release.measure import Measurement
 PRIMARY = ("ndcg@20", "recall@20")
 NUM_USERS = "number of users"
 AGAINST = "recall@20 against "
+COLD_SHARE = "share of cold items in the top 20"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def decide(
 
     With a champion: the paired 95 % intervals of both primary metrics must lie above `-margin`, neither mean may be
     below the champion's and one must be above, and coverage, popularity bias and cold-item recall must hold. Without
-    one: Recall@20 must reach every baseline of `beats`. In both cases on at least `min_users` users.
+    one: Recall@20 must reach every baseline of `beats`. In both cases on at least `min_users` users, and lists may not
+    hold far more cold items than users choose.
 
     Args:
         challenger: the candidate.
@@ -97,13 +99,14 @@ def decide(
     checks = [_check(NUM_USERS, num_users, ">=", rule.min_users)]
     differences: Mapping[str, Interval] = {}
     if champion is None:
-        checks += _against_baselines(challenger, baselines, rule)
+        checks += [*_against_baselines(challenger, baselines, rule), _exposure(challenger, rule)]
         promoted, reason = _first_champion(checks, challenger, baselines, rule)
     elif challenger.window_end < champion.window_end:
         promoted, reason = False, _older_window(challenger, champion)
     else:
         differences = paired_bootstrap(challenger.metrics, champion.metrics, bootstrap.num_bootstrap, bootstrap.seed)
         checks += [*_against_champion(differences, rule), *_guardrails(challenger, champion, rule)]
+        checks.append(_exposure(challenger, rule))
         promoted, reason = _next_champion(checks, champion, differences, num_users)
     return Decision(
         promoted=promoted,
@@ -140,6 +143,11 @@ def advice(checks: Iterable[Mapping[str, Any]], is_first: bool) -> str:
             "more interactions, or features that tell more about the items, and run again; or try longer periods and a "
             "longer training, such as --config movielens. promote.beats names the baselines that a first champion must "
             "reach."
+        )
+    if COLD_SHARE in failed:
+        ways.append(
+            "Show fewer cold items: lower head.cold_exposure. Or allow them: promote.max_cold_share_ratio is the most "
+            "they may have in lists as a multiple of what users choose."
         )
     if not is_first:
         ways.append("The champion stays in service.")
@@ -215,6 +223,11 @@ def _guardrails(challenger: Measurement, champion: Measurement, rule: Promote) -
         least = champion.cold_recall - rule.max_cold_recall_loss
         checks.append(_check("recall@20 of cold items", challenger.cold_recall, ">=", least))
     return checks
+
+
+def _exposure(challenger: Measurement, rule: Promote) -> Condition:
+    most = max(rule.max_cold_share_ratio * challenger.cold_held_out, rule.min_cold_share)
+    return _check(COLD_SHARE, challenger.cold_share, "<=", most)
 
 
 def _check(name: str, found: float, sense: str, limit: float, compares: bool = False) -> Condition:

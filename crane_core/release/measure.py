@@ -52,6 +52,8 @@ class Measurement:
         coverage: share of the catalog in at least one top 20.
         popularity_bias: training popularity of the top 20 divided by that of the users' own items.
         cold_recall: Recall@20 of held-out items without training interactions, None where there are none.
+        cold_share: share of such items in the top 20.
+        cold_held_out: share of such items in the held-out interactions.
     """
 
     version: str
@@ -60,6 +62,8 @@ class Measurement:
     coverage: float
     popularity_bias: float
     cold_recall: float | None
+    cold_share: float
+    cold_held_out: float
 
 
 def measure(model: ServedModel, version: str, window_end: datetime, judged: JudgedWindow, block: int) -> Measurement:
@@ -78,6 +82,8 @@ def measure(model: ServedModel, version: str, window_end: datetime, judged: Judg
     ranked = _rank(model, judged, block)
     cold = slices_of_test(interactions)["cold_items"]
     members = np.flatnonzero(cold.counts()[users] > 0)
+    is_cold = np.isin(np.arange(interactions.num_items), interactions.cold_items())
+    num_held_out = interactions.test.counts()[users].sum()
     return Measurement(
         version,
         window_end,
@@ -85,6 +91,8 @@ def measure(model: ServedModel, version: str, window_end: datetime, judged: Judg
         coverage(ranked, interactions.num_items - len(interactions.tombstones)),
         popularity_bias(ranked, users, interactions.train, interactions.num_items),
         float(user_metrics(ranked[members], cold, users[members], (_K,))["recall@20"].mean()) if len(members) else None,
+        float(is_cold[ranked[ranked >= 0]].mean()) if (ranked >= 0).any() else 0.0,
+        float(cold.counts()[users].sum() / max(num_held_out, 1)),
     )
 
 

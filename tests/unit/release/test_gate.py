@@ -16,7 +16,7 @@ BASELINES = {"lightgcn": 0.30, "popularity": 0.10, "recent_popularity": 0.25}
 
 def measured(version: str, recall: np.ndarray, ndcg: np.ndarray | None = None, **changes) -> Measurement:
     metrics = {"recall@20": recall, "ndcg@20": recall / 2 if ndcg is None else ndcg}
-    fixed = {"coverage": 0.5, "popularity_bias": 1.0, "cold_recall": 0.1}
+    fixed = {"coverage": 0.5, "popularity_bias": 1.0, "cold_recall": 0.1, "cold_share": 0.05, "cold_held_out": 0.04}
     return replace(Measurement(version, datetime(2026, 3, 1, tzinfo=UTC), metrics, **fixed), **changes)
 
 
@@ -165,3 +165,18 @@ def test_a_refusal_comes_with_what_helps(recall):
     assert advice(beaten.as_dict()["checks"], False) == "The champion stays in service."
     none = judge(measured("1", recall[:0]), None)
     assert "promote.min_users" not in advice(none.as_dict()["checks"], True)
+
+
+@pytest.mark.parametrize("with_champion", [True, False])
+@pytest.mark.parametrize(
+    ("share", "held_out", "passes"),
+    [(0.12, 0.04, True), (0.13, 0.04, False), (0.02, 0.0, True), (0.03, 0.0, False), (0.0, 0.5, True)],
+)
+def test_lists_hold_no_more_cold_items_than_users_would_choose(recall, with_champion, share, held_out, passes):
+    challenger = measured("2", recall + 0.03, cold_share=share, cold_held_out=held_out)
+    decision = judge(challenger, measured("1", recall) if with_champion else None)
+    assert decision.promoted == passes
+    assert failed(decision) == ([] if passes else ["share of cold items in the top 20"])
+    if not passes:
+        assert "share of cold items in the top 20" in decision.reason
+        assert "head.cold_exposure" in advice([vars(check) for check in decision.checks], not with_champion)

@@ -31,3 +31,5 @@ def test_a_model_of_another_window_answers_by_external_ids(tombstones):
     assert found.coverage == pytest.approx(3 / 4)
     # Nobody trained on b (wanted by bob) or new (wanted by ann).
     assert found.cold_recall == pytest.approx(1 / 2)
+    # b is in all three lists, of two items each.
+    assert (found.cold_share, found.cold_held_out) == (pytest.approx(3 / 6), pytest.approx(2 / 3))
