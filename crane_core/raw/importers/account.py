@@ -38,6 +38,7 @@ HINTS = {
     f"written; {_FIELD}",
 }
 """Remedies by reason; one that ends in `_` is for the reasons that begin so and have none of their own."""
+_GO_ON, _LIKE_ROWS = "lines within quotes", "lines within quotes that look like rows"
 _UNREADABLE = "\\udc"
 """A byte that is none of the encoding, as `repr` shows it."""
 
@@ -52,6 +53,7 @@ class Account:
         settings: whether the section has settings that a remedy can name.
         lines: lines of text files.
         headers, blank, continued: lines that are a header, that are empty, and that go on with a quoted value.
+        like_rows: those of the lines that go on which look like rows of the file.
         rows: rows, records or objects that the files hold.
         text_rows: those of them that text files hold, each of at least one line.
         written: rows that were written.
@@ -67,6 +69,7 @@ class Account:
     headers: int = 0
     blank: int = 0
     continued: int = 0
+    like_rows: int = 0
     rows: int = 0
     text_rows: int = 0
     written: int = 0
@@ -82,6 +85,18 @@ class Account:
         """Count rows that are written although something about them is odd."""
         self._count(self.noticed, what, place, count)
 
+    def go_on(self, place: str, lines: int, is_like_rows: bool) -> None:
+        """Count further lines of a quoted value.
+
+        Args:
+            place: file and lines of the record.
+            lines: its lines without the first.
+            is_like_rows: whether they look like rows of the file.
+        """
+        self.continued += lines
+        self.like_rows += lines if is_like_rows else 0
+        self._show(_LIKE_ROWS if is_like_rows else _GO_ON, place)
+
     def way(self, text: str) -> str:
         """Return a remedy that changes the section in the mapping; where the format has none, by way of a mapping.
 
@@ -94,6 +109,9 @@ class Account:
 
     def _count(self, counter: Counter[str], what: str, place: str, count: int) -> None:
         counter[what] += count
+        self._show(what, place)
+
+    def _show(self, what: str, place: str) -> None:
         places = self.examples.setdefault(what, [])
         if len(places) < MOST_EXAMPLES:
             places.append(place)
@@ -115,14 +133,27 @@ class Account:
         self.check_share()
 
     def check_share(self) -> None:
-        """Check that there are rows, and that not too much is set aside.
+        """Check that there are rows, that no quote has swallowed rows, and that not too much is set aside.
 
         Raises:
-            DataError: there is no row, or more than `max_set_aside` of the rows do not fit.
+            DataError: there is no row, most lines within quotes look like rows, or more than `max_set_aside` of the
+                rows do not fit.
         """
         if not self.rows:
             left_out = f", or leave {self.name} out of the mapping" if self.settings else ""
             raise DataError(f"{self.name}: the files hold 0 rows.", f"Deliver them again with rows{left_out}.")
+        if 2 * self.like_rows > self.continued:
+            raise DataError(
+                f"{self.name}: {self.like_rows} of {self.continued} lines within quotes look like rows of the file, "
+                f"beside {self.rows} rows: a stray quote has swallowed them ({', '.join(self.examples[_LIKE_ROWS])}).",
+                one_of(
+                    [
+                        "close, double or remove the quote in the first of these lines",
+                        self.way("set {}.quote: none if quotes are ordinary characters"),
+                        self.way("set {}.multiline: true if these lines are text of one value"),
+                    ]
+                ),
+            )
         aside = sum(count for reason, count in self.set_aside.items() if reason not in NOTHING_THERE)
         if aside > self.max_set_aside * self.rows:
             raise DataError(f"{self.name}: {aside} of {self.rows} rows do not fit: {self.told()}.", self._remedy(aside))
@@ -157,6 +188,7 @@ class Account:
         if self.lines:
             counts = {"lines": self.lines, **counts}
             parts = {"headers": self.headers, "blank": self.blank, "continued": self.continued}
+            parts |= {"like_rows": self.like_rows}
             counts |= {name: count for name, count in parts.items() if count}
         return counts
 
@@ -165,7 +197,10 @@ class Account:
         odd = [f"{self.name}: {count} rows {what}{self._where(what)}" for what, count in self.noticed.items()]
         left = [f"{self.name}: {n} rows set aside, {why}{self._where(why)}" for why, n in self.set_aside.items()]
         if self.continued:
-            odd.append(f"{self.name}: quoted values go on over {self.continued} further lines")
+            shown = [*self.examples.get(_LIKE_ROWS, []), *self.examples.get(_GO_ON, [])][:MOST_EXAMPLES]
+            alike = f", {self.like_rows} of which look like rows of the file" if self.like_rows else ""
+            more = f"quoted values go on over {self.continued} further lines{alike}"
+            odd.append(f"{self.name}: {more} ({', '.join(shown)})")
         return odd + left
 
 

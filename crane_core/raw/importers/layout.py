@@ -48,7 +48,11 @@ class Layout(Section):
     quote: str | None = None
     """The quote around values, or `none` where quotes are ordinary characters: by default `"` in CSV, `none` in TSV."""
     escape: str | None = Field(None, min_length=1, max_length=1)
-    """Character before a quote inside quotes, such as a backslash; by default such a quote is doubled."""
+    """Character before a quote inside quotes, such as a backslash; by default such a quote is doubled. It also stands
+    before itself and, outside quotes, before a separator; before any other character it is an ordinary one."""
+    multiline: bool = False
+    """Whether quoted values over several lines are text even where most of these lines look like rows. By default that
+    is taken for a stray quote, and the import stops."""
     header: bool = True
     """Whether the first line names the columns. Without it a column is its position: `{user_id: 1, item_id: 2}`."""
     encoding: str = "utf-8"
@@ -87,8 +91,8 @@ class Layout(Section):
             raise ValueError("separator, quote and escape must differ and be no line breaks")
         if self.thousands == self.decimal:
             raise ValueError("decimal and thousands must differ")
-        if self.given_quote and len(self.separator or ",") > 1:
-            raise ValueError(f"a separator of several characters goes with quote: {NO_QUOTE}")
+        if (self.given_quote or self.escape) and len(self.separator or ",") > 1:
+            raise ValueError(f"a separator of several characters goes with quote: {NO_QUOTE} and without escape")
         return self
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
 import re
@@ -19,10 +18,9 @@ from crane_core.raw.importers.foreign import check_text
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
 from crane_core.raw.importers.nested import column_at, column_path, type_paths
+from crane_core.raw.importers.records import looks_like_rows, plain_records, quoted_records
 from crane_core.raw.parquet import int96_instants, open_parquet
 
-MOST_FIELD_CHARACTERS = 1 << 24
-"""Longest value of a CSV file. A quote that is never closed is found after as many characters."""
 _EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
 _EXCEL_CHARACTERS = 8
 
@@ -73,14 +71,16 @@ def _read_delimited(
     path: Path, layout: Layout, kind: str, wanted: list[Any], account: Account, optional: Sequence[str]
 ) -> Iterator[Chunk]:
     quote = layout.quote_of(kind)
-    with open_text(path, layout.encoding, "" if quote else None) as text:
+    is_csv = bool(quote or layout.escape)
+    with open_text(path, layout.encoding, "" if is_csv else None) as text:
         told = _told_separator(text)
         account.lines += told is not None
         account.headers += told is not None
         separator = layout.separator or told or ("\t" if kind == "tsv" else ",")
         start = 2 if told else 1
-        plain = _plain(text, separator, start)
-        records = _quoted(path, text, separator, layout, start, account) if quote else plain
+        records = plain_records(text, separator, start)
+        if is_csv:
+            records = quoted_records(path, text, separator, layout, quote, start, account)
         places: dict[Any, int | None] | None = None
         least = most = 0
         rows: list[list[str]] = []
@@ -90,20 +90,25 @@ def _read_delimited(
             if not row or (len(row) == 1 and not row[0].strip() and most != 1):
                 account.blank += last - first + 1
                 continue
-            account.continued += last - first
             if places is None:
                 places = _found_places(path, row, wanted, layout, account, optional)
                 most = len(row)
                 least = len(_without_end(row)) if layout.header else most
                 if layout.header:
-                    account.headers += 1
+                    account.headers += last - first + 1
                     continue
-            account.rows += 1
-            account.text_rows += 1
             filled = _filled(row, least, most)
+            # Where a quote has joined rows to one that does not fit, each of its lines counts as a row.
+            size = 1 if filled else last - first + 1
+            account.rows += size
+            account.text_rows += size
             if filled is None:
-                account.drop("wrong_fields", place(path, first, "", f"{len(row)} values, expected {most}"))
+                over = f" over lines {first} to {last}" if size > 1 else ""
+                account.drop("wrong_fields", place(path, first, "", f"{len(row)} values{over}, expected {most}"), size)
                 continue
+            if last > first:
+                is_alike = not layout.multiline and looks_like_rows(row, separator, least, most)
+                account.go_on(f"{path} lines {first} to {last}", last - first, is_alike)
             rows.append(filled)
             lines.append(first)
             if len(rows) == CHUNK_ROWS:
@@ -148,40 +153,6 @@ def _chunk_of(path: Path, rows: list[list[str]], lines: list[int], places: Mappi
         name: [None] * len(rows) if index is None else [row[index] for row in rows] for name, index in places.items()
     }
     return Chunk(path, columns, lines)
-
-
-def _plain(text: IO[str], separator: str, start: int) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield first line, last line and values of each line of a file without quotes."""
-    for number, line in enumerate(text, start):
-        line = line.removesuffix("\n")
-        yield number, number, line.split(separator) if line else []
-
-
-def _quoted(
-    path: Path, text: IO[str], separator: str, layout: Layout, start: int, account: Account
-) -> Iterator[tuple[int, int, list[str]]]:
-    """Yield first line, last line and values of each record of a file with quotes; `start` is its first line."""
-    quote = layout.given_quote or '"'
-    csv.field_size_limit(MOST_FIELD_CHARACTERS)
-    reader = csv.reader(text, delimiter=separator, quotechar=quote, escapechar=layout.escape, strict=True)
-    first = start
-    try:
-        for row in reader:
-            last = reader.line_num + start - 1
-            yield first, last, row
-            first = last + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path} line {first}, after {account.rows} rows: a quote {quote} that opens there is not closed as CSV "
-            f"has it; the reader came to line {reader.line_num + start - 1} ({error}).",
-            one_of(
-                [
-                    f"close or double the quote in line {first}",
-                    account.way("set {}.quote: none if quotes are ordinary characters"),
-                    account.way("set {}.escape to the character that stands before a quote inside quotes"),
-                ]
-            ),
-        ) from error
 
 
 def _found_places(

@@ -1,0 +1,101 @@
+"""Records of delimited text keep every character, and a stray quote does not swallow rows without a word."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crane_core.errors import DataError
+from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.layout import Layout
+from crane_core.raw.importers.records import looks_like_rows, quoted_records
+from crane_core.raw.importers.rows import read_chunks
+
+
+def escaped(text: str, quote: str | None = '"', separator: str = ",") -> list[list[str]]:
+    layout = Layout(files=("x.csv",), escape="\\")
+    found = quoted_records(
+        Path("x.csv"), io.StringIO(text, newline=""), separator, layout, quote, 1, Account("interactions")
+    )
+    return [row for _, _, row in found]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r'"a\b",c\d,\N', [["a\\b", "c\\d", "\\N"]]),
+        (r'"say \"hi\"","say ""hi""",x', [['say "hi"', 'say "hi"', "x"]]),
+        (r'"a\\",b\\c,"\\\"d"', [["a\\", "b\\c", '\\"d']]),
+        (r'a\,b,"a\,b",c', [["a,b", "a\\,b", "c"]]),
+        ("a\\\nb,c\\", [["a\\"], ["b", "c\\"]]),
+        ('"a\\\nb",c', [["a\\\nb", "c"]]),
+        (r'a\,"b,c"d,"e"', [['a,"b', 'c"d', "e"]]),
+    ],
+)
+def test_an_escape_stays_where_it_has_nothing_to_escape(text: str, expected: list[list[str]]) -> None:
+    assert escaped(text) == expected
+
+
+def test_an_escape_works_without_quotes_too() -> None:
+    assert escaped('a\\\tb\t"c\tC:\\x\\\\', None, "\t") == [["a\tb", '"c', "C:\\x\\"]]
+
+
+@given(st.lists(st.lists(st.text(st.sampled_from('ab\\",\n'), max_size=5), min_size=2, max_size=2), min_size=1))
+def test_what_a_writer_with_escapes_has_written_comes_back(table: list[list[str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text, escapechar="\\", doublequote=False, quoting=csv.QUOTE_ALL).writerows(table)
+    assert escaped(text.getvalue()) == table
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (["1", "a", "x\n2,b,y\n3,c,z"], True),
+        (["1,a,x\r\n2", "b", "y"], True),
+        (["1", "a,x\n2,b", "y"], True),
+        (["1", "a", "good\nvery good, yes"], False),
+        (["1", "a", "one\ntwo\nthree, four, five"], False),
+        (["1", "a", "x"], False),
+    ],
+)
+def test_lines_of_a_value_are_compared_with_rows(row: list[str], expected: bool) -> None:
+    assert looks_like_rows(row, ",", 3, 3) is expected
+
+
+ROWS = [f"u{n},i{n},{n}" for n in range(20)]
+
+
+def read(folder: Path, rows: list[str], **settings: object) -> Account:
+    (folder / "ev.csv").write_text("\n".join(["u,i,q", *rows]) + "\n")
+    account = Account("interactions", 0.5)
+    layout = Layout.model_validate({"files": ["ev.csv"], **settings})
+    account.written = sum(len(chunk) for chunk in read_chunks(folder / "ev.csv", layout, ["u", "i"], account))
+    account.settle()
+    return account
+
+
+@pytest.mark.parametrize(("column", "begin", "end"), [(2, 3, 9), (0, 3, 4), (1, 0, 19)])
+def test_a_pair_of_stray_quotes_stops_with_what_it_swallowed(tmp_path: Path, column: int, begin: int, end: int) -> None:
+    table = [row.split(",") for row in ROWS]
+    table[begin][column] = '"' + table[begin][column]
+    table[end][column] += '"'
+    rows = [",".join(row) for row in table]
+    with pytest.raises(DataError, match=rf"{end - begin} of {end - begin} lines within quotes .*{begin + 2} to") as e:
+        read(tmp_path, rows)
+    assert "interactions.quote: none" in e.value.remedy and "interactions.multiline: true" in e.value.remedy
+    assert read(tmp_path, rows, quote="none").rows == 20
+    meant = read(tmp_path, rows, multiline=True)
+    assert (meant.rows, meant.continued, meant.lines) == (20 - end + begin, end - begin, 21)
+
+
+def test_lines_that_a_quote_joins_to_a_row_that_does_not_fit_count_as_rows(tmp_path: Path) -> None:
+    rows = [*ROWS]
+    rows[3], rows[9] = '"' + rows[3], rows[9] + '"'
+    account = read(tmp_path, rows)
+    assert (account.rows, account.written, dict(account.set_aside)) == (20, 13, {"wrong_fields": 7})
+    assert "line 5: '1 values over lines 5 to 11, expected 3'" in account.told()
