@@ -38,6 +38,10 @@ def test_window_is_utc_however_it_is_written(text: str) -> None:
             "etl.split: Input should be 'temporal', 'leave_last', 'label' or 'none', found 'random'",
         ),
         (["etl.time_zone=Mars/Base"], "etl.time_zone: Value error, not a time zone of the IANA database"),
+        *(
+            (["etl.time_zone=" + name], "not a time zone")
+            for name in ("Factory", "localtime", "posixrules", "posix/UTC")
+        ),
         (["etl.event_weights={view: -1}"], "finite weights of 0 or more"),
         (["window.end=2026-01-05"], "must lie before window.end"),
         (["evaluate.ks=[5, 10]"], "evaluate.ks must hold positive numbers, 20 among them"),

@@ -13,29 +13,44 @@ from crane_core.errors import DataError
 
 NOTHING_THERE = frozenset({"no_vector", "no_category", "no_id", "repeated_id"})
 """Reasons of rows that are sound and have nothing to write."""
+FEATURES = "features."
+"""Beginning of the names of the sections of modalities."""
 MOST_EXAMPLES = 3
 MOST_CHARACTERS = 60
+OTHERS = "take it out of {}.files if there are others"
 _FIELD = "a field within an object is named with a dot, as in user.id"
 _ID = f"name in {{0}}.columns a column of text or of exact whole numbers; {_FIELD}; a list needs a row for each member"
 _NUMBER = (
     "name a word that stands for no value in {0}.missing, or set {0}.decimal: ',' for numbers such as 1,5, or "
     "{0}.thousands to what separates thousands, as in 1,500.0 or 1.500,0"
 )
-HINTS = {
-    "bad_user_id": _ID,
-    "bad_item_id": _ID,
+_FIELDS = (
+    "set {0}.separator, or {0}.quote to the quote of the file or to none, or name in the first line a column for each "
+    "value"
+)
+_COMMON = {"bad_user_id": _ID, "bad_item_id": _ID, "wrong_fields": _FIELDS}
+LOG_HINTS = {
+    **_COMMON,
     "bad_weight": _NUMBER,
-    "bad_event_time": "name in {0}.columns the column of the times, and in {0}.time how they are written: iso, s, ms, "
-    "us, ns or a format such as '%d.%m.%Y %H:%M'; or name a word that stands for no time in {0}.missing",
+    "bad_event_time": "name in {0}.columns the column of the times, and in {0}.time how they are written, all of them "
+    "alike: iso, s, ms, us, ns or a format such as '%d.%m.%Y %H:%M'; or name a word that stands for no time in "
+    "{0}.missing",
     "bad_label": "say in {0}.labels what each word means, for example {{learn: 0, check: 1, judge: 2}}",
-    "wrong_fields": "set {0}.separator, or {0}.quote to the quote of the file or to none, or name in the first line a "
-    "column for each value",
-    "bad_vector": "name in {0}.columns a column of lists of numbers, as Parquet and JSON have them, or, with "
+    "bad_event_type": "name in {0}.columns a column of words or of whole numbers, or take event_type out of it; "
+    + _FIELD,
+}
+FEATURE_HINTS = {
+    **_COMMON,
+    "bad_vector": "name in {0}.columns a column of lists of finite numbers, as Parquet and JSON have them, or, with "
     "{0}.kind: numbers, a column for each number",
     "bad_number_": _NUMBER,
     "bad_category_": f"name in {{0}}.columns a column of words, or of lists of words; {_FIELD}",
-    "bad_": "say in {0}.types what the column holds, text, number, time or flag, and in {0}.time how times are "
-    f"written; {_FIELD}",
+}
+ITEM_HINTS = {
+    **_COMMON,
+    "bad_title": f"name in {{0}}.columns a column of text, or of lists of text; {_FIELD}",
+    "bad_": f"say in {{0}}.types what the column holds, text, number, time or flag, and in {{0}}.time how times are "
+    f"written; or {_NUMBER}; or take the column out of {{0}}.columns; {_FIELD}",
 }
 """Remedies by reason; one that ends in `_` is for the reasons that begin so and have none of their own."""
 _GO_ON, _LIKE_ROWS = "lines within quotes", "lines within quotes that look like rows"
@@ -60,6 +75,7 @@ class Account:
         set_aside: reason to the number of rows that were not written.
         noticed: what is odd about rows that were written, with their number.
         examples: reason to the places of its first rows.
+        fitting_times: columns of numbers whose times were right in the declared unit.
     """
 
     name: str
@@ -76,6 +92,7 @@ class Account:
     set_aside: Counter[str] = field(default_factory=Counter)
     noticed: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    fitting_times: set[str | int] = field(default_factory=set)
 
     def drop(self, reason: str, place: str, count: int = 1) -> None:
         """Count rows that are not written."""
@@ -140,7 +157,8 @@ class Account:
                 rows do not fit.
         """
         if not self.rows:
-            left_out = f", or leave {self.name} out of the mapping" if self.settings else ""
+            is_optional = self.settings and (self.name == "items" or self.name.startswith(FEATURES))
+            left_out = f", or leave {self.name} out of the mapping" if is_optional else ""
             raise DataError(f"{self.name}: the files hold 0 rows.", f"Deliver them again with rows{left_out}.")
         if 2 * self.like_rows > self.continued:
             raise DataError(
@@ -179,8 +197,9 @@ class Account:
     def _hints(self, reason: str) -> list[str]:
         if any(_UNREADABLE in each for each in self.examples[reason]):
             return [self.way("set {0}.encoding to that of the file, such as cp1252")]
-        found = [key for key in HINTS if reason == key or (key.endswith("_") and reason.startswith(key))]
-        return [self.way(HINTS[max(found, key=len)])] if found else []
+        hints = ITEM_HINTS if self.name == "items" else FEATURE_HINTS if self.name.startswith(FEATURES) else LOG_HINTS
+        found = [key for key in hints if reason == key or (key.endswith("_") and reason.startswith(key))]
+        return [self.way(hints[max(found, key=len)])] if found else []
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as JSON values."""

@@ -23,7 +23,7 @@ from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.layout import Layout
 from crane_core.raw.importers.movielens import text_vectors
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import LogCounts, Wanted, check_clock, digest_of, fitting, write_log
+from crane_core.raw.importers.tables import LogCounts, Wanted, digest_of, fitting, write_log
 from crane_core.raw.importers.target import Imported, write_features, write_items, write_raw
 from crane_core.raw.overlap import share_found
 from crane_core.schema import EVENT_TIME, ITEM_ID, TITLE, USER_ID, WEIGHT
@@ -97,11 +97,10 @@ def _read_log(reviews: Path, clock: Clock, account: Account) -> Iterator[pa.Reco
     wanted = {
         USER_ID: Wanted("user_id", cells.ids),
         ITEM_ID: Wanted("parent_asin", cells.ids),
-        EVENT_TIME: Wanted("timestamp", lambda values: instants(values, clock)),
+        EVENT_TIME: Wanted("timestamp", lambda values: instants(values, clock), clock),
         WEIGHT: Wanted("rating", cells.weights),
     }
     for chunk in read_chunks(reviews, LINES, [each.column for each in wanted.values()], account):
-        check_clock(chunk, "timestamp", clock, account)
         yield fitting(chunk, wanted, account)
 
 

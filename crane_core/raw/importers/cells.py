@@ -142,19 +142,24 @@ def numbers(
         values = [int(value) if isinstance(value, bool) else value for value in values]
     read = texts(values, decimal)
     text = _without(pc.utf8_trim_whitespace(read.values), missing)
-    bad = read.bad
-    if thousands:
-        grouped = rf"^[+-]?\d{{1,3}}({re.escape(thousands)}\d{{3}})+({re.escape(decimal)}\d*)?$"
-        is_grouped = pc.match_substring_regex(text, grouped)
-        text = pc.if_else(is_grouped, pc.replace_substring(text, thousands, ""), text)
-    if decimal == ",":
-        bad = bad | _mask(pc.match_substring(text, "."))
-        text = pc.replace_substring(text, ",", ".")
-    bad = bad | _mask(pc.invert(pc.match_substring_regex(text, _NUMBER)))
+    text, odd = plain_decimals(text, decimal, thousands)
+    bad = read.bad | odd | _mask(pc.invert(pc.match_substring_regex(text, _NUMBER)))
     text = pc.replace_substring_regex(_null_where(text, bad), r"^\+", "")
     found = text.cast(pa.float64())
     bad = bad | _mask(pc.is_inf(found))
     return Cells(_null_where(found, bad), bad)
+
+
+def plain_decimals(text: pa.Array, decimal: str, thousands: str | None) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """Return numbers with a decimal point and without groups of three digits, and which have a point in other use."""
+    if thousands:
+        grouped = rf"^\s*[+-]?\d{{1,3}}({re.escape(thousands)}\d{{3}})+({re.escape(decimal)}\d*)?\s*$"
+        is_grouped = pc.match_substring_regex(text, grouped)
+        text = pc.if_else(is_grouped, pc.replace_substring(text, thousands, ""), text)
+    if decimal == ".":
+        return text, np.zeros(len(text), dtype=bool)
+    odd = _mask(pc.match_substring(text, "."))
+    return pc.replace_substring(text, decimal, "."), odd
 
 
 def weights(

@@ -16,12 +16,11 @@ from crane_core.errors import CraneError, DataError
 from crane_core.raw.importers import mapped, modality
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values, ids
-from crane_core.raw.importers.instants import Clock
 from crane_core.raw.importers.layout import Chunk, Layout, plain
 from crane_core.raw.importers.mapping import MATRIX, MappedItems, MappedLog, MappedModality
 from crane_core.raw.importers.matrix import load_matrix
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import Wanted, check_clock, fitting
+from crane_core.raw.importers.tables import Wanted, fitting
 from crane_core.raw.overlap import check_overlap, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
 
@@ -203,14 +202,12 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
     if files[0].suffix == MATRIX:
         assert isinstance(entry, MappedModality)
         return _check_matrix(section, files, entry)
-    wanted, taken, clock = _wanted(entry)
+    wanted, taken = _wanted(entry)
     columns: dict[str, CheckedColumn] = {}
     for chunk in (chunk for path in files for chunk in read_chunks(path, entry, _columns(wanted), account)):
         if section.rows >= SAMPLE_ROWS:
             section.is_whole = False
             break
-        if clock is not None:
-            check_clock(chunk, wanted[EVENT_TIME].column, clock, account)
         for raw, each in wanted.items():
             values = chunk.columns[each.column]
             if raw not in columns:
@@ -249,17 +246,17 @@ def _check_matrix(section: CheckedSection, files: Sequence[Path], entry: MappedM
     return section
 
 
-def _wanted(entry: Layout) -> tuple[Mapping[str, Wanted], dict[str, str], Clock | None]:
-    """Return the columns of a section, what each is taken for, and the clock of a log."""
+def _wanted(entry: Layout) -> tuple[Mapping[str, Wanted], dict[str, str]]:
+    """Return the columns of a section, and what each is taken for."""
     if isinstance(entry, MappedLog):
         clock = mapped.clock_of(entry)
-        return mapped.log_columns(entry, clock), {**KINDS, EVENT_TIME: f"instant ({entry.time}, {entry.zone})"}, clock
+        return mapped.log_columns(entry, clock), {**KINDS, EVENT_TIME: f"instant ({entry.time}, {entry.zone})"}
     if isinstance(entry, MappedItems):
-        return mapped.item_columns(entry), {name: mapped.item_type(entry, name) for name in entry.columns}, None
+        return mapped.item_columns(entry), {name: mapped.item_type(entry, name) for name in entry.columns}
     assert isinstance(entry, MappedModality)
     wanted = modality.modality_columns(entry)
     kind = {"vectors": "vector", "categories": "categories", "numbers": "number"}[entry.kind]
-    return wanted, {name: "id" if name == ITEM_ID else kind for name in wanted}, None
+    return wanted, {name: "id" if name == ITEM_ID else kind for name in wanted}
 
 
 def _columns(wanted: Mapping[str, Wanted]) -> list[str | int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import shlex
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,19 +32,62 @@ _KINDS: dict[bytes, tuple[str, str]] = {
     b"\x89PNG\r\n": ("a picture", _PICTURE),
 }
 _PARQUET = b"PAR1"
+GZIP = b"\x1f\x8b"
 
 
 def foreign_kind(path: Path) -> tuple[str, str] | None:
-    """Return what a file is, and what to do, if its first bytes tell another format than text; None otherwise."""
+    """Return what a file is, and what to do, if its first bytes tell another format than text; None otherwise.
+
+    Of a file that is packed with gzip the first bytes within it count.
+    """
     with path.open("rb") as file:
         start = file.read(16)
-        if start.startswith(_PARQUET):
-            file.seek(-4, 2)
-            if file.read() == _PARQUET:
-                return "a Parquet file", ""
+        is_parquet = start.startswith(_PARQUET) and file.seek(-4, 2) >= 0 and file.read() == _PARQUET
+    if is_parquet:
+        return "a Parquet file", ""
     if path.suffix.lower() == ".npz":
         return "an archive of arrays", "Save one array with numpy.save, in a file that ends in .npy, and name that."
+    if not start.startswith(GZIP):
+        return _kind_of(start)
+    try:
+        with gzip.open(path, "rb") as packed:
+            start = packed.read(16)
+    except (OSError, EOFError, zlib.error):
+        return None
+    if start.startswith(GZIP):
+        return "packed with gzip twice", unpacking(path, path.name)
+    found = ("a Parquet file", "") if start.startswith(_PARQUET) else _kind_of(start)
+    return (f"{found[0]}, packed with gzip", f"{unpacking(path)} {found[1]}".rstrip()) if found else None
+
+
+def unpacking(path: Path, name: str | None = None) -> str:
+    """Return how to unpack a file; by default its new name has no ending of a packed one."""
+    new = path.with_name(f"unpacked-{name or path.name.removesuffix('.gz')}")
+    return f"Unpack it, and name the new file: gunzip < {shlex.quote(str(path))} > {shlex.quote(str(new))}."
+
+
+def _kind_of(start: bytes) -> tuple[str, str] | None:
     return next((kind for mark, kind in _KINDS.items() if start.startswith(mark)), None)
+
+
+def check_unpacked(path: Path) -> None:
+    """Refuse a Parquet file or a matrix that is packed with gzip.
+
+    Raises:
+        DataError: it is.
+        OSError: it cannot be read.
+    """
+    if is_packed(path):
+        raise DataError(
+            f"{path} ({path.stat().st_size} bytes) is packed with gzip, which only text files may be.",
+            unpacking(path),
+        )
+
+
+def is_packed(path: Path) -> bool:
+    """Return whether a file is packed with gzip."""
+    with path.open("rb") as file:
+        return file.read(2) == GZIP
 
 
 def check_text(path: Path, way: Callable[[str], str]) -> None:

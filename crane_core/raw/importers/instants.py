@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 from numpy.typing import NDArray
 
-from crane_core.raw.importers.cells import MISSING, Cells, Values, ids, numbers, texts
+from crane_core.raw.importers.cells import MISSING, Cells, Values, ids, numbers, plain_decimals, texts
 
 INSTANT = pa.timestamp("us", "UTC")
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -28,6 +28,7 @@ _LOOSE = re.compile(
     r"(\d{4})[-/.](\d\d?)[-/.](\d\d?)(?:[T ]+(\d\d?:\d\d(?::\d\d)?)(?:[.,](\d+))?)?\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?",
     re.IGNORECASE,
 )
+_POINT_ZERO = re.compile(r"^(\d+)\.0+$")
 _NUMBER = r"^\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*$"
 
 
@@ -40,12 +41,15 @@ class Clock:
         zone: of times without one.
         first_year: first year that is taken for right.
         now: instants a day and more after it are taken for wrong.
+        decimal, thousands: separators of times that are numbers.
     """
 
     time: str = ISO
     zone: str = "UTC"
     first_year: int = 1990
     now: datetime = datetime.max
+    decimal: str = "."
+    thousands: str | None = None
 
     @property
     def first(self) -> int:
@@ -67,17 +71,26 @@ class Clock:
         """Return whether at least half of the numbers lie in such years in the unit that is declared."""
         return self.time in PER_SECOND and self._share(values * (1e6 / PER_SECOND[self.time])) >= 0.5
 
+    def of_another_unit(self, micros: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which numbers, as instants of the declared unit, are wrong and would be right in another one."""
+        fits = np.zeros(len(micros), bool)
+        odd = (micros < self.first) | (micros > self.last)
+        for rate in PER_SECOND.values() if odd.any() else ():
+            other = micros * (PER_SECOND[self.time] / rate)
+            fits |= (other >= self.first) & (other <= self.last)
+        return odd & fits
+
     def _share(self, micros: NDArray[np.float64]) -> float:
         return float(np.mean((micros >= self.first) & (micros <= self.last)))
 
 
-def plain_numbers(values: Values) -> NDArray[np.float64]:
+def plain_numbers(values: Values, clock: Clock) -> NDArray[np.float64]:
     """Return the values of a column that are numbers and no times by their type."""
     if isinstance(values, pa.Array) and (pt.is_temporal(values.type) or pt.is_duration(values.type)):
         return np.empty(0)
     text = isinstance(values, list) or pt.is_string(values.type) or pt.is_binary(values.type)
     if text:
-        found = texts(values).values
+        found, _ = plain_decimals(texts(values, clock.decimal).values, clock.decimal, clock.thousands)
         values = pc.if_else(pc.match_substring_regex(found, _NUMBER), found, pa.scalar(None, pa.string()))
     return numbers(values).values.drop_null().to_numpy()
 
@@ -91,14 +104,20 @@ def instants(values: Values, clock: Clock, missing: Sequence[str] = MISSING) -> 
         return _stamps(values, clock.zone)
     if isinstance(values, pa.Array) and pt.is_date(values.type):
         return _stamps(values.cast(pa.timestamp("s")), clock.zone)
-    if isinstance(values, pa.Array) and not (pt.is_string(values.type) or pt.is_binary(values.type)):
-        return _numeric(values, clock.time)
-    read = texts(values)
+    is_format = "%" in clock.time
+    if isinstance(values, pa.Array) and not (is_format or pt.is_string(values.type) or pt.is_binary(values.type)):
+        return _numeric(values, clock)
+    # Whole numbers such as 20230101 become text for a format.
+    read = ids(values) if is_format else texts(values, clock.decimal)
     text = read.values
     gone = pc.is_in(pc.utf8_trim_whitespace(text), pa.array(sorted({"", *missing}), pa.string()))
     text = pc.if_else(gone, pa.scalar(None, pa.string()), text)
-    found = _counted(text, PER_SECOND[clock.time]) if clock.time in PER_SECOND else _written(text, clock)
-    return Cells(found.values, found.bad | read.bad)
+    if clock.time not in PER_SECOND:
+        found = _written(text, clock)
+        return Cells(found.values, found.bad | read.bad)
+    text, odd = plain_decimals(text, clock.decimal, clock.thousands)
+    found = _counted(text, clock)
+    return Cells(found.values, found.bad | read.bad | odd)
 
 
 def _stamps(values: pa.Array, zone: str) -> Cells:
@@ -114,9 +133,9 @@ def _stamps(values: pa.Array, zone: str) -> Cells:
     return _placed(micros, ~inside, values.is_valid(), None if aware else zone)
 
 
-def _numeric(values: pa.Array, time: str) -> Cells:
-    """Return a column of numbers as instants, counted in a unit."""
-    if time not in PER_SECOND or not (
+def _numeric(values: pa.Array, clock: Clock) -> Cells:
+    """Return a column of numbers as instants, counted in the unit of the clock."""
+    if clock.time not in PER_SECOND or not (
         pt.is_integer(values.type)
         or pt.is_floating(values.type)
         or pt.is_decimal(values.type)
@@ -124,17 +143,19 @@ def _numeric(values: pa.Array, time: str) -> Cells:
     ):
         return Cells(pa.nulls(len(values), INSTANT), _valid(values))
     if pt.is_integer(values.type):
-        return _counted(ids(values).values, PER_SECOND[time])
+        return _counted(ids(values).values, clock)
     found = numbers(values)
     valid = found.values.is_valid()
-    exact = pc.fill_null(found.values, 0.0).to_numpy(zero_copy_only=False) * (1e6 / PER_SECOND[time])
+    exact = pc.fill_null(found.values, 0.0).to_numpy(zero_copy_only=False) * (1e6 / PER_SECOND[clock.time])
     inside = (exact >= FIRST) & (exact <= LAST)
-    placed = _placed(np.rint(np.where(inside, exact, 0)).astype(np.int64), ~inside, valid, None)
+    micros = np.rint(np.where(inside, exact, 0)).astype(np.int64)
+    placed = _placed(micros, ~inside | clock.of_another_unit(micros), valid, None)
     return Cells(placed.values, placed.bad | found.bad)
 
 
-def _counted(text: pa.Array, rate: int) -> Cells:
-    """Return numbers in decimal text, counted since 1970, as instants."""
+def _counted(text: pa.Array, clock: Clock) -> Cells:
+    """Return numbers in decimal text, counted since 1970 in the unit of the clock, as instants."""
+    rate = PER_SECOND[clock.time]
     micros, outside = np.zeros(len(text), np.int64), np.zeros(len(text), bool)
     matched = pc.fill_null(pc.match_substring_regex(text, _NUMBER), False).to_pylist()
     for row, (value, fits) in enumerate(zip(text.to_pylist(), matched, strict=True)):
@@ -147,7 +168,7 @@ def _counted(text: pa.Array, rate: int) -> Cells:
             micros[row] = number
         else:
             outside[row] = True
-    return _placed(micros, outside, text.is_valid(), None)
+    return _placed(micros, outside | clock.of_another_unit(micros), text.is_valid(), None)
 
 
 def _micros(value: str, rate: int) -> int | None:
@@ -171,7 +192,7 @@ def _written(text: pa.Array, clock: Clock) -> Cells:
         if value is None:
             continue
         try:
-            time = datetime.strptime(value.strip(), clock.time) if clock.time != ISO else _iso(value.strip())
+            time = _iso(value.strip()) if clock.time == ISO else _formatted(value.strip(), clock.time)
             local[row] = time.tzinfo is None
             if not local[row]:
                 time = time.astimezone(UTC).replace(tzinfo=None)
@@ -182,6 +203,15 @@ def _written(text: pa.Array, clock: Clock) -> Cells:
     exact = _placed(micros, bad | local, text.is_valid(), None)
     zoned = _placed(micros, bad | ~local, text.is_valid(), clock.zone)
     return Cells(pc.coalesce(exact.values, zoned.values), bad)
+
+
+def _formatted(value: str, form: str) -> datetime:
+    """Return a time of a format; a whole number such as `20230101.0` is read without its end.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return datetime.strptime(_POINT_ZERO.sub(r"\1", value), form)
 
 
 def _iso(value: str) -> datetime:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from crane_core.errors import DataError
-from crane_core.raw.importers.account import Account, one_of, place
+from crane_core.raw.importers.account import OTHERS, Account, one_of, place
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, JsonNumber, Layout, open_text
 from crane_core.raw.importers.nested import ABSENT, field_paths, value_at
 
@@ -73,7 +73,8 @@ def read_json(
 def _without(path: Path, count: int, absent: list[str], names: list[str], account: Account) -> DataError:
     """Return the error of a file none of whose objects has some fields."""
     if not count:
-        return DataError(f"{path} is empty: 0 objects.", "Deliver the file again with objects, or leave it out.")
+        ways = ["deliver the file again with objects", account.way(OTHERS)]
+        return DataError(f"{path} is empty: 0 objects.", one_of(ways))
     more = ", ..." if len(names) > _SHOWN_FIELDS else ""
     inner = next((name.removesuffix(f".{absent[0]}") for name in names if name.endswith(f".{absent[0]}")), None)
     ways = [f"take the objects out of the list {inner}: jq -c '.{inner}[]' FILE > FILE.jsonl"] if inner else []
@@ -111,13 +112,20 @@ def _lines(path: Path, encoding: str, account: Account) -> Iterator[tuple[int, d
             except (ValueError, RecursionError) as error:
                 if is_first:
                     raise DataError(
-                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.",
-                        _NO_COMMAS if line.rstrip().endswith("},") else _ONE_A_LINE,
+                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.", _way_out(line)
                     ) from error
                 account.drop("not_json", place(path, number, "", f"{error}: {line.strip()}"))
                 continue
             is_first = False
             yield number, row
+
+
+def _way_out(line: str) -> str:
+    """Return the remedy of a first line that is no object."""
+    if line.rstrip().endswith("},"):
+        return _NO_COMMAS
+    # An object over several lines begins on this one.
+    return _ONE_A_LINE if line.lstrip().startswith("{") else "Write one JSON object a line, or one array of objects."
 
 
 def _members(path: Path, encoding: str, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,8 +142,7 @@ def _members(path: Path, encoding: str, account: Account) -> Iterator[tuple[int,
                 else:
                     raise DataError(
                         f"{path} is an array of which the first member is no object: {str(member)[:40]!r}.",
-                        "Write one JSON object a line, or one array of objects; jq -r '.[] | @csv' FILE > FILE.csv "
-                        "makes a table without a header of an array of lists.",
+                        f"Write one JSON object a line, or one array of objects{_table_of(path, encoding, member)}.",
                     )
         except (ValueError, RecursionError) as error:
             if isinstance(error, UnicodeError):
@@ -144,6 +151,20 @@ def _members(path: Path, encoding: str, account: Account) -> Iterator[tuple[int,
                 f"{path} is an array that cannot be read after {number} objects: {getattr(error, 'msg', error)}.",
                 "Deliver the file again, complete, as one JSON array of objects or as one object a line.",
             ) from error
+
+
+def _table_of(path: Path, encoding: str, member: Any) -> str:
+    """Return how jq makes a table of an array of lists, or of a list a line; nothing of others."""
+    with open_text(path, encoding, None) as text:
+        line = text.readline(BLOCK)
+    try:
+        is_line = isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        is_line = False
+    if not isinstance(member, list) and not is_line:
+        return ""
+    query = ".[] | @csv" if isinstance(member, list) else "@csv"
+    return f"; or make a table without a header: jq -r '{query}' FILE > FILE.csv, which goes with header: false"
 
 
 def _values(text: IO[str]) -> Iterator[Any]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from crane_core.raw.importers.account import place
+from crane_core.raw.importers.foreign import is_packed
 from crane_core.section import Section
 
 CHUNK_ROWS = 65_536
@@ -32,7 +33,6 @@ _MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_GZIP = b"\x1f\x8b"
 
 
 class Layout(Section):
@@ -158,8 +158,7 @@ def open_text(path: Path, encoding: str, newline: str | None) -> Iterator[IO[str
     A byte order mark tells the encoding, whatever is declared. Bytes that are none of the encoding become lone
     surrogates, so that the value which holds them is found.
     """
-    with path.open("rb") as file:
-        packed = file.read(2) == _GZIP
+    packed = is_packed(path)
     with gzip.open(path, "rb") if packed else path.open("rb") as file:
         start = file.read(4)
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), encoding)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,12 +37,14 @@ from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.mapping import MappedItems, MappedLog, Mapping, file_names, list_tables, read_mapping
 from crane_core.raw.importers.modality import feature_files, write_modality
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import LogCounts, Wanted, check_clock, digest_of, fitting, write_log
+from crane_core.raw.importers.tables import LogCounts, Wanted, digest_of, fitting, write_log
 from crane_core.raw.importers.target import Imported, write_raw
 from crane_core.raw.overlap import check_overlap, examples, number_twins, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
 
 FORMAT = "mapped-2"
+YEARS_AHEAD = 100
+"""Times of `USUAL_TYPES` are taken for right up to so many years from now."""
 USUAL_TYPES = {"available_from": "time", "available_until": "time", "in_stock": "flag"}
 TYPES = {
     "id": pa.string(),
@@ -177,13 +180,19 @@ def read_log(files: Sequence[Path], entry: MappedLog, clock: Clock, account: Acc
     wanted = log_columns(entry, clock)
     for path in files:
         for chunk in read_chunks(path, entry, list(entry.columns.values()), account):
-            check_clock(chunk, wanted[EVENT_TIME].column, clock, account)
             yield fitting(chunk, wanted, account)
 
 
 def clock_of(entry: MappedLog) -> Clock:
     """Return how the times of a log are to be read."""
-    return Clock(entry.time, entry.zone, entry.first_year, datetime.now(UTC))
+    return Clock(entry.time, entry.zone, entry.first_year, datetime.now(UTC), entry.decimal, entry.thousands)
+
+
+def item_clock(entry: MappedItems, name: str) -> Clock:
+    """Return how the times of a column of the catalog are to be read. An item may be available until a far day."""
+    now = datetime.now(UTC)
+    now = now.replace(year=now.year + YEARS_AHEAD, day=1) if name in USUAL_TYPES else now
+    return Clock(entry.time, entry.zone, entry.first_year, now, entry.decimal, entry.thousands)
 
 
 def log_columns(entry: MappedLog, clock: Clock) -> dict[str, Wanted]:
@@ -198,21 +207,26 @@ def log_columns(entry: MappedLog, clock: Clock) -> dict[str, Wanted]:
         LABEL: lambda values: cells.words(values, entry.label_words, pa.int8(), missing),
         EVENT_TYPE: lambda values: cells.ids(values, missing),
     }
-    return {name: Wanted(column, convert[name]) for name, column in entry.columns.items()}
+    clocks = {EVENT_TIME: clock}
+    return {name: Wanted(column, convert[name], clocks.get(name)) for name, column in entry.columns.items()}
 
 
 def item_columns(entry: MappedItems) -> dict[str, Wanted]:
     """Return the columns of a catalog in the raw layout, and how each is made."""
     missing = cells.MISSING if entry.missing is None else entry.missing
-    clock = Clock(entry.time, entry.zone)
     convert: dict[str, Callable[[Values], Cells]] = {
         "id": lambda values: cells.ids(values, entry.missing or (), ITEM_ID in entry.numeric),
         "text": cells.joined,
         "number": lambda values: cells.numbers(values, missing, entry.decimal, entry.thousands),
-        "time": lambda values: instants(values, clock, missing),
         "flag": lambda values: cells.words(values, cells.FLAGS, pa.bool_(), missing),
     }
-    return {name: Wanted(column, convert[item_type(entry, name)]) for name, column in entry.columns.items()}
+    wanted = {}
+    for name, column in entry.columns.items():
+        kind = item_type(entry, name)
+        clock = item_clock(entry, name)
+        read = partial(instants, clock=clock, missing=missing)
+        wanted[name] = Wanted(column, read, clock) if kind == "time" else Wanted(column, convert[kind])
+    return wanted
 
 
 def item_type(entry: MappedItems, name: str) -> str:

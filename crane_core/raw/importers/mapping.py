@@ -19,7 +19,7 @@ from crane_core.raw.importers.cells import LABELS
 from crane_core.raw.importers.foreign import foreign_kind
 from crane_core.raw.importers.instants import ISO, PER_SECOND
 from crane_core.raw.importers.layout import SUFFIXES, Layout
-from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, VECTOR
+from crane_core.schema import EVENT_TIME, ITEM_ID, TITLE, USER_ID, VECTOR
 from crane_core.section import Section
 
 MATRIX = ".npy"
@@ -95,6 +95,8 @@ class MappedItems(Layout):
     """Format of the times, as in `interactions`."""
     zone: Zone = "UTC"
     """Time zone of times without one."""
+    first_year: int = Field(1990, ge=1, le=9999)
+    """Times before this year, and in the future, are counted and named, as in `interactions`."""
 
     @model_validator(mode="after")
     def _usable(self) -> MappedItems:
@@ -103,6 +105,9 @@ class MappedItems(Layout):
         unknown = sorted(set(self.types) - set(self.columns))
         if unknown:
             raise ValueError(f"items.types names {', '.join(unknown)}, which items.columns does not have")
+        fixed = sorted({ITEM_ID, TITLE} & {name for name, kind in self.types.items() if kind != "text"})
+        if fixed:
+            raise ValueError(f"items.types: {' and '.join(fixed)} can only be text; name the column otherwise, too")
         wrong = [name for name in self.columns if not name.isidentifier()]
         if wrong:
             raise ValueError(f"items.columns: {wrong[0]!r} is no name of letters, digits and _")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from crane_core.errors import DataError
 from crane_core.raw.checks import UNREADABLE
+from crane_core.raw.importers.foreign import check_unpacked
 
 
 def load_matrix(path: Path) -> NDArray:
@@ -19,6 +20,7 @@ def load_matrix(path: Path) -> NDArray:
         DataError: it is none.
     """
     try:
+        check_unpacked(path)
         matrix: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except UNREADABLE as error:
         raise DataError(

@@ -23,7 +23,7 @@ from crane_core.raw.importers.cells import required
 from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.layout import Layout
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import Wanted, check_clock, fitting
+from crane_core.raw.importers.tables import Wanted, fitting
 from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT
 
@@ -32,12 +32,6 @@ DATASET = "ml-100k"
 WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
 FILES = ("ml-100k.inter", "ml-100k.item")
 TABLE = Layout(files=FILES, format="tsv")
-LOG_COLUMNS = {
-    USER_ID: Wanted("user_id:token", required(cells.ids)),
-    ITEM_ID: Wanted("item_id:token", required(cells.ids)),
-    EVENT_TIME: Wanted("timestamp:float", required(lambda values: instants(values, Clock("s")))),
-    WEIGHT: Wanted("rating:float", required(cells.weights)),
-}
 CATALOG_COLUMNS = {
     ITEM_ID: Wanted("item_id:token", required(cells.ids)),
     "name": Wanted("movie_title:token_seq", cells.texts),
@@ -71,8 +65,7 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
 
     def build(target: Path) -> Imported:
         accounts = [Account(name, settings=False) for name in FILES]
-        clock = Clock("s", now=datetime.now(UTC))
-        log = _read(source, FILES[0], files[FILES[0]], LOG_COLUMNS, accounts[0], clock)
+        log = _read(source, FILES[0], files[FILES[0]], _log_columns(), accounts[0])
         catalog = _read(source, FILES[1], files[FILES[1]], CATALOG_COLUMNS, accounts[1])
         events = log.sort_by([(EVENT_TIME, "ascending"), (USER_ID, "ascending"), (ITEM_ID, "ascending")])
         days = events[EVENT_TIME].cast(pa.timestamp("s"), safe=False).cast(pa.date32(), safe=False)
@@ -107,6 +100,16 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
         )
 
     return write_raw(Path(raw), {"dataset": DATASET, "format": FORMAT, "files": digests}, build)
+
+
+def _log_columns() -> dict[str, Wanted]:
+    clock = Clock("s", now=datetime.now(UTC))
+    return {
+        USER_ID: Wanted("user_id:token", required(cells.ids)),
+        ITEM_ID: Wanted("item_id:token", required(cells.ids)),
+        EVENT_TIME: Wanted("timestamp:float", required(lambda values: instants(values, clock)), clock),
+        WEIGHT: Wanted("rating:float", required(cells.weights)),
+    }
 
 
 def text_vectors(texts: list[str]) -> NDArray[np.float32] | None:
@@ -165,9 +168,7 @@ def _read_files(source: Path) -> dict[str, bytes]:
         ) from error
 
 
-def _read(
-    source: Path, name: str, data: bytes, columns: Mapping[str, Wanted], account: Account, clock: Clock | None = None
-) -> pa.Table:
+def _read(source: Path, name: str, data: bytes, columns: Mapping[str, Wanted], account: Account) -> pa.Table:
     """Read one of the two files; every row must have a value in every column that is not text.
 
     Raises:
@@ -181,8 +182,6 @@ def _read(
             if not source.is_dir():
                 path.write_bytes(data)
             for chunk in read_chunks(path, TABLE, [each.column for each in columns.values()], account):
-                if clock is not None:
-                    check_clock(chunk, columns[EVENT_TIME].column, clock, account)
                 batches.append(fitting(chunk, columns, account))
         return batches
 

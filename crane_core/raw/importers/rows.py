@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +15,18 @@ from typing import IO, Any
 import pyarrow as pa
 
 from crane_core.errors import DataError
-from crane_core.raw.importers.account import Account, one_of, place
-from crane_core.raw.importers.foreign import check_text
+from crane_core.raw.importers.account import OTHERS, Account, one_of, place
+from crane_core.raw.importers.foreign import check_text, check_unpacked, is_packed
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
 from crane_core.raw.importers.nested import column_at, column_path, type_paths
 from crane_core.raw.importers.records import looks_like_rows, plain_records, quoted_records
 from crane_core.raw.parquet import int96_instants, open_parquet
 
+SEPARATORS = ("::", "||", "\t", ";", "|", ",", "^", "~", "\x01", " ")
+LINES_LOOKED_AT = 100
+NUL = "\0"
+_BETWEEN = re.compile(r'"?\s*(?:::|[,;|\t])\s*"?|^"|"$')
 _EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
 _EXCEL_CHARACTERS = 8
 
@@ -47,7 +53,9 @@ def read_chunks(
     wanted = list(dict.fromkeys(columns))
     kind = layout.format or file_format(path) or "csv"
     try:
-        if kind != "parquet":
+        if kind == "parquet":
+            check_unpacked(path)
+        else:
             check_text(path, account.way)
         if kind == "parquet":
             yield from _read_parquet(path, wanted, account)
@@ -56,15 +64,17 @@ def read_chunks(
         else:
             yield from _read_delimited(path, layout, kind, wanted, account, optional)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, MemoryError) as error:
+        is_text = kind != "parquet" and isinstance(error, UnicodeError)
+        ways = [account.way("set {}.encoding to that of the file, such as cp1252")] if is_text else []
         raise DataError(
             f"{path} ({_size(path)} bytes) cannot be read after {account.rows} rows: {error or type(error).__name__}.",
-            one_of(
-                [
-                    f"deliver the file again, complete, as {kind}",
-                    account.way("set {0}.format and {0}.encoding to those of the file"),
-                ]
-            ),
+            one_of([*ways, f"deliver the file again, complete, as {kind}", *_other_format(kind, account)]),
         ) from error
+
+
+def _other_format(kind: str, account: Account) -> list[str]:
+    """Return the remedy for a file that is no Parquet file, although its name says so."""
+    return [account.way("set {}.format to csv, tsv or json if it is such a file")] if kind == "parquet" else []
 
 
 def _read_delimited(
@@ -115,7 +125,10 @@ def _read_delimited(
                 yield _chunk_of(path, rows, lines, places)
                 rows, lines = [], []
         if places is None:
-            raise DataError(f"{path} is empty: 0 rows.", "Deliver the file again with rows, or leave it out.")
+            raise DataError(
+                f"{path} is empty: 0 rows.",
+                one_of(["deliver the file again with rows", account.way(OTHERS)]),
+            )
         if rows:
             yield _chunk_of(path, rows, lines, places)
 
@@ -181,10 +194,22 @@ def _found_places(
 def _without(path: Path, first: list[str], missing: list[Any], layout: Layout, account: Account) -> DataError:
     """Return the error of a file that lacks columns."""
     shown = ", ".join(map(repr, first[:20]))
+    kind = "column" if len(missing) == 1 else "columns"
+    found = f"{path} has no {kind} {', '.join(map(str, missing))}; its first line has {len(first)}: {shown}."
+    header = _line_of_header(path, missing, layout)
+    if header:
+        new = shlex.quote(str(path.with_name(f"clean-{path.name.removesuffix('.gz')}")))
+        command = f"{'gunzip <' if is_packed(path) else 'cat'} {shlex.quote(str(path))} | tail -n +{header} > {new}"
+        return DataError(
+            f"{found} Line {header} has {'it' if len(missing) == 1 else 'them'}.",
+            f"Remove the lines before the header, and name the new file: {command}.",
+        )
     head = "".join(first)
-    other = next((each for each in ";\t|, " if len(first) == 1 and each in first[0]), None)
-    ways = [account.way(f"set {{}}.separator: {json.dumps(other)}")] if other else []
-    ways += [account.way("set {}.encoding: utf-16-le")] if "\0" in head else []
+    separator = _separator_of(path, first, missing, layout)
+    plainly = " and quote: none" if separator and len(separator) > 1 and layout.given_quote else ""
+    ways = [account.way(f"set {{}}.separator: {json.dumps(separator)}{plainly}")] if separator else []
+    if "\0" in head:
+        ways.append(account.way(f"set {{}}.encoding: utf-16-{'be' if head[0] == NUL else 'le'}"))
     ways += [account.way("set {}.encoding to that of the file, such as cp1252")] if _is_unreadable(head) else []
     forms = {each.strip().casefold(): each for each in first}
     close = [
@@ -196,10 +221,32 @@ def _without(path: Path, first: list[str], missing: list[Any], layout: Layout, a
     ways.append(f"{account.way('name in {}.columns columns that it has')}{guess}, or positions from 1 to {len(first)}")
     if layout.header:
         ways.append(account.way("if that line is a row, set {0}.header: false and give positions in {0}.columns"))
-    kind = "column" if len(missing) == 1 else "columns"
-    return DataError(
-        f"{path} has no {kind} {', '.join(map(str, missing))}; its first line has {len(first)}: {shown}.", one_of(ways)
-    )
+    return DataError(found, one_of(ways))
+
+
+def _line_of_header(path: Path, names: list[Any], layout: Layout) -> int | None:
+    """Return the number of the line, after the first, that has the columns that the first one lacks."""
+    if not layout.header or not all(isinstance(name, str) for name in names):
+        return None
+    for number, line in enumerate(_first_lines(path, layout), 1):
+        if number > 1 and set(names) <= set(_BETWEEN.split(line.strip())):
+            return number
+    return None
+
+
+def _separator_of(path: Path, first: list[str], missing: list[Any], layout: Layout) -> str | None:
+    """Return the separator by which the first line has the columns that it lacks; else one that divides it."""
+    line = next((line for line in _first_lines(path, layout) if line.strip()), "")
+    for each in SEPARATORS:
+        parts = [part.strip().strip('"') for part in line.split(each)]
+        if all(name <= len(parts) if isinstance(name, int) else name in parts for name in missing):
+            return each
+    return next((each for each in ";\t|," if len(first) == 1 and each in first[0]), None)
+
+
+def _first_lines(path: Path, layout: Layout) -> Iterator[str]:
+    with open_text(path, layout.encoding, None) as text:
+        yield from (line.removesuffix("\n") for line in itertools.islice(text, LINES_LOOKED_AT))
 
 
 def _is_unreadable(text: str) -> bool:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from crane_core.errors import DataError
 from crane_core.raw.files import DAY_PREFIX, INTERACTIONS_FOLDER
-from crane_core.raw.importers.account import Account, one_of
+from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import MISSING, Converter
-from crane_core.raw.importers.instants import INSTANT, ISO, Clock, plain_numbers
+from crane_core.raw.importers.instants import INSTANT, Clock
 from crane_core.raw.importers.layout import Chunk
+from crane_core.raw.importers.years import check_clock, odd_years
 from crane_core.schema import EVENT_TIME, INTERACTIONS, ITEM_ID, LABEL, USER_ID, WEIGHT
 from crane_core.storage.artifacts import sha256_file
 
@@ -30,6 +31,7 @@ IDS = (USER_ID, ITEM_ID)
 NOTICED = {
     USER_ID: "which the ETL will set aside",
     ITEM_ID: "which the ETL will set aside",
+    EVENT_TIME: "which the ETL will set aside",
     WEIGHT: "which count once",
     LABEL: "which the ETL will set aside where etl.split is label",
 }
@@ -43,10 +45,12 @@ class Wanted:
     Attributes:
         column: of the files.
         convert: makes its values.
+        clock: of a column of times; its years are looked at.
     """
 
     column: str | int
     convert: Converter
+    clock: Clock | None = None
 
 
 def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.RecordBatch:
@@ -56,7 +60,13 @@ def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.
         chunk: rows as they were read.
         wanted: column of the raw layout to where it comes from.
         account: counts the rows.
+
+    Raises:
+        DataError: the numbers of a column of times are of another unit.
     """
+    for each in wanted.values():
+        if each.clock:
+            check_clock(chunk, each.column, each.clock, account)
     converted = {name: each.convert(chunk.columns[each.column]) for name, each in wanted.items()}
     good = np.ones(len(chunk), dtype=bool)
     for name, cells in converted.items():
@@ -68,21 +78,25 @@ def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.
         good &= ~cells.bad
     batch = pa.record_batch({name: cells.values for name, cells in converted.items()})
     rows = np.flatnonzero(good)
-    for name in (name for name in NOTICED if name in wanted):
-        _notice(batch.column(name), good, chunk, name, wanted[name].column, account)
+    for name, each in wanted.items():
+        for what, found in _oddities(batch.column(name), name, each, account).items():
+            odd = np.flatnonzero(pc.fill_null(found, False).to_numpy(zero_copy_only=False) & good)
+            if len(odd):
+                account.notice(what, chunk.place(int(odd[0]), each.column), len(odd))
     return batch if len(rows) == len(chunk) else batch.take(pa.array(rows))
 
 
-def _notice(
-    values: pa.Array, good: NDArray[np.bool_], chunk: Chunk, name: str, column: str | int, account: Account
-) -> None:
-    """Name values that are missing, and ids that look as if another program had changed them."""
+def _oddities(values: pa.Array, name: str, wanted: Wanted, account: Account) -> dict[str, pa.Array]:
+    """Return which values are missing, have years that no shop has, or are ids that another program has changed."""
     # Features of no item are not written: `modality.py` counts them.
     is_written = not account.name.startswith("features.")
-    oddities = {f"without {name}, {NOTICED[name]}": pc.is_null(values)} if is_written else {}
+    found = {f"without {name}, {NOTICED[name]}": pc.is_null(values)} if is_written and name in NOTICED else {}
+    if wanted.clock:
+        told = "dated" if name == EVENT_TIME else f"with {name}"
+        found |= {f"{told} {what}": rows for what, rows in odd_years(values, wanted.clock).items()}
     if name in IDS:
         article = "an" if name == ITEM_ID else "a"
-        oddities |= {
+        found |= {
             f"with {article} {name} that ends in .0; for whole numbers {account.way(f'set {{}}.numeric: [{name}]')}": (
                 pc.match_substring_regex(values, r"^-?\d+\.0+$")
             ),
@@ -94,32 +108,7 @@ def _notice(
                 values, pa.array(MISSING[1:])
             ),
         }
-    for what, found in oddities.items():
-        rows = np.flatnonzero(pc.fill_null(found, False).to_numpy(zero_copy_only=False) & good)
-        if len(rows):
-            account.notice(what, chunk.place(int(rows[0]), column), len(rows))
-
-
-def check_clock(chunk: Chunk, column: str | int, clock: Clock, account: Account) -> None:
-    """Stop where the numbers of a column are times in another unit than the clock has.
-
-    Raises:
-        DataError: most of them lie before `first_year` or in the future.
-    """
-    found = plain_numbers(chunk.columns[column])
-    if 2 * len(found) <= len(chunk) or (clock.fits(found)) or "%" in clock.time:
-        return
-    unit = clock.unit_that_fits(found)
-    ways = [account.way(f"set {{}}.time: {unit}")]
-    if not unit:
-        ways = [account.way("set {}.time to a format such as '%Y%m%d' if they are dates")]
-        ways += [account.way("set {}.first_year to the first year of the data")] if clock.time != ISO else []
-    fits = f"as {unit} they are times of {clock.first_year} to today" if unit else "no unit fits"
-    raise DataError(
-        f"{chunk.path}: the {len(found)} numbers of {chunk.unit}s {chunk.lines[0]} to {chunk.lines[-1]} are no times "
-        f"of the format {clock.time}; {fits} ({chunk.place(0, column)}).",
-        one_of(ways),
-    )
+    return found
 
 
 @dataclass
@@ -128,7 +117,7 @@ class LogCounts:
 
     Attributes:
         clock: tells times that can be right.
-        account: notices the others.
+        account: of the log.
         num_rows: rows.
         users, items: distinct ids, without empty ones.
         last: the last time that can be right, microseconds since 1970; None without any.
@@ -151,13 +140,6 @@ class LogCounts:
             self.items.update(filter(None, pc.unique(batch.column(ITEM_ID)).to_pylist()))
             micros = batch.column(EVENT_TIME).drop_null().cast(pa.int64()).to_numpy()
             early, late = micros < self.clock.first, micros > self.clock.last
-            for what, found in ((f"before {self.clock.first_year}", early), ("in the future", late)):
-                if found.any():
-                    instant = pa.scalar(int(micros[found][0]), INSTANT).as_py()
-                    self.account.notice(f"dated {what}", f"{instant:%Y-%m-%d %H:%M} UTC", int(found.sum()))
-            missing = batch.num_rows - len(micros)
-            if missing:
-                self.account.notice("without event_time, which the ETL will set aside", "no time", missing)
             right = micros[~early & ~late]
             self.last = _later(self.last, right)
             self.last_of_all = _later(self.last_of_all, micros)

@@ -190,13 +190,20 @@ def _present(raw: Path, source: Mapping[str, Any]) -> Imported | None:
             f"{raw} is not empty and holds no {SOURCE_FILE}: its rows came from elsewhere.",
             "Import into another folder, or remove this one.",
         )
-    found = json.loads(record.read_text())
-    if found["source"] != dict(source):
+    try:
+        written = json.loads(record.read_text())
+        held, known = written["source"], written["imported"]
+        dates = {name: date.fromisoformat(known[name]) for name in ("start", "end")}
+        imported = Imported(**{**known, **dates, "raw": str(raw), "is_new": False})
+        name, rows = held["dataset"], imported.num_interactions
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{raw} holds the dataset {found['source'].get('dataset')!r} "
-            f"({found['imported']['num_interactions']} rows), not this version of {source['dataset']!r}.",
+            f"{record} cannot be read, so that nobody knows what {raw} holds ({type(error).__name__}: {error}).",
+            "Import into another folder, or remove this one.",
+        ) from error
+    if held != dict(source):
+        raise DataError(
+            f"{raw} holds the dataset {name!r} ({rows} rows), not this version of {source['dataset']!r}.",
             "Import into another folder, or remove this one.",
         )
-    known = found["imported"]
-    dates = {name: date.fromisoformat(known[name]) for name in ("start", "end")}
-    return Imported(**{**known, **dates, "raw": str(raw), "is_new": False})
+    return imported

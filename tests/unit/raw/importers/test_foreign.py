@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import io
 import lzma
+import re
 import sqlite3
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import pytest
 
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account
-from crane_core.raw.importers.foreign import check_text, foreign_kind
+from crane_core.raw.importers.foreign import check_text, check_unpacked, foreign_kind
 
 TEXT = b"u,i,t\na,b,1\n"
 
@@ -76,3 +79,27 @@ def test_databases_and_tables_are_told(tmp_path: Path) -> None:
 def test_text_is_text(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(data)
     assert foreign_kind(tmp_path / "a.csv") is None or data == b"PAR1"
+
+
+@pytest.mark.parametrize(
+    ("inner", "what"), [(gzip.compress(TEXT), "gzip twice"), (workbook(), "Excel workbook, packed")]
+)
+def test_what_is_within_an_archive_is_told(tmp_path: Path, inner: bytes, what: str) -> None:
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(inner))
+    with pytest.raises(DataError, match=what) as caught:
+        check_text(tmp_path / "a.csv.gz", Account("interactions").way)
+    command = re.findall(r"gunzip .*? > \S+\b", caught.value.remedy)[0]
+    subprocess.run(command, shell=True, check=True)
+    assert [path.read_bytes() for path in tmp_path.glob("unpacked-a.csv*")] == [inner]
+
+
+@pytest.mark.parametrize("name", ["f.npy", "f.parquet"])
+def test_a_packed_matrix_or_table_is_unpacked_by_the_command_of_the_remedy(tmp_path: Path, name: str) -> None:
+    np.save(tmp_path / "f.npy", np.ones((2, 2)))
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "f.parquet")
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(data))
+    with pytest.raises(DataError, match="is packed with gzip, which only text files may be") as caught:
+        check_unpacked(tmp_path / name)
+    subprocess.run(caught.value.remedy.partition("file: ")[2].rstrip("."), shell=True, check=True)
+    assert (tmp_path / f"unpacked-{name}").read_bytes() == data

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from crane_core.raw.importers.instants import Clock, instants, plain_numbers
+from crane_core.raw.importers.layout import JsonNumber
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
@@ -108,9 +109,42 @@ def test_the_unit_that_fits_is_told_by_the_years(number: float, unit: str | None
 
 
 def test_only_numbers_count_as_numbers() -> None:
-    assert plain_numbers(["1", "2.0", "2026-01-05", "x", None]).tolist() == [1, 2]
-    assert plain_numbers(pa.array([1, None])).tolist() == [1]
-    assert plain_numbers(pa.array([1], pa.timestamp("s"))).tolist() == []
+    clock = Clock("s", decimal=",", thousands=".")
+    assert plain_numbers(["1", "2,0", "1.433.221.332,5", "2026-01-05", "x", None], clock).tolist() == [
+        1,
+        2,
+        1433221332.5,
+    ]
+    assert plain_numbers(pa.array([1, None]), clock).tolist() == [1]
+    assert plain_numbers(pa.array([1], pa.timestamp("s")), clock).tolist() == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([20230102]),
+        pa.array([20230102.0]),
+        pa.array(["20230102"]),
+        [20230102],
+        [JsonNumber("20230102.0")],
+        ["20230102.0"],
+    ],
+)
+def test_whole_numbers_are_dates_of_a_format(values: Any) -> None:
+    found = instants(values, Clock("%Y%m%d"))
+    assert not found.bad.any() and found.values[0].as_py() == datetime(2023, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("kind", ["text", "int", "float"])
+@pytest.mark.parametrize(
+    ("time", "right", "wrong"), [("ms", 1577836800000, 1577836800), ("s", 1577836800, 1577836800000)]
+)
+def test_a_number_that_is_a_time_in_another_unit_does_not_fit(kind: str, time: str, right: int, wrong: int) -> None:
+    numbers = [right, wrong, 0]
+    values = {"text": list(map(str, numbers)), "int": pa.array(numbers), "float": pa.array(numbers, pa.float64())}[kind]
+    assert instants(values, Clock(time, now=datetime(2026, 6, 1))).bad.tolist() == [False, True, False]
+    if time == "ms":
+        assert not instants(values, Clock(time, first_year=1970, now=datetime(2026, 6, 1))).bad.any()
 
 
 @pytest.mark.parametrize("value", ["1e9999999999", "1e99999999999999999999", "9999999999999999999999", "1e25", "-1e25"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,19 @@ def test_fields_within_fields_are_named_with_dots(tmp_path: Path) -> None:
         read(tmp_path / "a.jsonl", ["user.name"])
     with pytest.raises(DataError, match=r"none of 2 objects has tags\.x"):
         read(tmp_path / "a.jsonl", ["tags.x"])
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is absent")
+@pytest.mark.parametrize(
+    "text", ['["a", "x"]\n["b", "y"]\n', '[["a", "x"], ["b", "y"]]', '[\n ["a", "x"],\n ["b", "y"]]']
+)
+def test_the_command_for_lists_makes_a_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    layout = Layout(files=("a.jsonl",), header=False)
+    with pytest.raises(DataError, match="no object") as caught:
+        list(read_chunks(tmp_path / "a.jsonl", layout, ["u"], Account("interactions")))
+    query = re.findall("jq -r '(.*?)'", caught.value.remedy)[0]
+    with (tmp_path / "a.csv").open("wb") as file:
+        subprocess.run(["jq", "-r", query, str(tmp_path / "a.jsonl")], stdout=file, check=True)
+    (chunk,) = read_chunks(tmp_path / "a.csv", layout, [1, 2], Account("interactions"))
+    assert chunk.columns == {1: ["a", "b"], 2: ["x", "y"]}

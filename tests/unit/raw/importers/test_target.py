@@ -46,3 +46,14 @@ def test_failed_import_leaves_nothing(mmrec: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         import_mmrec(mmrec, tmp_path / "raw")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"source": {}, "imported": {}}', "\udcff", "number"])
+def test_a_damaged_record_of_an_import_is_an_error(mmrec: Path, tmp_path: Path, damage: str) -> None:
+    import_mmrec(mmrec, tmp_path / "raw")
+    record = tmp_path / "raw" / "source.json"
+    text = record.read_text().replace('"num_users"', '"num"') if damage == "number" else damage
+    record.write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match=r"source\.json cannot be read") as caught:
+        import_mmrec(mmrec, tmp_path / "raw")
+    assert "another folder" in caught.value.remedy
