@@ -59,6 +59,23 @@ def check_overlap(what: str, items: Set[str], found: Set[str], users: Set[str], 
     )
 
 
+def check_items_meet(what: str, items: Set[str], found: Iterable[str], users: Set[str], remedy: str) -> None:
+    """Refuse ids of which none is an item of the log, where the format leaves no choice of columns.
+
+    Args:
+        what, items, users: as for `check_overlap`.
+        found: ids of the table.
+        remedy: what to do.
+
+    Raises:
+        DataError: no id of the log is in the table, although both have ids.
+    """
+    try:
+        check_overlap(what, items, set(found), users, remedy)
+    except DataError as error:
+        raise DataError(error.found, remedy) from error
+
+
 def number_twins(items: Set[str], found: Set[str]) -> list[str]:
     """Return ids of the log that are not found, although the same number is, as `100.0` where `100` is found."""
     known = _each(as_number, found)

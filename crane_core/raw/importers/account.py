@@ -11,11 +11,16 @@ from typing import Any
 
 from crane_core.errors import DataError
 
-NOTHING_THERE = frozenset({"no_vector", "no_category", "no_id", "repeated_id"})
+NOTHING_THERE = frozenset({"no_vector", "no_category", "no_id", "repeated_id", "joined_id"})
 """Reasons of rows that are sound and have nothing to write."""
 FEATURES = "features."
 """Beginning of the names of the sections of modalities."""
 MOST_EXAMPLES = 3
+MEANINGS = {
+    "repeated_id": ", the first row of an item counts",
+    "joined_id": ", the words of all rows of an item count",
+}
+"""What becomes of rows whose item an earlier row has."""
 MOST_CHARACTERS = 60
 OTHERS = "take it out of {}.files if there are others"
 _FIELD = "a field within an object is named with a dot, as in user.id"
@@ -214,7 +219,10 @@ class Account:
     def notes(self) -> list[str]:
         """Return what is odd, and what was set aside, as sentences."""
         odd = [f"{self.name}: {count} rows {what}{self._where(what)}" for what, count in self.noticed.items()]
-        left = [f"{self.name}: {n} rows set aside, {why}{self._where(why)}" for why, n in self.set_aside.items()]
+        left = [
+            f"{self.name}: {n} rows set aside, {why}{MEANINGS.get(why, '')}{self._where(why)}"
+            for why, n in self.set_aside.items()
+        ]
         if self.continued:
             shown = [*self.examples.get(_LIKE_ROWS, []), *self.examples.get(_GO_ON, [])][:MOST_EXAMPLES]
             alike = f", {self.like_rows} of which look like rows of the file" if self.like_rows else ""

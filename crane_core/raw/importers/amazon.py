@@ -21,15 +21,18 @@ from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values
 from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.layout import Layout
-from crane_core.raw.importers.movielens import text_vectors
+from crane_core.raw.importers.movielens import text_vectors, write_words
 from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import LogCounts, Wanted, digest_of, fitting, write_log
-from crane_core.raw.importers.target import Imported, write_features, write_items, write_raw
-from crane_core.raw.overlap import share_found
+from crane_core.raw.importers.target import Imported, write_items, write_raw
+from crane_core.raw.overlap import check_items_meet, share_found
 from crane_core.schema import EVENT_TIME, ITEM_ID, TITLE, USER_ID, WEIGHT
 
-FORMAT = "amazon-2023-2"
+FORMAT = "amazon-2023-3"
 TEXTS = ("categories", "features", "description")
+SAME_CATEGORY = "meta_CATEGORY.jsonl or .jsonl.gz of the category of the reviews, with parent_asin in each object"
+MOST_ODD = 0.01
+"""Share of the metadata that may be left out because an object does not fit."""
 MOST_TEXT = 4000
 """Characters of the text of an item that are used."""
 LINES = Layout(files=("*.jsonl",), format="jsonl")
@@ -64,28 +67,31 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
         log.written = write_log(target, counts.counted(_read_log(reviews, counts.clock, log)))
         log.settle()
         first, end = counts.window()
-        products = Account("metadata", settings=False)
+        products = Account("metadata", MOST_ODD, settings=False)
         titles, texts = _read_products(metadata, products)
         ids = list(titles)
+        check_items_meet("metadata", counts.items, ids, counts.users, f"Give as metadata {SAME_CATEGORY}.")
         write_items(target, ids, list(titles.values()))
         vectors = text_vectors(texts)
-        notes = []
-        if vectors is None:
+        notes: list[str] = []
+        matched = {"items": share_found(counts.items, set(ids))}
+        if vectors is None or not vectors.any():
             notes.append("metadata: too few words in titles, features and descriptions: no modality text")
         else:
-            write_features(target, "text", ids, vectors)
+            known = write_words(target, "text", ids, vectors, notes)
+            matched["features.text"] = share_found(counts.items, known)
         return Imported(
             dataset=name,
             raw=str(Path(raw).absolute()),
             num_users=len(counts.users),
             num_items=len(ids),
             num_interactions=log.written,
-            modalities={} if vectors is None else {"text": vectors.shape[1]},
+            modalities={"text": vectors.shape[1]} if vectors is not None and vectors.any() else {},
             split="temporal",
             start=first,
             end=end,
             counts={account.name: account.as_dict() for account in (log, products)},
-            matched={"items": share_found(counts.items, set(ids))},
+            matched=matched,
             notes=[*notes, *log.notes(), *products.notes()],
         )
 
@@ -120,8 +126,12 @@ def _read_products(metadata: Path, account: Account) -> tuple[dict[str, str | No
             titles[item] = row[TITLE]
             texts.append(" ".join(filter(None, [row[TITLE], *(row[name] for name in TEXTS)]))[:MOST_TEXT])
     account.written = len(titles)
-    account.max_set_aside = 1.0
     account.settle()
+    if not titles:
+        raise DataError(
+            f"{metadata}: none of {account.rows} objects names an item: {account.told()}.",
+            f"Give as metadata {SAME_CATEGORY}.",
+        )
     return titles, texts
 
 

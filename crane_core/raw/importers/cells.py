@@ -109,6 +109,8 @@ def ids(values: Values, missing: Sequence[str] = (), numeric: bool = False) -> C
             return _native_ids(values)
     found = texts(values)
     text = _without(found.values, missing)
+    # The ETL takes spaces for no id, too.
+    text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, pa.string()), text)
     bad = found.bad | _mask(pc.match_substring_regex(text, r"[\r\n]"))
     if numeric:
         trimmed = pc.utf8_trim_whitespace(text)

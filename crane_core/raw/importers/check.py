@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from crane_core.raw.importers.layout import Chunk, Layout, plain
 from crane_core.raw.importers.mapping import MATRIX, MappedItems, MappedLog, MappedModality
 from crane_core.raw.importers.matrix import load_matrix
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import Wanted, fitting
+from crane_core.raw.importers.tables import Sieve, Wanted, fitting
 from crane_core.raw.overlap import check_overlap, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
 
@@ -97,8 +98,8 @@ class CheckedSection:
         rows: rows of the sample.
         is_whole: whether the sample is all there is.
         columns: of the raw layout.
-        set_aside: reason to rows of the sample that would not be written, and where the first ones are.
-        noticed: what is odd, as sentences.
+        set_aside: reason to rows of the sample that would not be written.
+        noticed: what is odd and what would not be written, and where the first such rows are, as sentences.
         ids: items of the sample.
         users: users of the sample of a log.
     """
@@ -124,8 +125,7 @@ class CheckedSection:
             table.append((each.name, each.column, each.stored, each.taken, *counts, span, ", ".join(each.examples)))
         widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
         rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-        aside = [f"would be set aside: {count} rows, {reason}" for reason, count in self.set_aside.items()]
-        return [head, *(f"  {line}" for line in [*rows, *aside, *self.noticed])]
+        return [head, *(f"  {line}" for line in [*rows, *self.noticed])]
 
 
 @dataclass
@@ -193,7 +193,19 @@ def check_mapping(mapping: str | Path) -> Checked:
             check_overlap(name, log.ids, known, log.users, numeric)
         except DataError as error:
             checked.problems.append(error.as_dict())
+    if not checked.problems and all(each.is_whole and each.rows <= SAMPLE_ROWS for each in checked.sections):
+        checked.problems += _tried(found)
     return checked
+
+
+def _tried(found: mapped.MappedFiles) -> list[dict[str, str]]:
+    """Import small files into a temporary folder, and return the error that stops that."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mapped.build(Path(folder), folder, found)
+        except CraneError as error:
+            return [error.as_dict()]
+    return []
 
 
 def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: list[dict[str, str]]) -> CheckedSection:
@@ -201,8 +213,11 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
     section = CheckedSection(name, [str(path) for path in files], 0, True, [], {}, [])
     if files[0].suffix == MATRIX:
         assert isinstance(entry, MappedModality)
-        return _check_matrix(section, files, entry)
+        _check_matrix(section, files, entry, account)
+        return _concluded(section, account, entry, problems)
     wanted, taken = _wanted(entry)
+    sieve = modality.sieve_of(entry, account) if isinstance(entry, MappedModality) else None
+    sieve = Sieve(wanted, account) if isinstance(entry, MappedItems) else sieve
     columns: dict[str, CheckedColumn] = {}
     for chunk in (chunk for path in files for chunk in read_chunks(path, entry, _columns(wanted), account)):
         if section.rows >= SAMPLE_ROWS:
@@ -213,36 +228,49 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
             if raw not in columns:
                 columns[raw] = CheckedColumn(raw, str(each.column), _stored(chunk, each), taken.get(raw, "text"))
             columns[raw].add(values, each.convert(values))
-        batch = fitting(chunk, wanted, account)
-        kept = batch.filter(modality.has_vector(batch)) if isinstance(entry, MappedModality) else batch
-        section.ids |= set(filter(None, kept.column(ITEM_ID).to_pylist()))
-        if isinstance(entry, MappedLog):
+        if sieve:
+            sieve.rows_of(chunk)
+        else:
+            batch = fitting(chunk, wanted, account)
+            section.ids |= set(filter(None, batch.column(ITEM_ID).to_pylist()))
             section.users |= set(filter(None, batch.column(USER_ID).to_pylist()))
         section.rows += len(chunk)
+    section.ids |= sieve.items if sieve else set()
     section.columns = list(columns.values())
+    return _concluded(section, account, entry, problems)
+
+
+def _concluded(
+    section: CheckedSection, account: Account, entry: Layout, problems: list[dict[str, str]]
+) -> CheckedSection:
+    """Return a section with what its account says."""
     section.set_aside = dict(account.set_aside)
     section.noticed = account.notes()
+    words = dict.fromkeys((word for column in section.columns for word in column.words), 1)
     try:
         account.check_share()
+        if isinstance(entry, MappedModality):
+            modality.check_most(section.name, words, section.rows, entry.most)
     except DataError as error:
         problems.append(error.as_dict())
     return section
 
 
-def _check_matrix(section: CheckedSection, files: Sequence[Path], entry: MappedModality) -> CheckedSection:
+def _check_matrix(
+    section: CheckedSection, files: Sequence[Path], entry: MappedModality, account: Account
+) -> CheckedSection:
     matrix = load_matrix(files[0])
     lines = modality.read_id_lines(files[1], section.name, entry.encoding)
-    if len(lines) != len(matrix):
-        raise modality.wrong_id_count(files, matrix, lines)
-    found = ids(lines, entry.missing or (), ITEM_ID in entry.numeric)
     column = CheckedColumn(ITEM_ID, files[1].name, "text", "id")
-    column.add(lines, found)
-    section.ids = set(filter(None, found.values.to_pylist()))
-    sample = np.asarray(matrix[:SAMPLE_ROWS], dtype=np.float64)
+    column.add(lines, ids(lines, entry.missing or (), ITEM_ID in entry.numeric))
     vectors = CheckedColumn("vector", files[0].name, str(matrix.dtype), f"vector of {matrix.shape[1]} numbers")
-    finite = sample[np.isfinite(sample)]
-    vectors.low, vectors.high = (float(finite.min()), float(finite.max())) if len(finite) else (None, None)
-    section.rows, section.is_whole, section.columns = len(matrix), True, [column, vectors]
+    for _, rows in modality.matrix_rows(files, entry, account, section.ids):
+        vectors.add(rows[:0], Cells(rows, np.zeros(len(rows), bool)))
+        if account.rows >= SAMPLE_ROWS:
+            break
+    vectors.missing, vectors.bad = account.set_aside["no_vector"], account.set_aside["bad_vector"]
+    section.rows, section.columns = account.rows, [column, vectors]
+    section.is_whole = account.rows == len(matrix)
     return section
 
 

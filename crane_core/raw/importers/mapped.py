@@ -37,12 +37,19 @@ from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.mapping import MappedItems, MappedLog, Mapping, file_names, list_tables, read_mapping
 from crane_core.raw.importers.modality import feature_files, write_modality
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import LogCounts, Wanted, digest_of, fitting, write_log
+from crane_core.raw.importers.tables import (
+    LogCounts,
+    Sieve,
+    Wanted,
+    digest_of,
+    fitting,
+    write_log,
+)
 from crane_core.raw.importers.target import Imported, write_raw
 from crane_core.raw.overlap import check_overlap, examples, number_twins, share_found
 from crane_core.schema import EVENT_TIME, EVENT_TYPE, ITEM_ID, LABEL, TITLE, USER_ID, WEIGHT
 
-FORMAT = "mapped-2"
+FORMAT = "mapped-3"
 YEARS_AHEAD = 100
 """Times of `USUAL_TYPES` are taken for right up to so many years from now."""
 USUAL_TYPES = {"available_from": "time", "available_until": "time", "in_stock": "flag"}
@@ -113,10 +120,10 @@ def import_mapped(mapping: str | Path, raw: str | Path) -> Imported:
         "files": {name: digest_of(path) for path, name in sorted(names.items())},
     }
 
-    return write_raw(Path(raw), source, lambda target: _build(target, str(Path(raw).absolute()), found))
+    return write_raw(Path(raw), source, lambda target: build(target, str(Path(raw).absolute()), found))
 
 
-def _build(target: Path, raw: str, found: MappedFiles) -> Imported:
+def build(target: Path, raw: str, found: MappedFiles) -> Imported:
     """Write the raw layout into `target` and return the facts of it; `raw` is where it will lie."""
     chosen = found.mapping
     log = Account("interactions", chosen.interactions.max_set_aside)
@@ -235,25 +242,23 @@ def item_type(entry: MappedItems, name: str) -> str:
 
 
 def write_catalog(target: Path, files: Sequence[Path], entry: MappedItems, account: Account) -> set[str]:
-    """Write the catalog and return its items."""
+    """Write the catalog, the first row of each item, and return its items."""
     (target / ITEMS_FOLDER).mkdir()
     kinds = {
         name: TYPES.get(item_type(entry, name), pa.string()) for name in {**dict.fromkeys(entry.columns), TITLE: None}
     }
     schema = pa.schema([(name, kinds[name]) for name in (ITEM_ID, TITLE, *sorted(set(kinds) - {ITEM_ID, TITLE}))])
-    wanted = item_columns(entry)
-    seen: set[str] = set()
+    sieve = Sieve(item_columns(entry), account)
     path = target / ITEMS_FOLDER / "part-0.parquet"
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for file in files:
             for chunk in read_chunks(file, entry, list(entry.columns.values()), account):
-                batch = fitting(chunk, wanted, account)
-                seen.update(filter(None, batch.column(ITEM_ID).to_pylist()))
+                batch = sieve.rows_of(chunk)
                 columns = [
-                    batch.column(each.name) if each.name in wanted else pa.nulls(batch.num_rows, each.type)
+                    batch.column(each.name) if each.name in entry.columns else pa.nulls(batch.num_rows, each.type)
                     for each in schema
                 ]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
     account.written = pq.read_metadata(path).num_rows
     account.settle()
-    return seen
+    return sieve.items

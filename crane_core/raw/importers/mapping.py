@@ -23,6 +23,7 @@ from crane_core.schema import EVENT_TIME, ITEM_ID, TITLE, USER_ID, VECTOR
 from crane_core.section import Section
 
 MATRIX = ".npy"
+MOST_CATEGORIES = 100_000
 SETTINGS = "crane_core/raw/importers/README.md"
 
 
@@ -128,7 +129,7 @@ class MappedModality(Layout):
     """File with the item of each row of the matrix, one per line."""
     values: str = Field("|", min_length=1)
     """What separates the words of a categorical column, as in `Crime|Drama`."""
-    most: int = Field(1000, ge=1, le=100_000)
+    most: int = Field(1000, ge=1, le=MOST_CATEGORIES)
     """Most categories; the import stops where there are more."""
 
     @model_validator(mode="after")

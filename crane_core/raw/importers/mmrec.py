@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -24,12 +25,22 @@ from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values
 from crane_core.raw.importers.layout import Layout
 from crane_core.raw.importers.matrix import load_matrix
+from crane_core.raw.importers.modality import finite
 from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, digest_of, fitting
-from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
+from crane_core.raw.importers.target import (
+    MOST_NUMBERS,
+    FeatureWriter,
+    Imported,
+    lists_of,
+    write_interactions,
+    write_items,
+    write_raw,
+)
+from crane_core.raw.overlap import share_found
 from crane_core.schema import EVENT_TIME, ITEM_ID, LABEL, TEST, TRAIN, USER_ID, VALIDATION, WEIGHT
 
-FORMAT = "mmrec-1"
+FORMAT = "mmrec-2"
 FEATURE_SUFFIX = "_feat.npy"
 FIRST_DAY = date(2000, 1, 1)
 LABELS = (TRAIN, VALIDATION, TEST)
@@ -58,11 +69,12 @@ LOG_COLUMNS = {
 def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
     """Import an MMRec folder into `raw`; a second import of the same folder changes nothing.
 
-    Features with NaN or infinity are imported unchanged: the feature stage counts and quarantines them.
+    A row of features of which every number is NaN is an item without features. Rows with some NaN or infinity are named
+    and imported unchanged: the feature stage quarantines them.
 
     Raises:
         DataError: there is not exactly one `*.inter`; a column is missing; a value is not an id or label; a feature
-            file is not a matrix of numbers with one row per item; `raw` holds another dataset.
+            file is not a matrix of numbers with one row per item, or has no finite row; `raw` holds another dataset.
     """
     folder = Path(folder)
     log, catalog, features = _files(folder)
@@ -74,9 +86,14 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
         table, titles, num_items = found.log, found.titles, found.num_items
         ids = [str(item) for item in range(num_items)]
         modalities = {}
+        items = set(map(str, pc.unique(table["itemID"]).to_pylist()))
+        matched = {"items": share_found(items, set(map(str, titles)))} if titles else {}
         for name, matrix in found.matrices.items():
-            write_features(target, name, ids, matrix)
+            account = Account(f"features.{name}", settings=False)
+            known = _write_matrix(target, name, matrix, account)
+            found.accounts.append(account)
             modalities[name] = matrix.shape[1]
+            matched[account.name] = share_found(items, known)
         found.accounts[0].written = _write_log(target, table)
         found.accounts[0].settle()
         write_items(target, ids, [titles.get(item) for item in range(num_items)])
@@ -92,6 +109,7 @@ def import_mmrec(folder: str | Path, raw: str | Path) -> Imported:
             end=FIRST_DAY + timedelta(days=len(LABELS)),
             time_zone=None,
             counts={account.name: account.as_dict() for account in found.accounts},
+            matched=matched,
             notes=[note for account in found.accounts for note in account.notes()],
         )
 
@@ -203,6 +221,38 @@ def _read_matrix(path: Path, num_items: int) -> NDArray:
             "The row number is the itemID: deliver one row per item, or list items without interactions in items.tsv.",
         )
     return matrix
+
+
+def _write_matrix(target: Path, name: str, matrix: NDArray, account: Account) -> set[str]:
+    """Write the rows of a matrix that are not all NaN, and return the items whose rows are finite.
+
+    Raises:
+        DataError: there is none.
+    """
+    items: set[str] = set()
+    step = max(1, MOST_NUMBERS // matrix.shape[1])
+    with FeatureWriter(target, name) as writer:
+        for begin in range(0, len(matrix), step):
+            rows = lists_of(matrix[begin : begin + step])
+            ids = pa.array(range(begin, begin + len(rows))).cast(pa.string())
+            found = finite(rows, np.zeros(len(rows), bool))
+            is_finite = found.values.is_valid()
+            there = pc.or_(is_finite, pa.array(found.bad))
+            account.rows += len(rows)
+            for row in np.flatnonzero(found.bad):
+                account.notice("with NaN or infinity, which the ETL will set aside", f"item {begin + int(row)}")
+            for row in np.flatnonzero(~there.to_numpy(zero_copy_only=False)):
+                account.drop("no_vector", f"item {begin + int(row)}")
+            items.update(ids.filter(is_finite).to_pylist())
+            writer.write(ids.filter(there), rows.filter(there))
+    account.written = writer.num_rows()
+    account.settle()
+    if not items:
+        raise DataError(
+            f"{name}{FEATURE_SUFFIX}: none of {account.rows} rows is a vector of finite numbers.",
+            f"Deliver finite numbers in {name}{FEATURE_SUFFIX}, or remove the file.",
+        )
+    return items
 
 
 def _write_log(target: Path, table: pa.Table) -> int:

@@ -7,7 +7,7 @@ import itertools
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from crane_core.errors import ConfigError, DataError
 from crane_core.raw.files import check_modality
 from crane_core.raw.importers import cells
-from crane_core.raw.importers.account import Account, place
+from crane_core.raw.importers.account import Account, one_of
 from crane_core.raw.importers.cells import Cells, Converter, Values
-from crane_core.raw.importers.layout import open_text
-from crane_core.raw.importers.mapping import MATRIX, MappedModality, list_files, list_tables
+from crane_core.raw.importers.layout import Chunk, open_text
+from crane_core.raw.importers.mapping import MATRIX, MOST_CATEGORIES, MappedModality, list_files, list_tables
 from crane_core.raw.importers.matrix import load_matrix
 from crane_core.raw.importers.rows import read_chunks
-from crane_core.raw.importers.tables import Wanted, fitting
-from crane_core.raw.importers.target import FeatureWriter, write_features
+from crane_core.raw.importers.tables import Sieve, Wanted, drop_rows, first_rows
+from crane_core.raw.importers.target import MOST_NUMBERS, FeatureWriter, lists_of
 from crane_core.schema import ITEM_ID, VECTOR
 
 FLOATS = pa.list_(pa.float32())
@@ -97,25 +97,46 @@ def write_modality(
         written = _write_lists(target, name, files, entry, account)
     account.settle()
     if not written.items:
+        is_matrix = files[0].suffix == MATRIX
+        way = "deliver a matrix of finite numbers" if is_matrix else account.way("name in {}.columns what is not empty")
         raise DataError(
             f"features.{name}: none of {account.rows} rows of {files[0]} is an item with a vector: {account.told()}.",
-            f"Name in features.{name}.columns a vector that is not empty, or leave features.{name} out of the mapping.",
+            one_of([way, f"leave features.{name} out of the mapping"]),
         )
     return written
 
 
 def vectors(values: Values) -> Cells:
-    """Return lists of numbers of any type as lists of float32; bad is what is no list of numbers."""
+    """Return lists of numbers of any type as lists of float32.
+
+    Null is an item without a vector: a null or empty list, or one of which every number is null or NaN. Bad is what is
+    no list of numbers, and a list in which some number is null, NaN or infinite as float32.
+    """
     if isinstance(values, pa.Array):
         kind = values.type
         if pt.is_null(kind):
             return Cells(pa.nulls(len(values), FLOATS), np.zeros(len(values), bool))
         if (pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)) and _is_number(kind.value_type):
-            return Cells(values.cast(pa.list_(kind.value_type)).cast(FLOATS, safe=False), np.zeros(len(values), bool))
+            lists = values.cast(pa.list_(kind.value_type)).cast(FLOATS, safe=False)
+            return finite(lists, np.zeros(len(values), bool))
         return Cells(pa.nulls(len(values), FLOATS), values.is_valid().to_numpy(zero_copy_only=False))
     rows = [_floats(value) for value in values]
     bad = np.array([value is not None and row is None for value, row in zip(values, rows, strict=True)], dtype=bool)
-    return Cells(pa.array(rows, FLOATS), bad)
+    return finite(pa.array(rows, FLOATS), bad)
+
+
+def finite(lists: pa.Array, bad: NDArray[np.bool_]) -> Cells:
+    """Return lists of float32 whose numbers are all finite; `bad` tells values that are no list."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    members = pc.fill_null(pc.list_flatten(lists), np.nan).to_numpy()
+    ends = np.cumsum(lengths)
+    absent, infinite = (
+        np.bincount(np.searchsorted(ends, np.flatnonzero(odd), side="right"), minlength=len(lists))
+        for odd in (np.isnan(members), np.isinf(members))
+    )
+    there = absent < lengths
+    bad = bad | (there & (absent + infinite > 0))
+    return Cells(pc.if_else(pa.array(there & ~bad), lists, pa.scalar(None, FLOATS)), bad)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -132,13 +153,18 @@ def _floats(value: Any) -> list[float | None] | None:
         return None
 
 
-def _batches(
-    files: Sequence[Path], entry: MappedModality, wanted: dict[str, Wanted], account: Account
-) -> Iterator[pa.RecordBatch]:
-    columns = [each.column for each in wanted.values()]
+def _batches(files: Sequence[Path], entry: MappedModality, sieve: Sieve) -> Iterator[pa.RecordBatch]:
+    columns = [each.column for each in sieve.wanted.values()]
     for path in files:
-        for chunk in read_chunks(path, entry, columns, account):
-            yield fitting(chunk, wanted, account)
+        for chunk in read_chunks(path, entry, columns, sieve.account):
+            yield sieve.rows_of(chunk)
+
+
+def sieve_of(entry: MappedModality, account: Account) -> Sieve:
+    """Return what chooses the rows of a modality that are written: those with an item and a vector or words."""
+    is_words = entry.kind == "categories"
+    reason = "no_category" if is_words else "no_vector"
+    return Sieve(modality_columns(entry), account, has_vector, reason, joins=is_words)
 
 
 def modality_columns(entry: MappedModality) -> dict[str, Wanted]:
@@ -162,40 +188,20 @@ def _write_lists(
     target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> WrittenModality:
     """Write vectors, or columns of numbers as vectors. An item whose vector or any number is null is left out."""
-    wanted = modality_columns(entry)
     lengths: Counter[int] = Counter()
-    items: set[str] = set()
+    sieve = sieve_of(entry, account)
     with FeatureWriter(target, name) as writer:
-        for batch in _batches(files, entry, wanted, account):
+        for batch in _batches(files, entry, sieve):
             found = batch.column(VECTOR) if entry.kind == "vectors" else _side_by_side(batch)
-            there = _kept(batch, account, "no_vector")
-            ids, found = batch.column(ITEM_ID).filter(there), found.filter(there)
             lengths.update(pc.list_value_length(found).to_pylist())
-            items.update(ids.to_pylist())
-            writer.write(ids, found)
+            writer.write(batch.column(ITEM_ID), found)
     account.written = writer.num_rows()
     if len(lengths) > 1:
         told = ", ".join(f"{count} of length {length}" for length, count in lengths.most_common(3))
         account.notice(
             f"with vectors of different lengths: {told}; the ETL keeps the most frequent", name, account.written
         )
-    return WrittenModality(lengths.most_common(1)[0][0] if lengths else 0, items)
-
-
-def _kept(batch: pa.RecordBatch, account: Account, reason: str) -> pa.Array:
-    """Return which rows of a batch are written: those with an item and a vector; count the others.
-
-    Args:
-        batch: of `modality_columns`.
-        account: counts the rows.
-        reason: of rows without a vector.
-    """
-    there, known = has_vector(batch), batch.column(ITEM_ID).is_valid()
-    nameless = pc.sum(pc.and_not(there, known)).as_py() or 0
-    for why, count in ((reason, len(there) - (pc.sum(there).as_py() or 0)), ("no_id", nameless)):
-        if count:
-            account.drop(why, "", count)
-    return pc.and_(there, known)
+    return WrittenModality(lengths.most_common(1)[0][0] if lengths else 0, sieve.items)
 
 
 def has_vector(batch: pa.RecordBatch) -> pa.Array:
@@ -208,40 +214,28 @@ def has_vector(batch: pa.RecordBatch) -> pa.Array:
 
 
 def _side_by_side(batch: pa.RecordBatch) -> pa.Array:
-    """Return the columns of numbers of a batch as one list column."""
+    """Return the columns of numbers of a batch, none of them null, as one list column."""
     columns = [batch.column(name) for name in batch.schema.names if name != ITEM_ID]
-    valid = np.logical_and.reduce([column.is_valid().to_numpy(zero_copy_only=False) for column in columns])
-    rows = np.stack([pc.fill_null(column, 0).to_numpy() for column in columns], axis=1)
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), len(columns))
-    return pc.if_else(pa.array(valid), lists.cast(FLOATS), pa.scalar(None, FLOATS))
+    return lists_of(np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1))
 
 
 def _write_categories(
     target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> WrittenModality:
-    """Write one column per word, in alphabetical order, which is 1 for the items that have it."""
-    wanted = modality_columns(entry)
+    """Write one column per word, in alphabetical order, which is 1 for the items that have it in any of their rows."""
     several = len(entry.vector_columns) > 1
-    ids: list[str] = []
-    rows: list[frozenset[str]] = []
+    words_of: dict[str, frozenset[str]] = {}
     known: dict[frozenset[str], frozenset[str]] = {}
-    for batch in _batches(files, entry, wanted, account):
-        batch = batch.filter(_kept(batch, account, "no_category"))
+    for batch in _batches(files, entry, sieve_of(entry, account)):
         columns = [(column, batch.column(f"category_{index}")) for index, column in enumerate(entry.vector_columns)]
-        ids += batch.column(ITEM_ID).to_pylist()
-        for index in range(batch.num_rows):
+        for index, item in enumerate(batch.column(ITEM_ID).to_pylist()):
             words = [(column, word) for column, values in columns for word in values[index].as_py() or ()]
             found = frozenset(f"{column}={word}" if several else word for column, word in words)
-            rows.append(known.setdefault(found, found))
+            found |= words_of.get(item, found)
+            words_of[item] = known.setdefault(found, found)
+    ids, rows = list(words_of), list(words_of.values())
     counts = Counter(word for row in rows for word in row)
-    if len(counts) > entry.most:
-        common = ", ".join(f"{word!r} ({count})" for word, count in counts.most_common(3))
-        raise DataError(
-            f"features.{name} has {len(counts)} categories in {len(rows)} rows, such as {common}; "
-            f"features.{name}.most is {entry.most}.",
-            f"Set features.{name}.most: {len(counts)} in the mapping, or set features.{name}.values to what separates "
-            "the words, or name a column with fewer.",
-        )
+    check_most(f"features.{name}", counts, len(rows), entry.most)
     places = {word: index for index, word in enumerate(sorted(counts))}
     with FeatureWriter(target, name) as writer:
         step = max(1, (1 << 22) // max(1, len(places)))
@@ -250,10 +244,26 @@ def _write_categories(
             matrix = np.zeros((len(part), len(places)), dtype=np.float32)
             for index, row in enumerate(part):
                 matrix[index, [places[word] for word in row]] = 1
-            lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), max(1, len(places)))
-            writer.write(pa.array(ids[first : first + step], pa.string()), lists.cast(FLOATS))
+            writer.write(pa.array(ids[first : first + step], pa.string()), lists_of(matrix))
     account.written = writer.num_rows()
     return WrittenModality(len(places), set(ids))
+
+
+def check_most(section: str, counts: Mapping[str, int], num_rows: int, most: int) -> None:
+    """Refuse more categories than a modality may have.
+
+    Raises:
+        DataError: there are more than `most`.
+    """
+    if len(counts) <= most:
+        return
+    common = ", ".join(f"{word!r} ({count})" for word, count in Counter(counts).most_common(3))
+    ways = [f"set {section}.most: {len(counts)} in the mapping"] if len(counts) <= MOST_CATEGORIES else []
+    ways += [f"set {section}.values to what separates the words", "name a column with fewer"]
+    raise DataError(
+        f"{section} has {len(counts)} categories in {num_rows} rows, such as {common}; {section}.most is {most}.",
+        one_of(ways),
+    )
 
 
 def _word_lists(values: Values, entry: MappedModality) -> Cells:
@@ -302,23 +312,49 @@ def _write_matrix(
     target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> WrittenModality:
     """Write a matrix whose items are in a file of ids."""
+    items: set[str] = set()
+    with FeatureWriter(target, name) as writer:
+        for ids, lists in matrix_rows(files, entry, account, items):
+            writer.write(ids, lists)
+    account.written = writer.num_rows()
+    return WrittenModality(int(load_matrix(files[0]).shape[1]), items)
+
+
+def matrix_rows(
+    files: Sequence[Path], entry: MappedModality, account: Account, items: set[str]
+) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """Yield items and vectors of a matrix, those that are written; the others are counted.
+
+    Args:
+        files: the matrix, and the file of ids.
+        entry: the modality in the mapping.
+        account: counts the rows.
+        items: the items so far are added.
+
+    Raises:
+        DataError: a file cannot be read, or there are not as many ids as rows.
+    """
     path, ids_path = files
     matrix = load_matrix(path)
-    lines = read_id_lines(ids_path, f"features.{name}", entry.encoding)
-    found = cells.ids(lines, entry.missing or (), ITEM_ID in entry.numeric)
-    account.rows = len(matrix)
+    lines = read_id_lines(ids_path, account.name, entry.encoding)
     if len(lines) != len(matrix):
         raise wrong_id_count(files, matrix, lines)
-    for row in np.flatnonzero(found.bad):
-        account.drop("bad_item_id", place(ids_path, int(row) + 1, "", lines[row]))
-    nameless = found.values.is_null().to_numpy(zero_copy_only=False) & ~found.bad
-    if nameless.any():
-        account.drop("no_id", "", int(nameless.sum()))
-    good = np.flatnonzero(~found.bad & ~nameless)
-    ids = found.values.take(pa.array(good)).to_pylist()
-    write_features(target, name, ids, matrix if len(good) == len(matrix) else matrix[good])
-    account.written = len(ids)
-    return WrittenModality(int(matrix.shape[1]), set(ids))
+    found = cells.ids(lines, entry.missing or (), ITEM_ID in entry.numeric)
+    step = max(1, MOST_NUMBERS // matrix.shape[1])
+    for begin in range(0, len(matrix), step):
+        chunk = Chunk(ids_path, {"": lines[begin : begin + step]}, range(begin + 1, len(lines) + 1)[:step])
+        ids, wrong = found.values.slice(begin, step), found.bad[begin : begin + step]
+        rows = lists_of(matrix[begin : begin + step])
+        account.rows += len(rows)
+        vector = finite(rows, np.zeros(len(rows), bool))
+        there = vector.values.is_valid().to_numpy(zero_copy_only=False)
+        good = there & ids.is_valid().to_numpy(zero_copy_only=False)
+        first = first_rows(ids, good, items)
+        reasons = {"bad_vector": vector.bad, "no_vector": ~there & ~vector.bad, "no_id": there & ~good}
+        drop_rows(account, "bad_item_id", np.flatnonzero(wrong), chunk, "")
+        for reason, gone in {**reasons, "repeated_id": good & ~first}.items():
+            drop_rows(account, reason, np.flatnonzero(gone & ~wrong), chunk, "")
+        yield ids.filter(pa.array(first)), vector.values.filter(pa.array(first))
 
 
 def read_id_lines(path: Path, section: str, encoding: str) -> list[str]:

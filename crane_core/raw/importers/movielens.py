@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,9 +26,10 @@ from crane_core.raw.importers.layout import Layout
 from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Wanted, fitting
 from crane_core.raw.importers.target import Imported, write_features, write_interactions, write_items, write_raw
+from crane_core.raw.overlap import check_items_meet, examples, share_found
 from crane_core.schema import EVENT_TIME, ITEM_ID, USER_ID, WEIGHT
 
-FORMAT = "movielens-1"
+FORMAT = "movielens-2"
 DATASET = "ml-100k"
 WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
 FILES = ("ml-100k.inter", "ml-100k.item")
@@ -73,6 +75,7 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
             accounts[0].written += write_interactions(target, day, events.filter(pc.equal(days, day)))
 
         ids = catalog[ITEM_ID].to_pylist()
+        _check_items(source, log, ids)
         names, years, genres = (catalog[name].to_pylist() for name in ("name", "year", "genres"))
         titles = [_title(name, year) for name, year in zip(names, years, strict=True)]
         accounts[1].written = write_items(target, ids, titles)
@@ -80,9 +83,13 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
             _remedied(account.settle)
         texts = [" ".join(filter(None, row)) for row in zip(names, genres, years, strict=True)]
         found = {"text": text_vectors(texts), "genres": genre_vectors(genres)}
-        modalities = {name: rows for name, rows in found.items() if rows is not None and rows.shape[1]}
+        modalities = {name: rows for name, rows in found.items() if rows is not None and rows.any()}
+        items = set(pc.unique(log[ITEM_ID]).to_pylist())
+        matched = {"items": share_found(items, set(ids))}
+        notes = [note for account in accounts for note in account.notes()]
         for name, rows in modalities.items():
-            write_features(target, name, ids, rows)
+            known = write_words(target, name, ids, rows, notes)
+            matched[f"features.{name}"] = share_found(items, known)
 
         last = pc.max(days).as_py()
         return Imported(
@@ -96,10 +103,24 @@ def import_movielens(source: str | Path, raw: str | Path) -> Imported:
             start=last,
             end=last + timedelta(days=1),
             counts={account.name: account.as_dict() for account in accounts},
-            notes=[note for account in accounts for note in account.notes()],
+            matched=matched,
+            notes=notes,
         )
 
     return write_raw(Path(raw), {"dataset": DATASET, "format": FORMAT, "files": digests}, build)
+
+
+def _check_items(source: Path, log: pa.Table, ids: list[str]) -> None:
+    """Refuse a catalog that has an item twice, or none of the log.
+
+    Raises:
+        DataError: it does.
+    """
+    twice = sorted(item for item, count in Counter(ids).items() if count > 1)
+    if twice:
+        raise DataError(f"{source}: {FILES[1]} has {len(twice)} items twice, such as {examples(twice)}.", REMEDY)
+    items, users = (set(pc.unique(log[name]).to_pylist()) for name in (ITEM_ID, USER_ID))
+    check_items_meet(f"{source}: {FILES[1]}", items, ids, users, REMEDY)
 
 
 def _log_columns() -> dict[str, Wanted]:
@@ -129,9 +150,28 @@ def text_vectors(texts: list[str]) -> NDArray[np.float32] | None:
     if terms.shape[1] < 2:
         return None
     dim = min(TEXT_DIM, terms.shape[1] - 1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         # Of equal texts it divides by their variance.
         return TruncatedSVD(dim, n_iter=7, random_state=TEXT_SEED).fit_transform(terms).astype(np.float32)
+
+
+def write_words(target: Path, name: str, ids: list[str], rows: NDArray[np.float32], notes: list[str]) -> set[str]:
+    """Write a modality that was made of words, without the items that have none, and return its items.
+
+    Args:
+        target: raw root.
+        name: of the modality.
+        ids: item of each row.
+        rows: [len(ids), dim], zeros where an item has no word.
+        notes: a sentence about items without words is added.
+    """
+    there = rows.any(axis=1)
+    known = [item for item, is_there in zip(ids, there, strict=True) if is_there]
+    write_features(target, name, known, rows[there])
+    if len(known) < len(ids):
+        gone = len(ids) - len(known)
+        notes.append(f"{name}: {gone} of {len(ids)} items without a word that another item has, too")
+    return set(known)
 
 
 def genre_vectors(genres: list[str | None]) -> NDArray[np.float32]:

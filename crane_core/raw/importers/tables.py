@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from crane_core.errors import DataError
 from crane_core.raw.files import DAY_PREFIX, INTERACTIONS_FOLDER
-from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.account import MOST_EXAMPLES, Account, one_of
 from crane_core.raw.importers.cells import MISSING, Converter
 from crane_core.raw.importers.instants import INSTANT, Clock
 from crane_core.raw.importers.layout import Chunk
@@ -54,7 +55,16 @@ class Wanted:
 
 
 def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.RecordBatch:
-    """Return the rows of a chunk whose values all fit; the others are set aside for their first bad value.
+    """Return the rows of a chunk whose values all fit; as `fitting_rows`."""
+    return fitting_rows(chunk, wanted, account)[0]
+
+
+def fitting_rows(
+    chunk: Chunk, wanted: Mapping[str, Wanted], account: Account
+) -> tuple[pa.RecordBatch, NDArray[np.int64]]:
+    """Return the rows of a chunk whose values all fit, and their places in it.
+
+    The others are set aside for their first bad value.
 
     Args:
         chunk: rows as they were read.
@@ -70,11 +80,7 @@ def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.
     converted = {name: each.convert(chunk.columns[each.column]) for name, each in wanted.items()}
     good = np.ones(len(chunk), dtype=bool)
     for name, cells in converted.items():
-        wrong = np.flatnonzero(cells.bad & good)
-        for row in wrong[:3]:
-            account.drop(f"bad_{name}", chunk.place(int(row), wanted[name].column))
-        if len(wrong) > 3:
-            account.drop(f"bad_{name}", "", len(wrong) - 3)
+        drop_rows(account, f"bad_{name}", np.flatnonzero(cells.bad & good), chunk, wanted[name].column)
         good &= ~cells.bad
     batch = pa.record_batch({name: cells.values for name, cells in converted.items()})
     rows = np.flatnonzero(good)
@@ -83,7 +89,72 @@ def fitting(chunk: Chunk, wanted: Mapping[str, Wanted], account: Account) -> pa.
             odd = np.flatnonzero(pc.fill_null(found, False).to_numpy(zero_copy_only=False) & good)
             if len(odd):
                 account.notice(what, chunk.place(int(odd[0]), each.column), len(odd))
-    return batch if len(rows) == len(chunk) else batch.take(pa.array(rows))
+    return (batch if len(rows) == len(chunk) else batch.take(pa.array(rows))), rows
+
+
+def drop_rows(account: Account, reason: str, rows: NDArray[np.int64], chunk: Chunk, column: str | int) -> None:
+    """Count rows of a chunk that are not written, and name the first ones by a column."""
+    for row in rows[:MOST_EXAMPLES]:
+        account.drop(reason, chunk.place(int(row), column))
+    if len(rows) > MOST_EXAMPLES:
+        account.drop(reason, "", len(rows) - MOST_EXAMPLES)
+
+
+@dataclass
+class Sieve:
+    """Chooses the rows of a catalog or of features that are written: the first one of each item.
+
+    Attributes:
+        wanted: column of the raw layout to where it comes from.
+        account: counts the rows that are not written.
+        has_content: tells which rows of features have a vector or words; None in a catalog, whose rows without an
+            item are written.
+        reason: of rows without content.
+        joins: whether later rows of an item are counted as joined and kept.
+        items: items of the rows so far.
+    """
+
+    wanted: Mapping[str, Wanted]
+    account: Account
+    has_content: Callable[[pa.RecordBatch], pa.Array] | None = None
+    reason: str = ""
+    joins: bool = False
+    items: set[str] = field(default_factory=set)
+
+    def rows_of(self, chunk: Chunk) -> pa.RecordBatch:
+        """Return the rows of a chunk that are written.
+
+        Raises:
+            DataError: as for `fitting_rows`.
+        """
+        batch, rows = fitting_rows(chunk, self.wanted, self.account)
+        ids = batch.column(ITEM_ID)
+        good = np.ones(len(rows), dtype=bool)
+        column = self.wanted[ITEM_ID].column
+        if self.has_content:
+            there = self.has_content(batch).to_numpy(zero_copy_only=False)
+            good = there & ids.is_valid().to_numpy(zero_copy_only=False)
+            drop_rows(self.account, self.reason, rows[~there], chunk, column)
+            drop_rows(self.account, "no_id", rows[there & ~good], chunk, column)
+        first = first_rows(ids, good, self.items)
+        drop_rows(self.account, "joined_id" if self.joins else "repeated_id", rows[good & ~first], chunk, column)
+        return batch.filter(pa.array(good if self.joins else first))
+
+
+def first_rows(ids: pa.Array, good: NDArray[np.bool_], seen: set[str]) -> NDArray[np.bool_]:
+    """Return which of the good rows are the first of their item, or have no item.
+
+    Args:
+        ids: item of each row, or null.
+        good: bool [rows].
+        seen: items of rows before; the new ones are added.
+    """
+    first = good.copy()
+    for row, item in enumerate(ids.to_pylist()):
+        if good[row] and item is not None:
+            first[row] = item not in seen
+            seen.add(item)
+    return first
 
 
 def _oddities(values: pa.Array, name: str, wanted: Wanted, account: Account) -> dict[str, pa.Array]:
@@ -119,6 +190,8 @@ class LogCounts:
         clock: tells times that can be right.
         account: of the log.
         num_rows: rows.
+        num_usable: rows with a user, an item and a time.
+        without: column to rows without it.
         users, items: distinct ids, without empty ones.
         last: the last time that can be right, microseconds since 1970; None without any.
         last_of_all: the last time.
@@ -127,6 +200,8 @@ class LogCounts:
     clock: Clock
     account: Account
     num_rows: int = 0
+    num_usable: int = 0
+    without: Counter[str] = field(default_factory=Counter)
     users: set[str] = field(default_factory=set)
     items: set[str] = field(default_factory=set)
     last: int | None = None
@@ -136,11 +211,13 @@ class LogCounts:
         """Yield the batches unchanged, columns of `schema.INTERACTIONS`, and count them."""
         for batch in batches:
             self.num_rows += batch.num_rows
+            known = {name: batch.column(name).is_valid() for name in (USER_ID, ITEM_ID, EVENT_TIME)}
+            self.without.update({name: batch.num_rows - rows.true_count for name, rows in known.items()})
+            self.num_usable += pc.and_(pc.and_(known[USER_ID], known[ITEM_ID]), known[EVENT_TIME]).true_count
             self.users.update(filter(None, pc.unique(batch.column(USER_ID)).to_pylist()))
             self.items.update(filter(None, pc.unique(batch.column(ITEM_ID)).to_pylist()))
             micros = batch.column(EVENT_TIME).drop_null().cast(pa.int64()).to_numpy()
-            early, late = micros < self.clock.first, micros > self.clock.last
-            right = micros[~early & ~late]
+            right = micros[(micros >= self.clock.first) & (micros <= self.clock.last)]
             self.last = _later(self.last, right)
             self.last_of_all = _later(self.last_of_all, micros)
             yield batch
@@ -149,13 +226,21 @@ class LogCounts:
         """Return the day of the last event in the zone of the clock.
 
         Raises:
-            DataError: there is no event with a time.
+            DataError: no row has a user, an item and a time.
         """
         last = self.last if self.last is not None else self.last_of_all
-        if last is None:
+        if last is None or not self.num_usable:
+            gone = [f"{count} without {name}" for name, count in self.without.items() if count]
+            gone += [f"set aside: {self.account.told()}"] if self.account.set_aside else []
             raise DataError(
-                f"{self.account.name}: {self.num_rows} rows and none with a time.",
-                "Let event_time name the column of the times, and deliver at least one row with a time.",
+                f"{self.account.name}: none of {self.account.rows} rows has a user, an item and a time "
+                f"({'; '.join(gone)}).",
+                one_of(
+                    [
+                        self.account.way("name in {}.columns the columns of the users, the items and the times"),
+                        "deliver rows that have all three",
+                    ]
+                ),
             )
         return pa.scalar(int(last), INSTANT).as_py().astimezone(ZoneInfo(self.clock.zone)).date()
 

@@ -138,11 +138,16 @@ def write_features(folder: Path, modality: str, ids: Sequence[str | None], rows:
     with FeatureWriter(folder, modality) as writer:
         step = max(1, MOST_NUMBERS // rows.shape[1])
         for first in range(0, len(ids), step):
-            values = np.ascontiguousarray(rows[first : first + step], dtype=np.float32)
-            count = len(values)
-            offsets = pa.array(np.arange(count + 1, dtype=np.int32) * rows.shape[1])
-            vectors = pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
-            writer.write(pa.array(ids[first : first + count], pa.string()), vectors)
+            vectors = lists_of(rows[first : first + step])
+            writer.write(pa.array(ids[first : first + len(vectors)], pa.string()), vectors)
+
+
+def lists_of(rows: NDArray) -> pa.ListArray:
+    """Return rows of numbers [n, dim], n * dim below 2**31, as lists of float32."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(rows, dtype=np.float32)
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
 
 
 class FeatureWriter:

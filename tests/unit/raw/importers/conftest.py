@@ -17,7 +17,7 @@ def mmrec(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "tiny.inter").write_text(LOG)
     np.save(folder / "text_feat.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
-    np.save(folder / "audio_deep_feat.npy", np.full((3, 1), np.nan, dtype=np.float16))
+    np.save(folder / "audio_deep_feat.npy", np.array([[np.nan], [1], [2]], dtype=np.float16))
     (folder / "items.tsv").write_text('itemID\tartist\tname\n1\t7\tThe "B" side\n0\t8\tA\n')
     return folder
 

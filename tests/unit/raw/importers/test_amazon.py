@@ -65,6 +65,7 @@ def test_amazon_reviews_become_raw_data(tmp_path: Path, suffix: str) -> None:
     check(raw, imported.start, imported.end, needs_label=False)
     assert table(raw, "items")["title"].to_pylist() == ["Blue kettle 1", "Blue kettle 2", "Blue kettle 3"]
     check_features(list_features(raw, ())["text"])
+    assert imported.matched == {"items": 1, "features.text": 1}
     assert not import_amazon(tmp_path / f"Kitchen.jsonl{suffix}", raw).is_new
 
 
@@ -80,6 +81,45 @@ def test_broken_amazon_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of 1 objects has parent_asin, rating, timestamp; they have user_id"):
         import_amazon(reviews, tmp_path / "raw")
     write_lines(reviews, [{**REVIEWS[3]}])
-    with pytest.raises(DataError, match="1 rows and none with a time"):
+    with pytest.raises(DataError, match=r"none of 1 rows has a user, an item and a time \(1 without user_id; 1"):
         import_amazon(reviews, tmp_path / "raw")
     assert not (tmp_path / "raw").exists()
+
+
+def test_metadata_of_other_items_stop_the_import(tmp_path: Path) -> None:
+    write_lines(tmp_path / "Kitchen.jsonl", REVIEWS[:3])
+    write_lines(tmp_path / "meta_Kitchen.jsonl", [{**each, "parent_asin": f"b{n}"} for n, each in enumerate(PRODUCTS)])
+    with pytest.raises(DataError, match=r"metadata: none of its 3 ids, such as 'b0'.* 'B1', 'B2'") as caught:
+        import_amazon(tmp_path / "Kitchen.jsonl", tmp_path / "raw")
+    assert "meta_CATEGORY.jsonl" in caught.value.remedy
+
+
+@pytest.mark.parametrize("rows", [[], [{"parent_asin": None}, {"parent_asin": ""}], [{"parent_asin": [1]}] * 3])
+def test_metadata_without_an_item_stop_the_import(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    write_lines(tmp_path / "Kitchen.jsonl", REVIEWS[:3])
+    write_lines(tmp_path / "meta_Kitchen.jsonl", rows)
+    with pytest.raises(DataError, match=r"meta"):
+        import_amazon(tmp_path / "Kitchen.jsonl", tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+def test_a_few_odd_lines_of_metadata_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "Kitchen.jsonl", REVIEWS[:3])
+    many = [{**PRODUCTS[0], "parent_asin": f"B{n}"} for n in range(200)]
+    write_lines(tmp_path / "meta_Kitchen.jsonl", many)
+    with (tmp_path / "meta_Kitchen.jsonl").open("a") as file:
+        file.write("garbage\n")
+    imported = import_amazon(tmp_path / "Kitchen.jsonl", tmp_path / "raw")
+    assert imported.counts["metadata"]["set_aside"] == {"not_json": 1}
+    (tmp_path / "meta_Kitchen.jsonl").write_text(json.dumps(PRODUCTS[0]) + "\n" + "garbage\n" * 99)
+    with pytest.raises(DataError, match="metadata: 99 of 100 rows do not fit"):
+        import_amazon(tmp_path / "Kitchen.jsonl", tmp_path / "other")
+
+
+def test_an_item_without_words_has_no_features(tmp_path: Path) -> None:
+    write_lines(tmp_path / "Kitchen.jsonl", REVIEWS[:3])
+    write_lines(tmp_path / "meta_Kitchen.jsonl", [{"parent_asin": "B1", "title": ""}, *PRODUCTS[1:]])
+    imported = import_amazon(tmp_path / "Kitchen.jsonl", tmp_path / "raw")
+    assert table(tmp_path / "raw", "features/text")["item_id"].to_pylist() == ["B2", "B3"]
+    assert imported.matched == {"items": 1, "features.text": 0.5}
+    assert "text: 1 of 3 items without a word that another item has, too" in imported.notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from crane_core.errors import DataError
 from crane_core.raw import importers
 from crane_core.raw.importers import check, check_mapping, import_mapped, rows
 from crane_core.raw.importers.mapping import read_mapping
@@ -109,6 +111,37 @@ def test_the_example_of_the_readme_is_what_the_command_prints(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["import", "check", "mapping.yaml"]) == 0
     assert capsys.readouterr().out == shown
+
+
+def no_rows(folder: Path) -> None:
+    np.save(folder / "image.npy", np.ones((0, 3)))
+    (folder / "ids.txt").write_text("")
+
+
+def many_words(folder: Path) -> None:
+    (folder / "items.csv").write_text("id,name,genres\n" + "".join(f"i{n},x,g{n}\n" for n in range(1200)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (no_rows, "features.image: the files hold 0 rows"),
+        (many_words, "features.genres has 1200 categories"),
+        (lambda folder: (folder / "items.csv").write_text("id,name,genres\ni1,x,\ni2,y,NA\n"), "features.genres: none"),
+        (lambda folder: np.save(folder / "image.npy", np.full((2, 3), np.nan)), "features.image: none of 2 rows"),
+        (lambda folder: (folder / "ev.csv").write_text("u,i,t,w\na,i1,,1\n"), "interactions: none of 1 rows has"),
+        (lambda folder: np.save(folder / "image.npy", np.array([[np.inf] * 3] * 2)), "features.image: 2 of 2 rows do"),
+    ],
+)
+def test_what_stops_the_import_is_a_problem_of_the_check(
+    shop: Path, spoil: Callable[[Path], None], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(shop)
+    assert any(each["found"].startswith(told) for each in check_mapping(shop / "m.yaml").problems)
+    with pytest.raises(DataError, match=re.escape(told)):
+        import_mapped(shop / "m.yaml", shop / "raw")
+    monkeypatch.setattr(check, "SAMPLE_ROWS", 1)
+    assert not any(shop.glob("*raw*")) and check_mapping(shop / "m.yaml").sections
 
 
 @pytest.mark.parametrize("flags", [["check", "m.yaml", "raw"], ["mapped", "m.yaml"]])

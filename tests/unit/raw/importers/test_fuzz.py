@@ -61,6 +61,22 @@ def bring(written: Written, data: bytes, **log: Any) -> tuple[Imported, list[tup
         return imported, list(rows_of(folder / "raw"))
 
 
+def check_foretold(mapping: Path, raw: Path) -> None:
+    """Check and import a small input: a check without a problem goes before an import that does not stop."""
+    try:
+        problems = check_mapping(mapping).problems
+    except CraneError as error:
+        problems = [error.as_dict()]
+    assert all(each["found"] and each["remedy"] for each in problems)
+    try:
+        check_sums(import_mapped(mapping, raw), raw)
+    except CraneError as error:
+        assert error.found and error.remedy
+        assert problems, f"the check did not find: {error}"
+    else:
+        assert not problems, f"the check found {problems}, but the import does not stop"
+
+
 def rows_of(raw: Path) -> Iterator[tuple[str, Row]]:
     for path in sorted((raw / "interactions").rglob("*.parquet")):
         table = pq.read_table(path, partitioning=None)
@@ -103,10 +119,12 @@ def test_a_sound_log_comes_out_as_it_is(written: Written) -> None:
 def test_a_damaged_log_is_right_or_a_typed_error(
     written: Written, spoil: Callable[[bytes], bytes], most: float
 ) -> None:
-    try:
-        bring(written, spoil(written.data), max_set_aside=most)
-    except CraneError as error:
-        assert error.found and error.remedy
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / written.name).write_bytes(spoil(written.data))
+        mapping = {"dataset": "d", "interactions": {**written.log, "max_set_aside": most}}
+        (folder / "m.yaml").write_text(yaml.safe_dump(mapping))
+        check_foretold(folder / "m.yaml", folder / "raw")
 
 
 LOG_COLUMNS = {"user_id": "u", "item_id": "i", "event_time": "t"}
@@ -137,14 +155,7 @@ def test_a_column_of_any_type_is_right_or_a_typed_error_in_every_role(tmp_path: 
     columns = ("x", "x.n") if "struct" in name else ("x",)
     for number, mapping in enumerate(mapping for column in columns for mapping in in_every_role(column)):
         (tmp_path / "m.yaml").write_text(yaml.safe_dump({"dataset": "d", **mapping}))
-        for act in (
-            check_mapping,
-            lambda path, raw=tmp_path / f"raw{number}": check_sums(import_mapped(path, raw), raw),
-        ):
-            try:
-                act(tmp_path / "m.yaml")
-            except CraneError as error:
-                assert error.found and error.remedy
+        check_foretold(tmp_path / "m.yaml", tmp_path / f"raw{number}")
 
 
 REVIEW = {"rating": 5.0, "user_id": "A1", "parent_asin": "B1", "timestamp": 1588687728923, "title": "good"}
@@ -238,10 +249,44 @@ def test_a_mapping_of_anything_is_right_or_a_typed_error(
         (folder / "log.csv").write_text("u,i,t\na,x,1433221332\nb,y,1433221333\n")
         text = yaml.safe_dump(mapping)
         (folder / "m.yaml").write_text(text if len(junk) < 5 else text.replace("files", junk, 1))
-        try:
-            check_sums(import_mapped(folder / "m.yaml", folder / "raw"), folder / "raw")
-        except CraneError as error:
-            assert error.found and error.remedy
+        check_foretold(folder / "m.yaml", folder / "raw")
+
+
+IDS = st.sampled_from(["i1", "i2", "i3", "", " ", "1.0", "1", "u1", "é", None])
+NUMBERS = st.none() | st.sampled_from([1.0, float("nan"), float("inf"), 1e300, -0.0])
+WORD_CELLS = st.sampled_from(["", "NA", "Tea", "Tea|Pot", "a|b|c", "[]"])
+CONTENT = {
+    "vectors": st.none() | st.lists(NUMBERS, max_size=2),
+    "categories": st.none()
+    | st.sampled_from(["", "NA", "Tea", "Tea|Pot", "a|b|c", "[]"])
+    | st.lists(st.text(max_size=2)),
+    "numbers": NUMBERS | st.sampled_from(["1", "x", ""]),
+}
+
+
+@pytest.mark.slow
+@some(0.1)
+@given(st.data(), st.sampled_from(list(CONTENT)), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_check_finds_what_stops_the_import_of_features(data: st.DataObject, kind: str, most: float) -> None:
+    rows = data.draw(st.lists(st.fixed_dictionaries({"i": IDS, "v": CONTENT[kind]}), max_size=4))
+    log = data.draw(st.lists(st.tuples(IDS, IDS, st.sampled_from(["2020-01-01", "", "0001-01-01", "x"])), max_size=3))
+    events = [dict(zip("uit", row, strict=True)) for row in log]
+    columns = {"user_id": "u", "item_id": "i", "event_time": "t"}
+    mapping: dict[str, Any] = {"interactions": {"files": ["ev.jsonl"], "columns": columns, "max_set_aside": most}}
+    table = {"files": ["f.jsonl"], "columns": {"item_id": "i", "vector": "v"}, "max_set_aside": most}
+    mapping["features"] = {"m": {**table, "kind": kind, **({"most": 2} if kind == "categories" else {})}}
+    mapping["items"] = {"files": ["f.jsonl"], "columns": {"item_id": "i"}}
+    if kind == "vectors" and data.draw(st.booleans()):
+        mapping["features"]["m"] |= {"files": ["f.npy"], "ids": "ids.txt"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "ev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in events))
+        (folder / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        matrix = data.draw(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=len(rows), max_size=len(rows)))
+        np.save(folder / "f.npy", np.array(matrix, dtype=np.float64).reshape(len(rows), 2))
+        (folder / "ids.txt").write_text("".join(f"{row['i'] or ''}\n" for row in rows))
+        (folder / "m.yaml").write_text(yaml.safe_dump({"dataset": "d", **mapping}))
+        check_foretold(folder / "m.yaml", folder / "raw")
 
 
 def drop_a_row(patch: pytest.MonkeyPatch) -> None:

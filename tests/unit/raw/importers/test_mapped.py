@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crane_core.errors import ConfigError, DataError
-from crane_core.raw.importers import import_mapped
+from crane_core.raw.importers import check_mapping, import_mapped
 from tests.worlds.sources import check, table
 
 MAPPING = """
@@ -81,3 +81,47 @@ def test_wrong_mappings_are_errors(shop: Path, before: str, after: str, error: t
     with pytest.raises(error, match=expected):
         import_mapped(shop / "mapping.yaml", shop / "raw")
     assert not (shop / "raw").exists()
+
+
+def test_the_first_row_of_an_item_is_the_one_of_the_catalog(shop: Path) -> None:
+    (shop / "products.tsv").write_text("sku\tname\n00017\tKettle\nz\tCup\n00017\tPot\n\tNone\n\tNone\n")
+    imported = import_mapped(shop / "mapping.yaml", shop / "raw")
+    found = [(row["item_id"], row["title"]) for row in table(shop / "raw", "items").to_pylist()]
+    assert found == [("00017", "Kettle"), ("z", "Cup"), (None, "None"), (None, "None")]
+    assert imported.counts["items"]["set_aside"] == {"repeated_id": 1}
+    assert f"({shop / 'products.tsv'} line 4, column 'sku': '00017')" in "".join(imported.notes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("2026-01-05,,i\n2026-01-05,,i\n", "2 without user_id"),
+        ("2026-01-05,u,\n2026-01-05,u, \n", "2 without item_id"),
+        (",u,i\n,u,i\n", "2 without event_time"),
+        ("2026-01-05,u,\n,u,i\n", "1 without item_id; 1 without event_time"),
+    ],
+)
+def test_a_log_without_a_row_that_has_all_stops(tmp_path: Path, rows: str, told: str) -> None:
+    (tmp_path / "ev.csv").write_text("at,customer,sku\n" + rows)
+    log = "{files: [ev.csv], columns: {user_id: customer, item_id: sku, event_time: at}}"
+    (tmp_path / "m.yaml").write_text(f"dataset: d\ninteractions: {log}\n")
+    with pytest.raises(DataError, match=rf"none of 2 rows has a user, an item and a time \({told}\)"):
+        import_mapped(tmp_path / "m.yaml", tmp_path / "raw")
+    assert [each["found"] for each in check_mapping(tmp_path / "m.yaml").problems]
+
+
+def test_columns_that_differ_in_case_are_two(tmp_path: Path) -> None:
+    columns = {"U": ["A"], "u": ["a"], "i": ["x"], "I": ["X"], "t": ["2026-01-05"]}
+    pq.write_table(pa.table(columns), tmp_path / "ev.parquet")
+    (tmp_path / "it.csv").write_text("I,i,Name,name\nX,x,Kettle,pot\n")
+    (tmp_path / "m.yaml").write_text(
+        "dataset: d\ninteractions: {files: [ev.parquet], columns: {user_id: u, item_id: I, event_time: t}}\n"
+        "items: {files: [it.csv], columns: {item_id: I, title: Name, Title: name, TITLE: i}}\n"
+    )
+    import_mapped(tmp_path / "m.yaml", tmp_path / "raw")
+    assert [(row["user_id"], row["item_id"]) for row in table(tmp_path / "raw", "interactions").to_pylist()] == [
+        ("a", "X")
+    ]
+    assert table(tmp_path / "raw", "items").to_pylist() == [
+        {"item_id": "X", "title": "Kettle", "Title": "pot", "TITLE": "x"}
+    ]

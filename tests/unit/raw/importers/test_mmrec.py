@@ -34,7 +34,28 @@ def test_mmrec_folder_becomes_raw_data(mmrec: Path, tmp_path: Path) -> None:
         {"item_id": "2", "title": None},
     ]
     assert table(raw, "features/text")["vector"].to_pylist() == [[0, 1], [2, 3], [4, 5]]
-    assert np.isnan(table(raw, "features/audio_deep")["vector"].to_pylist()).all()
+    assert table(raw, "features/audio_deep").to_pylist() == [
+        {"item_id": "1", "vector": [1]},
+        {"item_id": "2", "vector": [2]},
+    ]
+    assert imported.counts["features.audio_deep"] == {"rows": 3, "written": 2, "set_aside": {"no_vector": 1}}
+    assert imported.matched == {
+        "items": pytest.approx(2 / 3),
+        "features.audio_deep": pytest.approx(2 / 3),
+        "features.text": 1,
+    }
+
+
+def test_rows_with_some_numbers_missing_are_named(mmrec: Path, tmp_path: Path) -> None:
+    np.save(mmrec / "text_feat.npy", np.array([[1, np.nan], [np.inf, 1], [1, 1]]))
+    imported = import_mmrec(mmrec, tmp_path / "raw")
+    assert imported.counts["features.text"]["written"] == 3 and imported.matched["features.text"] == pytest.approx(
+        1 / 3
+    )
+    assert any("text: 2 rows with NaN or infinity" in note and "(item 0, item 1)" in note for note in imported.notes)
+    np.save(mmrec / "text_feat.npy", np.full((3, 2), np.nan))
+    with pytest.raises(DataError, match="none of 3 rows is a vector of finite numbers"):
+        import_mmrec(mmrec, tmp_path / "other")
 
 
 def test_ratings_become_weights(mmrec: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from crane_core.errors import ConfigError, DataError
-from crane_core.raw.importers import import_mapped, target
+from crane_core.raw.importers import import_mapped, modality, target
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.mapping import MappedModality
 from crane_core.raw.importers.modality import feature_files, write_modality
@@ -113,7 +113,7 @@ def test_columns_of_numbers_are_a_vector_as_they_are(tmp_path: Path) -> None:
 
 
 def test_matrices_are_written_in_parts_whose_offsets_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "MOST_NUMBERS", 10)
+    monkeypatch.setattr(modality, "MOST_NUMBERS", 10)
     rows = np.arange(28, dtype=np.int64).reshape(4, 7).T
     np.save(tmp_path / "a.npy", rows)
     (tmp_path / "ids.txt").write_text("".join(f"i{n}\n" for n in range(7)))
@@ -176,3 +176,64 @@ def test_movietweetings_comes_through_one_mapping(tmp_path: Path) -> None:
     }
     vectors = {row["item_id"]: row["vector"] for row in table(tmp_path / "raw", "features/genres").to_pylist()}
     assert sum(vectors["0002844"]) == 2 and {len(vector) for vector in vectors.values()} == {25}
+
+
+NOT_A_NUMBER, ENDLESS = float("nan"), float("inf")
+VECTORS: list[list[float | None] | None] = [
+    [1, 2], None, [], [NOT_A_NUMBER, NOT_A_NUMBER], [None, None], [None, NOT_A_NUMBER], [3, 4],
+]  # fmt: skip
+DAMAGED: list[list[float | None]] = [[1, None], [NOT_A_NUMBER, 1], [ENDLESS, 1], [1e300, 1]]
+
+
+def deliver(folder: Path, form: str, rows: list[Any], ids: list[str] | None = None) -> dict[str, Any]:
+    """Write vectors in a form and return the settings that read them."""
+    ids = ids or [f"i{n}" for n in range(len(rows))]
+    if form == "parquet":
+        pq.write_table(
+            pa.table({"item_id": ids, "vector": pa.array(rows, pa.list_(pa.float64()))}), folder / "f.parquet"
+        )
+        return {"files": ["f.parquet"]}
+    if form == "json":
+        lines = [json.dumps({"item_id": item, "vector": row}) for item, row in zip(ids, rows, strict=True)]
+        (folder / "f.jsonl").write_text("\n".join(lines))
+        return {"files": ["f.jsonl"]}
+    matrix = [[NOT_A_NUMBER if each is None else each for each in row or [None, None]] for row in rows]
+    np.save(folder / "f.npy", np.array(matrix, dtype=np.float64))
+    (folder / "ids.txt").write_text("".join(f"{item}\n" for item in ids))
+    return {"files": ["f.npy"], "ids": "ids.txt"}
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "matrix"])
+def test_a_vector_without_a_number_is_missing_and_a_broken_one_does_not_fit(tmp_path: Path, form: str) -> None:
+    account = Account("features.x")
+    assert write(tmp_path, account, **deliver(tmp_path, form, VECTORS)) == {"i0": [1, 2], "i6": [3, 4]}
+    assert dict(account.set_aside) == {"no_vector": 5} and account.examples["no_vector"][0].count("i1") == 1
+    entry = deliver(tmp_path, form, [*VECTORS, *DAMAGED])
+    (tmp_path / "b").mkdir()
+    entry = {**entry, "files": [str(tmp_path / entry["files"][0])]} | ({"ids": "../ids.txt"} if "ids" in entry else {})
+    with pytest.raises(DataError, match=r"4 of 11 rows do not fit: .*bad_vector 4 \("):
+        write(tmp_path / "b", Account("features.x"), **entry)
+    (tmp_path / "c").mkdir()
+    account = Account("features.x", 0.5)
+    assert set(write(tmp_path / "c", account, **entry)) == {"i0", "i6"}
+    assert dict(account.set_aside) == {"no_vector": 5, "bad_vector": 4}
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "matrix"])
+def test_the_first_vector_of_an_item_counts(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modality, "MOST_NUMBERS", 4)
+    rows = [None, [1, 2], [3, 4], [5, 6], [7, 8]]
+    account = Account("features.x")
+    entry = deliver(tmp_path, form, rows, ["a", "a", "b", "a", "b"])
+    assert write(tmp_path, account, **entry) == {"a": [1, 2], "b": [3, 4]}
+    assert dict(account.set_aside) == {"no_vector": 1, "repeated_id": 2}
+    assert "the first row of an item counts" in "".join(account.notes())
+    assert "'a'" in account.examples["repeated_id"][0]
+
+
+def test_the_words_of_all_rows_of_an_item_count(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,g\na,Tea\nb,Tea\na,Steel\na,\n")
+    account = Account("features.x")
+    entry: dict[str, Any] = {"files": ["a.csv"], "kind": "categories", "columns": {"item_id": "id", "vector": "g"}}
+    assert write(tmp_path, account, **entry) == {"a": [1, 1], "b": [0, 1]}
+    assert dict(account.set_aside) == {"no_category": 1, "joined_id": 1} and account.rows == 4

@@ -23,7 +23,9 @@ def test_movielens_wheel_becomes_raw_data(movielens: Path, tmp_path: Path) -> No
     assert table(raw, "interactions")["weight"].to_pylist() == [5, 3, 4]
     assert table(raw, "interactions")["event_time"][0].as_py().isoformat() == "1997-12-04T15:55:49+00:00"
     assert table(raw, "items")["title"].to_pylist() == ["Toy Story (1995)", "Comedy of Toys (1995)", None]
-    assert table(raw, "features/genres")["vector"].to_pylist() == [[1, 1], [0, 1], [0, 0]]
+    assert table(raw, "features/genres")["vector"].to_pylist() == [[1, 1], [0, 1]]
+    assert imported.matched == {"items": 1, "features.genres": 1, "features.text": 1}
+    assert "genres: 1 of 3 items without a word that another item has, too" in imported.notes
     assert import_movielens(movielens, raw).is_new is False
 
 
@@ -46,6 +48,8 @@ def test_movielens_wheel_becomes_raw_data(movielens: Path, tmp_path: Path) -> No
             r"1 of 3 rows do not fit: bad_event_time 1 .*ml-100k\.inter line 3",
         ),
         ("ml-100k.item", MOVIES.replace("class", "kind"), r"ml-100k\.item has no column class:token_seq"),
+        ("ml-100k.item", MOVIES.replace("20\t", "10\t"), r"ml-100k\.item has 1 items twice, such as '10'"),
+        ("ml-100k.item", MOVIES.replace("0\t", "0x\t"), r"ml-100k\.item: none of its 3 ids, .*'10', '20'"),
         ("ml-100k.item", None, r"does not hold ml-100k\.inter and ml-100k\.item: .*No such file"),
     ],
 )
