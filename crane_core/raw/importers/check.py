@@ -260,7 +260,7 @@ def _check_matrix(
     section: CheckedSection, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> CheckedSection:
     matrix = load_matrix(files[0])
-    lines = modality.read_id_lines(files[1], section.name, entry.encoding)
+    lines = modality.read_id_lines(files[1], section.name, entry.encoding, len(matrix))
     column = CheckedColumn(ITEM_ID, files[1].name, "text", "id")
     column.add(lines, ids(lines, entry.missing or (), ITEM_ID in entry.numeric))
     vectors = CheckedColumn("vector", files[0].name, str(matrix.dtype), f"vector of {matrix.shape[1]} numbers")

@@ -31,6 +31,14 @@ _KINDS: dict[bytes, tuple[str, str]] = {
     b"\xff\xd8\xff": ("a picture", _PICTURE),
     b"\x89PNG\r\n": ("a picture", _PICTURE),
 }
+_PAGE = ("a web page, not the file itself", "Download the file again: this is what a server answered instead.")
+_TEXTS: dict[bytes, tuple[str, str]] = {
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"<?xml": ("an XML file", _TABLE),
+    b"version https://git-lfs": ("a pointer of Git LFS", "Fetch the file itself with git lfs pull."),
+}
+"""Beginnings of files of text, in lower case."""
 _PARQUET = b"PAR1"
 GZIP = b"\x1f\x8b"
 
@@ -41,7 +49,7 @@ def foreign_kind(path: Path) -> tuple[str, str] | None:
     Of a file that is packed with gzip the first bytes within it count.
     """
     with path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(32)
         is_parquet = start.startswith(_PARQUET) and file.seek(-4, 2) >= 0 and file.read() == _PARQUET
     if is_parquet:
         return "a Parquet file", ""
@@ -51,7 +59,7 @@ def foreign_kind(path: Path) -> tuple[str, str] | None:
         return _kind_of(start)
     try:
         with gzip.open(path, "rb") as packed:
-            start = packed.read(16)
+            start = packed.read(32)
     except (OSError, EOFError, zlib.error):
         return None
     if start.startswith(GZIP):
@@ -67,7 +75,9 @@ def unpacking(path: Path, name: str | None = None) -> str:
 
 
 def _kind_of(start: bytes) -> tuple[str, str] | None:
-    return next((kind for mark, kind in _KINDS.items() if start.startswith(mark)), None)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kinds = [kind for mark, kind in _KINDS.items() if start.startswith(mark)]
+    return next(iter(kinds + [kind for mark, kind in _TEXTS.items() if text.startswith(mark)]), None)
 
 
 def check_unpacked(path: Path) -> None:

@@ -70,6 +70,8 @@ class MappedLog(Layout):
         missing = sorted({USER_ID, ITEM_ID, EVENT_TIME} - set(columns))
         if missing:
             raise ValueError(f"interactions.columns must name {', '.join(missing)}")
+        if len({columns[name] for name in (USER_ID, ITEM_ID, EVENT_TIME)}) < 3:
+            raise ValueError("user_id, item_id and event_time must be three columns")
         return columns
 
     @field_validator("labels", mode="before")

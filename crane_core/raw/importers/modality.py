@@ -336,7 +336,7 @@ def matrix_rows(
     """
     path, ids_path = files
     matrix = load_matrix(path)
-    lines = read_id_lines(ids_path, account.name, entry.encoding)
+    lines = read_id_lines(ids_path, account.name, entry.encoding, len(matrix))
     if len(lines) != len(matrix):
         raise wrong_id_count(files, matrix, lines)
     found = cells.ids(lines, entry.missing or (), ITEM_ID in entry.numeric)
@@ -357,19 +357,22 @@ def matrix_rows(
         yield ids.filter(pa.array(first)), vector.values.filter(pa.array(first))
 
 
-def read_id_lines(path: Path, section: str, encoding: str) -> list[str]:
-    """Return the ids of a file with one a line.
+def read_id_lines(path: Path, section: str, encoding: str, num_rows: int) -> list[str]:
+    """Return the ids of a file with one a line, without empty lines at its end beyond the `num_rows` of the matrix.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
         with open_text(path, encoding, None) as text:
-            return [line.removesuffix("\n") for line in text]
+            lines = [line.removesuffix("\n") for line in text]
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise DataError(
             f"{path} cannot be read: {error}.", f"Set {section}.encoding in the mapping to that of the ids."
         ) from error
+    while len(lines) > num_rows and not lines[-1].strip():
+        del lines[-1]
+    return lines
 
 
 def wrong_id_count(files: Sequence[Path], matrix: NDArray, lines: Sequence[str]) -> DataError:

@@ -165,8 +165,8 @@ def write_words(target: Path, name: str, ids: list[str], rows: NDArray[np.float3
         rows: [len(ids), dim], zeros where an item has no word.
         notes: a sentence about items without words is added.
     """
-    there = rows.any(axis=1)
-    known = [item for item, is_there in zip(ids, there, strict=True) if is_there]
+    there = np.flatnonzero(rows.any(axis=1))
+    known = [ids[row] for row in there]
     write_features(target, name, known, rows[there])
     if len(known) < len(ids):
         gone = len(ids) - len(known)

@@ -47,9 +47,13 @@ def quoted_records(
     csv.field_size_limit(MOST_FIELD_CHARACTERS)
     escape = layout.escape
     lines = text if escape is None else _kept_escapes(text, separator, quote, escape)
-    quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
     reader = csv.reader(
-        lines, delimiter=separator, quotechar=quote or '"', quoting=quoting, escapechar=escape, strict=True
+        lines,
+        delimiter=separator,
+        quotechar=quote or '"',
+        quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+        escapechar=escape,
+        strict=True,
     )
     first = start
     try:

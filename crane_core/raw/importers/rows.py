@@ -239,6 +239,8 @@ def _separator_of(path: Path, first: list[str], missing: list[Any], layout: Layo
     line = next((line for line in _first_lines(path, layout) if line.strip()), "")
     for each in SEPARATORS:
         parts = [part.strip().strip('"') for part in line.split(each)]
+        if len(parts) == len(first):
+            continue
         if all(name <= len(parts) if isinstance(name, int) else name in parts for name in missing):
             return each
     return next((each for each in ";\t|," if len(first) == 1 and each in first[0]), None)

@@ -165,6 +165,8 @@ def _oddities(values: pa.Array, name: str, wanted: Wanted, account: Account) -> 
     if wanted.clock:
         told = "dated" if name == EVENT_TIME else f"with {name}"
         found |= {f"{told} {what}": rows for what, rows in odd_years(values, wanted.clock).items()}
+    if name == WEIGHT and is_written:
+        found["with a negative weight, which the ETL will set aside"] = pc.less(values, 0)
     if name in IDS:
         article = "an" if name == ITEM_ID else "a"
         found |= {

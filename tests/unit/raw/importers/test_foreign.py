@@ -53,6 +53,9 @@ def matrix() -> bytes:
         (b"\xff\xd8\xff\xe0 JFIF", "picture"),
         (b"\x89PNG\r\n\x1a\n", "picture"),
         (matrix(), "matrix"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE HTML><html>404</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+        (b'<?xml version="1.0"?><Workbook/>', "XML"),
     ],
 )
 def test_a_file_of_another_format_is_refused_with_what_helps(tmp_path: Path, data: bytes, what: str) -> None:

@@ -34,6 +34,7 @@ def test_a_mapping_may_name_columns_and_positions(tmp_path: Path) -> None:
         ("user_id: u", "user_id: yes", r"interactions\.columns\.user_id"),
         ("user_id: u", "user_id: 0", r"interactions\.columns\.user_id"),
         ("user_id: u, ", "", "must name user_id"),
+        ("user_id: u, ", "user_id: 2, ", "must be three columns"),
         ("user_id: u", "user_id: u, user_id: v", "line 5: user_id is given twice"),
         ("dataset: d", "dataset: d\n when: 2026-99-99", "cannot be read"),
         ("dataset: d", "dataset: [", "cannot be read"),

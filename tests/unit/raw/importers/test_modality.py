@@ -237,3 +237,9 @@ def test_the_words_of_all_rows_of_an_item_count(tmp_path: Path) -> None:
     entry: dict[str, Any] = {"files": ["a.csv"], "kind": "categories", "columns": {"item_id": "id", "vector": "g"}}
     assert write(tmp_path, account, **entry) == {"a": [1, 1], "b": [0, 1]}
     assert dict(account.set_aside) == {"no_category": 1, "joined_id": 1} and account.rows == 4
+
+
+def test_empty_lines_at_the_end_of_the_ids_are_no_ids(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((3, 1)))
+    (tmp_path / "ids.txt").write_bytes(b"i1\r\n\r\ni3\r\n\r\n\r\n")
+    assert write(tmp_path, files=["a.npy"], ids="ids.txt") == {"i1": [1], "i3": [1]}

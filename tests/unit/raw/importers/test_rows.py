@@ -206,3 +206,10 @@ def test_a_truncated_archive_asks_for_the_file_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read after") as caught:
         read(tmp_path / "a.csv.gz", ["a"])
     assert caught.value.remedy == "Deliver the file again, complete, as csv."
+
+
+def test_a_separator_that_is_set_is_not_advised(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a, b\n1, x\n")
+    with pytest.raises(DataError, match="has no column b") as caught:
+        read(tmp_path / "a.csv", ["a", "b"])
+    assert "separator" not in caught.value.remedy and "perhaps ' b' for 'b'" in caught.value.remedy

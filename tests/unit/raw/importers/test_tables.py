@@ -96,3 +96,9 @@ def test_rows_that_do_not_fit_are_set_aside_for_their_first_bad_value() -> None:
     assert found.to_pylist() == [{"weight": 1.0, "label": 0}]
     assert account.set_aside == {"bad_weight": 2, "bad_label": 1}
     assert account.examples["bad_label"] == ["ev.csv line 4, column 'l': '?'"]
+
+
+def test_negative_weights_are_named() -> None:
+    account = Account("interactions")
+    fitting(Chunk(Path("ev.csv"), {"w": ["1", "-1", "-0"]}, [2, 3, 4]), {"weight": Wanted("w", cells.weights)}, account)
+    assert account.noticed == {"with a negative weight, which the ETL will set aside": 1}
