@@ -15,6 +15,8 @@ NOTHING_THERE = frozenset({"no_vector", "no_category", "no_id", "repeated_id", "
 """Reasons of rows that are sound and have nothing to write."""
 FEATURES = "features."
 """Beginning of the names of the sections of modalities."""
+SECTIONS = {"reviews": "interactions", "log": "interactions", "metadata": "items", "catalog": "items"}
+"""Tables of other formats to the sections of a mapping that would read them."""
 MOST_EXAMPLES = 3
 MEANINGS = {
     "repeated_id": ", the first row of an item counts",
@@ -107,6 +109,10 @@ class Account:
         """Count rows that are written although something about them is odd."""
         self._count(self.noticed, what, place, count)
 
+    def deliver_again(self, what: str) -> str:
+        """Return the remedy for an empty file, which should hold `what`."""
+        return one_of([f"deliver the file again with {what}", *([self.way(OTHERS)] if self.settings else [])])
+
     def go_on(self, place: str, lines: int, is_like_rows: bool) -> None:
         """Count further lines of a quoted value.
 
@@ -123,11 +129,12 @@ class Account:
         """Return a remedy that changes the section in the mapping; where the format has none, by way of a mapping.
 
         Args:
-            text: with `{}` for the section, as in `set {}.time: ms`.
+            text: with `{}` for the section, as in `set {}.time: ms`; without it, what to do with the files.
         """
-        if self.settings:
-            return text.format(self.name)
-        return f"import it with crane import mapped, and {text.format('interactions')} in its mapping"
+        told = text.format(self.name if self.settings else SECTIONS.get(self.name, self.name))
+        if self.settings or told == text:
+            return told
+        return f"import it with crane import mapped, and {told} in its mapping"
 
     def _count(self, counter: Counter[str], what: str, place: str, count: int) -> None:
         counter[what] += count

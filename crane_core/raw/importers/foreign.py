@@ -71,7 +71,9 @@ def foreign_kind(path: Path) -> tuple[str, str] | None:
 def unpacking(path: Path, name: str | None = None) -> str:
     """Return how to unpack a file; by default its new name has no ending of a packed one."""
     new = path.with_name(f"unpacked-{name or path.name.removesuffix('.gz')}")
-    return f"Unpack it, and name the new file: gunzip < {shlex.quote(str(path))} > {shlex.quote(str(new))}."
+    return (
+        f"Unpack it, and take the new file in its place: gunzip < {shlex.quote(str(path))} > {shlex.quote(str(new))}."
+    )
 
 
 def _kind_of(start: bytes) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from crane_core.errors import DataError
-from crane_core.raw.importers.account import OTHERS, Account, one_of, place
+from crane_core.raw.importers.account import Account, one_of, place
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, JsonNumber, Layout, open_text
 from crane_core.raw.importers.nested import ABSENT, field_paths, value_at
 
@@ -73,8 +73,7 @@ def read_json(
 def _without(path: Path, count: int, absent: list[str], names: list[str], account: Account) -> DataError:
     """Return the error of a file none of whose objects has some fields."""
     if not count:
-        ways = ["deliver the file again with objects", account.way(OTHERS)]
-        return DataError(f"{path} is empty: 0 objects.", one_of(ways))
+        return DataError(f"{path} is empty: 0 objects.", account.deliver_again("objects"))
     more = ", ..." if len(names) > _SHOWN_FIELDS else ""
     inner = next((name.removesuffix(f".{absent[0]}") for name in names if name.endswith(f".{absent[0]}")), None)
     ways = [f"take the objects out of the list {inner}: jq -c '.{inner}[]' FILE > FILE.jsonl"] if inner else []

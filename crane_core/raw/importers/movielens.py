@@ -228,6 +228,7 @@ def _read(source: Path, name: str, data: bytes, columns: Mapping[str, Wanted], a
     batches = _remedied(read)
     if not sum(batch.num_rows for batch in batches) and not account.set_aside:
         raise DataError(f"{source}: {name} has 0 rows.", REMEDY)
+    _remedied(account.check_share)
     return pa.Table.from_batches(batches) if batches else pa.table({column: pa.nulls(0) for column in columns})
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from crane_core.errors import DataError
-from crane_core.raw.importers.account import OTHERS, Account, one_of, place
+from crane_core.raw.importers.account import Account, one_of, place
 from crane_core.raw.importers.foreign import check_text, check_unpacked, is_packed
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
@@ -125,10 +125,7 @@ def _read_delimited(
                 yield _chunk_of(path, rows, lines, places)
                 rows, lines = [], []
         if places is None:
-            raise DataError(
-                f"{path} is empty: 0 rows.",
-                one_of(["deliver the file again with rows", account.way(OTHERS)]),
-            )
+            raise DataError(f"{path} is empty: 0 rows.", account.deliver_again("rows"))
         if rows:
             yield _chunk_of(path, rows, lines, places)
 

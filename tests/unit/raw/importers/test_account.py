@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from crane_core.errors import DataError
-from crane_core.raw.importers.account import Account, one_of, place
+from crane_core.raw.importers.account import FEATURE_HINTS, ITEM_HINTS, LOG_HINTS, Account, one_of, place
+from crane_core.raw.importers.layout import Layout
+from crane_core.raw.importers.mapping import MappedItems, MappedLog, MappedModality
 
 
 @pytest.mark.parametrize("change", [{"written": 8}, {"rows": 11}, {"lines": 13}, {"blank": 0}])
@@ -58,10 +61,30 @@ def test_each_reason_has_a_remedy_of_its_own(reason: str, value: str, setting: s
     assert ("encoding" in caught.value.remedy) == ("\udceb" in value)
 
 
-def test_no_row_at_all_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"items: the files hold 0 rows") as caught:
-        Account("items", lines=1, headers=1).settle()
-    assert "leave items out of the mapping" in caught.value.remedy
+@pytest.mark.parametrize(
+    ("name", "model", "hints"),
+    [
+        ("interactions", MappedLog, LOG_HINTS),
+        ("items", MappedItems, ITEM_HINTS),
+        ("features.x", MappedModality, FEATURE_HINTS),
+    ],
+)
+def test_remedies_name_settings_that_the_section_has(name: str, model: type[Layout], hints: dict[str, str]) -> None:
+    for reason in [*hints, "bad_event_type", "bad_title", "bad_price", "not_json"]:
+        account = Account(name, rows=2, written=1)
+        account.drop(reason, "a.csv line 2")
+        with pytest.raises(DataError) as caught:
+            account.settle()
+        named = re.findall(rf"{re.escape(name)}\.(\w+)", caught.value.remedy)
+        assert named and set(named) <= set(model.model_fields)
+
+
+@pytest.mark.parametrize(("name", "is_optional"), [("interactions", False), ("items", True), ("features.x", True)])
+def test_no_row_at_all_is_an_error(name: str, is_optional: bool) -> None:
+    with pytest.raises(DataError, match=rf"{name}: the files hold 0 rows") as caught:
+        Account(name, lines=1, headers=1).settle()
+    assert (f"leave {name} out of the mapping" in caught.value.remedy) is is_optional
+    assert caught.value.remedy.startswith("Deliver them again with rows")
 
 
 def test_rows_with_nothing_to_write_do_not_count_as_unfit() -> None:
@@ -76,4 +99,6 @@ def test_formats_without_settings_lead_to_a_mapping() -> None:
     assert Account("log", settings=False).way("set {}.time: ms") == (
         "import it with crane import mapped, and set interactions.time: ms in its mapping"
     )
+    assert Account("metadata", settings=False).way("set {}.files").endswith("set items.files in its mapping")
+    assert Account("log", settings=False).way("correct the rows") == "correct the rows"
     assert one_of(["close it", "set b: c"]) == "Close it; or set b: c."

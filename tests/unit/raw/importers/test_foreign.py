@@ -104,5 +104,5 @@ def test_a_packed_matrix_or_table_is_unpacked_by_the_command_of_the_remedy(tmp_p
     (tmp_path / name).write_bytes(gzip.compress(data))
     with pytest.raises(DataError, match="is packed with gzip, which only text files may be") as caught:
         check_unpacked(tmp_path / name)
-    subprocess.run(caught.value.remedy.partition("file: ")[2].rstrip("."), shell=True, check=True)
+    subprocess.run(caught.value.remedy.partition("place: ")[2].rstrip("."), shell=True, check=True)
     assert (tmp_path / f"unpacked-{name}").read_bytes() == data

@@ -50,6 +50,7 @@ def test_movielens_wheel_becomes_raw_data(movielens: Path, tmp_path: Path) -> No
         ("ml-100k.item", MOVIES.replace("class", "kind"), r"ml-100k\.item has no column class:token_seq"),
         ("ml-100k.item", MOVIES.replace("20\t", "10\t"), r"ml-100k\.item has 1 items twice, such as '10'"),
         ("ml-100k.item", MOVIES.replace("0\t", "0x\t"), r"ml-100k\.item: none of its 3 ids, .*'10', '20'"),
+        ("ml-100k.item", MOVIES.replace("Toy", "\udcff"), r"ml-100k\.item: 2 of 3 rows do not fit: bad_name 2"),
         ("ml-100k.item", None, r"does not hold ml-100k\.inter and ml-100k\.item: .*No such file"),
     ],
 )
@@ -57,7 +58,7 @@ def test_movielens_errors_name_file_rows_and_remedy(tmp_path: Path, name: str, t
     (tmp_path / "source").mkdir()
     for file, content in {"ml-100k.inter": RATED, "ml-100k.item": MOVIES, name: text}.items():
         if content is not None:
-            (tmp_path / "source" / file).write_text(content)
+            (tmp_path / "source" / file).write_text(content, errors="surrogateescape")
     with pytest.raises(DataError, match=expected) as caught:
         import_movielens(tmp_path / "source", tmp_path / "raw")
     assert "pip download --no-deps recbole==1.2.1" in caught.value.remedy
