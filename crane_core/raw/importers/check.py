@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class CheckedColumn:
         low, high: smallest and largest value; None where there is no order.
         examples: first distinct values of the files.
         widths: lengths of vectors.
-        words: categories.
+        words: categories, and rows that have each.
     """
 
     name: str
@@ -57,7 +58,7 @@ class CheckedColumn:
     high: Any = None
     examples: list[str] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)
-    words: set[str] = field(default_factory=set)
+    words: Counter[str] = field(default_factory=Counter)
 
     def add(self, values: Values, cells: Cells) -> None:
         """Count some rows."""
@@ -83,7 +84,7 @@ class CheckedColumn:
             self.widths |= set(pc.unique(lengths).to_pylist())
             self.taken = f"vector of {' or '.join(map(str, sorted(self.widths)[:3]))} numbers"
         else:
-            self.words |= set(members.to_pylist())
+            self.words.update(members.to_pylist())
             self.missing += pc.sum(pc.equal(lengths, 0)).as_py() or 0
             self.taken = f"{len(self.words)} categories"
 
@@ -246,7 +247,12 @@ def _concluded(
     """Return a section with what its account says."""
     section.set_aside = dict(account.set_aside)
     section.noticed = account.notes()
-    words = dict.fromkeys((word for column in section.columns for word in column.words), 1)
+    columns = [column for column in section.columns if column.words]
+    words = {
+        f"{column.column}={word}" if len(columns) > 1 else word: count
+        for column in columns
+        for word, count in column.words.items()
+    }
     try:
         account.check_share()
         if isinstance(entry, MappedModality):

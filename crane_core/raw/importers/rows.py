@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import json
 import re
-import shlex
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +12,14 @@ import pyarrow as pa
 
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account, one_of, place
-from crane_core.raw.importers.foreign import check_text, check_unpacked, is_packed
+from crane_core.raw.importers.foreign import check_text, check_unpacked
+from crane_core.raw.importers.headers import without_columns
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
 from crane_core.raw.importers.nested import column_at, column_path, type_paths
 from crane_core.raw.importers.records import looks_like_rows, plain_records, quoted_records
 from crane_core.raw.parquet import int96_instants, open_parquet
 
-SEPARATORS = ("::", "||", "\t", ";", "|", ",", "^", "~", "\x01", " ")
-LINES_LOOKED_AT = 100
-NUL = "\0"
-_BETWEEN = re.compile(r'"?\s*(?:::|[,;|\t])\s*"?|^"|"$')
 _EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
 _EXCEL_CHARACTERS = 8
 
@@ -184,73 +177,8 @@ def _found_places(
     index |= {name: name - 1 for name in wanted if isinstance(name, int) and 1 <= name <= len(first)}
     missing = [name for name, place in index.items() if place is None and name not in optional]
     if missing:
-        raise _without(path, first, missing, layout, account)
+        raise without_columns(path, first, missing, wanted, layout, account)
     return index
-
-
-def _without(path: Path, first: list[str], missing: list[Any], layout: Layout, account: Account) -> DataError:
-    """Return the error of a file that lacks columns."""
-    shown = ", ".join(map(repr, first[:20]))
-    kind = "column" if len(missing) == 1 else "columns"
-    found = f"{path} has no {kind} {', '.join(map(str, missing))}; its first line has {len(first)}: {shown}."
-    header = _line_of_header(path, missing, layout)
-    if header:
-        new = shlex.quote(str(path.with_name(f"clean-{path.name.removesuffix('.gz')}")))
-        command = f"{'gunzip <' if is_packed(path) else 'cat'} {shlex.quote(str(path))} | tail -n +{header} > {new}"
-        return DataError(
-            f"{found} Line {header} has {'it' if len(missing) == 1 else 'them'}.",
-            f"Remove the lines before the header, and name the new file: {command}.",
-        )
-    head = "".join(first)
-    separator = _separator_of(path, first, missing, layout)
-    plainly = " and quote: none" if separator and len(separator) > 1 and layout.given_quote else ""
-    ways = [account.way(f"set {{}}.separator: {json.dumps(separator)}{plainly}")] if separator else []
-    if "\0" in head:
-        ways.append(account.way(f"set {{}}.encoding: utf-16-{'be' if head[0] == NUL else 'le'}"))
-    ways += [account.way("set {}.encoding to that of the file, such as cp1252")] if _is_unreadable(head) else []
-    forms = {each.strip().casefold(): each for each in first}
-    close = [
-        (name, forms[form])
-        for name in map(str, missing)
-        for form in difflib.get_close_matches(name.casefold(), forms, n=1, cutoff=0.6 if len(name) > 2 else 1)
-    ]
-    guess = f", perhaps {close[0][1]!r} for {close[0][0]!r}" if close else ""
-    ways.append(f"{account.way('name in {}.columns columns that it has')}{guess}, or positions from 1 to {len(first)}")
-    if layout.header:
-        ways.append(account.way("if that line is a row, set {0}.header: false and give positions in {0}.columns"))
-    return DataError(found, one_of(ways))
-
-
-def _line_of_header(path: Path, names: list[Any], layout: Layout) -> int | None:
-    """Return the number of the line, after the first, that has the columns that the first one lacks."""
-    if not layout.header or not all(isinstance(name, str) for name in names):
-        return None
-    for number, line in enumerate(_first_lines(path, layout), 1):
-        if number > 1 and set(names) <= set(_BETWEEN.split(line.strip())):
-            return number
-    return None
-
-
-def _separator_of(path: Path, first: list[str], missing: list[Any], layout: Layout) -> str | None:
-    """Return the separator by which the first line has the columns that it lacks; else one that divides it."""
-    line = next((line for line in _first_lines(path, layout) if line.strip()), "")
-    for each in SEPARATORS:
-        parts = [part.strip().strip('"') for part in line.split(each)]
-        if len(parts) == len(first):
-            continue
-        if all(name <= len(parts) if isinstance(name, int) else name in parts for name in missing):
-            return each
-    return next((each for each in ";\t|," if len(first) == 1 and each in first[0]), None)
-
-
-def _first_lines(path: Path, layout: Layout) -> Iterator[str]:
-    with open_text(path, layout.encoding, None) as text:
-        yield from (line.removesuffix("\n") for line in itertools.islice(text, LINES_LOOKED_AT))
-
-
-def _is_unreadable(text: str) -> bool:
-    """Return whether bytes of a text were none of its encoding."""
-    return any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _read_parquet(path: Path, wanted: list[Any], account: Account) -> Iterator[Chunk]:
