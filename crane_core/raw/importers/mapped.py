@@ -29,9 +29,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from crane_core.errors import DataError
 from crane_core.raw.files import ITEMS_FOLDER
 from crane_core.raw.importers import cells
-from crane_core.raw.importers.account import Account
+from crane_core.raw.importers.account import Account, one_of
 from crane_core.raw.importers.cells import Cells, Values
 from crane_core.raw.importers.instants import Clock, instants
 from crane_core.raw.importers.mapping import MappedItems, MappedLog, Mapping, file_names, list_tables, read_mapping
@@ -242,7 +243,11 @@ def item_type(entry: MappedItems, name: str) -> str:
 
 
 def write_catalog(target: Path, files: Sequence[Path], entry: MappedItems, account: Account) -> set[str]:
-    """Write the catalog, the first row of each item, and return its items."""
+    """Write the catalog, the first row of each item, and return its items.
+
+    Raises:
+        DataError: a file does not have the described format, or no row has an item.
+    """
     (target / ITEMS_FOLDER).mkdir()
     kinds = {
         name: TYPES.get(item_type(entry, name), pa.string()) for name in {**dict.fromkeys(entry.columns), TITLE: None}
@@ -261,4 +266,9 @@ def write_catalog(target: Path, files: Sequence[Path], entry: MappedItems, accou
                 writer.write_batch(pa.record_batch(columns, schema=schema))
     account.written = pq.read_metadata(path).num_rows
     account.settle()
+    if not sieve.items:
+        raise DataError(
+            f"items: none of {account.rows} rows has an item_id.",
+            one_of([account.way("name in {}.columns the column of the items"), "leave items out of the mapping"]),
+        )
     return sieve.items

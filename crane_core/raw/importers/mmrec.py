@@ -199,9 +199,12 @@ def _read_titles(path: Path) -> tuple[dict[int, str | None], Account]:
 
 
 def _settle(account: Account, remedy: str) -> None:
+    """Settle an account; rows that do not fit have a remedy of this format."""
     try:
         account.settle()
     except DataError as error:
+        if not account.set_aside:
+            raise
         raise DataError(error.found, remedy) from error
 
 

@@ -92,6 +92,13 @@ def test_the_first_row_of_an_item_is_the_one_of_the_catalog(shop: Path) -> None:
     assert f"({shop / 'products.tsv'} line 4, column 'sku': '00017')" in "".join(imported.notes)
 
 
+def test_a_catalog_without_an_item_stops(shop: Path) -> None:
+    (shop / "products.tsv").write_text("sku\tname\n\tKettle\n \tCup\n")
+    with pytest.raises(DataError, match="items: none of 2 rows has an item_id"):
+        import_mapped(shop / "mapping.yaml", shop / "raw")
+    assert "none of 2 rows has an item_id" in check_mapping(shop / "mapping.yaml").problems[0]["found"]
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [

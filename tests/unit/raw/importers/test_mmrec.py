@@ -134,6 +134,14 @@ def test_mmrec_errors_name_file_rows_and_remedy(
     assert str(mmrec) in caught.value.found and caught.value.remedy
 
 
+def test_a_pair_of_stray_quotes_in_the_catalog_has_its_own_remedy(mmrec: Path, tmp_path: Path) -> None:
+    (mmrec / "items.tsv").unlink()
+    (mmrec / "items.csv").write_text('itemID,title,brand\n0,"a,x\n1,b,y\n2,c",z\n')
+    with pytest.raises(DataError, match="look like rows") as caught:
+        import_mmrec(mmrec, tmp_path / "raw")
+    assert caught.value.remedy.startswith("Close, double or remove the quote")
+
+
 def test_items_without_interactions_need_a_catalog(mmrec: Path, tmp_path: Path) -> None:
     for name in ("text", "audio_deep"):
         np.save(mmrec / f"{name}_feat.npy", np.zeros((5, 2)))
