@@ -198,9 +198,16 @@ class Account:
         more = [] if (self.set_aside + self.noticed)[what] <= len(found) else ["..."]
         return f" ({', '.join([*found, *more])})" if found else ""
 
+    def way_out(self) -> str:
+        """Return the remedy for rows that do not fit."""
+        return one_of(self._ways())
+
+    def _ways(self) -> list[str]:
+        hints = [hint for reason in self.set_aside if self.settings for hint in self._hints(reason)]
+        return ["correct these rows", *hints]
+
     def _remedy(self, aside: int) -> str:
-        ways = ["correct these rows"]
-        ways += [hint for reason in self.set_aside if self.settings for hint in self._hints(reason)]
+        ways = self._ways()
         share = math.ceil(10_000 * aside / self.rows) / 10_000
         if aside < self.rows:
             ways.append(self.way(f"set {{}}.max_set_aside: {share:g} to leave them out and count them"))

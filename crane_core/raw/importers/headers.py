@@ -36,6 +36,9 @@ def without_columns(
     shown = ", ".join(map(repr, first[:20]))
     kind = "column" if len(missing) == 1 else "columns"
     found = f"{path} has no {kind} {', '.join(map(str, missing))}; its first line has {len(first)}: {shown}."
+    if any(set("\r\n") & set(each) for each in first):
+        ways = ["close or remove the quote that opens in the first line", account.way("set {}.quote: none")]
+        return DataError(f"{found} Quotes join it with the lines below.", one_of(ways))
     with open_text(path, layout.encoding, None) as text:
         lines = [line.removesuffix("\n") for line in itertools.islice(text, LINES_LOOKED_AT)]
     at = next((at for at, line in enumerate(lines) if line.strip()), 0)
@@ -69,14 +72,14 @@ def _ways(first: list[str], missing: list[Any], line: str, layout: Layout, accou
     if any("\ud800" <= each <= "\udfff" for each in head):
         ways.append(account.way("set {}.encoding to that of the file, such as cp1252"))
     names = account.way("name in {}.columns columns that it has")
-    ways.append(f"{names}{_guess(first, missing)}, or positions from 1 to {len(first)}")
+    ways.append(f"{names}{guess_of(first, missing)}, or positions from 1 to {len(first)}")
     if layout.header:
         ways.append(account.way("if that line is a row, set {0}.header: false and give positions in {0}.columns"))
     return ways
 
 
-def _guess(first: list[str], missing: list[Any]) -> str:
-    """Return the column of a first line that is most like a missing one, as a part of a sentence."""
+def guess_of(first: Sequence[str], missing: Sequence[Any]) -> str:
+    """Return the column that is most like a missing one, as a part of a sentence; nothing where none is."""
     forms = {each.strip().casefold(): each for each in first}
     for name in map(str, missing):
         close = difflib.get_close_matches(name.casefold(), forms, n=1, cutoff=0.6 if len(name) > 2 else 1)

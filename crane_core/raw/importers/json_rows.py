@@ -20,6 +20,7 @@ MOST_CHARACTERS = 1 << 24
 _SHOWN_FIELDS, _ROWS_LOOKED_AT = 30, 1000
 _SPACE = re.compile(r"\s*")
 _AFTER = re.compile(r"\s*([,\]])")
+_TWICE = "an object names a field twice"
 _ONE_A_LINE = (
     "Write one JSON object a line, or one array of objects: jq -c . FILE > FILE.jsonl does it for objects over "
     "several lines, jq -c '.NAME[]' FILE > FILE.jsonl for the list NAME inside an object."
@@ -111,7 +112,8 @@ def _lines(path: Path, encoding: str, account: Account) -> Iterator[tuple[int, d
             except (ValueError, RecursionError) as error:
                 if is_first:
                     raise DataError(
-                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.", _way_out(line)
+                        f"{path} line {number} is no JSON object ({error}): {line.strip()[:40]!r}.",
+                        _way_out(line, error),
                     ) from error
                 account.drop("not_json", place(path, number, "", f"{error}: {line.strip()}"))
                 continue
@@ -119,8 +121,10 @@ def _lines(path: Path, encoding: str, account: Account) -> Iterator[tuple[int, d
             yield number, row
 
 
-def _way_out(line: str) -> str:
+def _way_out(line: str, error: Exception) -> str:
     """Return the remedy of a first line that is no object."""
+    if str(error) == _TWICE:
+        return "Write each field of an object once, under a name of its own."
     if line.rstrip().endswith("},"):
         return _NO_COMMAS
     # An object over several lines begins on this one.
@@ -208,7 +212,7 @@ def _skipped(buffer: str, at: int) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError("an object names a field twice")
+        raise ValueError(_TWICE)
     return fields
 
 

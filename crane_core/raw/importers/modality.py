@@ -196,8 +196,13 @@ def _write_lists(
             lengths.update(pc.list_value_length(found).to_pylist())
             writer.write(batch.column(ITEM_ID), found)
     account.written = writer.num_rows()
+    told = ", ".join(f"{count} of length {length}" for length, count in lengths.most_common(3))
+    if lengths and 2 * lengths.most_common(1)[0][1] <= lengths.total():
+        raise DataError(
+            f"{account.name}: no length is that of most of its {account.written} vectors: {told}.",
+            "Deliver vectors of one length.",
+        )
     if len(lengths) > 1:
-        told = ", ".join(f"{count} of length {length}" for length, count in lengths.most_common(3))
         account.notice(
             f"with vectors of different lengths: {told}; the ETL keeps the most frequent", name, account.written
         )

@@ -13,7 +13,7 @@ import pyarrow as pa
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account, one_of, place
 from crane_core.raw.importers.foreign import check_text, check_unpacked
-from crane_core.raw.importers.headers import without_columns
+from crane_core.raw.importers.headers import guess_of, without_columns
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
 from crane_core.raw.importers.nested import column_at, column_path, type_paths
@@ -193,7 +193,10 @@ def _read_parquet(path: Path, wanted: list[Any], account: Account) -> Iterator[C
                 f"{path} ({parquet.metadata.num_rows} rows) has {'no column' if missing else 'twice the column'} "
                 f"{', '.join(map(str, missing or twice))}; it has {', '.join(shown) or 'none'}.",
                 one_of(
-                    [account.way("name in {}.columns columns that it has once"), "deliver the file again with them"]
+                    [
+                        account.way("name in {}.columns columns that it has once") + guess_of(schema.names, missing),
+                        "deliver the file again with them",
+                    ]
                 ),
             )
         before, instants = account.rows, int96_instants(parquet)

@@ -232,6 +232,11 @@ class LogCounts:
         """
         last = self.last if self.last is not None else self.last_of_all
         if last is None or not self.num_usable:
+            if self.account.rows == self.account.set_aside.total():
+                raise DataError(
+                    f"{self.account.name}: all {self.account.rows} rows are set aside: {self.account.told()}.",
+                    self.account.way_out(),
+                )
             gone = [f"{count} without {name}" for name, count in self.without.items() if count]
             gone += [f"set aside: {self.account.told()}"] if self.account.set_aside else []
             raise DataError(

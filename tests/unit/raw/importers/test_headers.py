@@ -68,3 +68,10 @@ def test_a_value_that_is_the_name_of_a_column_is_no_header(tmp_path: Path) -> No
     with pytest.raises(DataError, match="has no column b") as caught:
         read(tmp_path / "a.csv", ["a", "b"])
     assert "tail" not in caught.value.remedy
+
+
+def test_a_header_that_quotes_join_with_the_lines_below_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"a,b\n1,x\n2,y"\n')
+    with pytest.raises(DataError, match="Quotes join it with the lines below") as caught:
+        read(tmp_path / "a.csv", ["a", "b"])
+    assert caught.value.remedy.startswith("Close or remove the quote")

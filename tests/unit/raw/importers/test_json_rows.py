@@ -114,3 +114,10 @@ def test_the_command_for_lists_makes_a_table(tmp_path: Path, text: str) -> None:
         subprocess.run(["jq", "-r", query, str(tmp_path / "a.jsonl")], stdout=file, check=True)
     (chunk,) = read_chunks(tmp_path / "a.csv", layout, [1, 2], Account("interactions"))
     assert chunk.columns == {1: ["a", "b"], 2: ["x", "y"]}
+
+
+def test_a_field_that_is_named_twice_is_to_be_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"u": 1, "u": 2}\n')
+    with pytest.raises(DataError, match="names a field twice") as caught:
+        read(tmp_path / "a.jsonl", ["u"])
+    assert "jq" not in caught.value.remedy

@@ -132,3 +132,12 @@ def test_columns_that_differ_in_case_are_two(tmp_path: Path) -> None:
     assert table(tmp_path / "raw", "items").to_pylist() == [
         {"item_id": "X", "title": "Kettle", "Title": "pot", "TITLE": "x"}
     ]
+
+
+def test_a_log_of_which_all_rows_are_set_aside_says_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "ev.csv").write_text("u,i,t,w\na,x,2026-01-05,much\n")
+    log = "{files: [ev.csv], columns: {user_id: u, item_id: i, event_time: t, weight: w}, max_set_aside: 1}"
+    (tmp_path / "m.yaml").write_text(f"dataset: d\ninteractions: {log}\n")
+    with pytest.raises(DataError, match=r"all 1 rows are set aside: bad_weight 1 \(.*line 2, column 'w'") as caught:
+        import_mapped(tmp_path / "m.yaml", tmp_path / "raw")
+    assert "interactions.decimal" in caught.value.remedy

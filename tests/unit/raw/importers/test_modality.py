@@ -243,3 +243,8 @@ def test_empty_lines_at_the_end_of_the_ids_are_no_ids(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((3, 1)))
     (tmp_path / "ids.txt").write_bytes(b"i1\r\n\r\ni3\r\n\r\n\r\n")
     assert write(tmp_path, files=["a.npy"], ids="ids.txt") == {"i1": [1], "i3": [1]}
+
+
+def test_vectors_without_a_usual_length_stop(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no length is that of most of its 2 vectors: 1 of length 1, 1 of length 2"):
+        write(tmp_path, **deliver(tmp_path, "json", [[1], [1, 2], None]))
