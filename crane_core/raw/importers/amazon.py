@@ -30,7 +30,9 @@ from crane_core.schema import EVENT_TIME, ITEM_ID, TITLE, USER_ID, WEIGHT
 
 FORMAT = "amazon-2023-3"
 TEXTS = ("categories", "features", "description")
-SAME_CATEGORY = "meta_CATEGORY.jsonl or .jsonl.gz of the category of the reviews, with parent_asin in each object"
+SAME_CATEGORY = (
+    "Give as metadata meta_CATEGORY.jsonl or .jsonl.gz of the category of the reviews, with parent_asin in each object."
+)
 MOST_ODD = 0.01
 """Share of the metadata that may be left out because an object does not fit."""
 MOST_TEXT = 4000
@@ -70,7 +72,7 @@ def import_amazon(reviews: str | Path, raw: str | Path, metadata: str | Path | N
         products = Account("metadata", MOST_ODD, settings=False)
         titles, texts = _read_products(metadata, products)
         ids = list(titles)
-        check_items_meet("metadata", counts.items, ids, counts.users, f"Give as metadata {SAME_CATEGORY}.")
+        check_items_meet("metadata", counts.items, ids, counts.users, SAME_CATEGORY)
         write_items(target, ids, list(titles.values()))
         vectors = text_vectors(texts)
         notes: list[str] = []
@@ -130,7 +132,7 @@ def _read_products(metadata: Path, account: Account) -> tuple[dict[str, str | No
     if not titles:
         raise DataError(
             f"{metadata}: none of {account.rows} objects names an item: {account.told()}.",
-            f"Give as metadata {SAME_CATEGORY}.",
+            SAME_CATEGORY,
         )
     return titles, texts
 
