@@ -152,3 +152,9 @@ def test_a_number_that_is_a_time_in_another_unit_does_not_fit(kind: str, time: s
 def test_numbers_beyond_any_instant_do_not_fit(value: str, unit: str) -> None:
     found = instants(pa.array([value, "1672531200"]), Clock(unit, "UTC"))
     assert found.bad.tolist()[0] is True and found.values.to_pylist()[0] is None
+
+
+def test_times_may_have_a_point_beside_decimal_commas() -> None:
+    found = instants(["1433221332.0", "1433221332,0", "1.433,5"], Clock("s", decimal=","))
+    assert found.bad.tolist() == [False, False, True]
+    assert found.values[0] == found.values[1]
