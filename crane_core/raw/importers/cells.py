@@ -110,7 +110,7 @@ def ids(values: Values, missing: Sequence[str] = (), numeric: bool = False) -> C
     found = texts(values)
     text = _without(found.values, missing)
     # The ETL takes spaces for no id, too.
-    text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), pa.scalar(None, pa.string()), text)
+    text = pc.if_else(pc.match_substring_regex(text, "^ +$"), pa.scalar(None, pa.string()), text)
     bad = found.bad | _mask(pc.match_substring_regex(text, r"[\r\n]"))
     if numeric:
         trimmed = pc.utf8_trim_whitespace(text)

@@ -45,7 +45,7 @@ class CheckedColumn:
         low, high: smallest and largest value; None where there is no order.
         examples: first distinct values of the files.
         widths: lengths of vectors.
-        words: categories, and rows that have each.
+        words: categories.
     """
 
     name: str
@@ -58,7 +58,7 @@ class CheckedColumn:
     high: Any = None
     examples: list[str] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)
-    words: Counter[str] = field(default_factory=Counter)
+    words: set[str] = field(default_factory=set)
 
     def add(self, values: Values, cells: Cells) -> None:
         """Count some rows."""
@@ -84,7 +84,7 @@ class CheckedColumn:
             self.widths |= set(pc.unique(lengths).to_pylist())
             self.taken = f"vector of {' or '.join(map(str, sorted(self.widths)[:3]))} numbers"
         else:
-            self.words.update(members.to_pylist())
+            self.words |= set(members.to_pylist())
             self.missing += pc.sum(pc.equal(lengths, 0)).as_py() or 0
             self.taken = f"{len(self.words)} categories"
 
@@ -215,11 +215,12 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
     if files[0].suffix == MATRIX:
         assert isinstance(entry, MappedModality)
         _check_matrix(section, files, entry, account)
-        return _concluded(section, account, entry, problems)
+        return _concluded(section, account, problems)
     wanted, taken = _wanted(entry)
     sieve = modality.sieve_of(entry, account) if isinstance(entry, MappedModality) else None
     sieve = Sieve(wanted, account) if isinstance(entry, MappedItems) else sieve
     columns: dict[str, CheckedColumn] = {}
+    words: Counter[str] = Counter()
     for chunk in (chunk for path in files for chunk in read_chunks(path, entry, _columns(wanted), account)):
         if section.rows >= SAMPLE_ROWS:
             section.is_whole = False
@@ -230,7 +231,8 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
                 columns[raw] = CheckedColumn(raw, str(each.column), _stored(chunk, each), taken.get(raw, "text"))
             columns[raw].add(values, each.convert(values))
         if sieve:
-            sieve.rows_of(chunk)
+            kept = sieve.rows_of(chunk)
+            words.update(modality.words_of(kept, entry) if isinstance(entry, MappedModality) else ())
         else:
             batch = fitting(chunk, wanted, account)
             section.ids |= set(filter(None, batch.column(ITEM_ID).to_pylist()))
@@ -238,25 +240,20 @@ def _check_section(name: str, files: Sequence[Path], entry: Layout, problems: li
         section.rows += len(chunk)
     section.ids |= sieve.items if sieve else set()
     section.columns = list(columns.values())
-    return _concluded(section, account, entry, problems)
+    if isinstance(entry, MappedModality):
+        try:
+            modality.check_most(name, words, section.rows, entry.most)
+        except DataError as error:
+            problems.append(error.as_dict())
+    return _concluded(section, account, problems)
 
 
-def _concluded(
-    section: CheckedSection, account: Account, entry: Layout, problems: list[dict[str, str]]
-) -> CheckedSection:
+def _concluded(section: CheckedSection, account: Account, problems: list[dict[str, str]]) -> CheckedSection:
     """Return a section with what its account says."""
     section.set_aside = dict(account.set_aside)
     section.noticed = account.notes()
-    columns = [column for column in section.columns if column.words]
-    words = {
-        f"{column.column}={word}" if len(columns) > 1 else word: count
-        for column in columns
-        for word, count in column.words.items()
-    }
     try:
         account.check_share()
-        if isinstance(entry, MappedModality):
-            modality.check_most(section.name, words, section.rows, entry.most)
     except DataError as error:
         problems.append(error.as_dict())
     return section

@@ -228,17 +228,14 @@ def _write_categories(
     target: Path, name: str, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> WrittenModality:
     """Write one column per word, in alphabetical order, which is 1 for the items that have it in any of their rows."""
-    several = len(entry.vector_columns) > 1
-    words_of: dict[str, frozenset[str]] = {}
+    items: dict[str, frozenset[str]] = {}
     known: dict[frozenset[str], frozenset[str]] = {}
     for batch in _batches(files, entry, sieve_of(entry, account)):
-        columns = [(column, batch.column(f"category_{index}")) for index, column in enumerate(entry.vector_columns)]
-        for index, item in enumerate(batch.column(ITEM_ID).to_pylist()):
-            words = [(column, word) for column, values in columns for word in values[index].as_py() or ()]
-            found = frozenset(f"{column}={word}" if several else word for column, word in words)
-            found |= words_of.get(item, found)
-            words_of[item] = known.setdefault(found, found)
-    ids, rows = list(words_of), list(words_of.values())
+        columns = _named_words(batch, entry)
+        for place, item in enumerate(batch.column(ITEM_ID).to_pylist()):
+            found = frozenset(word for column in columns for word in column[place]) | items.get(item, frozenset())
+            items[item] = known.setdefault(found, found)
+    ids, rows = list(items), list(items.values())
     counts = Counter(word for row in rows for word in row)
     check_most(f"features.{name}", counts, len(rows), entry.most)
     places = {word: index for index, word in enumerate(sorted(counts))}
@@ -252,6 +249,23 @@ def _write_categories(
             writer.write(pa.array(ids[first : first + step], pa.string()), lists_of(matrix))
     account.written = writer.num_rows()
     return WrittenModality(len(places), set(ids))
+
+
+def words_of(batch: pa.RecordBatch, entry: MappedModality) -> Iterator[str]:
+    """Yield the words of each row of a batch of `modality_columns`; none of other kinds than categories."""
+    for column in _named_words(batch, entry) if entry.kind == "categories" else ():
+        for words in column:
+            yield from words
+
+
+def _named_words(batch: pa.RecordBatch, entry: MappedModality) -> list[list[list[str]]]:
+    """Return the words of each row, for each column; with the name of the column where there are several."""
+    found = []
+    for index, column in enumerate(entry.vector_columns):
+        lead = f"{column}=" if len(entry.vector_columns) > 1 else ""
+        rows = batch.column(f"category_{index}").to_pylist()
+        found.append([[lead + word for word in words or ()] for words in rows])
+    return found
 
 
 def check_most(section: str, counts: Mapping[str, int], num_rows: int, most: int) -> None:

@@ -114,3 +114,9 @@ def test_flags_are_words_too() -> None:
 
 def test_a_value_can_be_required() -> None:
     assert told(cells.required(cells.ids)(["a", "", None])) == ["a", ..., ...]
+
+
+def test_an_id_of_spaces_is_none_and_any_other_stays_as_it_stands() -> None:
+    texts = ["  ", " a ", "\u00a0", ""]
+    found = [cells.ids(values).values.to_pylist() for values in (texts, pa.array(texts))]
+    assert found[0] == found[1] == [None, " a ", "\u00a0", None]
