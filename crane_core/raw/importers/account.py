@@ -76,6 +76,7 @@ class Account:
         lines: lines of text files.
         headers, blank, continued: lines that are a header, that are empty, and that go on with a quoted value.
         like_rows: those of the lines that go on which look like rows of the file.
+        is_swallowed: whether a stray quote has surely made lines of them.
         rows: rows, records or objects that the files hold.
         text_rows: those of them that text files hold, each of at least one line.
         written: rows that were written.
@@ -93,6 +94,7 @@ class Account:
     blank: int = 0
     continued: int = 0
     like_rows: int = 0
+    is_swallowed: bool = False
     rows: int = 0
     text_rows: int = 0
     written: int = 0
@@ -113,16 +115,19 @@ class Account:
         """Return the remedy for an empty file, which should hold `what`."""
         return one_of([f"deliver the file again with {what}", *([self.way(OTHERS)] if self.settings else [])])
 
-    def go_on(self, place: str, lines: int, is_like_rows: bool) -> None:
+    def go_on(self, place: str, lines: int, alike: int, is_sure: bool) -> None:
         """Count further lines of a quoted value.
 
         Args:
             place: file and lines of the record.
             lines: its lines without the first.
-            is_like_rows: whether they look like rows of the file.
+            alike: those of them that look like rows of the file; where they are most, all count.
+            is_sure: whether they cannot be text.
         """
+        is_like_rows = 2 * alike > lines
         self.continued += lines
         self.like_rows += lines if is_like_rows else 0
+        self.is_swallowed |= is_sure
         self._show(_LIKE_ROWS if is_like_rows else _GO_ON, place)
 
     def way(self, text: str) -> str:
@@ -165,14 +170,14 @@ class Account:
         """Check that there are rows, that no quote has swallowed rows, and that not too much is set aside.
 
         Raises:
-            DataError: there is no row, most lines within quotes look like rows, or more than `max_set_aside` of the
+            DataError: there is no row, lines within quotes look like rows, or more than `max_set_aside` of the
                 rows do not fit.
         """
         if not self.rows:
             is_optional = self.settings and (self.name == "items" or self.name.startswith(FEATURES))
             left_out = f", or leave {self.name} out of the mapping" if is_optional else ""
             raise DataError(f"{self.name}: the files hold 0 rows.", f"Deliver them again with rows{left_out}.")
-        if 2 * self.like_rows > self.continued:
+        if self.is_swallowed or 2 * self.like_rows > self.continued:
             raise DataError(
                 f"{self.name}: {self.like_rows} of {self.continued} lines within quotes look like rows of the file, "
                 f"beside {self.rows} rows: a stray quote has swallowed them ({', '.join(self.examples[_LIKE_ROWS])}).",

@@ -104,8 +104,8 @@ def _kept_escapes(lines: Iterable[str], separator: str, quote: str | None, escap
         yield "".join([*parts, line[at:]])
 
 
-def looks_like_rows(row: Sequence[str], separator: str, least: int, most: int) -> bool:
-    """Return whether a value of a record that goes on over lines holds lines that look like rows of the file.
+def lines_like_rows(row: Sequence[str], separator: str, least: int, most: int) -> int:
+    """Return how many lines of the values of a record, beyond its first line, look like rows of the file.
 
     A stray quote opens in one row and a second one closes in another. Then the lines between them have as many values
     as a row has, and what stands before the first line end and after the last one makes up a row, too.
@@ -115,14 +115,10 @@ def looks_like_rows(row: Sequence[str], separator: str, least: int, most: int) -
         separator: of the file.
         least, most: values of a row.
     """
-    if most < 2:
-        return False
-    for index, value in enumerate(row):
+    found = 0
+    for index, value in enumerate(row if most > 1 else ()):
         sizes = [line.count(separator) + 1 for line in _LINE_END.split(value)]
-        if len(sizes) == 1:
-            continue
-        alike = sum(least <= size <= most for size in sizes[1:-1])
-        alike += sizes[-1] == index + 1 and least <= index + sizes[0] <= most
-        if 2 * alike >= len(sizes):
-            return True
-    return False
+        if len(sizes) > 1:
+            found += sum(least <= size <= most for size in sizes[1:-1])
+            found += sizes[-1] == index + 1 and least <= index + sizes[0] <= most
+    return found

@@ -17,7 +17,7 @@ from crane_core.raw.importers.headers import guess_of, without_columns
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
 from crane_core.raw.importers.nested import column_at, column_path, type_paths
-from crane_core.raw.importers.records import looks_like_rows, plain_records, quoted_records
+from crane_core.raw.importers.records import lines_like_rows, plain_records, quoted_records
 from crane_core.raw.parquet import int96_instants, open_parquet
 
 _EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
@@ -110,8 +110,10 @@ def _read_delimited(
                 account.drop("wrong_fields", place(path, first, "", f"{len(row)} values{over}, expected {most}"), size)
                 continue
             if last > first:
-                is_alike = not layout.multiline and looks_like_rows(row, separator, least, most)
-                account.go_on(f"{path} lines {first} to {last}", last - first, is_alike)
+                alike = 0 if layout.multiline else lines_like_rows(row, separator, least, most)
+                # Text of which three lines all look like rows of three values and more is none.
+                is_sure = alike == last - first and alike > 1 and most > 2
+                account.go_on(f"{path} lines {first} to {last}", last - first, alike, is_sure)
             rows.append(filled)
             lines.append(first)
             if len(rows) == CHUNK_ROWS:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.layout import Layout
-from crane_core.raw.importers.records import looks_like_rows, quoted_records
+from crane_core.raw.importers.records import lines_like_rows, quoted_records
 from crane_core.raw.importers.rows import read_chunks
 
 
@@ -55,16 +55,16 @@ def test_what_a_writer_with_escapes_has_written_comes_back(table: list[list[str]
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (["1", "a", "x\n2,b,y\n3,c,z"], True),
-        (["1,a,x\r\n2", "b", "y"], True),
-        (["1", "a,x\n2,b", "y"], True),
-        (["1", "a", "good\nvery good, yes"], False),
-        (["1", "a", "one\ntwo\nthree, four, five"], False),
-        (["1", "a", "x"], False),
+        (["1", "a", "x\n2,b,y\n3,c,z"], 2),
+        (["1,a,x\r\n2", "b", "y"], 1),
+        (["1", "a,x\n2,b", "y"], 1),
+        (["1", "a", "good\nvery good, yes"], 0),
+        (["1", "a", "one\ntwo\nthree, four, five"], 1),
+        (["1", "a", "x"], 0),
     ],
 )
-def test_lines_of_a_value_are_compared_with_rows(row: list[str], expected: bool) -> None:
-    assert looks_like_rows(row, ",", 3, 3) is expected
+def test_lines_of_a_value_are_compared_with_rows(row: list[str], expected: int) -> None:
+    assert lines_like_rows(row, ",", 3, 3) == expected
 
 
 ROWS = [f"u{n},i{n},{n}" for n in range(20)]
@@ -91,6 +91,20 @@ def test_a_pair_of_stray_quotes_stops_with_what_it_swallowed(tmp_path: Path, col
     assert read(tmp_path, rows, quote="none").rows == 20
     meant = read(tmp_path, rows, multiline=True)
     assert (meant.rows, meant.continued, meant.lines) == (20 - end + begin, end - begin, 21)
+
+
+def test_swallowed_rows_are_told_beside_text_over_lines_too(tmp_path: Path) -> None:
+    rows = [row.replace(f",{n}", f',"{n}\nyes, no"') if n > 10 else row for n, row in enumerate(ROWS)]
+    assert read(tmp_path, rows).continued == 9
+    rows[3], rows[6] = 'u3,i3,"3', 'u6,i6,6"'
+    with pytest.raises(DataError, match=r"3 of 12 lines within quotes look like rows .*lines 5 to 8\)"):
+        read(tmp_path, rows)
+    rows = [*ROWS]
+    rows[11:13] = ['u11,i11,"11', 'u12,i12,12"']
+    rows[15:16] = ['u15,i15,"good\nbetter\nbest"']
+    account = read(tmp_path, rows)
+    assert (account.like_rows, account.continued) == (1, 3)
+    assert "1 of which look like rows of the file" in account.notes()[0] and "lines 13 to 14" in account.notes()[0]
 
 
 def test_lines_that_a_quote_joins_to_a_row_that_does_not_fit_count_as_rows(tmp_path: Path) -> None:
