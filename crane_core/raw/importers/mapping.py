@@ -110,7 +110,10 @@ class MappedItems(Layout):
             raise ValueError(f"items.types names {', '.join(unknown)}, which items.columns does not have")
         fixed = sorted({ITEM_ID, TITLE} & {name for name, kind in self.types.items() if kind != "text"})
         if fixed:
-            raise ValueError(f"items.types: {' and '.join(fixed)} can only be text; name the column otherwise, too")
+            raise ValueError(
+                f"items.types: {' and '.join(fixed)} can only be text; take it out, or give the column another name "
+                "in items.columns"
+            )
         wrong = [name for name in self.columns if not name.isidentifier()]
         if wrong:
             raise ValueError(f"items.columns: {wrong[0]!r} is no name of letters, digits and _")
@@ -174,13 +177,23 @@ def read_mapping(path: Path) -> Mapping:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ConfigError(
             f"The mapping {path}: {problems}.",
-            f"{remedy_of(error, Mapping, '{field}: VALUE in the mapping')} What each setting may hold: {SETTINGS}.",
+            f"{_remedy(error)} What each setting may hold: {SETTINGS}.",
         ) from error
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"The mapping {path} cannot be read ({error}).",
             "Give a file in YAML with at least dataset, interactions.files and interactions.columns.",
         ) from error
+
+
+def _remedy(error: ValidationError) -> str:
+    """Return what the first wrong setting may be; of settings that do not go together, the section to change."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    is_section = place in ("interactions", "items") or (len(first["loc"]) == 2 and first["loc"][0] == "features")
+    if first["type"] == "value_error" and is_section:
+        return f"Change {place} in the mapping so that its settings go together."
+    return remedy_of(error, Mapping, "{field}: VALUE in the mapping")
 
 
 class _Loader(yaml.SafeLoader):

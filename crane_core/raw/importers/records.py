@@ -45,7 +45,8 @@ def quoted_records(
         DataError: a quote is not closed.
     """
     csv.field_size_limit(MOST_FIELD_CHARACTERS)
-    escape = layout.escape
+    # A quote before a quote is what doubles it.
+    escape = None if layout.escape == quote else layout.escape
     lines = text if escape is None else _kept_escapes(text, separator, quote, escape)
     reader = csv.reader(
         lines,

@@ -77,3 +77,10 @@ def test_patterns_find_files_below_and_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="of no known format") as caught:
         list_files(tmp_path, ["d.xls"], "interactions.files", (".csv",))
     assert "Set interactions.format" in caught.value.remedy
+
+
+def test_settings_that_do_not_go_together_name_the_section(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(SOUND.replace("types: {price", "types: {item_id: number, price", 1))
+    with pytest.raises(ConfigError, match=r"another name in items\.columns") as caught:
+        read_mapping(tmp_path / "m.yaml")
+    assert caught.value.remedy.startswith("Change items in the mapping")

@@ -45,6 +45,13 @@ def test_an_escape_works_without_quotes_too() -> None:
     assert escaped('a\\\tb\t"c\tC:\\x\\\\', None, "\t") == [["a\tb", '"c', "C:\\x\\"]]
 
 
+def test_a_quote_as_escape_is_a_doubled_quote(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('u,i\n"a""b",c\n')
+    layout = Layout(files=("a.csv",), escape='"')
+    (chunk,) = read_chunks(tmp_path / "a.csv", layout, ["u", "i"], Account("interactions"))
+    assert chunk.columns == {"u": ['a"b'], "i": ["c"]}
+
+
 @given(st.lists(st.lists(st.text(st.sampled_from('ab\\",\n'), max_size=5), min_size=2, max_size=2), min_size=1))
 def test_what_a_writer_with_escapes_has_written_comes_back(table: list[list[str]]) -> None:
     text = io.StringIO(newline="")
