@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from crane_core.errors import CraneError, DataError
+from crane_core.errors import ConfigError, CraneError, DataError
 from crane_core.raw.importers import mapped, modality
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values, ids
@@ -168,7 +168,7 @@ def check_mapping(mapping: str | Path) -> Checked:
     """Check what an import by a mapping would bring, from the first rows of its files.
 
     Raises:
-        ConfigError: the mapping file is not valid.
+        ConfigError: the mapping file is not valid, or there is no room for a trial.
         DataError: it names a file that is missing or of no known format.
     """
     found = mapped.find_files(Path(mapping))
@@ -200,12 +200,21 @@ def check_mapping(mapping: str | Path) -> Checked:
 
 
 def _tried(found: mapped.MappedFiles) -> list[dict[str, str]]:
-    """Import small files into a temporary folder, and return the error that stops that."""
+    """Import small files into a temporary folder, and return the error that stops that.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     with tempfile.TemporaryDirectory() as folder:
         try:
             mapped.build(Path(folder), folder, found)
         except CraneError as error:
             return [error.as_dict()]
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot hold a trial of the import: {error}.",
+                "Set TMPDIR to a folder on a disk with room for it.",
+            ) from error
     return []
 
 

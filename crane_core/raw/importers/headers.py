@@ -54,9 +54,16 @@ def _without_lines(path: Path, number: int, separator: str | None, layout: Layou
     """Return the remedy for a file whose header is the line of a number."""
     name = path.name.removesuffix(".gz")
     usual = layout.separator or ("\t" if name.endswith(".tsv") else ",")
-    told = "" if separator == usual else f" Then {account.way(_setting(separator, layout))}."
     new = shlex.quote(str(path.with_name(f"clean-{name}")))
-    command = f"{'gunzip <' if is_packed(path) else 'cat'} {shlex.quote(str(path))} | tail -n +{number} > {new}"
+    with open_text(path, layout.encoding, None) as text:
+        encoding = str(getattr(text, "encoding", "")).lower()
+    # `tail` knows line ends of one byte.
+    recoded = f" | iconv -f {encoding} -t utf-8" if encoding.startswith(("utf-16", "utf-32")) else ""
+    ways = [_setting(separator, layout)] if separator != usual else []
+    ways += ["set {}.encoding: utf-8"] if recoded and layout.encoding != "utf-8" else []
+    told = "".join(f" Then {account.way(way)}." for way in ways)
+    read = f"{'gunzip <' if is_packed(path) else 'cat'} {shlex.quote(str(path))}{recoded}"
+    command = f"{read} | tail -n +{number} > {new}"
     return f"Remove the lines before the header, and name the new file: {command}.{told}"
 
 

@@ -26,9 +26,12 @@ def read(path: Path, columns: list[Any], account: Account | None = None, **layou
     return found
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_lines_before_the_header_are_removed_by_the_command_of_the_remedy(tmp_path: Path, packed: bool) -> None:
-    data = b"# export, of a shop\n\n# today\na,b\n1,x\n"
+def test_lines_before_the_header_are_removed_by_the_command_of_the_remedy(
+    tmp_path: Path, packed: bool, encoding: str
+) -> None:
+    data = "# export, of a shop\n\n# today\na,b\n1,x\n".encode(encoding)
     path = tmp_path / ("my log.csv.gz" if packed else "my log.csv")
     path.write_bytes(gzip.compress(data) if packed else data)
     with pytest.raises(DataError, match="Line 4 has them") as caught:
