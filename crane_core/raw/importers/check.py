@@ -20,7 +20,7 @@ from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.cells import Cells, Values, ids
 from crane_core.raw.importers.layout import Chunk, Layout, plain
 from crane_core.raw.importers.mapping import MATRIX, MappedItems, MappedLog, MappedModality
-from crane_core.raw.importers.matrix import load_matrix
+from crane_core.raw.importers.matrix import load_matrix, read_id_lines
 from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Sieve, Wanted, fitting
 from crane_core.raw.overlap import check_overlap, share_found
@@ -272,7 +272,7 @@ def _check_matrix(
     section: CheckedSection, files: Sequence[Path], entry: MappedModality, account: Account
 ) -> CheckedSection:
     matrix = load_matrix(files[0])
-    lines = modality.read_id_lines(files[1], section.name, entry.encoding, len(matrix))
+    lines = read_id_lines(files[1], section.name, entry.encoding, len(matrix))
     column = CheckedColumn(ITEM_ID, files[1].name, "text", "id")
     column.add(lines, ids(lines, entry.missing or (), ITEM_ID in entry.numeric))
     vectors = CheckedColumn("vector", files[0].name, str(matrix.dtype), f"vector of {matrix.shape[1]} numbers")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from crane_core.raw.files import check_modality
 from crane_core.raw.importers import cells
 from crane_core.raw.importers.account import Account, one_of
 from crane_core.raw.importers.cells import Cells, Converter, Values
-from crane_core.raw.importers.layout import Chunk, open_text
+from crane_core.raw.importers.layout import Chunk
 from crane_core.raw.importers.mapping import MATRIX, MOST_CATEGORIES, MappedModality, list_files, list_tables
-from crane_core.raw.importers.matrix import load_matrix
+from crane_core.raw.importers.matrix import load_matrix, read_id_lines, wrong_id_count
 from crane_core.raw.importers.rows import read_chunks
 from crane_core.raw.importers.tables import Sieve, Wanted, drop_rows, first_rows
 from crane_core.raw.importers.target import MOST_NUMBERS, FeatureWriter, lists_of
@@ -374,31 +373,3 @@ def matrix_rows(
         for reason, gone in {**reasons, "repeated_id": good & ~first}.items():
             drop_rows(account, reason, np.flatnonzero(gone & ~wrong), chunk, "")
         yield ids.filter(pa.array(first)), vector.values.filter(pa.array(first))
-
-
-def read_id_lines(path: Path, section: str, encoding: str, num_rows: int) -> list[str]:
-    """Return the ids of a file with one a line, without empty lines at its end beyond the `num_rows` of the matrix.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with open_text(path, encoding, None) as text:
-            lines = [line.removesuffix("\n") for line in text]
-    except (OSError, EOFError, zlib.error, UnicodeError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}.", f"Set {section}.encoding in the mapping to that of the ids."
-        ) from error
-    while len(lines) > num_rows and not lines[-1].strip():
-        del lines[-1]
-    return lines
-
-
-def wrong_id_count(files: Sequence[Path], matrix: NDArray, lines: Sequence[str]) -> DataError:
-    """Return the error of a matrix, the first of the files, that has not as many rows as the second has ids."""
-    header = f"; {lines[0]!r} may be a header" if len(lines) == len(matrix) + 1 else ""
-    return DataError(
-        f"{files[0]} has shape {list(matrix.shape)} and type {matrix.dtype}, {files[1]} {len(lines)} ids{header}; "
-        "expected as many ids as rows.",
-        f"Write {files[1].name} with one item id for each of the {len(matrix)} rows, one a line, without a header.",
-    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account, one_of
-from crane_core.raw.importers.layout import Layout
 
 MOST_FIELD_CHARACTERS = 1 << 24
 """Longest value of a CSV file. A quote that is never closed is found after as many characters."""
@@ -20,6 +20,21 @@ Record = tuple[int, int, list[str]]
 """First line, last line and values."""
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """Characters of a file of records.
+
+    Attributes:
+        separator: between values, one character.
+        quote: around values; None where quotes are ordinary characters.
+        escape: before a character that would have a meaning; None without one.
+    """
+
+    separator: str
+    quote: str | None = '"'
+    escape: str | None = None
+
+
 def plain_records(text: IO[str], separator: str, start: int) -> Iterator[Record]:
     """Yield each line of a file without quotes; `start` is its first line."""
     for number, line in enumerate(text, start):
@@ -27,17 +42,13 @@ def plain_records(text: IO[str], separator: str, start: int) -> Iterator[Record]
         yield number, number, line.split(separator) if line else []
 
 
-def quoted_records(
-    path: Path, text: IO[str], separator: str, layout: Layout, quote: str | None, start: int, account: Account
-) -> Iterator[Record]:
+def quoted_records(path: Path, text: IO[str], dialect: Dialect, start: int, account: Account) -> Iterator[Record]:
     """Yield each record of a file with quotes, with an escape character or with both.
 
     Args:
         path: the file, for messages.
         text: it, opened with its own line ends.
-        separator: one character.
-        layout: gives the escape character.
-        quote: around values; None where quotes are ordinary characters.
+        dialect: its characters.
         start: number of the first line.
         account: of the section, for messages.
 
@@ -45,8 +56,10 @@ def quoted_records(
         DataError: a quote is not closed.
     """
     csv.field_size_limit(MOST_FIELD_CHARACTERS)
-    # A quote before a quote is what doubles it.
-    escape = None if layout.escape == quote else layout.escape
+    separator, quote, escape = dialect.separator, dialect.quote, dialect.escape
+    if escape == quote:
+        # A quote before a quote is what doubles it.
+        escape = None
     lines = text if escape is None else _kept_escapes(text, separator, quote, escape)
     reader = csv.reader(
         lines,

@@ -17,7 +17,7 @@ from crane_core.raw.importers.headers import guess_of, without_columns
 from crane_core.raw.importers.json_rows import read_json
 from crane_core.raw.importers.layout import CHUNK_ROWS, Chunk, Layout, file_format, open_text
 from crane_core.raw.importers.nested import column_at, column_path, type_paths
-from crane_core.raw.importers.records import lines_like_rows, plain_records, quoted_records
+from crane_core.raw.importers.records import Dialect, lines_like_rows, plain_records, quoted_records
 from crane_core.raw.parquet import int96_instants, open_parquet
 
 _EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
@@ -83,7 +83,7 @@ def _read_delimited(
         start = 2 if told else 1
         records = plain_records(text, separator, start)
         if is_csv:
-            records = quoted_records(path, text, separator, layout, quote, start, account)
+            records = quoted_records(path, text, Dialect(separator, quote, layout.escape), start, account)
         places: dict[Any, int | None] | None = None
         least = most = 0
         rows: list[list[str]] = []

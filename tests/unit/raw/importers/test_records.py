@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from crane_core.errors import DataError
 from crane_core.raw.importers.account import Account
 from crane_core.raw.importers.layout import Layout
-from crane_core.raw.importers.records import lines_like_rows, quoted_records
+from crane_core.raw.importers.records import Dialect, lines_like_rows, quoted_records
 from crane_core.raw.importers.rows import read_chunks
 
 
 def escaped(text: str, quote: str | None = '"', separator: str = ",") -> list[list[str]]:
-    layout = Layout(files=("x.csv",), escape="\\")
-    found = quoted_records(
-        Path("x.csv"), io.StringIO(text, newline=""), separator, layout, quote, 1, Account("interactions")
-    )
+    dialect = Dialect(separator, quote, "\\")
+    found = quoted_records(Path("x.csv"), io.StringIO(text, newline=""), dialect, 1, Account("interactions"))
     return [row for _, _, row in found]
 
 
