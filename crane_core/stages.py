@@ -213,7 +213,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "ml.train",
-            7,
+            6,
             lambda config: (
                 *("etl.interactions", "etl.features", "ml.refine", "ml.graph", "ml.behaviour"),
                 *_joint(config, "etl.profiles"),

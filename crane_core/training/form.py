@@ -61,13 +61,8 @@ class Judged:
         return _exceeds_chance(other.losses - self.losses) and bool(self.quality.mean() >= other.quality.mean())
 
     def is_better_than(self, other: Judged) -> bool:
-        """Return whether lists are better by more than a standard error, and by neither measure worse."""
-        return _exceeds_chance(self.quality - other.quality) and self.is_nowhere_below(other)
-
-    def is_nowhere_below(self, other: Judged) -> bool:
-        """Return whether neither Recall nor NDCG is lower."""
-        pairs = ((self.recall, other.recall), (self.ndcg, other.ndcg))
-        return all(bool(mine.mean() >= others.mean()) for mine, others in pairs)
+        """Return whether lists are better by more than a standard error."""
+        return _exceeds_chance(self.quality - other.quality)
 
 
 def _exceeds_chance(gain: np.ndarray) -> bool:
@@ -77,10 +72,7 @@ def _exceeds_chance(gain: np.ndarray) -> bool:
 
 def best_form(simple: Mapping[Form, Judged], by_evidence: Mapping[Form, Judged], has_times: bool) -> Form:
     """Return the form to take, by the rule of `choose_head`; the first simple form is the one of before."""
-    first = next(iter(simple.values()))
-    # More found further down is no gain: no form is taken that is below the first one by either measure.
-    sound = {form: found for form, found in simple.items() if found.is_nowhere_below(first)}
-    best, held = max(sound.items(), key=lambda item: item[1].quality.mean())
+    best, held = max(simple.items(), key=lambda item: item[1].quality.mean())
     # Beside the popularity of the moment, rows have been likelier and lists worse: there the lists decide.
     gains = Judged.is_better_than if has_times else Judged.is_likelier_than
     for form, found in by_evidence.items():

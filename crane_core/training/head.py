@@ -84,11 +84,10 @@ def choose_head(
 
     With `config.choices` the weights and half-lives are theirs, and nothing is measured. Otherwise the simple form is
     taken whose weights, fitted on half of the validation users, rank the items of the other half best, by the mean of
-    Recall@20 and NDCG@20; of equal ones the first, and none that is below the first by either. The first is the
-    popularity of the moment; where the data have no times, the model alone, and there is no other. A form by evidence
-    takes its place if that mean is higher by more than one standard error and neither measure lower; where data have
-    no times, if the mean is no lower and the items are likelier by more than one. Cold items have the channels of
-    content in every form.
+    Recall@20 and NDCG@20; of equal ones the first. Where the data have no times, the simple form is the model alone. A
+    form by evidence takes its place if that mean is higher by more than one standard error; where the data have no
+    times, if it is no lower and the items are likelier by more than one. Cold items have the channels of content in
+    every form.
 
     Args:
         model: the rows of a model that knows no times.
