@@ -6,6 +6,7 @@ runs and never changes a result.
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from typing import Any, Literal
@@ -301,11 +302,55 @@ class Promote(Section):
         return self.model_dump(mode="json", exclude={"keep_versions"})
 
 
+class Rules(Section):
+    available: bool = False
+    """Leave out items that cannot be had at `window.end`: those whose `in_stock` is false, whose `available_from` is
+    later, or whose `available_until` is not. A null restricts nothing."""
+    repeat_categories: tuple[str, ...] = ()
+    """Categories of what is bought again: their items are shown to users who have them, all other items are not."""
+    max_per_category: int | None = Field(None, ge=1)
+    """Most items of a category in a list; any number when absent, and of items without a category."""
+    boosts: dict[str, dict[str, float]] = Field({})
+    """Column to value to a factor on the odds of the items with that value, for example `{brand: {acme: 1.5}}`: the
+    logarithm of the factor is added to their scores, and their popularity is multiplied by it. Factors of several
+    columns are multiplied. Numbers and flags are given as text: `3`, `true`."""
+
+    @field_validator("repeat_categories")
+    @classmethod
+    def _in_order(cls, categories: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(categories)))
+
+    @field_validator("boosts", mode="before")
+    @classmethod
+    def _as_text(cls, boosts: Any) -> Any:
+        """Return the values as text: YAML reads `true` and `3` as a flag and a number."""
+        if not isinstance(boosts, dict) or not all(isinstance(factors, dict) for factors in boosts.values()):
+            return boosts
+        return {
+            column: {value if isinstance(value, str) else json.dumps(value): f for value, f in factors.items()}
+            for column, factors in boosts.items()
+        }
+
+    @field_validator("boosts")
+    @classmethod
+    def _usable_factors(cls, boosts: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        if len(boosts) > 10 or any(not 1e-3 <= f <= 1e3 for factors in boosts.values() for f in factors.values()):
+            raise ValueError("at most 10 columns, and factors from 0.001 to 1000")
+        return {column: dict(sorted(factors.items())) for column, factors in sorted(boosts.items()) if factors}
+
+    def are_set(self) -> bool:
+        """Return whether any rule is set."""
+        return self != Rules()
+
+
 class Export(Section):
     k: int = Field(50, ge=1)
     """Recommendations per user."""
     num_similar: int = Field(20, ge=1)
     """Similar items per item."""
+    rules: Rules = Rules()
+    """What may be shown: in the export, in `crane recommend` and by the served model. They belong to the run, so other
+    rules count from the next champion on."""
 
 
 class Runtime(Section):

@@ -25,6 +25,10 @@ ITEM_IDX = "item_idx"
 SPLIT = "split"
 STATE = "state"
 BECAUSE = "because_item_id"
+CATEGORY = "category"
+AVAILABLE_FROM = "available_from"
+AVAILABLE_UNTIL = "available_until"
+IN_STOCK = "in_stock"
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 TRAINED, COLD, TOMBSTONE = "trained", "cold", "tombstone"
@@ -44,6 +48,18 @@ INTERACTIONS = pa.schema(
 `event_type` (the key of `etl.event_weights`). Other columns are ignored, and named in the log and the manifest."""
 
 ITEMS = pa.schema([pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(TITLE, pa.string())])
+ITEM_COLUMNS = pa.schema(
+    [
+        pa.field(CATEGORY, pa.string()),
+        pa.field(AVAILABLE_FROM, pa.timestamp("us", tz="UTC")),
+        pa.field(AVAILABLE_UNTIL, pa.timestamp("us", tz="UTC")),
+        pa.field(IN_STOCK, pa.bool_()),
+    ]
+)
+"""Optional columns of the catalog, for `export.rules`. An item may be had in `[available_from, available_until)`, instants
+like those of events, unless `in_stock` is false. A null restricts nothing: no start, no end, in stock. Further columns of
+text, flags, numbers or instants are carried to the export as they are. Others are ignored, and named in the log and the
+manifest."""
 
 FEATURES = pa.schema(
     [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]

@@ -112,6 +112,11 @@ def _staged(config: RunConfig, *names: str) -> tuple[str, ...]:
     return names if config.crane.mode == "staged" else ()
 
 
+def _ruled(config: RunConfig) -> tuple[str, ...]:
+    """Sections that decide what may be shown: the rules, if there are any, and the instant at which they are read."""
+    return ("export", "window") if config.export.rules.are_set() else ()
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the pipeline.
@@ -172,10 +177,13 @@ _CHOOSING_HEAD = ("head.half_lives", "head.history_half_lives", "head.cold_expos
 _OF_TRAINING = ("head.history_half_lives", "head.content_axes", "head.cold_exposure")
 """Fields of `head` that the evaluation does not obey: it reads the half-lives of popularity alone."""
 
+_NO_RULES = ("export.k", "export.num_similar", "window.start")
+"""Fields of the sections `_ruled` that are no rules."""
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("etl.interactions", 3, _fixed(), _fixed("window", "etl"), source=_interactions_source),
+        Stage("etl.interactions", 4, _fixed(), _fixed("window", "etl"), source=_interactions_source),
         Stage("etl.features", 2, _fixed("etl.interactions"), _fixed("features"), source=_features_source),
         Stage("etl.profiles", 2, _fixed("etl.interactions", "etl.features"), _fixed("profiles")),
         Stage(
@@ -234,8 +242,8 @@ STAGES: dict[str, Stage] = {
             "ml.evaluate",
             8,
             _fixed("etl.interactions", "ml.refine", "ml.behaviour", "ml.train"),
-            _fixed("evaluate", "head"),
-            ignores=_fixed(*_OF_TRAINING),
+            lambda config: ("evaluate", "head", *_ruled(config)),
+            ignores=_fixed(*_OF_TRAINING, *_NO_RULES),
         ),
         Stage(
             "ml.live",
@@ -245,8 +253,20 @@ STAGES: dict[str, Stage] = {
             ignores=_fixed("evaluate.user_block", *_OF_TRAINING),
             source=_lists_source,
         ),
-        Stage("ml.register", 3, _fixed("etl.interactions", "ml.train", "ml.evaluate"), _fixed()),
-        Stage("ml.export", 5, _fixed("etl.interactions", "ml.train"), _fixed("export")),
+        Stage(
+            "ml.register",
+            3,
+            _fixed("etl.interactions", "ml.train", "ml.evaluate"),
+            _ruled,
+            ignores=_fixed(*_NO_RULES),
+        ),
+        Stage(
+            "ml.export",
+            6,
+            _fixed("etl.interactions", "ml.train"),
+            lambda config: _ruled(config) or ("export",),
+            ignores=_fixed("window.start"),
+        ),
     )
 }
 

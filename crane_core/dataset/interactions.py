@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 from crane_core.errors import ArtifactError
 from crane_core.schema import (
     EVENT_TIME,
+    ITEM_ID,
     ITEM_IDX,
     SPLIT,
     STATE,
     TEST,
+    TITLE,
     TOMBSTONE,
     TRAIN,
     USER_IDX,
@@ -64,7 +66,8 @@ class ItemLists:
 
     def where(self, keep: np.ndarray) -> ItemLists:
         """Keep only the entries where `keep`, bool [num_pairs], is true."""
-        return ItemLists.from_pairs(self.users()[keep], self.items[keep], self.num_users)
+        kept = np.concatenate([[0], np.cumsum(keep)])
+        return ItemLists(kept[self.indptr], self.items[keep])
 
     def holds(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Tell for each pair whether the item is in the user's list: int [n], int [n] -> bool [n], by binary search."""
@@ -269,7 +272,7 @@ def blocks_of(artifact: Artifact, names: Sequence[str]) -> Iterator[tuple[np.nda
 
 
 def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
-    """Read external ids or titles in the order of the indices.
+    """Read external ids, titles or states in the order of the indices.
 
     Args:
         artifact: output of `etl.interactions`.
@@ -282,3 +285,13 @@ def load_ids(artifact: Artifact, table: str, column: str) -> pa.ChunkedArray:
     index = USER_IDX if table == "users" else ITEM_IDX
     rows = pq.read_table(artifact.file(table), columns=[index, column]).sort_by(index)
     return rows.column(column)
+
+
+def load_item_columns(artifact: Artifact) -> pa.Table:
+    """Read `item_id` and the columns of the catalog that `etl.interactions` has carried, in the order of the indices.
+
+    An artifact of an earlier version has none of these columns.
+    """
+    rows = pq.read_table(artifact.file("items")).sort_by(ITEM_IDX)
+    carried = [name for name in rows.column_names if name not in (ITEM_IDX, ITEM_ID, TITLE, STATE)]
+    return rows.select([ITEM_ID, *carried])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ from crane_core.raw.files import MATRIX, RawFile, arrives_within
 from crane_core.raw.location import Location
 from crane_core.raw.parquet import int96_instants, open_parquet
 from crane_core.schema import (
+    AVAILABLE_FROM,
+    AVAILABLE_UNTIL,
+    CATEGORY,
     EVENT_TIME,
     EVENT_TYPE,
+    IN_STOCK,
     INTERACTIONS,
     ITEM_ID,
+    ITEM_IDX,
     ITEMS,
     LABEL,
+    REASON,
+    STATE,
     TITLE,
     USER_ID,
     VECTOR,
@@ -33,7 +41,8 @@ from crane_core.schema import (
 
 GROUP_ROWS = 262_144
 """Rows of a matrix in a group, which one Spark task reads."""
-
+_RESERVED = (ITEM_ID, TITLE, ITEM_IDX, STATE, REASON)
+"""Columns that the ETL's table of items, or of those set aside, has anyway."""
 
 UNREADABLE = (
     OSError,
@@ -114,7 +123,48 @@ def check_items(files: Sequence[RawFile]) -> list[Footer]:
     for footer in footers:
         _expect(footer, ITEM_ID, _is_text, "string", "Cast the ids to string when writing the file.")
         _expect(footer, TITLE, _is_text, "string", "Write the titles as strings.", required=False)
+        _expect(footer, CATEGORY, _is_text, "string", "Write the categories as strings.", required=False)
+        _expect(footer, IN_STOCK, pt.is_boolean, "bool", "Write true or false: is the item in stock.", required=False)
+        for name in (AVAILABLE_FROM, AVAILABLE_UNTIL):
+            remedy = "Write the instants as timestamp[us, tz=UTC]."
+            _expect(footer, name, _is_instant, "timestamp with time zone", remedy, required=False)
     return footers
+
+
+def item_columns(footers: Sequence[Footer]) -> dict[str, str]:
+    """Return the columns of the catalog beside id and title that are carried to the export.
+
+    Args:
+        footers: from `check_items`.
+
+    Returns:
+        Name to Spark type: string, boolean, bigint, double or timestamp. Left out are columns of other types, those
+        whose types differ between files by more than the width of numbers, and names that the ETL uses or that differ
+        from another one in case only, which Spark does not tell apart.
+    """
+    found: dict[str, set[str]] = {}
+    for footer in footers:
+        for name, kind in footer.types.items():
+            found.setdefault(name, set()).add(_item_kind(kind))
+    folded = Counter(name.casefold() for name in (*found, *_RESERVED))
+    kinds = {name: "double" if of == {"bigint", "double"} else of.pop() for name, of in found.items() if _agree(of)}
+    return {name: kinds[name] for name in sorted(kinds) if kinds[name] and folded[name.casefold()] == 1}
+
+
+def _item_kind(kind: pa.DataType) -> str:
+    """Return the Spark type by which a column of the catalog is carried, empty where it is not."""
+    checks: dict[str, Callable[[pa.DataType], bool]] = {
+        "string": _is_text,
+        "boolean": pt.is_boolean,
+        "bigint": pt.is_signed_integer,
+        "double": _is_number,
+        "timestamp": _is_instant,
+    }
+    return next((name for name, accepts in checks.items() if accepts(kind)), "")
+
+
+def _agree(kinds: set[str]) -> bool:
+    return len(kinds) == 1 or kinds == {"bigint", "double"}
 
 
 def check_features(files: Sequence[RawFile], binary: str = "float32") -> list[Footer]:
@@ -198,13 +248,14 @@ def _readable(ids: pa.Array) -> pa.Array:
         return pa.array(told, pa.string())
 
 
-def ignored_columns(footers: Sequence[Footer]) -> dict[str, list[str]]:
-    """Return the columns that are in the files but not in the schema, each with the names of its files."""
+def ignored_columns(log: Sequence[Footer], catalog: Sequence[Footer]) -> dict[str, list[str]]:
+    """Return the columns that are in the files but not read, each with the names of its files."""
     found: dict[str, list[str]] = {}
-    for footer in footers:
-        known = ITEMS if footer.file.day is None else INTERACTIONS
+    carried = {*ITEMS.names, *item_columns(catalog)}
+    for footer in (*log, *catalog):
+        known = carried if footer.file.day is None else INTERACTIONS.names
         for name in footer.types:
-            if name not in known.names:
+            if name not in known:
                 found.setdefault(name, []).append(footer.file.name)
     return dict(sorted(found.items()))
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
+from crane_core.evaluation.rules import rule_facts
 from crane_core.refit import refit_run
 from crane_core.release.version import SHIPPED_TAG, DatasetReference, Release
 from crane_core.schema import USER_ID
@@ -20,6 +21,7 @@ from crane_core.serving.model_folder import Recommender, load_recommender, write
 from crane_core.serving.probe import make_probe
 from crane_core.storage.artifacts import Artifact, ArtifactStore
 
+FIGURES = ("users", "models", "differences", "rules")
 LIVE_FIGURES = ("users", "covered", "new_items", "ratio")
 PROBED_USERS = 32
 """Users whose lists the smoke test compares."""
@@ -55,10 +57,10 @@ def assemble(
     window = config.window.model_dump(mode="json")
     model, twin = folder / config.runtime.model_name, folder / "twin"
     if made.shipped:
-        served = _write(model, made.shipped, {"run": refit_run(run_id), "window": window})
-        _write(twin, made.twin, {"run": run_id, "window": window})
+        served = _write(model, made.shipped, refit_run(run_id), config)
+        _write(twin, made.twin, run_id, config)
     else:
-        served = _write(model, made.twin, {"run": run_id, "window": window})
+        served = _write(model, made.twin, run_id, config)
     probe = make_probe(served, PROBED_USERS)
     probe_file = folder / "probe.json"
     probe_file.write_text(json.dumps(probe))
@@ -73,7 +75,7 @@ def assemble(
         evidence=[evaluated.file("metrics.json"), evaluated.file("per_user.parquet"), probe_file],
         input_example=pd.DataFrame({USER_ID: [answer[USER_ID] for answer in probe["answers"][:2]]}),
         params=_flat(identity),
-        metrics=_numbers({key: metrics[key] for key in ("users", "models", "differences")}) | _live(store, run_id),
+        metrics=_numbers({key: metrics[key] for key in FIGURES if key in metrics}) | _live(store, run_id),
         curve=json.loads(trained.file("curve.json").read_text()),
         datasets=[
             DatasetReference(
@@ -96,9 +98,11 @@ def assemble(
     )
 
 
-def _write(folder: Path, inputs: Mapping[str, Artifact], facts: Mapping[str, Any]) -> Recommender:
+def _write(folder: Path, inputs: Mapping[str, Artifact], run_id: str, config: RunConfig) -> Recommender:
     """Write the model of a run into a new folder and return what it serves."""
-    recommender = load_recommender(inputs["etl.interactions"], inputs["ml.train"])
+    rules, end = config.export.rules, config.window.end
+    recommender = load_recommender(inputs["etl.interactions"], inputs["ml.train"], rules, end)
+    facts = {"run": run_id, "window": config.window.model_dump(mode="json"), **rule_facts(rules, end)}
     folder.mkdir()
     write_model(folder, recommender, inputs["ml.train"].file("weights.safetensors"), facts)
     return recommender

@@ -6,8 +6,9 @@
     popularity.safetensors   popularity f32 [num_items]: (decayed) weight of the training interactions of each item
     weights.safetensors      the trained weights behind the embeddings
     users.parquet            user_id in the order of the rows
-    items.parquet            item_id and title in the order of the rows
-    model.json               format, sizes, run and window; since format 2 history, which says how to fold in
+    items.parquet            item_id, title and the columns of the catalog, in the order of the rows
+    model.json               format, sizes, run and window; since format 2 history, which says how to fold in; in format
+                             3 rules, which say what may be shown
     checksums.json           size and sha256 of every other file
 
 MLflow loads it through `_load_pyfunc`. Nothing in the folder can execute, and `release.mlmodel.served_folder` refuses
@@ -20,6 +21,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from crane_core.dataset.interactions import ItemLists, load_ids, load_interactions
+from crane_core.config import Rules
+from crane_core.dataset.interactions import ItemLists, load_ids, load_interactions, load_item_columns
 from crane_core.errors import ArtifactError, DataError
+from crane_core.evaluation.rules import ItemRules, item_rules, no_rules, rules_of
 from crane_core.model.fold_in import CONSTANT, ROWS, FoldIn, History
 from crane_core.schema import ITEM_ID, TITLE, USER_ID
 from crane_core.serving.histories import HISTORY, TIMES, Histories, is_given, read_histories
 from crane_core.storage.artifacts import Artifact, check_files, sha256_file
 from crane_core.storage.tensors import load_arrays, save_arrays, tensor_shapes
 
-FORMAT = 2
-WITHOUT_FOLD_IN = 1
-"""Format of folders without fold-in, as earlier versions wrote them."""
+WITHOUT_FOLD_IN, FORMAT, WITH_RULES = 1, 2, 3
+"""Formats of folders: without fold-in, as of earlier versions; the usual; with rules, which those would not obey."""
 CHECKSUMS = "checksums.json"
 _POPULARITY = "popularity.safetensors"
 DEFAULT_K = 20
@@ -57,6 +60,8 @@ class Recommender:
         fold_in: makes a user's row of a history; None for a training of an earlier version.
         likeness: float32 [num_items, d'], rows whose cosines say how alike items are; None: `item_embeddings` do.
         history: the events of `seen`, in its order, with weights and ages; None where they are not known.
+        columns: `item_id` and the columns of the catalog, in row order; None where they are not known.
+        rules: what may be shown; None: all that a user does not have.
     """
 
     user_ids: pa.ChunkedArray
@@ -69,6 +74,13 @@ class Recommender:
     fold_in: FoldIn | None = None
     likeness: np.ndarray | None = None
     history: History | None = None
+    columns: pa.Table | None = None
+    rules: ItemRules | None = None
+
+    @property
+    def shown(self) -> ItemRules:
+        """Return the rules, those that leave nothing out where there are none."""
+        return self.rules or no_rules(len(self.item_ids))
 
     def save_embeddings(self, path: Path) -> None:
         """Write the embeddings as safetensors, and the arrays of the fold-in beside them."""
@@ -78,11 +90,25 @@ class Recommender:
     def write_ids(self, folder: Path) -> None:
         """Write `users.parquet` and `items.parquet`; the row number is that of the embeddings."""
         pq.write_table(pa.table({USER_ID: self.user_ids}), folder / "users.parquet")
-        pq.write_table(pa.table({ITEM_ID: self.item_ids, TITLE: self.titles}), folder / "items.parquet")
+        columns = {} if self.columns is None else {name: self.columns[name] for name in self.columns.column_names}
+        items = {ITEM_ID: self.item_ids, TITLE: self.titles} | columns
+        pq.write_table(pa.table(items), folder / "items.parquet")
 
 
-def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
-    """Read the artifacts of `etl.interactions` and of a training."""
+def load_recommender(
+    interactions: Artifact, trained: Artifact, rules: Rules | None = None, at: datetime | None = None
+) -> Recommender:
+    """Read the artifacts of `etl.interactions` and of a training.
+
+    Args:
+        interactions: the users and items.
+        trained: the rows.
+        rules: what may be shown; None for no rules.
+        at: the instant at which the rules are read: `window.end`.
+
+    Raises:
+        DataError: the rules do not fit the catalog.
+    """
     rows, known = load_arrays(trained.file("embeddings.safetensors")), load_interactions(interactions)
     counts = known.train.counts()
     users = np.flatnonzero(counts > 0)
@@ -90,6 +116,7 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
     # Tombstones have no training interaction, so every item that was seen has a row among the others.
     seen = np.searchsorted(items, known.train.items).astype(np.int32)
     lists = ItemLists(np.concatenate([[0], np.cumsum(counts[users])]), seen)
+    columns = load_item_columns(interactions).take(pa.array(items))
     return Recommender(
         load_ids(interactions, "users", USER_ID).take(pa.array(users)),
         load_ids(interactions, "items", ITEM_ID).take(pa.array(items)),
@@ -101,6 +128,8 @@ def load_recommender(interactions: Artifact, trained: Artifact) -> Recommender:
         FoldIn.of(rows, trained.facts["history"]).of_items(items) if "history" in trained.facts else None,
         rows["likeness"][items] if "likeness" in rows else None,
         History(lists.users(), seen, known.decayed(None).astype(np.float32), known.ages),
+        columns,
+        item_rules(rules, columns, at) if rules is not None and rules.are_set() and at is not None else None,
     )
 
 
@@ -116,7 +145,7 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
         folder: empty folder.
         recommender: users and items that it serves.
         weights: safetensors file with the trained weights.
-        facts: run and window, JSON values.
+        facts: run, window and, if there are any, rules, JSON values.
     """
     recommender.save_embeddings(folder / "embeddings.safetensors")
     shutil.copyfile(weights, folder / "weights.safetensors")
@@ -129,9 +158,8 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
         "num_items": len(recommender.item_ids),
         "num_seen": len(seen.items),
     }
-    form: dict[str, Any] = {"format": WITHOUT_FOLD_IN}
-    if recommender.fold_in is not None:
-        form = {"format": FORMAT, "history": recommender.fold_in.facts()}
+    folds_in = {} if recommender.fold_in is None else {"history": recommender.fold_in.facts()}
+    form = {"format": WITH_RULES if "rules" in facts else FORMAT if folds_in else WITHOUT_FOLD_IN, **folds_in}
     (folder / "model.json").write_text(json.dumps({**form, **sizes, **facts}, indent=1, sort_keys=True))
     checksums = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())
@@ -160,8 +188,8 @@ def verify_model(folder: Path) -> dict[str, Any]:
             raise _refused(folder, f"{name} does not match its sha256")
     try:
         facts = json.loads((folder / "model.json").read_text())
-        if facts["format"] not in (WITHOUT_FOLD_IN, FORMAT):
-            raise _refused(folder, f"format {facts['format']!r} found, {WITHOUT_FOLD_IN} or {FORMAT} expected")
+        if facts["format"] not in (WITHOUT_FOLD_IN, FORMAT, WITH_RULES):
+            raise _refused(folder, f"format {facts['format']!r} found, {WITHOUT_FOLD_IN} to {WITH_RULES} expected")
         sizes = [facts[name] for name in ("num_users", "num_items", "num_seen")]
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise _refused(folder, f"model.json is none ({error!r})") from error
@@ -183,6 +211,7 @@ class ServedModel:
         popularity: float32 [num_items], orders the list of unknown users.
         facts: content of `model.json`.
         fold_in: makes a user's row of a history; None in a folder of format 1.
+        rules: what may be shown; None: all that a user does not have.
     """
 
     user_ids: pd.Index
@@ -193,9 +222,10 @@ class ServedModel:
     popularity: np.ndarray
     facts: dict[str, Any]
     fold_in: FoldIn | None = None
+    rules: ItemRules | None = None
 
     def recommend(self, users: np.ndarray, k: int, histories: Histories | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the best unseen items of some users.
+        """Return the best items of some users that they do not have and that the rules allow.
 
         Args:
             users: int [n] rows; -1 is an unknown user, who gets the items that are most popular now.
@@ -207,33 +237,39 @@ class ServedModel:
             int64 [n, k] item rows by falling score, -1 where fewer than k items are left; float32 [n, k] scores.
         """
         k = min(k, len(self.item_ids))
+        rules = self.rules or no_rules(len(self.item_ids))
+        added, had = rules.added, rules.had(self.seen)
         items = np.empty((len(users), k), dtype=np.int64)
         scores = np.empty((len(users), k), dtype=np.float32)
         for start in range(0, len(users), USER_BLOCK):
             block = users[start : start + USER_BLOCK]
             known = block >= 0
             table = np.empty((len(block), len(self.item_ids)), dtype=np.float32)
-            table[~known] = self.popularity
+            table[~known] = np.where(rules.factors > 0, self.popularity * rules.factors, -np.inf)
             table[known] = self.user_embeddings[block[known]] @ self.item_embeddings.T
+            is_scored = known
             if histories is not None:
-                self._fold(table, histories.part(start, start + len(block)))
-            rows, masked = self.seen.rows(block[known])
+                is_scored = known | self._fold(table, histories.part(start, start + len(block)), rules)
+            if added is not None:
+                table[is_scored] += added
+            rows, masked = had.rows(block[known])
             table[np.flatnonzero(known)[rows], masked] = -np.inf
-            top = np.argpartition(-table, k - 1, axis=1)[:, :k]
-            values = np.take_along_axis(table, top, axis=1)
-            order = np.lexsort((top, -values), axis=1)
-            values = np.take_along_axis(values, order, axis=1)
-            items[start : start + len(block)] = np.where(values > -np.inf, np.take_along_axis(top, order, axis=1), -1)
-            scores[start : start + len(block)] = values
+            items[start : start + len(block)], scores[start : start + len(block)] = rules.best(table, k)
         return items, scores
 
-    def _fold(self, table: np.ndarray, histories: Histories) -> None:
-        """Put the scores of users with a history into a table, float32 [n, num_items]; -inf for its items."""
+    def _fold(self, table: np.ndarray, histories: Histories, rules: ItemRules) -> np.ndarray:
+        """Put the scores of users with a history into a table, float32 [n, num_items]; -inf for what they have.
+
+        Returns:
+            bool [n], the users with a history.
+        """
         assert self.fold_in is not None
         history, folded = histories.history, histories.has_items()
         rows = self.fold_in.fold(history, len(table))[folded]
         table[folded] = rows @ self.item_embeddings.T
-        table[history.users, history.items] = -np.inf
+        had = ~rules.is_repeated[history.items]
+        table[history.users[had], history.items[had]] = -np.inf
+        return folded
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Recommend items for external user ids.
@@ -299,7 +335,7 @@ def load_model(folder: Path) -> ServedModel:
     num_users, num_items, num_seen = facts["num_users"], facts["num_items"], facts["num_seen"]
     shapes = tensor_shapes(folder / "embeddings.safetensors")
     dim = shapes.get("user_embeddings", (0,))[-1]
-    folds_in = facts["format"] == FORMAT
+    folds_in = facts["format"] == FORMAT or "history" in facts
     shapes |= tensor_shapes(folder / "seen.safetensors")
     # A model of an earlier version counts the training interactions instead.
     is_older = not (folder / _POPULARITY).exists()
@@ -334,6 +370,7 @@ def load_model(folder: Path) -> ServedModel:
         else load_arrays(folder / _POPULARITY)["popularity"],
         facts,
         _fold_in(folder, embeddings, facts) if folds_in else None,
+        _rules(folder, facts) if facts["format"] == WITH_RULES else None,
     )
 
 
@@ -342,6 +379,13 @@ def _fold_in(folder: Path, embeddings: dict[str, np.ndarray], facts: dict[str, A
         return FoldIn.of(embeddings, facts["history"])
     except (ValueError, TypeError, KeyError) as error:
         raise _refused(folder, f"history in model.json does not say how to fold in ({error!r})") from error
+
+
+def _rules(folder: Path, facts: dict[str, Any]) -> ItemRules:
+    try:
+        return rules_of(facts, pq.read_table(folder / "items.parquet"))
+    except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
+        raise _refused(folder, f"rules in model.json do not say what may be shown ({error!r})") from error
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:

@@ -22,19 +22,22 @@ def make_probe(recommender: Recommender, most: int, k: int = DEFAULT_K) -> dict[
         k: list length.
     """
     answers = []
-    user_embeddings, item_embeddings, seen = recommender.user_embeddings, recommender.item_embeddings, recommender.seen
-    user_ids, item_ids = recommender.user_ids, recommender.item_ids
+    user_embeddings, item_embeddings = recommender.user_embeddings, recommender.item_embeddings
+    user_ids, item_ids, rules = recommender.user_ids, recommender.item_ids, recommender.shown
+    had, added = rules.had(recommender.seen), rules.added
     users = np.linspace(0, len(user_ids) - 1, min(most, len(user_ids))).astype(int)
     for user in users.tolist():
         scores = item_embeddings.astype(np.float64) @ user_embeddings[user].astype(np.float64)
-        scores[seen.items[seen.indptr[user] : seen.indptr[user + 1]]] = -np.inf
-        order = np.argsort(-scores, kind="stable")[:k]
-        order = order[scores[order] > -np.inf]
+        scores[had.items[had.indptr[user] : had.indptr[user + 1]]] = -np.inf
+        if added is not None:
+            scores += added
+        order = np.argsort(-scores, kind="stable")
+        shown = rules.first(order[scores[order] > -np.inf].tolist(), k)
         answers.append(
             {
                 USER_ID: user_ids[user].as_py(),
-                "item_ids": [item_ids[item].as_py() for item in order.tolist()],
-                "scores": scores[order].tolist(),
+                "item_ids": [item_ids[item].as_py() for item in shown],
+                "scores": scores[shown].tolist(),
             }
         )
     return {"k": k, "answers": answers}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crane_core.dataset.interactions import ItemLists
 from crane_core.evaluation.baselines import first_unseen
+from crane_core.evaluation.rules import ItemRules, no_rules
 from crane_core.model.fold_in import FoldIn, History
 
 _BLOCK_NUMBERS = 1 << 20
@@ -22,7 +23,8 @@ class Reasons:
     Item j of the history adds `f_j h_j y_i` to the score of item i, where `h_j` is its row of the fold-in, `f_j` what
     that is multiplied by (`FoldIn.factors`) and `y_i` the row that i is scored by. The reason is the item that adds
     most; of equal ones the one with the lowest row. There is none where what is the same for all users, popularity
-    above all, would have put the item into the user's list alone, and where no item of the history adds anything.
+    and boosts above all, would have put the item into the user's list alone, and where no item of the history adds
+    anything.
 
     Args:
         fold_in: of the model.
@@ -30,10 +32,17 @@ class Reasons:
         seen: items of each user's history.
         history: the same with weights and ages, in the order of `seen.items`.
         device: where the sums are computed.
+        rules: what may be shown; None: all that a user does not have.
     """
 
     def __init__(
-        self, fold_in: FoldIn, items: np.ndarray, seen: ItemLists, history: History, device: torch.device
+        self,
+        fold_in: FoldIn,
+        items: np.ndarray,
+        seen: ItemLists,
+        history: History,
+        device: torch.device,
+        rules: ItemRules | None = None,
     ) -> None:
         self._fold_in, self._seen, self._history, self._device = fold_in, seen, history, device
         self._places = ItemLists(seen.indptr, np.arange(len(seen.items)))
@@ -45,7 +54,10 @@ class Reasons:
             for rows in (items, fold_in.rows)
         )
         self._adds = [bool(rows.any()) for rows in self._rows]
-        self._popular = np.argsort(-(items @ fold_in.constant), kind="stable")
+        rules = rules or no_rules(len(items))
+        added, self._had = rules.added, rules.had(seen)
+        order = np.argsort(-(items @ fold_in.constant + (0 if added is None else added)), kind="stable")
+        self._popular = order[rules.factors[order] > 0]
 
     def of(self, users: np.ndarray, lists: np.ndarray) -> np.ndarray:
         """Return the reasons for the lists of some users.
@@ -57,7 +69,7 @@ class Reasons:
         Returns:
             int64 [n, k] rows of items of the users' histories, -1 where there is none.
         """
-        popular = first_unseen(self._popular, self._seen, users, lists.shape[1])
+        popular = first_unseen(self._popular, self._had, users, lists.shape[1])
         is_popular = (lists[:, :, None] == popular[:, None, :]).any(2)
         found = np.full(lists.shape, -1, dtype=np.int64)
         wanted = np.flatnonzero(~is_popular.all(1))

@@ -68,7 +68,7 @@ def read_interactions(spark: SparkSession, footers: Sequence[Footer]) -> DataFra
     """
     groups: dict[tuple[str, str, str, str], list[RawFile]] = {}
     for footer in footers:
-        event_time, weight, label = (_stored(footer.types.get(name)) for name in (EVENT_TIME, WEIGHT, LABEL))
+        event_time, weight, label = (stored_type(footer.types.get(name)) for name in (EVENT_TIME, WEIGHT, LABEL))
         event_type = "string" if EVENT_TYPE in footer.types else ""
         groups.setdefault((event_time, weight, label, event_type), []).append(footer.file)
     tables = []
@@ -255,13 +255,15 @@ def find_core(train: DataFrame, k: int) -> DataFrame:
     return lookup(core, count)
 
 
-def _stored(kind: pa.DataType | None) -> str:
+def stored_type(kind: pa.DataType | None) -> str:
     """Spark type that reads a column as it is stored; "" when it is absent."""
     if kind is None:
         return ""
+    if pt.is_boolean(kind):
+        return "boolean"
     if pt.is_timestamp(kind):
         return "bigint" if kind.unit == "ns" else "timestamp"
-    return _SPARK_TYPES[str(kind)]
+    return _SPARK_TYPES.get(str(kind), "string")
 
 
 _SPARK_TYPES = {

@@ -22,6 +22,7 @@ from crane_core.schema import (
     USER_ID,
     USER_IDX,
 )
+from jobs.etl.catalog import Catalog
 from jobs.etl.events import DAY, ITEM_KEY, USER_KEY, key_of, temporal_split
 from jobs.etl.tables import lookup, number_rows
 
@@ -63,21 +64,6 @@ class Seen:
     ids: DataFrame
     seed: int
     num_ids: int
-
-
-@dataclass(frozen=True)
-class Catalog:
-    """The delivered catalog.
-
-    Attributes:
-        items: item_id and title, one row per item.
-        bad: rows set aside, with their `reason`.
-        num_read: rows read.
-    """
-
-    items: DataFrame
-    bad: DataFrame
-    num_read: int
 
 
 def first_seen(valid: DataFrame, config: RunConfig) -> tuple[Seen, Seen]:

@@ -99,8 +99,10 @@ class ArrowParquetReader(DataSourceReader):
                     for field in wanted:
                         if field.name in stored:
                             columns.append(_as(batch.column(field.name), field.type))
-                        else:
+                        elif pa.types.is_date(field.type):
                             columns.append(pa.repeat(pa.scalar(day).cast(field.type), batch.num_rows))
+                        else:
+                            columns.append(pa.nulls(batch.num_rows, field.type))
                     yield pa.record_batch(columns, schema=wanted)
         except (pa.ArrowException, OSError) as error:
             raise unreadable(path) from error

@@ -40,8 +40,13 @@ def register(arguments: argparse.Namespace, config: RunConfig, store: ArtifactSt
     shipped = _shipped(config, store, arguments.run)
     checksums = [inputs[name].manifest["content"] for name in ("ml.train", "ml.evaluate")]
     checksums += [artifact.manifest["content"] for artifact in shipped.values()]
-    identity = [STAGES["ml.register"].version, *checksums]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    if config.export.rules.are_set():
+        # The model holds what the rules read of the catalog.
+        checksums.append(inputs["etl.interactions"].manifest["content"])
+    stage = STAGES["ml.register"]
+    settings = stage.settings(config)
+    identity = [stage.version, *checksums, *([settings] if settings else [])]
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     registry = open_registry(config.runtime, store.storage.uri)
     version, is_new = registry.find(fingerprint), False
     if version is None:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from crane_core.config import RunConfig
+from crane_core.config import Rules, RunConfig
 from crane_core.config_file import load_config
 from crane_core.model_config import Choices
 from crane_core.stages import STAGES, fingerprint_of, input_labels
@@ -80,6 +80,7 @@ DECIDES = {
     "evaluate": ["ml.evaluate", "ml.live"],
     "promote": [],
     "export": ["ml.export"],
+    "export.rules": ["ml.evaluate", "ml.export", "ml.register"],
     "runtime": [],
     # Fields that decide the output of other stages than the rest of their section.
     "features.modalities": ["etl.features"],
@@ -156,6 +157,7 @@ def other_value(config: RunConfig, path: str) -> Any:
         "features.modalities": ["text"],
         "evaluate.ks": [20],
         "promote.beats": ["popularity"],
+        "export.rules": {"available": True},
         "head.half_lives": [3],
         "choices.head": {"edges": [0, 1], "popularity": 0.5, "channels": {}, "bias": [0, 0], "num_cold": 0},
         "head.history_half_lives": [3],
@@ -207,6 +209,23 @@ def test_a_refit_run_obeys_the_choices_and_what_led_to_none_of_them(path: str) -
     if path == "crane.mode":
         return
     assert changed_stages(config, path) == CHOSEN.get(path, DECIDES.get(path, DECIDES.get(section)))
+
+
+@pytest.mark.parametrize(
+    "rules", [{"available": True}, {"repeat_categories": ["a"]}, {"max_per_category": 2}, {"boosts": {"a": {"b": 2}}}]
+)
+def test_every_rule_decides_what_is_shown_and_nothing_of_a_training(rules: dict[str, Any]) -> None:
+    assert set(rules) < set(Rules.model_fields)
+    tree = configure().model_dump(mode="json")
+    ruled = RunConfig.model_validate(tree | {"export": {"rules": rules}})
+    before, after = fingerprints(configure()), fingerprints(ruled)
+    assert {label for label in before if before[label] != after[label]} == {"ml.evaluate", "ml.export", "ml.register"}
+    # A rule is read at the end of the window; how long the lists are is a matter of the export alone.
+    assert changed_stages(ruled, "window.end") == [
+        *("etl.interactions", "ml.evaluate", "ml.export", "ml.live", "ml.register"),
+    ]
+    assert changed_stages(ruled, "window.start") == DECIDES["window"]
+    assert changed_stages(ruled, "export.k") == ["ml.export"]
 
 
 def test_choices_make_other_trainings_and_change_nothing_else() -> None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.storagelevel import StorageLevel
 
 from crane_core.config import RunConfig
 from crane_core.errors import DataError
-from crane_core.raw.checks import Footer, check_interactions, check_items, ignored_columns
+from crane_core.evaluation.rules import check_columns
+from crane_core.raw.checks import Footer, check_interactions, check_items, ignored_columns, item_columns
 from crane_core.raw.files import (
     INTERACTIONS_FOLDER,
     arrives_within,
@@ -51,6 +52,7 @@ from crane_core.schema import (
 )
 from crane_core.stages import base_interactions
 from crane_core.storage.artifacts import Artifact
+from jobs.etl.catalog import read_catalog, with_columns
 from jobs.etl.events import (
     CODED_COLUMNS,
     DAY,
@@ -69,7 +71,7 @@ from jobs.etl.events import (
     readable_text,
     with_codes,
 )
-from jobs.etl.ids import ITEMS, USERS, Catalog, Seen, first_seen, number_ids, trained_keys
+from jobs.etl.ids import ITEMS, USERS, Seen, first_seen, number_ids, trained_keys
 from jobs.etl.quality import (
     compare_last_day,
     count_early,
@@ -77,7 +79,6 @@ from jobs.etl.quality import (
     rows_per_partition,
     stop_on_last_day,
 )
-from jobs.etl.reading import read_files
 from jobs.etl.session import open_session, readable
 from jobs.etl.tables import Counted, Tally, lookup, tallies, write_balanced, write_parts, write_table
 from jobs.runner import Job, Result
@@ -88,18 +89,6 @@ logger = logging.getLogger(__name__)
 ROWS_PER_PARTITION = 300_000
 """Rows sorted at a time, few enough to stay near the processor's caches."""
 ROWS_PER_FILE = 4_000_000
-
-
-def clean_catalog(items: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """One row per item id, and the rows set aside: null_id, empty_id, duplicate_item (the least title is kept)."""
-    place = F.row_number().over(Window.partitionBy(ITEM_ID).orderBy(F.col(TITLE).asc_nulls_last()))
-    reason = (
-        F.when(F.col(ITEM_ID).isNull(), "null_id")
-        .when(F.trim(ITEM_ID) == "", "empty_id")
-        .when(place > 1, "duplicate_item")
-    )
-    marked = items.withColumn(REASON, reason)
-    return marked.where(F.col(REASON).isNull()).drop(REASON), marked.where(F.col(REASON).isNotNull())
 
 
 @dataclass(frozen=True)
@@ -167,17 +156,16 @@ def run(job: Job) -> Result:
     if trained_users.isEmpty():
         raise _no_training_rows(delivered, config)
 
-    catalog = _read_catalog(spark, delivered.catalog)
+    catalog = read_catalog(spark, delivered.catalog)
     users = number_ids(log.users, trained_users, USERS, config, base=_base_ids(spark, base, "users"))
     items = number_ids(log.items, trained_items, ITEMS, config, catalog, _base_ids(spark, base, "items"))
+    described = with_columns(items.select(ITEM_IDX, ITEM_ID, TITLE, STATE), catalog)
     tables = {
         **_write_rows(job, log, kept, users, items, delivered.num_read),
         "users": write_table(
             users.select(USER_IDX, USER_ID, STATE), job.out / "users", delivered.num_read, (USER_IDX,)
         ),
-        "items": write_table(
-            items.select(ITEM_IDX, ITEM_ID, TITLE, STATE), job.out / "items", delivered.num_read, (ITEM_IDX,)
-        ),
+        "items": write_table(described, job.out / "items", delivered.num_read, (ITEM_IDX,)),
         "quarantine": _write_quarantine(job, log, bad, set_aside),
         "quarantine_items": write_table(catalog.bad, job.out / "quarantine_items", delivered.num_read),
     }
@@ -195,7 +183,8 @@ def _check(job: Job) -> Delivered:
     log = check_interactions(list_interactions(root, config.window, config.etl), config.window, config.etl)
     catalog = check_items(list_items(root))
     check_delivered(root, log, catalog, config.features)
-    ignored = ignored_columns([*log, *catalog])
+    check_columns(config.export.rules, item_columns(catalog))
+    ignored = ignored_columns(log, catalog)
     for name, found in ignored.items():
         logger.warning("ignored column=%s files=%d first=%s", name, len(found), found[0])
     delivered = Delivered(root, log, catalog, ignored)
@@ -266,7 +255,10 @@ def _write_quarantine(job: Job, log: Log, bad: DataFrame, set_aside: Sequence[Da
 
 
 def _base_ids(spark: SparkSession, base: Artifact | None, table: str) -> DataFrame | None:
-    return None if base is None else spark.read.parquet(str(base.file(table))).drop(STATE)
+    if base is None:
+        return None
+    columns = (USER_IDX, USER_ID) if table == "users" else (ITEM_IDX, ITEM_ID, TITLE)
+    return spark.read.parquet(str(base.file(table))).select(*columns)
 
 
 def _report(
@@ -335,18 +327,6 @@ def _tally(tables: dict[str, DataFrame], zone: str) -> dict[str, Tally]:
     # The day a row arrived on is no part of the content: late and punctual deliveries agree.
     contents = {name: table.drop(DAY) for name, table in tables.items()}
     return tallies({name: Counted(contents[name], groups[name]) for name in sorted(contents)})
-
-
-def _read_catalog(spark: SparkSession, footers: Sequence[Footer]) -> Catalog:
-    schema = f"{ITEM_ID} string, {TITLE} string"
-    num_read = sum(footer.num_rows for footer in footers)
-    if not footers:
-        return Catalog(
-            *clean_catalog(spark.range(0).select(F.lit("").alias(ITEM_ID), F.lit("").alias(TITLE))), num_read
-        )
-    with readable():
-        rows = read_files(spark, [footer.file for footer in footers], schema)
-        return Catalog(*clean_catalog(rows.localCheckpoint(eager=True)), num_read)
 
 
 def _cutoffs(config: RunConfig) -> dict[str, str | None]:

@@ -19,11 +19,13 @@ def run(job: Job) -> Result:
     device = use_device(job.config.runtime)
     trained = job.input("ml.train")
     trained.verify()
-    recommender = load_recommender(job.input("etl.interactions"), trained)
-    counts = write_export(job.out, recommender, job.config.export, device)
+    export = job.config.export
+    recommender = load_recommender(job.input("etl.interactions"), trained, export.rules, job.config.window.end)
+    counts = write_export(job.out, recommender, export, device)
     for name in CONTENT_FILES:
         # A training of an earlier version has none.
         if name in trained.manifest["files"]:
             shutil.copyfile(trained.file(name), job.out / name)
-    logger.info("exported %s", " ".join(f"{name.removeprefix('num_')}={count}" for name, count in counts.items()))
-    return Result(dict(counts))
+    told = (f"{name.removeprefix('num_')}={count}" for name, count in counts.items() if name != "rules")
+    logger.info("exported %s", " ".join(told))
+    return Result(counts)

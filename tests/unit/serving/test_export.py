@@ -44,7 +44,7 @@ def served(users, items, seen, user_ids, item_ids) -> Recommender:
 def test_recommendations_equal_brute_force(world, tmp_path):
     users, items, seen, user_ids, item_ids = world
     path = tmp_path / "r.parquet"
-    assert write_recommendations(path, served(*world), K) == NUM_USERS * K
+    assert write_recommendations(path, served(*world), K).num_rows == NUM_USERS * K
     table = pq.read_table(path)
     assert table.schema.equals(RECOMMENDATIONS)
     rows = table.to_pylist()
