@@ -56,10 +56,10 @@ ITEM_COLUMNS = pa.schema(
         pa.field(IN_STOCK, pa.bool_()),
     ]
 )
-"""Optional columns of the catalog, for `export.rules`. An item may be had in `[available_from, available_until)`, instants
-like those of events, unless `in_stock` is false. A null restricts nothing: no start, no end, in stock. Further columns of
-text, flags, numbers or instants are carried to the export as they are. Others are ignored, and named in the log and the
-manifest."""
+"""Optional columns of the catalog, for `export.rules`. An item may be had in `[available_from, available_until)`, which
+are instants like those of events, unless `in_stock` is false. A null restricts nothing: no start, no end, in stock.
+Further columns of text, flags, numbers or instants are carried to the export as they are. Others are ignored, and named
+in the log and the manifest."""
 
 FEATURES = pa.schema(
     [pa.field(ITEM_ID, pa.string(), nullable=False), pa.field(VECTOR, pa.list_(pa.float32()), nullable=False)]

@@ -31,9 +31,15 @@ def popularity(interactions: Interactions) -> Scorer:
     return _by_order(falling(interactions.popularity()))
 
 
-def recent_popularity(interactions: Interactions, half_life: float | None) -> Scorer:
-    """Score the items by training interactions that lose half of their weight every `half_life` days; None: by all."""
-    return _by_order(falling(interactions.popularity(half_life)))
+def recent_popularity(
+    interactions: Interactions, half_life: float | None, factors: np.ndarray | float = 1.0
+) -> Scorer:
+    """Score the items by training interactions that lose half of their weight every `half_life` days; None: by all.
+
+    Args:
+        factors: float [num_items], what the popularity of each item is multiplied by.
+    """
+    return _by_order(falling(interactions.popularity(half_life) * factors))
 
 
 def falling(counts: np.ndarray) -> np.ndarray:
@@ -106,12 +112,14 @@ def first_unseen(order: np.ndarray, seen: ItemLists, users: np.ndarray, k: int) 
     return ranked
 
 
-def popular_for_strangers(score: Scorer, interactions: Interactions, half_life: float | None) -> Scorer:
-    """Score users without training items by recent popularity, as a served model does; the others by `score`."""
+def popular_for_strangers(
+    score: Scorer, interactions: Interactions, half_life: float | None, factors: np.ndarray | float = 1.0
+) -> Scorer:
+    """Score users without training items by `recent_popularity`, as a served model does; the others by `score`."""
     is_stranger = interactions.train.counts() == 0
     if not is_stranger.any():
         return score
-    popular = recent_popularity(interactions, half_life)
+    popular = recent_popularity(interactions, half_life, factors)
 
     def shown(users: np.ndarray) -> torch.Tensor:
         scores = score(users)

@@ -1,9 +1,9 @@
 """What may be shown: the rules of `export.rules`, for the items of a model at one instant.
 
-A list is a walk along the user's falling scores. It leaves out items that cannot be had, items that the user has and that
-are not bought again, and further items of a category that the list holds often enough. Boosts change the scores. A list
-for which fewer than k items are left is shorter. This module imports no torch, since a served model uses it; the ranking
-has the same walk for many users at a time (`numerics/top_k.py`).
+A list is a walk along the user's falling scores. It leaves out items that cannot be had, items that the user has and
+that are not bought again, and further items of a category that the list holds often enough. Boosts change the scores. A
+list for which fewer than k items are left is shorter. This module imports no torch, since a served model uses it; the
+ranking has the same walk for many users at a time (`numerics/top_k.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from crane_core.config import Evaluate
 from crane_core.dataset.interactions import Interactions, ItemLists
@@ -20,7 +21,8 @@ from crane_core.evaluation.baselines import recent_popularity
 from crane_core.evaluation.cold import rank_cold, summarise_cold
 from crane_core.evaluation.evidence import summarise_evidence
 from crane_core.evaluation.metrics import coverage, popularity_bias, user_metrics
-from crane_core.evaluation.ranking import Scorer, rank_users, without
+from crane_core.evaluation.ranking import Scorer, groups_of, rank_users, without
+from crane_core.evaluation.rules import ItemRules
 from crane_core.evaluation.slices import interest_entropy, slices_of_test
 from crane_core.graph.candidates import unit_rows
 from crane_core.numerics.bootstrap import bootstrap, paired_bootstrap
@@ -108,6 +110,46 @@ def summarise(tested: RankedTest, item_rows: np.ndarray, config: Evaluate) -> di
     report |= {"cold_items": _cold_items(tested, parts["cold_items"], config)}
     report |= {"evidence": summarise_evidence(tested.interactions, tested.users, tested.ranked)}
     return report
+
+
+def summarise_rules(
+    tested: RankedTest, score: Scorer, rules: ItemRules, config: Evaluate, device: torch.device
+) -> dict[str, Any]:
+    """Measure the lists of `crane` that obey the rules, beside those that do not.
+
+    Held-out items are first events, so what is bought again counts nowhere: an item that is shown again takes the place
+    of one that could be found.
+
+    Args:
+        tested: `crane` and other models on the test split.
+        score: that of `crane`, boosts included.
+        rules: for all items of the dataset.
+        config: cut-offs, resamples, seed and block of users.
+        device: of the scores.
+
+    Returns:
+        JSON values: `models` with `crane` under the rules; `differences`, with the rules minus without them, paired by
+        user; `counts` of the rules; and `short_lists`, users with fewer items than a list has.
+    """
+    interactions, users = tested.interactions, tested.users
+    left_out = np.union1d(interactions.tombstones, np.flatnonzero(rules.factors == 0))
+    ranked = rank_users(
+        without(score, left_out),
+        rules.had(interactions.train),
+        users,
+        max(config.ks),
+        config.user_block,
+        groups_of(rules, device),
+    )
+    metrics = user_metrics(ranked, interactions.test, users, config.ks)
+    ruled = replace(tested, ranked={"crane": ranked}, per_user={"crane": metrics})
+    gains = paired_bootstrap(metrics, tested.per_user["crane"], config.num_bootstrap, config.seed)
+    return {
+        "models": {"crane": _model(ruled, "crane", config)},
+        "differences": {"crane": {metric: gain.as_dict() for metric, gain in gains.items()}},
+        "counts": rules.counts,
+        "short_lists": int((ranked < 0).any(axis=1).sum()),
+    }
 
 
 def summarise_unknown_users(

@@ -41,8 +41,8 @@ from crane_core.schema import (
 
 GROUP_ROWS = 262_144
 """Rows of a matrix in a group, which one Spark task reads."""
-_RESERVED = (ITEM_ID, TITLE, ITEM_IDX, STATE, REASON)
-"""Columns that the ETL's table of items, or of those set aside, has anyway."""
+_RESERVED = (ITEM_ID, TITLE, ITEM_IDX, STATE, REASON, "dt")
+"""Names that the ETL has a use of its own for."""
 
 UNREADABLE = (
     OSError,

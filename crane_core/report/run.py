@@ -228,6 +228,7 @@ def _quality(run: _Run, chapter: Chapter) -> None:
         "differences": metrics["differences"],
         "rows": rows,
         "cold": metrics.get("cold", {}),
+        "rules": metrics.get("rules"),
         "champion": (numbers.get("standings") or {}).get("champion"),
     }
     chapter.plots["models"] = svg(plot_models(models))

@@ -112,7 +112,8 @@ def write_recommendations(
     with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
         sides = (recommender.user_embeddings, recommender.item_embeddings)
         added = None if rules.added is None else torch.from_numpy(rules.added).to(device)
-        score = dot_product(*(torch.from_numpy(rows).to(device) for rows in sides), added)
+        of_users, of_items = (torch.from_numpy(rows).to(device) for rows in sides)
+        score = dot_product(of_users, of_items, added)
         reasons = _reasons(recommender, device)
         for users, values, indices in rank_blocks(score, had, order, k, block, groups):
             scores, items = values.numpy(), indices.numpy()

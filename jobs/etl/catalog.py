@@ -15,7 +15,7 @@ from crane_core.schema import ITEM_ID, REASON, TITLE
 from jobs.etl.events import stored_type
 from jobs.etl.reading import read_files
 from jobs.etl.session import readable
-from jobs.etl.tables import lookup
+from jobs.etl.tables import column_of, lookup, quoted
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def clean_catalog(items: DataFrame) -> tuple[DataFrame, DataFrame]:
     """
     order = [TITLE, *(name for name in items.columns if name not in (ITEM_ID, TITLE))]
     place = F.row_number().over(
-        Window.partitionBy(ITEM_ID).orderBy(*(_column(name).asc_nulls_last() for name in order))
+        Window.partitionBy(ITEM_ID).orderBy(*(column_of(name).asc_nulls_last() for name in order))
     )
     reason = (
         F.when(F.col(ITEM_ID).isNull(), "null_id")
@@ -78,7 +78,7 @@ def with_columns(items: DataFrame, catalog: Catalog) -> DataFrame:
     if catalog.columns is None:
         return items
     return items.join(lookup(catalog.columns, catalog.num_read), ITEM_ID, "left").select(
-        *items.columns, *(_column(name) for name in catalog.columns.columns if name != ITEM_ID)
+        *items.columns, *(column_of(name) for name in catalog.columns.columns if name != ITEM_ID)
     )
 
 
@@ -91,7 +91,7 @@ def _read_rows(spark: SparkSession, footers: Sequence[Footer], kinds: dict[str, 
         groups.setdefault((*title, *stored), []).append(footer.file)
     tables = []
     for held, files in sorted(groups.items()):
-        schema = ", ".join([f"{ITEM_ID} string", *(f"{_quoted(name)} {stored}" for name, stored in held)])
+        schema = ", ".join([f"{ITEM_ID} string", *(f"{quoted(name)} {stored}" for name, stored in held)])
         rows = read_files(spark, files, schema)
         columns = [
             _in_common(name, dict(held).get(name), kind).alias(name)
@@ -106,16 +106,8 @@ def _in_common(name: str, stored: str | None, kind: str) -> Column:
     if stored is None:
         return F.lit(None).cast(kind)
     if kind == "timestamp" and stored == "bigint":
-        return F.timestamp_micros(F.floor(_column(name) / 1000))
+        return F.timestamp_micros(F.floor(column_of(name) / 1000))
     if kind == "string" and name != TITLE:
-        return F.make_valid_utf8(_column(name))
-    return _column(name).cast(kind)
+        return F.make_valid_utf8(column_of(name))
+    return column_of(name).cast(kind)
 
-
-def _column(name: str) -> Column:
-    return F.col(_quoted(name))
-
-
-def _quoted(name: str) -> str:
-    """A name as Spark reads it, whatever characters it has."""
-    return "`" + name.replace("`", "``") + "`"

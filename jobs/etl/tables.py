@@ -22,6 +22,16 @@ _ROW_BITS = 33
 _SEEDS = ("first", "second")
 
 
+def quoted(name: str) -> str:
+    """The name of a column as Spark reads it, whatever characters it has."""
+    return "`" + name.replace("`", "``") + "`"
+
+
+def column_of(name: str) -> Column:
+    """The column of that name, whatever characters it has."""
+    return F.col(quoted(name))
+
+
 def number_rows(rows: DataFrame, order: Sequence[Column | str], name: str, partitions: int) -> DataFrame:
     """Add a contiguous int column from 0 that follows a total order.
 
@@ -177,7 +187,7 @@ def tallies(tables: Mapping[str, Counted]) -> dict[str, Tally]:
 
 def _aggregated(name: str, table: Counted) -> DataFrame:
     rows = table.rows
-    cells = [part for column in rows.columns for part in (F.col(column).isNull(), F.col(column))]
+    cells = [part for name in rows.columns for part in (column_of(name).isNull(), column_of(name))]
     hashes = {seed: F.xxhash64(F.lit(seed), *cells) for seed in _SEEDS}
     # Halves of 32 bits: their sums fit 64 bits, and are many times faster than decimals.
     sums = [F.sum(F.shiftright(value, 32)).alias(f"{seed}_high") for seed, value in hashes.items()]
