@@ -34,7 +34,7 @@ def load_config(
 
     Args:
         source: path of a YAML file, or the name of a shipped preset.
-        overrides: values are parsed as YAML, the last one wins.
+        overrides: values are parsed as YAML, the last one wins; `section.part.field=value` for a section within one.
         recorded: the configuration to start from when there is no `source`; defaults only when None.
 
     Raises:
@@ -43,19 +43,11 @@ def load_config(
     tree = upgraded(_read(source) if source else recorded or {})
     for override in overrides or []:
         path, sign, value = override.partition("=")
-        section, dot, field = path.partition(".")
-        if not (sign and dot and section and field):
+        *sections, field = path.split(".")
+        if not (sign and sections and all(sections) and field):
             raise ConfigError(f"--set {override!r} is not of the form section.field=value.", EXAMPLE)
-        part = tree.setdefault(section, {})
-        if part is None:
-            part = tree[section] = {}
-        if not isinstance(part, dict):
-            raise ConfigError(
-                f"--set {override!r}: {section!r} is not a section.",
-                f"Name one of the sections {', '.join(RunConfig.model_fields)}.",
-            )
         try:
-            part[field] = yaml.safe_load(value)
+            _section(tree, sections, override)[field] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"--set {override!r}: the value is not YAML.", f"Quote it: --set '{path}=\"TEXT\"'."
@@ -70,6 +62,21 @@ def load_config(
             f"{f'Configuration {source}' if source else 'The configuration'}: {problems}.",
             remedy_of(error, RunConfig, "--set {field}=VALUE"),
         ) from error
+
+
+def _section(tree: dict[str, Any], path: list[str], override: str) -> dict[str, Any]:
+    """Return a section of a tree, or a section within one such as `export.rules`; made where it is not there."""
+    part = tree
+    for name in path:
+        if part.get(name) is None:
+            part[name] = {}
+        part = part[name]
+        if not isinstance(part, dict):
+            raise ConfigError(
+                f"--set {override!r}: {name!r} is not a section.",
+                f"Name one of the sections {', '.join(RunConfig.model_fields)}.",
+            )
+    return part
 
 
 def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:

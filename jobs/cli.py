@@ -174,14 +174,20 @@ def _recommend(arguments: argparse.Namespace) -> int:
 
     if arguments.items is None and arguments.times is not None:
         raise ConfigError("--times is given without --items.", "Give --items ID ID and as many --times, or --user ID.")
-    champion = served(_store(arguments), _runtime(arguments))
-    if arguments.items is None:
+    store = _store(arguments)
+    champion = served(store, _runtime(arguments))
+    if arguments.items is None and arguments.category is None:
         answer = recommend(champion, arguments.user, arguments.k)
+    elif arguments.items is None:
+        from jobs.commands.newcomers import recommend_in_category
+
+        answer = recommend_in_category(champion, store, arguments.user, arguments.category, arguments.k)
+    if arguments.items is None:
         _result(arguments, answer, _lines(answer["items"], "score"))
         return EXIT_OK
     from jobs.commands.newcomers import recommend_by_history
 
-    answer = recommend_by_history(champion, arguments.items, arguments.times, arguments.k)
+    answer = recommend_by_history(champion, arguments.items, arguments.times, arguments.k, arguments.category)
     heading = ["nothing is known of these items; what is popular now:"] if answer["fallback"] else []
     if answer["unknown_items"] and not answer["fallback"]:
         heading = [f"not known, and left out: {', '.join(answer['unknown_items'])}"]

@@ -31,9 +31,7 @@ def popularity(interactions: Interactions) -> Scorer:
     return _by_order(falling(interactions.popularity()))
 
 
-def recent_popularity(
-    interactions: Interactions, half_life: float | None, factors: np.ndarray | float = 1.0
-) -> Scorer:
+def recent_popularity(interactions: Interactions, half_life: float | None, factors: np.ndarray | float = 1.0) -> Scorer:
     """Score the items by training interactions that lose half of their weight every `half_life` days; None: by all.
 
     Args:

@@ -42,14 +42,14 @@ class ItemRules:
         is_repeated: bool [num_items], whether an item is shown to users who have it.
         categories: int32 [num_items], number of the item's category; -1 where it has none.
         most: items of a category in a list; None for any number.
-        counts: what each rule covers, JSON values for the manifest.
+        facts: JSON values that tell of the rules: their instant `at`, `settings`, and `counts` of what each one covers.
     """
 
     factors: np.ndarray
     is_repeated: np.ndarray
     categories: np.ndarray
     most: int | None
-    counts: dict[str, object]
+    facts: dict[str, Any]
 
     @property
     def added(self) -> np.ndarray | None:
@@ -152,16 +152,15 @@ def item_rules(rules: Rules, columns: pa.Table, at: datetime) -> ItemRules:
         categories = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
         names = coded.dictionary.to_numpy(zero_copy_only=False)
     is_repeated = np.isin(categories, [n for n, name in enumerate(names) if name in rules.repeat_categories])
-    counts: dict[str, object] = {
-        "at": at.isoformat(),
+    counts = {
         "left_out": {name: int(found.sum()) for name, found in hidden.items()},
         "items_shown": int(num_items - is_hidden.sum()),
         "bought_again": int(is_repeated.sum()),
         "boosted": boosted,
     }
-    return ItemRules(
-        np.where(is_hidden, np.float32(0), factors), is_repeated, categories, rules.max_per_category, counts
-    )
+    facts = {"at": at.isoformat(), "settings": rules.model_dump(mode="json"), "counts": counts}
+    factors[is_hidden] = 0
+    return ItemRules(factors, is_repeated, categories, rules.max_per_category, facts)
 
 
 def check_columns(rules: Rules, names: Collection[str]) -> None:
@@ -217,14 +216,9 @@ def _hidden(columns: pa.Table, at: datetime) -> dict[str, np.ndarray]:
     return found
 
 
-def rule_facts(rules: Rules, at: datetime) -> dict[str, Any]:
-    """Return rules and their instant as JSON values, under `rules`; nothing where none is set."""
-    return {"rules": {"at": at.isoformat(), **rules.model_dump(mode="json")}} if rules.are_set() else {}
-
-
 def rules_of(facts: Mapping[str, Any], columns: pa.Table) -> ItemRules:
-    """Return the rules that `rule_facts` tells of for the items of a table, or those that leave nothing out."""
-    if "rules" not in facts:
+    """Return the rules whose `ItemRules.facts` stand under `rules`, for the items of a table; without any, no rules."""
+    if not facts.get("rules"):
         return no_rules(columns.num_rows)
-    settings = {name: value for name, value in facts["rules"].items() if name != "at"}
-    return item_rules(Rules.model_validate(settings), columns, datetime.fromisoformat(facts["rules"]["at"]))
+    told = facts["rules"]
+    return item_rules(Rules.model_validate(told["settings"]), columns, datetime.fromisoformat(told["at"]))

@@ -147,7 +147,7 @@ def summarise_rules(
     return {
         "models": {"crane": _model(ruled, "crane", config)},
         "differences": {"crane": {metric: gain.as_dict() for metric, gain in gains.items()}},
-        "counts": rules.counts,
+        "counts": rules.facts["counts"],
         "short_lists": int((ranked < 0).any(axis=1).sum()),
     }
 

@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from crane_core.config import RunConfig
-from crane_core.evaluation.rules import rule_facts
 from crane_core.refit import refit_run
 from crane_core.release.version import SHIPPED_TAG, DatasetReference, Release
 from crane_core.schema import USER_ID
@@ -100,9 +99,9 @@ def assemble(
 
 def _write(folder: Path, inputs: Mapping[str, Artifact], run_id: str, config: RunConfig) -> Recommender:
     """Write the model of a run into a new folder and return what it serves."""
-    rules, end = config.export.rules, config.window.end
-    recommender = load_recommender(inputs["etl.interactions"], inputs["ml.train"], rules, end)
-    facts = {"run": run_id, "window": config.window.model_dump(mode="json"), **rule_facts(rules, end)}
+    shown = (config.export.rules, config.window.end)
+    recommender = load_recommender(inputs["etl.interactions"], inputs["ml.train"], *shown)
+    facts = {"run": run_id, "window": config.window.model_dump(mode="json")}
     folder.mkdir()
     write_model(folder, recommender, inputs["ml.train"].file("weights.safetensors"), facts)
     return recommender

@@ -15,7 +15,7 @@ import torch
 
 from crane_core.config import Export
 from crane_core.evaluation.ranking import SCORE_BYTES, dot_product, groups_of, rank_blocks
-from crane_core.evaluation.rules import eligibility
+from crane_core.evaluation.rules import ItemRules, eligibility
 from crane_core.graph.candidates import CPU, SearchResources
 from crane_core.graph.exact import search
 from crane_core.graph.faiss_search import write_index
@@ -71,8 +71,12 @@ def write_export(folder: Path, recommender: Recommender, config: Export, device:
         "num_recommendations": lists.num_rows,
         "num_short_lists": lists.num_short,
         "num_similar": num_similar,
-        **({"rules": recommender.rules.counts | lists.by_rule} if recommender.rules else {}),
+        **({"rules": _told(recommender.rules, lists)} if recommender.rules else {}),
     }
+
+
+def _told(rules: ItemRules, lists: Written) -> dict[str, Any]:
+    return rules.facts | {"counts": rules.facts["counts"] | lists.by_rule}
 
 
 @dataclass(frozen=True)

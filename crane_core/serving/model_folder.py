@@ -145,7 +145,7 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
         folder: empty folder.
         recommender: users and items that it serves.
         weights: safetensors file with the trained weights.
-        facts: run, window and, if there are any, rules, JSON values.
+        facts: run and window, JSON values.
     """
     recommender.save_embeddings(folder / "embeddings.safetensors")
     shutil.copyfile(weights, folder / "weights.safetensors")
@@ -159,7 +159,9 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
         "num_seen": len(seen.items),
     }
     folds_in = {} if recommender.fold_in is None else {"history": recommender.fold_in.facts()}
-    form = {"format": WITH_RULES if "rules" in facts else FORMAT if folds_in else WITHOUT_FOLD_IN, **folds_in}
+    form: dict[str, Any] = {"format": FORMAT if folds_in else WITHOUT_FOLD_IN, **folds_in}
+    if recommender.rules is not None:
+        form |= {"format": WITH_RULES, "rules": recommender.rules.facts}
     (folder / "model.json").write_text(json.dumps({**form, **sizes, **facts}, indent=1, sort_keys=True))
     checksums = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())

@@ -57,6 +57,7 @@ def command_line(work: Mapping[str, Command]) -> FlagParser:
     who.add_argument("--user", metavar="ID", help="a user of the data")
     who.add_argument("--items", nargs="+", metavar="ID", help="items that somebody has met")
     recommend.add_argument("--times", nargs="+", metavar="TIME", help="when, ISO 8601, one for each of --items")
+    recommend.add_argument("--category", help="only items of this category of the catalog")
     recommend.add_argument("-k", "--k", type=int, default=10, help="how many items")
 
     similar = command("similar", "Which items are like an item.", stored)

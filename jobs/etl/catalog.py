@@ -110,4 +110,3 @@ def _in_common(name: str, stored: str | None, kind: str) -> Column:
     if kind == "string" and name != TITLE:
         return F.make_valid_utf8(column_of(name))
     return column_of(name).cast(kind)
-

@@ -1,8 +1,8 @@
 """Read the test split, once: `python -m jobs.ml.evaluate --store URI --run RUN_ID`.
 
 Leaves `metrics.json` (every model with intervals, paired differences to the baselines, slices, cold items, unknown
-users; with `export.rules`, how CRANE's lists do that obey them) and `per_user.parquet`, the metrics of each user, for later
-paired tests.
+users; where `export.rules` are set, CRANE's lists that obey them) and `per_user.parquet`, the metrics of each user, for
+later paired tests.
 """
 
 from __future__ import annotations

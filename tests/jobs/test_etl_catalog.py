@@ -123,7 +123,11 @@ def test_what_the_rules_cannot_read_is_said_before_spark_starts(tmp_path: Path, 
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "export.rules.max_per_category needs the column category" in told["found"]
     assert "price" in told["found"] and "leave the rule out" in told["remedy"]
-    for column, kind in [("category", pa.array([1, 2])), ("in_stock", pa.array([1, 0])), ("available_from", ["a", "b"])]:
+    for column, kind in [
+        ("category", pa.array([1, 2])),
+        ("in_stock", pa.array([1, 0])),
+        ("available_from", ["a", "b"]),
+    ]:
         deliver(tmp_path, item_id=["x", "y"], **{column: kind})
         assert etl(tmp_path, f"r-{column}") == EXIT_DATA
         assert f"column '{column}' is" in json.loads(capsys.readouterr().out.splitlines()[-1])["found"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crane_core.config import RunConfig
+from crane_core.config import Rules, RunConfig
 from crane_core.config_file import load_config, preset_names
 from crane_core.errors import ConfigError
 from crane_core.model_config import Choices
@@ -48,12 +48,26 @@ def test_window_is_utc_however_it_is_written(text: str) -> None:
         (["train"], "'train' is not of the form section.field=value"),
         (["train=1"], "is not of the form section.field=value"),
         ([".x=1"], "is not of the form section.field=value"),
+        (["export..available=true"], "is not of the form section.field=value"),
+        (["export.rules.most=3"], "export.rules.most: Extra inputs are not permitted"),
+        (["export.k=3", "export.k.a=3"], "'k' is not a section"),
+        (["export.rules.boosts={brand: {acme: 0}}"], "factors from 0.001 to 1000"),
     ],
 )
 def test_mistakes_name_the_field_and_what_was_found(overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*WINDOW, *overrides])
     assert expected in caught.value.found and caught.value.remedy
+
+
+def test_a_field_of_a_section_within_a_section_is_set_alone() -> None:
+    overrides = ["export.rules={available: true}", "export.rules.max_per_category=3"]
+    rules = load_config(None, [*WINDOW, *overrides]).export.rules
+    assert rules == Rules(available=True, max_per_category=3)
+    assert rules.are_set() and not Rules().are_set()
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*WINDOW, "export.rules.max_per_categry=3"])
+    assert "perhaps max_per_category" in caught.value.remedy
 
 
 def test_window_is_required() -> None:

@@ -51,6 +51,7 @@ def make_run(
     cold_noise: float | None = None,
     seed: int = 0,
     num_untrained: int = 0,
+    settings: tuple[str, ...] = (),
     edit: Callable[[dict[str, np.ndarray], np.ndarray, np.ndarray], None] | None = None,
 ) -> list[str]:
     """Publish `etl.interactions`, `ml.refine`, `ml.behaviour`, `ml.train` and `ml.evaluate` of a run.
@@ -61,12 +62,13 @@ def make_run(
         cold_noise: noise on the rows of the cold items, `noise` when None.
         seed: of the noise; the data are the same for every run.
         num_untrained: users, the first ones, whose items are all held out.
+        settings: further `section.field=value` of the run.
         edit: changes the rows of the run's model in place, given the true embeddings of users and items.
 
     Returns:
         Flags of the run's jobs.
     """
-    argv = flags(store, run_id, window_end)
+    argv = flags(store, run_id, window_end, *settings)
     config = load_config(None, argv[5::2])
     artifacts = open_store(str(store))
     artifacts.start_run(run_id, config)
@@ -239,6 +241,11 @@ def _interactions(
             "item_idx": pa.array(range(NUM_ITEMS), pa.int32()),
             "item_id": item_ids(),
             "title": pa.array([f"Title {i}" if i % 10 else None for i in range(NUM_ITEMS)], pa.string()),
+            "category": [f"category-{i % 7}" for i in range(NUM_ITEMS)],
+            "in_stock": [i % 9 != 4 for i in range(NUM_ITEMS)],
+            "available_until": pa.array(
+                [config.window.end if i % 9 == 5 else None for i in range(NUM_ITEMS)], pa.timestamp("us", tz="UTC")
+            ),
         },
         "cold": {
             "user_id": ["stranger"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,7 @@ from crane_core.config import Export, Rules
 from crane_core.dataset.interactions import ItemLists
 from crane_core.errors import DataError
 from crane_core.evaluation.ranking import adding, dot_product, groups_of, rank_users
-from crane_core.evaluation.rules import check_columns, eligibility, item_rules, rule_facts, rules_of
+from crane_core.evaluation.rules import check_columns, eligibility, item_rules, rules_of
 from crane_core.model.fold_in import Block, FoldIn, History
 from crane_core.serving.export import write_export
 from crane_core.serving.histories import Histories
@@ -224,16 +225,14 @@ def test_counts_say_what_each_rule_covers() -> None:
     rules = Rules(available=True, repeat_categories=("tea",), boosts={"price": {3: 2}, "category": {"none": 2}})
     found = item_rules(rules, columns, AT)
     assert found.factors.tolist() == [0, 0, 0, 2]
-    assert found.counts == {
-        "at": "2026-03-01T00:00:00+00:00",
+    assert found.facts["counts"] == {
         "left_out": {"sold_out": 1, "not_yet": 1, "no_longer": 1},
         "items_shown": 1,
         "bought_again": 2,
         "boosted": {"price": {"3": 2}, "category": {"none": 0}},
     }
-    again = rules_of(rule_facts(rules, AT), columns)
-    assert again.counts == found.counts
-    assert rule_facts(Rules(), AT) == {}
+    again = rules_of({"rules": json.loads(json.dumps(found.facts))}, columns)
+    assert again.facts == found.facts
     assert rules_of({}, columns).added is None
 
 
