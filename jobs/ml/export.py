@@ -1,19 +1,26 @@
 """Write the champion's recommendations: `python -m jobs.ml.export --store URI --run RUN_ID`.
 
 The champion is looked up once and exported from the run of its shipped model: the refit run, if there is one. An item
-is unseen if that run's training holds no event of the user with it; a refit run's holds all before `window.end`. The
-artifact is the contract with serving systems:
+is unseen if that run's training holds no event of the user with it; a refit run's holds all before `window.end`. Lists
+obey `export.rules` of that run at its `window.end` (crane_core/README.md, "What may be shown"); `rules` in the manifest
+has them, with counts of what each one left out. The artifact is the contract with serving systems:
 
-    recommendations/*.parquet   user_id, rank (from 1), item_id, score, because_item_id; at most `export.k` unseen items
-                                per user. Because: the item of the user's history that adds most to the score, by the
-                                sums below; null where popularity alone would have put the item into the list
-    similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine)
+    recommendations/*.parquet   user_id, rank (from 1), item_id, score, because_item_id; at most `export.k` items per
+                                user, unseen but for `repeat_categories`; less where fewer are left (`num_short_lists`).
+                                Because: the item of the user's history that adds most to the score, by the sums below;
+                                null where popularity alone would have put the item into the list
+    similar/*.parquet           item_id, rank, similar_item_id, similarity (cosine); similar items that can be had
     popular.parquet             rank, item_id, score (popularity at `window.end`): for users without recommendations
+    eligibility.parquet         item_id, from, until: when each item may be shown, instants in UTC; null from: always
+                                begun, null until: never ended; `until` itself is out. An item without a row is out of
+                                stock. It is what the catalog says, whether or not the rules obey it
     embeddings.safetensors      user_embeddings f32 [num_users, d], item_embeddings f32 [num_items, d];
-                                score = dot product; history_rows f32 [num_items, d], history_constant f32 [d]
+                                score = dot product, and the logarithm of the item's boosts added;
+                                history_rows f32 [num_items, d], history_constant f32 [d]
     history.json                weight, end, blocks (columns, half_life, power): how a history becomes a user's row
     content.safetensors, content.json  how the vectors of a new item become its row, see below
-    users.parquet, items.parquet  external ids (and titles); row number = row of the embeddings
+    users.parquet, items.parquet  external ids (and titles, and the columns of the catalog); row number = row of the
+                                embeddings
     ann.faiss                   inner product over the item embeddings; id in the index = row of items.parquet
 
 A user without a row, or one who has met more since, gets a row by the fold-in: one gather and one sum. Of every event j
@@ -24,7 +31,8 @@ with the half-life of the block,
     v_j = weight * 0.5 ** (age_j / half_life)         or weight, where half_life is null
     row[columns] = history_constant[columns] + sum_j v_j history_rows[item_j, columns] / (sum_j v_j) ** power
 
-The scores are the dot products of the row with `item_embeddings`; items of the history are left out. A history without
+The scores are the dot products of the row with `item_embeddings`; items of the history are left out, and what
+`eligibility.parquet` says cannot be had. Embeddings and index hold all items. A history without
 a known item gets `popular.parquet`. An export of a model of an earlier version has no `history.json`.
 
 An item that came after the run can be ranked at once, by a row from its vectors:
