@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 from crane_core.config import RunConfig
 from crane_core.raw.checks import check_interactions
 from crane_core.raw.files import list_interactions
+from jobs.etl.catalog import Catalog, clean_catalog
 from jobs.etl.events import (
     assign_split,
     find_bots,
@@ -28,8 +29,7 @@ from jobs.etl.events import (
     read_interactions,
     with_codes,
 )
-from jobs.etl.ids import Catalog, Kind, first_seen, number_ids, trained_keys
-from jobs.etl.stages.interactions import clean_catalog
+from jobs.etl.ids import Kind, first_seen, number_ids, trained_keys
 from jobs.etl.tables import number_rows, tally, write_table
 from tests.worlds.raw_data import at, write_day
 
@@ -309,7 +309,8 @@ def numbered(
     trained = trained_keys(assign_split(kept, config).where("split = 0"))[which]
     listed = None
     if catalog:
-        listed = Catalog(*clean_catalog(spark.createDataFrame(catalog, "item_id string, title string")), len(catalog))
+        good, bad = clean_catalog(spark.createDataFrame(catalog, "item_id string, title string"))
+        listed = Catalog(good, None, bad, len(catalog))
     return number_ids(first_seen(valid, config)[which], trained, kind, config, listed, base)
 
 
