@@ -7,8 +7,10 @@ engine and one TrainingRuntime. The operators fetch the template when a task sta
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +21,15 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from job_output import failure, last_object, returned
 from kubernetes.client import V1Pod
 from kubernetes.client.exceptions import ApiException
-from local_job import command
+from local_job import command, lineage_event
 from other_runs import wait_for_turn
 
 NAMESPACE = "crane"
 TRAINER = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
 TAIL_LINES = 500
 POLL_SECONDS = 15.0
+OVERLAP_SECONDS = 30.0
+"""More than an answer of the API takes, and than clocks of nodes are changed by at a time."""
 
 
 class PodJobOperator(KubernetesPodOperator):
@@ -75,7 +79,11 @@ class PodJobOperator(KubernetesPodOperator):
         self.flags = flags
         self.part = part
         self.returns = returns
+        self.result: dict[str, Any] = {}
         self._lines: list[str] = []
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        return lineage_event(self.flags, self.result)
 
     def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> V1Pod:
         try:
@@ -106,7 +114,7 @@ class PodJobOperator(KubernetesPodOperator):
         # `super().cleanup` deletes the pod, and its log with it.
         code = _exit_code(remote_pod, self.base_container_name) if remote_pod and not self._killed else None
         if code is not None:
-            self._lines = _log(self.client, remote_pod.metadata.name, self.base_container_name, TAIL_LINES)
+            self._lines = _log(self.client, remote_pod.metadata.name, self.base_container_name, tail_lines=TAIL_LINES)
         try:
             super().cleanup(pod, remote_pod, xcom_result, context)
         except AirflowException as error:
@@ -115,7 +123,8 @@ class PodJobOperator(KubernetesPodOperator):
             raise
 
     def _returned(self) -> Any:
-        return returned(_result(self.job, self._lines), self.returns)
+        self.result = _result(self.job, self._lines)
+        return returned(self.result, self.returns)
 
 
 class TrainJobOperator(BaseOperator):
@@ -145,6 +154,10 @@ class TrainJobOperator(BaseOperator):
         self.flags = flags
         self.returns = returns
         self.train_job: str | None = None
+        self.result: dict[str, Any] = {}
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        return lineage_event(self.flags, self.result)
 
     @cached_property
     def hook(self) -> KubernetesHook:
@@ -176,23 +189,27 @@ class TrainJobOperator(BaseOperator):
             if error.status != 409:
                 raise
             self.log.info("found train_job=%s", name)
-        shown = 0
+        log: PodLog | None = None
+        lines: deque[str] = deque(maxlen=TAIL_LINES)
         while True:
             ended = _ended(custom.get_namespaced_custom_object(namespace=NAMESPACE, name=name, **TRAINER))
             pod = self._first_node(core, name)
-            lines = _log(core, pod.metadata.name, "node") if pod else []
-            # A restarted training begins a new log.
-            for line in lines[shown if shown <= len(lines) else 0 :]:
+            if pod and (log is None or log.pod != pod.metadata.name):
+                # A restarted training has another pod.
+                log = PodLog(core, pod.metadata.name, "node")
+                lines.clear()
+            for line in log.read_on() if log else []:
                 self.log.info("%s", line)
-            shown = len(lines)
+                lines.append(line)
             if ended:
                 break
             time.sleep(POLL_SECONDS)
         self.on_kill()
         if ended["type"] == "Failed":
             code = _exit_code(pod, "node") if pod else None
-            raise failure(self.job, code or 1, lines or [ended.get("message", "")])
-        return returned(_result(self.job, lines), self.returns)
+            raise failure(self.job, code or 1, list(lines) or [ended.get("message", "")])
+        self.result = _result(self.job, lines)
+        return returned(self.result, self.returns)
 
     def on_kill(self) -> None:
         """Delete the TrainJob and its pods."""
@@ -233,12 +250,65 @@ def _exit_code(pod: V1Pod, container: str) -> int | None:
     return None
 
 
-def _log(core: Any, pod: str, container: str, tail_lines: int | None = None) -> list[str]:
-    """Return the lines a container has written: none before it starts, and none once its log is gone."""
-    tail = {"tail_lines": tail_lines} if tail_lines else {}
+class PodLog:
+    """The log of a container, of which every read goes on where the last one ended.
+
+    The client of the API can only ask for the last seconds. So a read asks for `OVERLAP_SECONDS` more than have passed,
+    and what it has returned before is told by the timestamps of the lines.
+
+    Args:
+        core: client of the API.
+        pod, container: whose log.
+    """
+
+    def __init__(self, core: Any, pod: str, container: str) -> None:
+        self.pod = pod
+        self._core, self._container = core, container
+        self._read_at: float | None = None
+        self._last = ""
+        # Lines with the last timestamp that were returned: several can have the same.
+        self._num_last = 0
+
+    def read_on(self) -> list[str]:
+        """Return the lines since the last read."""
+        now, since = time.monotonic(), {}
+        if self._read_at is not None:
+            since = {"since_seconds": math.ceil(now - self._read_at + OVERLAP_SECONDS)}
+        found = _log(self._core, self.pod, self._container, timestamps=True, **since)
+        if found:
+            self._read_at = now
+        lines, skipped = [], 0
+        for line in found:
+            stamp, _, text = line.partition(" ")
+            stamp = _comparable(stamp)
+            if stamp < self._last:
+                continue
+            if stamp == self._last and skipped < self._num_last:
+                skipped += 1
+                continue
+            lines.append((stamp, text))
+        if lines:
+            last = lines[-1][0]
+            self._num_last = sum(stamp == last for stamp, _ in lines) + (skipped if last == self._last else 0)
+            self._last = last
+        return [text for _, text in lines]
+
+
+def _comparable(stamp: str) -> str:
+    """Return an instant `2026-01-31T12:00:00.5Z` with nine digits of its second, so that text compares as time."""
+    whole, _, fraction = stamp.removesuffix("Z").partition(".")
+    return f"{whole}.{fraction:0<9}"
+
+
+def _log(core: Any, pod: str, container: str, **wanted: Any) -> list[str]:
+    """Return the lines a container has written: none before it starts, and none once its log is gone.
+
+    Args:
+        wanted: options of `read_namespaced_pod_log`.
+    """
     try:
         # The client would return `str(bytes)`, so this decodes the response itself.
-        response = core.read_namespaced_pod_log(pod, NAMESPACE, container=container, _preload_content=False, **tail)
+        response = core.read_namespaced_pod_log(pod, NAMESPACE, container=container, _preload_content=False, **wanted)
     except ApiException as error:
         if error.status in (400, 404):
             return []
@@ -246,13 +316,13 @@ def _log(core: Any, pod: str, container: str, tail_lines: int | None = None) -> 
     return response.data.decode(errors="backslashreplace").splitlines()
 
 
-def _result(job: str, lines: Sequence[str]) -> dict[str, Any]:
+def _result(job: str, lines: Iterable[str]) -> dict[str, Any]:
     """Return the JSON object that a job prints last, among log lines.
 
     Raises:
         AirflowException: there is none. The next try finds the artifact and prints it.
     """
-    result = last_object(lines, "stage")
+    result = last_object(list(lines), "stage")
     if result is None:
         raise AirflowException(f"jobs.{job} succeeded, but its log does not hold its result.")
     return result

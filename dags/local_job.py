@@ -92,16 +92,7 @@ class LocalJobOperator(BaseOperator):
         return returned(self.result, self.returns)
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
-        """Return the artifacts that the job has read, and made or found. Only OpenLineage calls this."""
-        from airflow.providers.openlineage.extractors import OperatorLineage
-        from openlineage.client.event_v2 import Dataset
-
-        flags = json.loads(self.flags)
-        store = flags[flags.index("--store") + 1]
-        namespace = store if "://" in store else f"file://{store}"
-        artifacts = lineage(self.result)
-        inputs, outputs = ([Dataset(namespace, name) for name in names] for names in artifacts)
-        return OperatorLineage(inputs=inputs, outputs=outputs)
+        return lineage_event(self.flags, self.result)
 
     def on_kill(self) -> None:
         """End the process group of the job with SIGTERM, and with SIGKILL what is left after `TERMINATION_SECONDS`."""
@@ -143,6 +134,23 @@ class LocalJobOperator(BaseOperator):
         except BaseException:
             self.on_kill()
             raise
+
+
+def lineage_event(flags: str, result: dict[str, Any]) -> Any:
+    """Return the artifacts that a job has read, and made or found, for OpenLineage, which alone calls this.
+
+    Args:
+        flags: of the job, a JSON list.
+        result: what it printed last.
+    """
+    from airflow.providers.openlineage.extractors import OperatorLineage
+    from openlineage.client.event_v2 import Dataset
+
+    given = json.loads(flags)
+    store = given[given.index("--store") + 1]
+    namespace = store if "://" in store else f"file://{store}"
+    inputs, outputs = ([Dataset(namespace, name) for name in names] for names in lineage(result))
+    return OperatorLineage(inputs=inputs, outputs=outputs)
 
 
 def lineage(result: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -9,8 +9,8 @@ from typing import Any
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException
-from job_output import failure
-from local_job import PROJECT, command, job_environment, jobs_python, setting
+from job_output import failure, last_object
+from local_job import PROJECT, command, job_environment, jobs_python, lineage_event, setting
 from other_runs import wait_for_turn
 
 
@@ -38,6 +38,10 @@ class SparkJobOperator(SparkSubmitOperator):
         self.job = job
         self.flags = flags
         self.part = part
+        self.result: dict[str, Any] = {}
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
+        return lineage_event(self.flags, self.result)
 
     def execute(self, context: Context) -> None:
         wait_for_turn(context)
@@ -65,3 +69,4 @@ class SparkJobOperator(SparkSubmitOperator):
             if code:
                 raise failure(self.job, code, list(self._hook._last_submit_log_lines)) from error
             raise
+        self.result = last_object(list(self._hook._last_submit_log_lines), "stage") or {}

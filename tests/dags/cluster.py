@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -47,7 +47,8 @@ class Cluster:
         self.runtimes = applied("TrainingRuntime")
         self.created: list[dict] = []
         self.pods: dict[str, dict] = {}
-        self.logs: dict[str, str] = {}
+        self.logs: dict[str, list[tuple[datetime, str]]] = {}
+        self.num_sent: list[int] = []
         self.train_jobs: dict[str, dict] = {}
         self.deleted: list[str] = []
         handler = type("Handler", (_Handler,), {"cluster": self})
@@ -94,8 +95,10 @@ class Cluster:
         )
 
         def finish() -> None:
-            self.logs[name] = process.communicate()[0]
-            code = process.returncode
+            self.logs[name] = []
+            for line in process.stdout:
+                self.logs[name].append((datetime.now(UTC), line))
+            code = process.wait()
             pod["status"] = {
                 "phase": "Failed" if code else "Succeeded",
                 "containerStatuses": [self._status(pod, {"terminated": {"exitCode": code, "reason": "Completed"}})],
@@ -156,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "podtemplates" and name in cluster.templates:
             self._answer(cluster.templates[name])
         elif kind == "pods" and sub == "log" and name in cluster.pods:
-            self._answer(cluster.logs.get(name, ""))
+            self._answer(self._log(name, parse_qs(url.query)))
         elif kind == "pods" and name in cluster.pods:
             self._answer(cluster.pods[name])
         elif kind == "pods" and not name:
@@ -196,6 +199,21 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.cluster.pods.pop(name, None)
         self._answer({"kind": "Status", "status": "Success"})
+
+    def _log(self, name: str, query: dict[str, list[str]]) -> str:
+        lines = list(self.cluster.logs.get(name, []))
+        if "sinceSeconds" in query:
+            since = datetime.now(UTC) - timedelta(seconds=int(query["sinceSeconds"][0]))
+            lines = [(at, line) for at, line in lines if at >= since]
+        if "tailLines" in query:
+            lines = lines[-int(query["tailLines"][0]) :]
+        self.cluster.num_sent.append(len(lines))
+        # As containerd writes them, without zeros at the end.
+        stamps = [at.strftime("%Y-%m-%dT%H:%M:%S.%f").rstrip("0").rstrip(".") + "Z" for at, _ in lines]
+        is_stamped = query.get("timestamps") == ["True"] or query.get("timestamps") == ["true"]
+        return "".join(
+            f"{stamp} {line}" if is_stamped else line for stamp, (_, line) in zip(stamps, lines, strict=True)
+        )
 
     @staticmethod
     def _route(path: str) -> tuple[str, str, str]:

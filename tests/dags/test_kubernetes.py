@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from types import SimpleNamespace
 
 import deployment
@@ -238,6 +239,35 @@ def test_a_training_runs_on_every_node_and_returns_the_first_ones_result(cluster
     assert len(play.calls()) == 3
     assert all({"PET_NNODES", "PET_NODE_RANK"} <= set(call["environment"]) for call in play.calls())
     assert cluster.deleted == [operator.train_job]
+
+
+SLOW = """
+import time
+for number in range(12):
+    print(f"epoch {number}" + chr(10) + f"loss {number}", flush=True)
+    time.sleep(0.4)
+"""
+
+
+def test_a_log_is_read_on_from_where_the_last_read_ended(cluster, play, monkeypatch, capsys):
+    """Every line is shown once, and the first ones are not sent again and again."""
+    monkeypatch.setattr(kubernetes_job, "OVERLAP_SECONDS", 0.5)
+    play.act({"ml.train": {"child": SLOW}})
+    assert task("ml.train").execute(context()) == {"stage": "ml.train"}
+    told = capsys.readouterr()
+    shown = re.findall(r"\b((?:epoch|loss) \d+)\b", told.out + told.err)
+    assert shown == [line for number in range(12) for line in (f"epoch {number}", f"loss {number}")]
+    assert len(cluster.num_sent) > 20 and max(cluster.num_sent) < 20
+
+
+@pytest.mark.parametrize("name", ["ml.graph", "ml.train"])
+def test_lineage_names_what_was_read_and_made(cluster, play, name):
+    play.act({name: {"answer": {"fingerprint": "f3", "inputs": {"ml.refine": "f1"}, "content": "c"}}})
+    made = task(name, flags='["--store", "s3://bucket/a"]')
+    made.execute(context())
+    told = made.get_openlineage_facets_on_complete(None)
+    named = [[(each.namespace, each.name) for each in datasets] for datasets in (told.inputs, told.outputs)]
+    assert named == [[("s3://bucket/a", "ml.refine/f1")], [("s3://bucket/a", f"{name}/f3")]]
 
 
 def test_a_second_worker_finds_the_training_that_runs(cluster, play):

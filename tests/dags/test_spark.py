@@ -53,10 +53,13 @@ def test_an_etl_job_runs_on_the_master_of_the_connection(master, tmp_path):
     subprocess.run([str(PYTHON), "-c", RAW, str(raw)], cwd=PROJECT, check=True)
     flags = ["--store", str(store), "--run", "r", "--set", f"runtime.raw={raw}", "--set", "runtime.spark_master=none"]
     flags += [flag for setting in SETTINGS for flag in ("--set", setting)]
-    task("etl.interactions", flags=json.dumps(flags)).execute(context())
+    made = task("etl.interactions", flags=json.dumps(flags))
+    made.execute(context())
     entry = json.loads((store / "runs" / "r" / "etl.interactions.json").read_text())
     manifest = json.loads((store / "etl.interactions" / entry["fingerprint"] / "manifest.json").read_text())
     assert manifest["facts"]["num_rows_read"] == 9
+    (output,) = made.get_openlineage_facets_on_complete(None).outputs
+    assert (output.namespace, output.name) == (f"file://{store}", f"etl.interactions/{entry['fingerprint']}")
 
 
 def test_errors_of_the_user_are_final_and_airflows_secrets_stay(master, play, monkeypatch):
