@@ -29,7 +29,7 @@ from crane_core.stages import STAGES
 from crane_core.storage.artifacts import Artifact
 from jobs.etl import features, interactions, profiles
 from jobs.etl.stages import interactions as log_stage
-from jobs.etl.stages.features import describe
+from jobs.etl.stages.features import describe, write_matrix
 from jobs.stores import open_store
 from tests.worlds.raw_data import at, write_day, write_items, write_log, write_vectors
 
@@ -393,6 +393,7 @@ def test_bad_vectors_are_quarantined_and_counted(reference: Path, raw: Path) -> 
         "missing": 1,
         "num_rows_read": 13,
         "trained_coverage": 1.0,
+        "zeroed": 0,
     }
     assert np.load(found.file("text/matrix.npy")).tolist() == [[1, 0], [3, 4], [0, 2], [0, 0]]
     assert np.load(found.file("text/mask.npy")).tolist() == [True, True, True, False]
@@ -410,6 +411,13 @@ def test_features_are_stored_in_half_precision_and_summed_exactly(reference: Pat
     rows = rows.astype(np.float64)
     sums = np.array([rows[0] + rows[1], rows[0] + rows[2], rows[2]]).astype(np.float32)
     np.testing.assert_array_equal(np.load(artifact(reference, "profiles", "half").file("text.npy")), sums)
+
+
+def test_numbers_that_a_type_rounds_to_zero_are_counted(tmp_path: Path) -> None:
+    """6e-8 is the smallest of float16."""
+    rows = np.array([[1e-8, 0.0, 1.0], [1e-7, -1e-9, 70000.0]])
+    assert write_matrix(tmp_path / "half.npy", [(slice(0, 2), rows)], (2, 3), "float16") == (1, 2)
+    assert write_matrix(tmp_path / "whole.npy", [(slice(0, 2), rows)], (2, 3), "float32") == (0, 0)
 
 
 @pytest.mark.spark

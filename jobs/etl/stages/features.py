@@ -7,7 +7,7 @@ whole matrix in memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -175,14 +175,17 @@ def run(job: Job) -> Result:
             written = projected(written, masks[name], axes)
             facts[name] |= {"dim": most, "delivered_dim": dim, "explained": float(axes["explained"])}
             dim = most
-        num_unfit = _write_matrix(folder / "matrix.npy", written, (num_items, dim), config.features.dtype)
+        dtype = config.features.dtype
+        num_unfit, num_zeroed = write_matrix(folder / "matrix.npy", written, (num_items, dim), dtype)
         if num_unfit:
             raise DataError(
                 f"{root / FEATURES_FOLDER / name}: {num_unfit} of {present} vectors have numbers beyond the largest of "
-                f"{config.features.dtype}, {np.finfo(config.features.dtype).max:.6g}, where features.standardise is "
-                f"{kind}.",
+                f"{dtype}, {np.finfo(dtype).max:.6g}, where features.standardise is {kind}.",
                 "Correct these vectors, or set features.dtype=float32 or features.standardise to zscore or l2.",
             )
+        facts[name]["zeroed"] = num_zeroed
+        if num_zeroed:
+            logger.warning("zeroed modality=%s numbers=%d too small for %s", name, num_zeroed, dtype)
         np.save(folder / "mask.npy", masks[name])
         logger.info("align modality=%s dim=%d present=%d missing=%d", name, dim, present, num_items - present)
     quarantine = {name: {reason: n for reason, n in found.items() if reason} for name, found in counts.items()}
@@ -306,18 +309,23 @@ def _stop_if_unusable(counts: Mapping[str, Mapping[str, int]], features: Feature
             )
 
 
-def _write_matrix(
-    path: Path, rows: Iterator[tuple[slice, NDArray[np.float64]]], shape: tuple[int, int], dtype: str
-) -> int:
-    """Write blocks of rows in a number type, and return the number of rows that do not fit into it."""
-    num_unfit = 0
+def write_matrix(
+    path: Path, rows: Iterable[tuple[slice, NDArray[np.float64]]], shape: tuple[int, int], dtype: str
+) -> tuple[int, int]:
+    """Write blocks of rows in a number type.
+
+    Returns:
+        The number of rows with a number too large for it, and the number of numbers that it rounds to 0.
+    """
+    num_unfit, num_zeroed = 0, 0
     with RowWriter(path, *shape, dtype) as writer:
         for block, values in rows:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", under="ignore"):
                 stored = values.astype(dtype)
+            num_zeroed += int(((stored == 0) & (values != 0)).sum())
             num_unfit += int((~np.isfinite(stored)).any(axis=1).sum())
             writer.write(np.arange(block.start, block.stop), stored)
-    return num_unfit
+    return num_unfit, num_zeroed
 
 
 def _write_raw_matrices(work: Path, dims: Mapping[str, int], num_items: int) -> dict[str, NDArray[np.bool_]]:
