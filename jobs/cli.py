@@ -178,15 +178,14 @@ def _recommend(arguments: argparse.Namespace) -> int:
     champion = served(store, _runtime(arguments))
     if arguments.items is None and arguments.category is None:
         answer = recommend(champion, arguments.user, arguments.k)
-    elif arguments.items is None:
-        from jobs.commands.newcomers import recommend_in_category
-
-        answer = recommend_in_category(champion, store, arguments.user, arguments.category, arguments.k)
-    if arguments.items is None:
         _result(arguments, answer, _lines(answer["items"], "score"))
         return EXIT_OK
-    from jobs.commands.newcomers import recommend_by_history
+    from jobs.commands.newcomers import recommend_by_history, recommend_in_category
 
+    if arguments.items is None:
+        answer = recommend_in_category(champion, store, arguments.user, arguments.category, arguments.k)
+        _result(arguments, answer, _lines(answer["items"], "score"))
+        return EXIT_OK
     answer = recommend_by_history(champion, arguments.items, arguments.times, arguments.k, arguments.category)
     heading = ["nothing is known of these items; what is popular now:"] if answer["fallback"] else []
     if answer["unknown_items"] and not answer["fallback"]:

@@ -153,11 +153,8 @@ def write_model(folder: Path, recommender: Recommender, weights: Path, facts: Ma
     save_arrays({"indptr": seen.indptr, "items": seen.items}, folder / "seen.safetensors")
     save_arrays({"popularity": recommender.popularity}, folder / _POPULARITY)
     recommender.write_ids(folder)
-    sizes = {
-        "num_users": len(recommender.user_ids),
-        "num_items": len(recommender.item_ids),
-        "num_seen": len(seen.items),
-    }
+    num_users, num_items = len(recommender.user_ids), len(recommender.item_ids)
+    sizes = {"num_users": num_users, "num_items": num_items, "num_seen": len(seen.items)}
     folds_in = {} if recommender.fold_in is None else {"history": recommender.fold_in.facts()}
     form: dict[str, Any] = {"format": FORMAT if folds_in else WITHOUT_FOLD_IN, **folds_in}
     if recommender.rules is not None:
