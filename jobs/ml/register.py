@@ -93,13 +93,15 @@ def _shipped(config: RunConfig, store: ArtifactStore, run_id: str) -> dict[str, 
     """
     if not config.etl.refit:
         return {}
-    chosen = choices_of(*(store.artifact(run_id, stage).facts for stage in ("ml.behaviour", "ml.train")))
     recorded = (store.recorded_config(refit_run(run_id)) or {}).get("choices")
-    if recorded is not None and Choices.model_validate(recorded) != chosen:
-        raise ArtifactError(
-            f"The refit run {refit_run(run_id)!r} was made with other choices than run {run_id!r} has by now.",
-            f"Run python -m jobs.ml.refit --store {store.storage.uri} --run {run_id}, then its stages with --refit.",
-        )
+    if recorded is not None:
+        chosen = choices_of(*(store.artifact(run_id, stage).facts for stage in ("ml.behaviour", "ml.train")))
+        if Choices.model_validate(recorded) != chosen:
+            raise ArtifactError(
+                f"The refit run {refit_run(run_id)!r} was made with other choices than run {run_id!r} has by now.",
+                f"Run python -m jobs.ml.refit --store {store.storage.uri} --run {run_id}, then its "
+                "stages with --refit.",
+            )
     return {stage: store.artifact(refit_run(run_id), stage) for stage in ("etl.interactions", "ml.train")}
 
 
