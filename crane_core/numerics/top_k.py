@@ -87,8 +87,8 @@ class Groups:
         """
         own, kept = self.of_columns[taken], scores[taken]
         found, counts = own[own >= 0].unique(return_counts=True)
-        for group in found[counts >= self.most].tolist():
-            scores[self._columns[group]] = -torch.inf
+        full = [self._columns[group] for group in found[counts >= self.most].tolist()]
+        scores[torch.cat(full)] = -torch.inf
         scores[taken] = kept
 
 
