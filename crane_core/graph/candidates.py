@@ -75,7 +75,8 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
         block = rows[start : start + 4096].astype(np.float64)
         bad += int((~np.isfinite(block).all(axis=1)).sum())
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))[:, None]
-        block /= np.where(norms > 0, norms, 1)
+        with np.errstate(invalid="ignore"):
+            block /= np.where(norms > 0, norms, 1)
         unit[start : start + 4096] = np.rint(block * 2.0**25) * 2.0**-25
     if bad:
         raise ArtifactError(
