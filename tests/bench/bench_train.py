@@ -44,7 +44,7 @@ from crane_core.model.lightgcn import LightGCN
 from crane_core.model.sharding import Shards
 from crane_core.model.user_item_graph import Edges, user_item_graph
 from crane_core.model_config import ModelConfig
-from crane_core.schema import ITEM_IDX, SPLIT, USER_IDX
+from crane_core.schema import EVENT_TIME, ITEM_IDX, SPLIT, USER_IDX, WEIGHT
 from crane_core.storage.artifacts import Artifact
 from crane_core.training.negatives import NegativeSampler
 from tests.bench.device import draw, origin, status_bytes, synthetic, wait_for
@@ -319,7 +319,9 @@ def write_shards(folder: Path, num_users: int, num_items: int, num_interactions:
     for number, (users, items) in enumerate(draw(num_users, num_items, num_interactions)):
         split = (generator.random(len(users)) < 1e-3).astype(np.int8)
         path = folder / "interactions" / f"part-{number}.parquet"
-        pq.write_table(pa.table({USER_IDX: users, ITEM_IDX: items, SPLIT: split}), path)
+        columns = {USER_IDX: users, ITEM_IDX: items, SPLIT: split, WEIGHT: np.ones(len(users), np.float32)}
+        times = pa.array(np.zeros(len(users), np.int64)).cast(pa.timestamp("us", "UTC"))
+        pq.write_table(pa.table(columns | {EVENT_TIME: times}), path)
         names.append(f"interactions/{path.name}")
     return Artifact(folder, {"facts": {"num_users": num_users, "num_items": num_items}, "files": dict.fromkeys(names)})
 

@@ -65,7 +65,7 @@ class Written:
 TEXT_IDS = st.text(
     st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp"), blacklist_characters="\ufeff"), min_size=1, max_size=8
 ).filter(lambda text: text.strip(" "))
-NUMBER_IDS = st.integers(-(2**53), 2**53).map(str)
+NUMBER_IDS = st.integers(1 - 2**53, 2**53 - 1).map(str)
 INSTANTS = st.datetimes(FIRST, LAST).map(lambda time: (time.replace(tzinfo=UTC) - EPOCH) // timedelta(microseconds=1))
 WEIGHTS = st.none() | st.floats(0, 1e6, width=32)
 

@@ -209,7 +209,7 @@ def _exact(value: Any) -> Any:
     if isinstance(value, JsonNumber):
         try:
             number = Decimal(value)
-            whole = number.is_finite() and abs(number) <= EXACT[pa.float64()] and number == int(number)
+            whole = number.is_finite() and abs(number) < EXACT[pa.float64()] and number == int(number)
         except ArithmeticError:  # More digits, or a larger exponent, than a decimal number has.
             whole = False
         return str(int(number)) if whole else (None if value == "NaN" else [value])
@@ -273,7 +273,7 @@ def _native_ids(values: pa.Array) -> Cells:
     if pt.is_floating(kind):
         floats = values.cast(pa.float64())
         floats = pc.if_else(pc.is_nan(floats), pa.scalar(None, pa.float64()), floats)
-        exact = pc.and_(pc.equal(pc.floor(floats), floats), pc.less_equal(pc.abs(floats), EXACT[kind]))
+        exact = pc.and_(pc.equal(pc.floor(floats), floats), pc.less(pc.abs(floats), EXACT[kind]))
         bad = _mask(pc.invert(exact))
         return Cells(_null_where(floats, bad).cast(pa.int64()).cast(pa.string()), bad)
     if pt.is_decimal(kind):

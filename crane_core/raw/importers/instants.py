@@ -245,7 +245,8 @@ def _placed(micros: NDArray[np.int64], bad: NDArray[np.bool_], valid: pa.Array, 
     stamps = pc.if_else(there, pa.array(micros), pa.scalar(None, pa.int64()))
     if zone is None:
         return Cells(stamps.cast(INSTANT), bad)
-    local = pc.assume_timezone(stamps.cast(pa.timestamp("us")), zone, ambiguous="earliest", nonexistent="earliest")
+    # A time that the clocks leave out becomes the first one after it: a date without a midnight stays on its day.
+    local = pc.assume_timezone(stamps.cast(pa.timestamp("us")), zone, ambiguous="earliest", nonexistent="latest")
     return Cells(local.cast(INSTANT), bad)
 
 

@@ -22,6 +22,7 @@ from crane_core.raw.parquet import int96_instants, open_parquet
 
 _EXCEL = re.compile(r"sep=([,;|\t])\r?\n?", re.IGNORECASE)
 _EXCEL_CHARACTERS = 8
+_TAKEN_FOR_HEADER = "taken for a header, though columns are given by position: set header: false if it is a row"
 
 
 def read_chunks(
@@ -99,6 +100,8 @@ def _read_delimited(
                 least = len(_without_end(row)) if layout.header else most
                 if layout.header:
                     account.headers += last - first + 1
+                    if all(isinstance(name, int) for name in wanted):
+                        account.notice(_TAKEN_FOR_HEADER, place(path, first, "", separator.join(row)))
                     continue
             filled = _filled(row, least, most)
             # Where a quote has joined rows to one that does not fit, each of its lines counts as a row.

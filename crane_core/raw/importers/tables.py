@@ -34,6 +34,7 @@ NOTICED = {
     ITEM_ID: "which the ETL will set aside",
     EVENT_TIME: "which the ETL will set aside",
     WEIGHT: "which count once",
+    "rating": "which count once",
     LABEL: "which the ETL will set aside where etl.split is label",
 }
 """Columns whose missing values are named, and what becomes of such rows."""

@@ -107,7 +107,7 @@ def test_an_id_that_is_no_exact_whole_number_is_refused(tmp_path: Path, value: s
 
 
 def test_float_ids_match_the_ids_of_the_features(tmp_path: Path) -> None:
-    ids = [123456789.0, 4006381333930.0, 2.0**53, 76561198000000000.0]
+    ids = [123456789.0, 4006381333930.0, 2.0**53 - 1, 76561198000000000.0]
     columns = {"u": ids[:3], "i": ids[:3], "t": [SECONDS] * 3}
     parquet(tmp_path, "ev.parquet", columns)
     parquet(tmp_path, "f.parquet", {"item_id": ["123456789", "4006381333930"], "vector": [[1.0], [2.0]]})
@@ -295,7 +295,13 @@ def test_columns_may_be_positions_where_there_is_no_header(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"no columns .*; its first line has 3: 'u0', 'i0'") as caught:
         bring(tmp_path, {})
     assert "set interactions.header: false and give positions" in caught.value.remedy
-    bring(tmp_path, {"header": False, "columns": {"user_id": 1, "item_id": 2, "event_time": 3}})
+    positions = {"user_id": 1, "item_id": 2, "event_time": 3}
+    mapping = {"dataset": "d", "interactions": {**LOG, "columns": positions}}
+    (tmp_path / "forgotten.yaml").write_text(yaml.safe_dump(mapping))
+    forgotten = import_mapped(tmp_path / "forgotten.yaml", tmp_path / "other")
+    assert any("1 rows taken for a header, though columns are given by position" in note for note in forgotten.notes)
+    assert forgotten.num_interactions == len(EXPECTED) - 1
+    bring(tmp_path, {"header": False, "columns": positions})
     assert log_of(tmp_path) == EXPECTED
 
 

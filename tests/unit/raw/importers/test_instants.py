@@ -56,7 +56,10 @@ def test_times_without_a_zone_are_those_of_the_clock() -> None:
     assert told([winter, summer, f"{winter}Z"], zone="Europe/Berlin") == [
         "2026-01-05 11:00:00", "2026-07-05 10:00:00", "2026-01-05 12:00:00"
     ]  # fmt: skip
-    assert None not in told([skipped, twice], zone="Europe/Berlin")
+    assert told([skipped, twice], zone="Europe/Berlin") == ["2026-03-29 01:00:00", "2026-10-25 00:30:00"]
+    # The clocks of Brazil left out midnight: the day begins at one.
+    for values in (["2018-11-04"], pa.array([date(2018, 11, 4)])):
+        assert told(values, zone="America/Sao_Paulo") == ["2018-11-04 03:00:00"]
     for values in (pa.array([date(2026, 1, 5)]), pa.array([datetime(2026, 1, 5)]), ["2026-01-05"]):
         assert told(values, zone="Asia/Tokyo") == ["2026-01-04 15:00:00"]
 
