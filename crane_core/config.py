@@ -349,8 +349,8 @@ class Export(Section):
     num_similar: int = Field(20, ge=1)
     """Similar items per item."""
     rules: Rules = Rules()
-    """What may be shown: in the export, in `crane recommend` and by the served model. They belong to the run, so other
-    rules count from the next champion on."""
+    """Rules of what the export, `crane recommend` and the served model may show. They belong to the run, so other rules
+    count from the next champion on."""
 
 
 class Runtime(Section):

@@ -1,4 +1,4 @@
-"""What may be shown: the rules of `export.rules`, for the items of a model at one instant.
+"""Decide what may be shown: the rules of `export.rules`, for the items of a model at one instant.
 
 A list is a walk along the user's falling scores. It leaves out items that cannot be had, items that the user has and
 that are not bought again, and further items of a category that the list holds often enough. Boosts change the scores. A

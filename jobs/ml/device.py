@@ -17,7 +17,7 @@ UNPROVEN = (
     "not yet run on a GPU: whole jobs, a training on several GPUs, similar items, lists that grow, reasons, and faiss "
     "for GPUs"
 )
-"""What no GPU has run yet (`tests/bench/results/gpu.md` has what one has run). `crane doctor` says it, jobs with
+"""Names what no GPU has run yet (`tests/bench/results/gpu.md` has what one has run). `crane doctor` says it, jobs with
 `runtime.device=cuda` warn of it, and the README repeats it."""
 
 

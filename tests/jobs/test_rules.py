@@ -59,7 +59,7 @@ def lists_of(exported: Artifact) -> dict[str, list[str]]:
 
 
 def had(store: ArtifactStore) -> dict[str, set[str]]:
-    """What each user has, by the interactions of the shipped model."""
+    """Return what each user has, by the interactions of the shipped model."""
     rows = pq.read_table(store.artifact("run-1.refit", "etl.interactions").file("interactions")).to_pandas()
     found: dict[str, set[str]] = {}
     for user, item in zip(rows["user_idx"], rows["item_idx"], strict=True):

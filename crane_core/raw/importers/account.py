@@ -22,7 +22,7 @@ MEANINGS = {
     "repeated_id": ", the first row of an item counts",
     "joined_id": ", the words of all rows of an item count",
 }
-"""What becomes of rows whose item an earlier row has."""
+"""Reason to what becomes of rows whose item an earlier row has."""
 MOST_CHARACTERS = 60
 OTHERS = "take it out of {}.files if there are others"
 _FIELD = "a field within an object is named with a dot, as in user.id"

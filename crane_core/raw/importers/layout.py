@@ -51,7 +51,7 @@ class Layout(Section):
     """Character before a quote inside quotes, such as a backslash; by default such a quote is doubled. It also stands
     before itself and, outside quotes, before a separator; before any other character it is an ordinary one."""
     multiline: bool = False
-    """Whether quoted values over several lines are text even where most of these lines look like rows. By default that
+    """Take quoted values over several lines for text even where most of these lines look like rows. By default that
     is taken for a stray quote, and the import stops."""
     header: bool = True
     """Whether the first line names the columns. Without it a column is its position: `{user_id: 1, item_id: 2}`."""
